@@ -1,0 +1,1 @@
+"""The model files: imported by METRO, and copied byte for byte into every exported folder."""

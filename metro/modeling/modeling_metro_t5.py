@@ -1,0 +1,242 @@
+"""METRO-T5 as Hugging Face models: the shells that give the layers ``generate``, saving and loading.
+
+Gong et al. (ACL 2023). Shapes: B batch, S source tokens, T target tokens, D d_model, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from .configuration_metro_t5 import MetroT5Config
+from .layers_metro_t5 import MetroT5Stack, initialize_weights
+
+
+class SelfAttentionCache:
+    """Grows by the keys and values of each step; never complete."""
+
+    is_complete = False
+
+    def __init__(self, cache: EncoderDecoderCache, layer: int):
+        self.cache, self.layer = cache.self_attention_cache, layer
+
+    def update(self, keys, values):
+        return self.cache.update(keys, values, self.layer)
+
+
+class CrossAttentionCache:
+    """Holds the keys and values of the encoder's output, made at the first step."""
+
+    def __init__(self, cache: EncoderDecoderCache, layer: int):
+        self.cache, self.layer = cache, layer
+
+    @property
+    def is_complete(self) -> bool:
+        return self.cache.is_updated.get(self.layer, False)
+
+    @property
+    def states(self):
+        layer = self.cache.cross_attention_cache.layers[self.layer]
+        return layer.keys, layer.values
+
+    def update(self, keys, values):
+        self.cache.is_updated[self.layer] = True
+        return self.cache.cross_attention_cache.update(keys, values, self.layer)
+
+
+class MetroT5Encoder(MetroT5Stack):
+    """The encoder stack, returning what Hugging Face expects of an encoder."""
+
+    def __init__(self, config: MetroT5Config, embed_tokens: nn.Embedding):
+        super().__init__(config, embed_tokens, is_decoder=False)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        positions=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ) -> BaseModelOutput:
+        """Hidden states B,S,D of ``input_ids`` B,S; ``attention_mask`` B,S, nonzero = attend.
+
+        ``positions`` B,M: hidden states B,M,D at these positions only.
+        """
+        output = super().forward(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+        )
+        result = BaseModelOutput(output.last_hidden_state, output.hidden_states, output.attentions)
+        return result if return_dict is not False else result.to_tuple()
+
+
+class MetroT5PreTrainedModel(PreTrainedModel):
+    """What both models share: configuration class, supported features, fresh weights."""
+
+    config_class = MetroT5Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_weights(module, self.config.initializer_factor)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.shared
+
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+        self.shared = embedding
+        for stack in (self.encoder, getattr(self, "decoder", None)):
+            if stack is not None:
+                stack.embed_tokens = embedding
+
+
+class MetroT5EncoderModel(MetroT5PreTrainedModel):
+    """The encoder alone; loads from the same folder as the whole model."""
+
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"decoder.*", r"lm_head.*"]
+
+    def __init__(self, config: MetroT5Config):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        self.encoder = MetroT5Encoder(config, self.shared)
+        self.post_init()
+
+    def forward(self, *args, **kwargs) -> BaseModelOutput:
+        """See :meth:`MetroT5Encoder.forward`."""
+        return self.encoder(*args, **kwargs)
+
+
+class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
+    """Encoder, decoder and the tied output projection."""
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    }
+
+    def __init__(self, config: MetroT5Config):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        self.encoder = MetroT5Encoder(config, self.shared)
+        self.decoder = MetroT5Stack(config, self.shared, is_decoder=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.shared.weight
+        self.post_init()
+
+    def get_encoder(self, modality=None) -> MetroT5Encoder:
+        return self.encoder
+
+    def get_decoder(self) -> MetroT5Stack:
+        return self.decoder
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, projection: nn.Linear) -> None:
+        self.lm_head = projection
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels shifted right: ``decoder_start_token_id`` first, ignored labels (-100) as padding."""
+        shifted = torch.roll(labels, 1, dims=-1)
+        shifted[..., 0] = self.config.decoder_start_token_id
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        decoder_inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """Logits B,T,V of the next token, and with ``labels`` B,T (-100 = ignored) the mean loss.
+
+        ``attention_mask`` B,S and ``decoder_attention_mask``: nonzero = attend. ``decoder_input_ids``
+        default to the labels shifted right. ``num_items_in_batch`` (of the Trainer) replaces the number
+        of labels as the loss's denominator.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids,
+                attention_mask,
+                inputs_embeds=inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and labels is None and not self.decoder.gradient_checkpointing
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(
+                DynamicCache(config=self.config), DynamicCache(config=self.config)
+            )
+        layer_caches, past_length = None, 0
+        if past_key_values is not None:
+            past_length = int(past_key_values.get_seq_length())
+            layer_caches = [
+                (SelfAttentionCache(past_key_values, i), CrossAttentionCache(past_key_values, i))
+                for i in range(self.config.num_decoder_layers)
+            ]
+        decoded = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            layer_caches=layer_caches,
+            past_length=past_length,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+        )
+        logits_BTV = self.lm_head(decoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            num_items = kwargs.get("num_items_in_batch")
+            loss = F.cross_entropy(
+                logits_BTV.float().flatten(0, 1),
+                labels.to(logits_BTV.device).flatten(),
+                reduction="mean" if num_items is None else "sum",
+            )
+            loss = loss if num_items is None else loss / num_items
+        result = Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+
+__all__ = ["MetroT5EncoderModel", "MetroT5ForConditionalGeneration", "MetroT5PreTrainedModel"]

@@ -1,0 +1,179 @@
+"""The auxiliary model of METRO: a small BERT that fills masked positions with its own samples.
+
+Gong et al. (ACL 2023), section 3.1. It is called "generator" in the published registry and checkpoints.
+
+Shapes: B batch, T tokens, M masked positions per row (padded), D d_model, V vocabulary.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.layers_metro_t5 import MetroT5Stack
+
+RTD_HEADS = ("none", "simple", "roberta")
+SHARED_EMBEDDINGS = ("none", "token", "token_pos", "token_pos_norm")
+SAMPLE_MODES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """What METRO pretraining adds to the main model's configuration.
+
+    Raises:
+        ValueError: an option outside its valid values, naming both.
+    """
+
+    num_layers: int = 4
+    """Layers of the auxiliary model: 4 for base and base++, 6 for large++."""
+    dropout: float = 0.0
+    """Every dropout of the auxiliary model."""
+    sample_mode: str = "train"
+    """Samples come from the training forward pass, or from a second one without dropout (``eval``)."""
+    rtd_head: str = "simple"
+    """Replaced token detection head: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
+    share: str = "token"
+    """What the auxiliary model shares with the main encoder: token and position embedding, LayerNorm."""
+
+    def __post_init__(self):
+        for name, valid in (
+            ("rtd_head", RTD_HEADS),
+            ("share", SHARED_EMBEDDINGS),
+            ("sample_mode", SAMPLE_MODES),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(valid)}"
+                )
+
+
+class PredictionHead(nn.Module):
+    """``projection(LayerNorm(activation(dense(x))))``, the head of BERT and of the ``roberta`` RTD head.
+
+    Args:
+        config: the main model's configuration (width, activation, epsilon).
+        output_dim: width of the projection.
+        tied: the projection's weight is passed to ``forward`` instead of owned.
+    """
+
+    def __init__(self, config: MetroT5Config, output_dim: int, tied: bool):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.feed_forward_proj]
+        if not tied:
+            self.weight = nn.Parameter(torch.zeros(output_dim, config.d_model))
+        self.bias = nn.Parameter(torch.zeros(output_dim))
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.layer_norm(self.activation(self.dense(hidden)))
+        return F.linear(hidden, self.weight if weight is None else weight, self.bias)
+
+
+class AuxiliaryModel(nn.Module):
+    """Encoder of the main model's width with a masked language modelling head tied to its embedding.
+
+    Args:
+        config: the main model's configuration.
+        auxiliary: depth, dropout and what is shared.
+        main_encoder: the main encoder, whose embeddings are taken where ``auxiliary.share`` says so.
+    """
+
+    def __init__(
+        self, config: MetroT5Config, auxiliary: AuxiliaryConfig, main_encoder: MetroT5Stack
+    ):
+        super().__init__()
+        config = copy.deepcopy(config)
+        config.num_layers = auxiliary.num_layers
+        config.dropout_rate = config.attention_dropout_rate = auxiliary.dropout
+        config.activation_dropout_rate = auxiliary.dropout
+        shared = auxiliary.share.split("_")
+        embed_tokens = (
+            main_encoder.embed_tokens
+            if "token" in shared
+            else nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        )
+        self.sample_mode = auxiliary.sample_mode
+        self.encoder = MetroT5Stack(config, embed_tokens, is_decoder=False)
+        self.lm_head = PredictionHead(config, config.vocab_size, tied=True)
+        self.initialize_weights(own_tokens="token" not in shared)
+        if "pos" in shared:
+            self.encoder.pos_embed = main_encoder.pos_embed
+        if "norm" in shared:
+            self.encoder.first_layer_norm = main_encoder.first_layer_norm
+
+    @torch.no_grad()
+    def initialize_weights(self, own_tokens: bool) -> None:
+        """As BERT: weights and tables normal with standard deviation 0.02, biases and padding zero."""
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding) and (
+                own_tokens or module is not self.encoder.embed_tokens
+            ):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.padding_idx is not None:
+                    nn.init.zeros_(module.weight[module.padding_idx])
+
+    def forward(
+        self, masked_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits B,M,V at ``positions`` B,M of ``masked_ids`` B,T; ``mask`` B,T, nonzero = attend."""
+        hidden_BMD = self.encoder(masked_ids, mask, positions=positions).last_hidden_state
+        return self.lm_head(hidden_BMD, self.encoder.embed_tokens.weight)
+
+    @torch.no_grad()
+    def sampling_logits(self, logits_BMV, masked_ids, mask, positions) -> torch.Tensor:
+        """The logits that samples are drawn from: those of training, or a pass without dropout."""
+        if self.sample_mode == "train" or not self.training:
+            return logits_BMV.detach()
+        self.eval()
+        logits_BMV = self(masked_ids, mask, positions)
+        self.train()
+        return logits_BMV
+
+
+def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """A uniform number in [0, 1) for each (seed, counter), the same on every device and in every batch.
+
+    24 bits of the finaliser of SplitMix64 (Steele et al., 2014) applied twice.
+
+    Args:
+        seeds, counters: int64 tensors that broadcast together.
+
+    Returns:
+        float32 tensor of their common shape.
+    """
+
+    def shift(x, bits):
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    def mix(x):
+        x = (x ^ shift(x, 30)) * -4658895280553007687
+        x = (x ^ shift(x, 27)) * -7723592293110705685
+        return x ^ shift(x, 31)
+
+    state = mix(mix(seeds) + (counters + 1) * -7046029254386353131)
+    return shift(state, 40).float() * 2.0**-24
+
+
+@torch.no_grad()
+def sample_tokens(logits_BMV: torch.Tensor, uniforms_BM: torch.Tensor) -> torch.Tensor:
+    """One draw from ``softmax(logits)`` in float32 for each row, by inverting the distribution function.
+
+    Args:
+        logits_BMV: unnormalised log-probabilities.
+        uniforms_BM: one uniform number in [0, 1) for each row.
+
+    Returns:
+        int64 token ids B,M.
+    """
+    cumulative_BMV = logits_BMV.softmax(-1, dtype=torch.float32).cumsum(-1)
+    thresholds_BM1 = uniforms_BM.unsqueeze(-1) * cumulative_BMV[..., -1:]
+    drawn = torch.searchsorted(cumulative_BMV, thresholds_BM1, right=True).squeeze(-1)
+    return drawn.clamp(max=logits_BMV.shape[-1] - 1)

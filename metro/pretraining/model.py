@@ -1,0 +1,131 @@
+"""The joint model of METRO pretraining: auxiliary model, main model and RTD head in one step.
+
+Gong et al. (ACL 2023), section 3.1 and figure 1.
+
+Shapes: B batch, T tokens, M masked positions of the fullest row, D d_model, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.pretraining.auxiliary import (
+    AuxiliaryConfig,
+    AuxiliaryModel,
+    PredictionHead,
+    counter_uniform,
+    sample_tokens,
+)
+from metro.pretraining.losses import MetroLosses, MetroObjective, metro_losses
+
+
+class MetroPretrainingModel(nn.Module):
+    """``main``, ``auxiliary`` and ``rtd_head``.
+
+    Args:
+        config: sizes of the main model.
+        auxiliary: depth of the auxiliary model, kind of RTD head, what is shared.
+    """
+
+    def __init__(self, config: MetroT5Config, auxiliary: AuxiliaryConfig):
+        super().__init__()
+        self.config = config
+        self.main = MetroT5ForConditionalGeneration(config)
+        self.auxiliary = AuxiliaryModel(config, auxiliary, self.main.encoder)
+        self.rtd_head = build_rtd_head(config, auxiliary.rtd_head)
+
+    def forward(
+        self,
+        masked_ids: torch.Tensor,
+        original_ids: torch.Tensor,
+        is_masked: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        sampling_seed: torch.Tensor,
+        objective: MetroObjective,
+        corrupted_ids: torch.Tensor | None = None,
+        max_masked: int | None = None,
+    ) -> MetroLosses:
+        """One METRO step: predict and sample masked tokens, detect the replaced ones, correct them.
+
+        Args:
+            masked_ids: B,T int64, the sequence with masked positions, padded on the right.
+            original_ids: B,T int64, the sequence as it was.
+            is_masked: B,T bool, positions chosen for masking.
+            decoder_input_ids: B,T int64, the original shifted right.
+            sampling_seed: B int64, seeds each row's samples, so that they do not depend on the batch.
+            objective: what to compute.
+            corrupted_ids: B,T int64, used instead of sampling where given.
+            max_masked: at least the number of masked positions of every row; counted when absent, which
+                waits for the device.
+        """
+        is_token = original_ids.ne(self.config.pad_token_id)
+        # On the CPU, full batches skip the padding mask; elsewhere looking would wait for the device.
+        has_padding = is_token.device.type != "cpu" or not bool(is_token.all())
+        mask = is_token if has_padding else None
+        if max_masked is None:
+            max_masked = int(is_masked.sum(1).max())
+        # Masked positions in order, filled up with unmasked ones to the same number in each row.
+        positions = is_masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        positions = positions[:, : max(max_masked, 1)]
+        masked_rows = is_masked.gather(1, positions)
+
+        mlm_logits = self.auxiliary(masked_ids, mask, positions)
+        if corrupted_ids is None:
+            corrupted_ids = self.corrupt(
+                mlm_logits, masked_ids, mask, positions, masked_rows, sampling_seed
+            )
+        is_replaced = corrupted_ids.ne(original_ids) & is_token
+
+        encoder_hidden = self.main.encoder(corrupted_ids, mask).last_hidden_state
+        rtd_logits = None if self.rtd_head is None else self.rtd_head(encoder_hidden).squeeze(-1)
+        scored = None if objective.positions == "none" else positions
+        decoder_hidden = self.main.decoder(
+            decoder_input_ids,
+            encoder_hidden_states=encoder_hidden,
+            encoder_attention_mask=mask,
+            positions=scored,
+        ).last_hidden_state
+
+        def select(x_BT):
+            return x_BT if scored is None or x_BT is None else x_BT.gather(1, scored)
+
+        return metro_losses(
+            objective,
+            mlm_logits=mlm_logits,
+            mlm_targets=original_ids.gather(1, positions),
+            is_masked=masked_rows,
+            lm_logits=self.main.lm_head(decoder_hidden),
+            lm_targets=select(original_ids),
+            lm_is_scored=is_token if scored is None else masked_rows,
+            lm_is_replaced=select(is_replaced),
+            lm_rtd_logits=select(rtd_logits),
+            rtd_logits=rtd_logits,
+            rtd_is_scored=is_masked if objective.positions == "both" else is_token,
+            is_replaced=is_replaced,
+            is_token=is_token,
+        )
+
+    @torch.no_grad()
+    def corrupt(self, mlm_logits, masked_ids, mask, positions, masked_rows, sampling_seed):
+        """``masked_ids`` with a sample of the auxiliary model at every masked position."""
+        logits = self.auxiliary.sampling_logits(mlm_logits, masked_ids, mask, positions)
+        samples = sample_tokens(logits, counter_uniform(sampling_seed.unsqueeze(1), positions))
+        samples = samples.where(masked_rows, masked_ids.gather(1, positions))
+        return masked_ids.scatter(1, positions, samples)
+
+
+def build_rtd_head(config: MetroT5Config, kind: str) -> nn.Module | None:
+    """The RTD head: one logit per position, above 0 where it takes the token for replaced.
+
+    ``simple`` is a linear layer, ``roberta`` a dense layer, activation and LayerNorm before it; the
+    projection starts at zero. ``none`` is ``None``.
+    """
+    if kind == "none":
+        return None
+    if kind == "roberta":
+        return PredictionHead(config, output_dim=1, tied=False)
+    head = nn.Linear(config.d_model, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
