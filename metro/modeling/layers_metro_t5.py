@@ -37,6 +37,14 @@ def relative_position_buckets(num_buckets: int, max_distance: int, length: int) 
     return distance.sign() * bucket + half - 1
 
 
+class PositionTable(nn.Embedding):
+    """Learned absolute positions; a class of its own because its fresh weights are drawn differently."""
+
+
+class RelativePositionTable(nn.Embedding):
+    """Relative position bias of each bucket and head; starts at zero."""
+
+
 def eager_attention(q_BHTK, k_BHSK, v_BHSK, mask, is_causal, dropout):
     """``softmax(q k^T / sqrt(K) + mask) v`` written out.
 
@@ -78,7 +86,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner)
         self.o = nn.Linear(inner, config.d_model)
         if has_relative_attention_bias:
-            self.relative_attention_bias = nn.Embedding(
+            self.relative_attention_bias = RelativePositionTable(
                 config.relative_attention_num_buckets, config.num_heads
             )
 
@@ -295,7 +303,7 @@ class MetroT5Stack(nn.Module):
         self.is_decoder = is_decoder
         self.gradient_checkpointing = False
         self.embed_tokens = embed_tokens
-        self.pos_embed = nn.Embedding(
+        self.pos_embed = PositionTable(
             config.max_positions + config.pad_token_id + 1, config.d_model, config.pad_token_id
         )
         self.first_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
@@ -406,11 +414,11 @@ def initialize_weights(module: nn.Module, factor: float = 1.0) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention) and hasattr(module, "relative_attention_bias"):
-        nn.init.zeros_(module.relative_attention_bias.weight)
-    elif isinstance(module, MetroT5Stack):
-        vocab_size, d_model = module.embed_tokens.weight.shape
-        nn.init.normal_(module.embed_tokens.weight, std=factor * (2 * vocab_size) ** -0.5)
-        bound = factor * math.sqrt(3.0) * (2 * d_model) ** -0.5
-        nn.init.uniform_(module.pos_embed.weight, -bound, bound)
-        nn.init.zeros_(module.pos_embed.weight[module.config.pad_token_id])
+    elif isinstance(module, RelativePositionTable):
+        nn.init.zeros_(module.weight)
+    elif isinstance(module, PositionTable):
+        bound = factor * math.sqrt(3.0) * (2 * module.embedding_dim) ** -0.5
+        nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.zeros_(module.weight[module.padding_idx])
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=factor * (2 * module.num_embeddings) ** -0.5)
