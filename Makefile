@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := fairseq-needs,train,dev
 TORCH  := torch==2.13.0
-PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 # The sdist that was reviewed and the only published wheel; nothing else is accepted.
 FAIRSEQ := fairseq-fixed==0.12.3.1 \

@@ -1,0 +1,1 @@
+"""The `metro` command: one file per sub-command, which parses and calls the library."""

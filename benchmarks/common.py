@@ -1,0 +1,100 @@
+"""Shared by the benchmarks: isolated runs, peak memory, tables, and results as JSON.
+
+A benchmark is a script `benchmarks/<subject>.py` that prints a table and calls `write_result`; what
+it is compared with runs in the same call, on the same cores.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Measured(NamedTuple):
+    """What `measure_isolated` returns."""
+
+    value: Any
+    """What the function returned."""
+    seconds: float
+    """Wall time of the call, start of the process not included."""
+    peak_bytes: int
+    """Peak resident memory of the process, imports included."""
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Not `getrusage`: its maximum survives `exec`, so a child reports its parent's peak.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status: peak memory can be read on Linux only")
+
+
+def measure_isolated(function: Callable, *args: Any) -> Measured:
+    """Call a module-level function in a process of its own, so that peaks do not mix."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        measured = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"{function.__name__}{args} died with exit code {process.exitcode}; its message is above"
+        ) from None
+    process.join()
+    return measured
+
+
+def _call(sender, function: Callable, args: tuple) -> None:
+    start = time.perf_counter()
+    value = function(*args)
+    seconds = time.perf_counter() - start
+    sender.send(Measured(value, seconds, peak_memory_bytes()))
+
+
+def results_folder() -> Path:
+    """The environment's OUT, or `benchmarks/results`."""
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_result(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
+    """Store the rows with the machine they were measured on in `<results>/<subject>.json`."""
+    from metro.environment import inspect_environment
+
+    path = results_folder() / f"{subject}.json"
+    result = {"subject": subject, **facts, "rows": list(rows)}
+    result["environment"] = inspect_environment().as_dict()
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written: {path}")
+    return path
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> None:
+    """Print rows that share their keys, numbers to three significant places."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(_as_text(value) for value in row.values()))
+    Console(width=None if os.isatty(1) else 140).print(table)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
