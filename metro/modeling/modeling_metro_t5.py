@@ -50,6 +50,8 @@ class CrossAttentionCache:
 class MetroT5Encoder(MetroT5Stack):
     """The encoder stack, returning what Hugging Face expects of an encoder."""
 
+    main_input_name = "input_ids"
+
     def __init__(self, config: MetroT5Config, embed_tokens: nn.Embedding):
         super().__init__(config, embed_tokens, is_decoder=False)
 
