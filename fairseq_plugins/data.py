@@ -1,0 +1,141 @@
+"""The pretraining data set: stored items -> blocks -> corrupted examples -> padded batches.
+
+Nothing is read before it is needed: items stay in their memory-mapped file, a block is put together
+when its example is asked for, and only the index of blocks is kept in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset, data_utils
+from fairseq.data.indexed_dataset import data_file_path, index_file_path
+
+from metro.data.blocks import batch_by_size, build_blocks
+from metro.pretraining.masking import item_random
+
+PAD_MULTIPLE = 8  # batches are padded to a multiple of this, as published
+
+
+def load_items(path: str, dictionary, combine: bool):
+    """The stored items of one split, memory-mapped. Refuses a missing or an empty one."""
+    if not os.path.exists(index_file_path(path)):
+        raise FileNotFoundError(
+            f"no data at {path}.idx; check task.data (a folder made by `metro prepare-text` or "
+            "fairseq-preprocess) and the split names (dataset.train_subset, dataset.valid_subset)"
+        )
+    num_bytes = os.path.getsize(data_file_path(path))
+    items = data_utils.load_indexed_dataset(path, dictionary, combine=combine) if num_bytes else []
+    if len(items) == 0:
+        raise ValueError(
+            f"{path}.bin is empty ({num_bytes} bytes, {len(items)} items); leave this shard out of "
+            "task.data or binarise its text again"
+        )
+    return items
+
+
+class PretrainingDataset(FairseqDataset):
+    """Blocks of text, each starting with `<s>`, corrupted anew in every epoch.
+
+    `corrupt(block_ids, random, index, epoch)` returns the fields of one example and `collate`
+    merges such fields. `crop` shortens items before they are grouped: "none", "truncate" or
+    "random_crop"; the crop is drawn once and is the same in every epoch, as in the original.
+    """
+
+    def __init__(
+        self,
+        items,
+        *,
+        corrupt: Callable[..., dict],
+        collate: Callable[..., dict],
+        break_mode: str,
+        tokens_per_sample: int,
+        crop: str,
+        bos: int,
+        seed: int,
+        name: str = "the data set",
+    ):
+        super().__init__()
+        self.items, self.corrupt, self.collate = items, corrupt, collate
+        self.crop, self.bos, self.seed = crop, bos, seed
+        self.max_block = tokens_per_sample - 1  # one place is for <s>
+        self.epoch = 1
+        sizes = np.asarray(items.sizes)
+        if crop != "none":
+            sizes = np.minimum(sizes, self.max_block)
+        self.blocks = build_blocks(sizes, break_mode, self.max_block)
+        if len(self) == 0:
+            raise ValueError(
+                f"{name} holds {len(items)} items but not one block of text (sample_break_mode "
+                f"{break_mode}); leave this shard out of task.data or binarise its text again"
+            )
+        self.sizes = self.blocks.num_tokens + 1
+
+    def __len__(self) -> int:
+        return len(self.blocks.num_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _item(self, index: int) -> np.ndarray:
+        ids = self.items[index].numpy()
+        excess = len(ids) - self.max_block
+        if self.crop == "none" or excess <= 0:
+            return ids
+        start = 0
+        if self.crop == "random_crop":
+            start = item_random(self.seed, 0, index).randint(0, excess)
+        return ids[start : start + self.max_block]
+
+    def block_ids(self, index: int) -> np.ndarray:
+        """The uncorrupted ids of one example, `<s>` first."""
+        first, last, offset, length = (int(field[index]) for field in self.blocks)
+        ids = np.concatenate([self._item(i) for i in range(first, last + 1)])
+        return np.concatenate([[self.bos], ids[offset : offset + length]])
+
+    def __getitem__(self, index: int) -> dict:
+        index = int(index)
+        random = item_random(self.seed, self.epoch, index)
+        return self.corrupt(self.block_ids(index), random, index, self.epoch)
+
+    def collater(self, examples: list[dict]) -> dict:
+        return self.collate(examples) if examples else {}
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    num_tokens = size
+
+    def num_tokens_vec(self, indices) -> np.ndarray:
+        return self.sizes[indices]
+
+    def ordered_indices(self) -> np.ndarray:
+        """By length; equal lengths in one random order that is the same in every epoch."""
+        ties = np.random.RandomState(self.seed).permutation(len(self))
+        return np.lexsort([ties, self.sizes])
+
+    def batch_by_size(
+        self, indices, max_tokens=None, max_sentences=None, required_batch_size_multiple=1
+    ) -> list[np.ndarray]:
+        indices = np.asarray(indices)
+        return batch_by_size(
+            indices, self.sizes[indices], max_tokens, max_sentences, required_batch_size_multiple
+        )
+
+
+def pad_batch(sequences: list[np.ndarray], pad: int) -> torch.Tensor:
+    """[B, longest, rounded up to a multiple of 8], padded on the right."""
+    longest = max(len(ids) for ids in sequences)
+    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    batch = np.full((len(sequences), width), pad, dtype=sequences[0].dtype)
+    for row, ids in zip(batch, sequences, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(batch)
+
+
+def shift_right(ids: np.ndarray, start: int) -> np.ndarray:
+    """Decoder input for the target `ids`: `start`, then everything but the last id."""
+    return np.concatenate([[start], ids[:-1]])

@@ -1,0 +1,102 @@
+"""Model options under fairseq's names, and their one translation into `MetroT5Config`."""
+
+from dataclasses import dataclass, field
+from typing import Optional  # fairseq reads Optional[...], not X | None
+
+from fairseq.dataclass import FairseqDataclass
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+
+
+@dataclass
+class T5ModelConfig(FairseqDataclass):
+    """Base size. `decoder_*` options that are left out follow `encoder_*`."""
+
+    encoder_embed_dim: int = field(default=768, metadata={"help": "width"})
+    encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "feed-forward width"})
+    encoder_layers: int = field(default=12, metadata={"help": "encoder layers"})
+    encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads"})
+    decoder_embed_dim: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "must equal encoder-embed-dim"}
+    )
+    decoder_ffn_embed_dim: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "must equal encoder-ffn-embed-dim"}
+    )
+    decoder_layers: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "decoder layers; default: as many as encoder layers"}
+    )
+    decoder_attention_heads: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "must equal encoder-attention-heads"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
+    activation_dropout: float = field(
+        default=0.0, metadata={"help": "dropout after the feed-forward activation"}
+    )
+    activation_fn: str = field(default="relu", metadata={"help": "relu or gelu"})
+    max_positions: int = field(default=1024, metadata={"help": "longest sequence"})
+    encoder_rp_bins: int = field(default=32, metadata={"help": "relative position buckets"})
+    encoder_rp_max_dist: int = field(
+        default=128, metadata={"help": "distance from which on all positions share one bucket"}
+    )
+
+
+LARGE = {
+    "encoder_embed_dim": 1024,
+    "encoder_ffn_embed_dim": 4096,
+    "encoder_layers": 24,
+    "encoder_attention_heads": 16,
+    "encoder_rp_bins": 128,
+    "encoder_rp_max_dist": 256,
+}
+"""What the large architectures change."""
+
+
+def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:
+    """The main model's configuration. Refuses what it cannot express."""
+    for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
+        encoder, decoder = getattr(cfg, f"encoder_{name}"), getattr(cfg, f"decoder_{name}")
+        if decoder is not None and decoder != encoder:
+            raise ValueError(
+                f"encoder_{name} is {encoder} but decoder_{name} is {decoder}; METRO-T5 has one "
+                f"width for both: make them equal or leave decoder_{name} out"
+            )
+    if cfg.encoder_embed_dim % cfg.encoder_attention_heads:
+        raise ValueError(
+            f"encoder_embed_dim {cfg.encoder_embed_dim} is not divisible by "
+            f"encoder_attention_heads {cfg.encoder_attention_heads}"
+        )
+    return MetroT5Config(
+        vocab_size=len(dictionary),
+        d_model=cfg.encoder_embed_dim,
+        d_kv=cfg.encoder_embed_dim // cfg.encoder_attention_heads,
+        d_ff=cfg.encoder_ffn_embed_dim,
+        num_layers=cfg.encoder_layers,
+        num_decoder_layers=cfg.decoder_layers or cfg.encoder_layers,
+        num_heads=cfg.encoder_attention_heads,
+        relative_attention_num_buckets=cfg.encoder_rp_bins,
+        relative_attention_max_distance=cfg.encoder_rp_max_dist,
+        max_positions=cfg.max_positions,
+        dropout_rate=cfg.dropout,
+        attention_dropout_rate=cfg.attention_dropout,
+        activation_dropout_rate=cfg.activation_dropout,
+        feed_forward_proj=cfg.activation_fn,
+        layer_norm_epsilon=1e-5,
+        pad_token_id=dictionary.pad(),
+        bos_token_id=dictionary.bos(),
+        eos_token_id=dictionary.eos(),
+        decoder_start_token_id=dictionary.index("<sen000>"),
+    )
+
+
+def check_vocabulary(state: dict, config: MetroT5Config) -> None:
+    """Refuse weights of another vocabulary."""
+    for name, tensor in state.items():
+        if name.endswith(("shared.weight", "embed_tokens.weight")):
+            if tensor.shape[0] != config.vocab_size:
+                raise ValueError(
+                    f"the checkpoint has a vocabulary of {tensor.shape[0]} entries ({name}), the "
+                    f"task one of {config.vocab_size} (dict.txt, special symbols and "
+                    "tokens_per_sample sentinels). Use the dict.txt that the checkpoint was "
+                    "trained with and the same tokens_per_sample"
+                )

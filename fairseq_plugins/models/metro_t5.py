@@ -1,0 +1,149 @@
+"""Model `t5_metro` and its architectures: METRO's main model, auxiliary model and RTD head."""
+
+from dataclasses import dataclass, field
+
+from fairseq.models import BaseFairseqModel, register_model
+
+from fairseq_plugins.models._options import (
+    LARGE,
+    T5ModelConfig,
+    check_vocabulary,
+    metro_t5_config,
+)
+from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.pretraining.auxiliary import RTD_HEADS, SHARED_EMBEDDINGS, AuxiliaryConfig
+from metro.pretraining.losses import MetroLosses, MetroObjective
+from metro.pretraining.model import MetroPretrainingModel
+
+
+@dataclass
+class MetroModelConfig(T5ModelConfig):
+    """Base size with METRO's auxiliary model."""
+
+    generator_layers: int = field(default=3, metadata={"help": "layers of the auxiliary model"})
+    generator_zero_dropout: bool = field(
+        default=False, metadata={"help": "no dropout in the auxiliary model"}
+    )
+    generator_sample_mode: str = field(
+        default="train",
+        metadata={"help": "train: sample from the training pass; eval: from one without dropout"},
+    )
+    rtd_head: str = field(
+        default="simple", metadata={"help": "none, simple (linear) or roberta (dense first)"}
+    )
+    share_generator_discriminator_embed: str = field(
+        default="token",
+        metadata={
+            "help": "what the auxiliary model shares with the main encoder: none, token, token_pos "
+            "or token_pos_norm"
+        },
+    )
+    no_generator: bool = field(default=False, metadata={"help": "not available"})
+
+
+@dataclass
+class MetroLargeModelConfig(MetroModelConfig):
+    """Large size."""
+
+    encoder_embed_dim: int = LARGE["encoder_embed_dim"]
+    encoder_ffn_embed_dim: int = LARGE["encoder_ffn_embed_dim"]
+    encoder_layers: int = LARGE["encoder_layers"]
+    encoder_attention_heads: int = LARGE["encoder_attention_heads"]
+    encoder_rp_bins: int = LARGE["encoder_rp_bins"]
+    encoder_rp_max_dist: int = LARGE["encoder_rp_max_dist"]
+    generator_layers: int = 6
+
+
+def choice(name: str, value, valid: tuple[str, ...], if_true: str) -> str:
+    """A named option that published files also give as a boolean (`rtd_head: true`)."""
+    text = str(value).lower()
+    text = {"true": if_true, "false": "none"}.get(text, text)
+    if text not in valid:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(valid)}")
+    return text
+
+
+def auxiliary_config(cfg: MetroModelConfig) -> AuxiliaryConfig:
+    """METRO's own options as the library takes them."""
+    if cfg.no_generator:
+        raise ValueError(
+            "no_generator is true, but METRO learns from the auxiliary model's replacements; for "
+            "pretraining without one use task t5 with model transformer_t5_base_rpe"
+        )
+    share = cfg.share_generator_discriminator_embed
+    return AuxiliaryConfig(
+        num_layers=cfg.generator_layers,
+        dropout=0.0 if cfg.generator_zero_dropout else cfg.dropout,
+        sample_mode=cfg.generator_sample_mode,
+        rtd_head=choice("rtd_head", cfg.rtd_head, RTD_HEADS, if_true="simple"),
+        share=choice(
+            "share_generator_discriminator_embed", share, SHARED_EMBEDDINGS, if_true="token"
+        ),
+    )
+
+
+@register_model("t5_metro", dataclass=MetroModelConfig)
+class MetroT5Model(BaseFairseqModel):
+    """Holds `MetroPretrainingModel` as `model`."""
+
+    def __init__(self, model: MetroPretrainingModel):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def build_model(cls, cfg: MetroModelConfig, task):
+        config = metro_t5_config(cfg, task.source_dictionary)
+        return cls(MetroPretrainingModel(config, auxiliary_config(cfg)))
+
+    def forward(
+        self,
+        src_tokens,
+        src_lengths,
+        prev_output_tokens,
+        original_ids,
+        is_masked,
+        sampling_seed,
+        objective: MetroObjective,
+        max_masked: int | None = None,
+        corrupted_ids=None,
+    ) -> MetroLosses:
+        if objective.rtd_weight > 0 and self.model.rtd_head is None:
+            raise ValueError(
+                f"rtd_loss_weight is {objective.rtd_weight} but the model has rtd_head none; set "
+                "model.rtd_head=simple (or roberta), or criterion.rtd_loss_weight=0"
+            )
+        return self.model(
+            src_tokens,
+            original_ids,
+            is_masked,
+            prev_output_tokens,
+            sampling_seed,
+            objective,
+            corrupted_ids=corrupted_ids,
+            max_masked=max_masked,
+        )
+
+    def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
+        """Rename checkpoints of the original; refuse those of another vocabulary."""
+        if is_fairseq_state(state_dict):
+            renamed = rename_fairseq_state(state_dict)
+            state_dict.clear()
+            state_dict.update({f"model.{key}": tensor for key, tensor in renamed.items()})
+        check_vocabulary(state_dict, self.model.config)
+
+    def max_positions(self) -> int:
+        return self.model.config.max_positions
+
+
+# An architecture is a model of its own, with its sizes as the defaults of its options: fairseq's
+# functions for architectures (`register_model_architecture`) are ignored by fairseq-hydra-train.
+
+
+@register_model("t5_metro_base_rpe", dataclass=MetroModelConfig)
+class MetroT5BaseModel(MetroT5Model):
+    pass
+
+
+@register_model("t5_metro_large_rpe", dataclass=MetroLargeModelConfig)
+class MetroT5LargeModel(MetroT5Model):
+    pass

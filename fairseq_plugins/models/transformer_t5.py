@@ -1,0 +1,74 @@
+"""Model `transformer_t5` and its architectures: METRO's main model alone, for T5 pretraining."""
+
+from dataclasses import dataclass
+
+from fairseq.models import BaseFairseqModel, register_model
+
+from fairseq_plugins.models._options import (
+    LARGE,
+    T5ModelConfig,
+    check_vocabulary,
+    metro_t5_config,
+)
+from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+
+
+@dataclass
+class T5LargeModelConfig(T5ModelConfig):
+    """Large size."""
+
+    encoder_embed_dim: int = LARGE["encoder_embed_dim"]
+    encoder_ffn_embed_dim: int = LARGE["encoder_ffn_embed_dim"]
+    encoder_layers: int = LARGE["encoder_layers"]
+    encoder_attention_heads: int = LARGE["encoder_attention_heads"]
+    encoder_rp_bins: int = LARGE["encoder_rp_bins"]
+    encoder_rp_max_dist: int = LARGE["encoder_rp_max_dist"]
+
+
+@register_model("transformer_t5", dataclass=T5ModelConfig)
+class TransformerT5Model(BaseFairseqModel):
+    """Holds `MetroT5ForConditionalGeneration` as `model`; returns logits for fairseq's criteria."""
+
+    def __init__(self, model: MetroT5ForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def build_model(cls, cfg: T5ModelConfig, task):
+        return cls(MetroT5ForConditionalGeneration(metro_t5_config(cfg, task.source_dictionary)))
+
+    def forward(self, src_tokens, src_lengths, prev_output_tokens):
+        """Logits (B, T, V)."""
+        output = self.model(
+            input_ids=src_tokens,
+            attention_mask=src_tokens.ne(self.model.config.pad_token_id),
+            decoder_input_ids=prev_output_tokens,
+            use_cache=False,
+        )
+        return output.logits
+
+    def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:
+        """Take the main model out of the original's checkpoints, and out of METRO's."""
+        state = rename_fairseq_state(state_dict) if is_fairseq_state(state_dict) else state_dict
+        state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
+        if any(key.startswith("main.") for key in state):
+            main = {key: tensor for key, tensor in state.items() if key.startswith("main.")}
+            state = {key.removeprefix("main."): tensor for key, tensor in main.items()}
+        state = {f"model.{key}": tensor for key, tensor in state.items()}
+        state_dict.clear()
+        state_dict.update(state)
+        check_vocabulary(state_dict, self.model.config)
+
+    def max_positions(self) -> int:
+        return self.model.config.max_positions
+
+
+@register_model("transformer_t5_base_rpe", dataclass=T5ModelConfig)
+class TransformerT5BaseModel(TransformerT5Model):
+    pass
+
+
+@register_model("transformer_t5_large_rpe", dataclass=T5LargeModelConfig)
+class TransformerT5LargeModel(TransformerT5Model):
+    pass

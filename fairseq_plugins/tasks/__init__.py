@@ -1,0 +1,3 @@
+"""Pretraining tasks: `t5_metro` and `t5`."""
+
+from fairseq_plugins.tasks import t5, t5_metro  # noqa: F401

@@ -1,0 +1,180 @@
+"""What both pretraining tasks share: options, vocabulary with sentinels, shards, guards."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask
+from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_METHOD_CHOICES
+from omegaconf import II, MISSING
+
+from fairseq_plugins.compat import stop
+from fairseq_plugins.data import PretrainingDataset, load_items
+from fairseq_plugins.loss_guard import LossGuard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainingConfig(FairseqDataclass):
+    data: str = field(
+        default=MISSING,
+        metadata={
+            "help": "folder with dict.txt and binarised splits; several shards: folders joined by "
+            "colons, one is read per epoch, in turn"
+        },
+    )
+    sample_break_mode: SAMPLE_BREAK_MODE_CHOICES = field(
+        default="none",
+        metadata={
+            "help": "none: blocks of exactly tokens-per-sample; complete: whole sentences; "
+            "complete_doc: whole sentences of one document; eos: one sentence"
+        },
+    )
+    tokens_per_sample: int = field(
+        default=512,
+        metadata={"help": "longest example, <s> included; also the number of sentinels"},
+    )
+    mask_prob: float = field(default=0.15, metadata={"help": "share of tokens that are masked"})
+    shorten_method: SHORTEN_METHOD_CHOICES = field(
+        default="none", metadata={"help": "what to do with items longer than an example"}
+    )
+    shorten_data_split_list: str = field(
+        default="", metadata={"help": 'splits to shorten, e.g. "train,valid"; empty: all'}
+    )
+    seed: int = II("common.seed")
+
+
+class PretrainingTask(FairseqTask):
+    """Base of the tasks `t5_metro` and `t5`."""
+
+    def __init__(self, cfg: PretrainingConfig, dictionary: Dictionary):
+        super().__init__(cfg)
+        if cfg.tokens_per_sample < 3:
+            raise ValueError(
+                f"tokens_per_sample is {cfg.tokens_per_sample}; an example needs room for <s>, "
+                "</s> and a token: use at least 3"
+            )
+        self.dictionary = dictionary
+        self.first_sentinel = len(dictionary)
+        for i in range(cfg.tokens_per_sample):
+            index = dictionary.add_symbol(f"<sen{i:03d}>")
+            if index != self.first_sentinel + i:
+                raise ValueError(
+                    f"dict.txt in {cfg.data} already holds <sen{i:03d}> (id {index}); sentinels "
+                    "are added by the task: remove them from dict.txt"
+                )
+        self.loss_guard = LossGuard()
+
+    @classmethod
+    def setup_task(cls, cfg: PretrainingConfig, **kwargs):
+        return cls(cfg, cls.read_dictionary(cfg.data))
+
+    @classmethod
+    def read_dictionary(cls, data: str) -> Dictionary:
+        """The vocabulary of the first shard; the other shards must have the same, or none."""
+        folders = utils.split_paths(data)
+        paths = [os.path.join(folder, "dict.txt") for folder in folders]
+        if not os.path.exists(paths[0]):
+            raise ValueError(
+                f"no dict.txt in the data folder {folders[0]}; it is written by "
+                "`metro prepare-text` and fairseq-preprocess: copy the one that the data was "
+                "binarised with, or check task.data"
+            )
+        with open(paths[0], "rb") as file:
+            first = file.read()
+        for path in paths[1:]:
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    if file.read() != first:
+                        raise ValueError(
+                            f"{path} differs from {paths[0]}; all shards must be binarised with "
+                            "the same vocabulary"
+                        )
+        dictionary = Dictionary.load(paths[0])
+        logger.info("dictionary: %s types", f"{len(dictionary):,}")
+        return dictionary
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
+        """Open one split; with several shards, the one of this epoch."""
+        folders = utils.split_paths(self.cfg.data)
+        path = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        splits = self.cfg.shorten_data_split_list
+        shorten = not splits or split in splits.split(",")
+        self.datasets[split] = PretrainingDataset(
+            load_items(path, self.dictionary, combine),
+            corrupt=self.corrupt,
+            collate=self.collate,
+            break_mode=str(self.cfg.sample_break_mode),
+            tokens_per_sample=self.cfg.tokens_per_sample,
+            crop=str(self.cfg.shorten_method) if shorten else "none",
+            bos=self.dictionary.bos(),
+            seed=self.cfg.seed,
+            name=path,
+        )
+
+    def corrupt(self, original_ids, random, index: int, epoch: int) -> dict:
+        raise NotImplementedError
+
+    def collate(self, examples: list[dict]) -> dict:
+        raise NotImplementedError
+
+    def get_batch_iterator(self, *args, **kwargs):
+        """As fairseq's, with new loader processes in every epoch.
+
+        fairseq keeps them alive with the data set of the first epoch inside, so with
+        num_workers > 0 (its default is 1) the masks of epoch 1 would be used for ever.
+        """
+        iterator = super().get_batch_iterator(*args, **kwargs)
+        iterator.reuse_dataloader = iterator.persistent_workers = False
+        return iterator
+
+    def build_model(self, cfg, from_checkpoint: bool = False):
+        model = super().build_model(cfg, from_checkpoint)
+        if self.cfg.tokens_per_sample > model.max_positions():
+            raise ValueError(
+                f"tokens_per_sample {self.cfg.tokens_per_sample} is larger than the model's "
+                f"max_positions {model.max_positions()}; lower the first or raise the second"
+            )
+        return model
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        loss, sample_size, logging_output = super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad
+        )
+        self.loss_guard.watch(loss, sample["id"])
+        # Summed over ranks with the other numbers, so that all ranks stop after the same update.
+        logging_output["stop_requests"] = int(stop.requested_here)
+        return loss, sample_size, logging_output
+
+    def optimizer_step(self, optimizer, model, update_num):
+        # fairseq has just waited for the gradient norm: looking at the losses costs no extra wait.
+        self.loss_guard.check(update_num)
+        super().optimizer_step(optimizer, model, update_num)
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        if sum(output.get("stop_requests", 0) for output in logging_outputs) > 0:
+            stop.agreed = True
+
+    def max_positions(self) -> int:
+        return self.cfg.tokens_per_sample
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    def _ids_and_sizes(self, examples: list[dict], num_tokens: int) -> dict:
+        return {
+            "id": torch.tensor([example["id"] for example in examples]),
+            "nsentences": len(examples),
+            "ntokens": num_tokens,
+        }
