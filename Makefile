@@ -49,11 +49,11 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 
 bench: $(STAMP)
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
-	  echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in $(filter-out common,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	  echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 demo: $(STAMP)
-	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT))
+	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo outputs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: isolated runs, peak memory, tables, and results as JSON.
 
-A benchmark is a script `benchmarks/<subject>.py` that prints a table and calls `write_result`; what
+A benchmark is a module `benchmarks/<subject>.py`, run from the root of the project as
+`python -m benchmarks.<subject>`. It prints a table and calls `write_results`; what
 it is compared with runs in the same call, on the same cores.
 """
 
@@ -49,7 +50,7 @@ def measure_isolated(function: Callable, *args: Any) -> Measured:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"{function.__name__}{args} died with exit code {process.exitcode}; its message is above"
+            f"{function.__name__}{args} died with code {process.exitcode}; its message is above"
         ) from None
     process.join()
     return measured
@@ -69,7 +70,7 @@ def results_folder() -> Path:
     return folder
 
 
-def write_result(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
+def write_results(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
     """Store the rows with the machine they were measured on in `<results>/<subject>.json`."""
     from metro.environment import inspect_environment
 

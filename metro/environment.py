@@ -1,6 +1,7 @@
-"""What this machine has: versions, devices, optional parts. Nothing here raises when parts are broken.
+"""What this machine has: versions, devices, optional parts.
 
-Used by `metro doctor` and by the benchmarks, which store it beside their numbers.
+Nothing here raises when parts are broken. `metro doctor` shows it, and benchmarks store it beside
+their numbers.
 """
 
 import importlib
@@ -9,7 +10,6 @@ import logging
 import os
 import platform
 import shutil
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -116,8 +116,6 @@ def inspect_environment() -> Environment:
         disk_free_gib=round(shutil.disk_usage(".").free / 2**30, 1),
         parts=parts,
     )
-    if sys.version_info < (3, 11):
-        environment.notes.append(f"Python {environment.python} is older than 3.11")
     _look_at_torch(environment)
     _look_at_fairseq(environment)
     return environment

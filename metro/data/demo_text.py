@@ -1,0 +1,115 @@
+"""Real English text that any machine with METRO has: the documentation in its Python packages.
+
+The standard library and the packages METRO needs carry many megabytes of explanations in their
+docstrings. They are read with `ast`, nothing is imported or run, and only paragraphs that look like
+prose are kept: one document per module, one line per paragraph. Enough to try a pretraining run
+without a network; for anything else take a corpus.
+"""
+
+import ast
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+# In this order, so that a short text is mostly about Python and mathematics.
+PACKAGES = ["numpy", "scipy", "sklearn", "sympy", "networkx", "matplotlib", "pandas", "torch"]
+SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "_vendor"}
+MIN_WORDS = 12
+LONGEST_MODULE = 3_000_000  # bytes; larger files are generated tables
+
+_ROLE = re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_+")
+_QUOTED = re.compile(r"`+([^`]*)`+_*")
+_LIST_MARK = re.compile(r"^(?:[-*+•]|\d+[.)]|\[\d+\])\s+")
+_WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*[,.;:!?)]*")
+_NO_PROSE = (">>>", "::", "---", "===", "+--", "|", "\\", "http", "{", "}", "<", "@", ".. ")
+
+
+def default_roots() -> list[Path]:
+    """The standard library's folder and those of the PACKAGES that are installed."""
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["stdlib"])]
+    roots += [Path(paths["purelib"]) / name for name in PACKAGES]
+    return [root for root in roots if root.is_dir()]
+
+
+def documents(roots: Iterable[Path]) -> Iterator[list[str]]:
+    """Paragraphs of one module at a time, in a fixed order; what was seen before is left out."""
+    seen: set[str] = set()
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            folders = path.relative_to(root).parts[:-1]
+            if SKIPPED_FOLDERS.intersection(folders) or path.stat().st_size > LONGEST_MODULE:
+                continue
+            fresh = [text for text in module_paragraphs(path) if text not in seen]
+            fresh = list(dict.fromkeys(fresh))
+            seen.update(fresh)
+            if fresh:
+                yield fresh
+
+
+def module_paragraphs(path: Path) -> list[str]:
+    """Prose in the string literals of a Python file, in the order of the file."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []  # templates and test files for broken syntax
+    strings = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value
+    ]
+    strings.sort(key=lambda node: (node.lineno, node.col_offset))
+    return [text for node in strings for text in prose_paragraphs(node.value)]
+
+
+def prose_paragraphs(docstring: str) -> list[str]:
+    """The paragraphs of a docstring that are English sentences, each as one line."""
+    kept = []
+    for block in re.split(r"\n\s*\n", docstring.expandtabs()):
+        lines = block.strip("\n").splitlines()
+        # "name : type" above an indented explanation, as in numpydoc's parameter lists
+        while len(lines) > 1 and _indent(lines[1]) > _indent(lines[0]):
+            lines.pop(0)
+        text = " ".join(line.strip() for line in lines)
+        text = _LIST_MARK.sub("", text)
+        text = _QUOTED.sub(r"\1", _LINK.sub(r"\1", _ROLE.sub(r"\1", text)))
+        text = re.sub(r"\s+", " ", text.replace("**", "")).strip()
+        if is_prose(text):
+            kept.append(text)
+    return kept
+
+
+def is_prose(text: str) -> bool:
+    """Whole sentences: a capital first, a full stop last, nearly all of it words."""
+    if not text[:1].isupper() or text[-1:] not in ".!?" or any(mark in text for mark in _NO_PROSE):
+        return False
+    words = text.split()
+    if len(words) < MIN_WORDS:
+        return False
+    return sum(bool(_WORD.fullmatch(word)) for word in words) >= 0.85 * len(words)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def write_demo_text(path: Path, num_bytes: int, roots: Iterable[Path] | None = None) -> int:
+    """Write about `num_bytes` of text, documents separated by an empty line; return the bytes."""
+    written = 0
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for paragraphs in documents(default_roots() if roots is None else roots):
+            document = "\n".join(paragraphs) + "\n\n"
+            file.write(document)
+            written += len(document.encode("utf-8"))
+            if written >= num_bytes:
+                break
+    if written == 0:
+        raise ValueError(
+            "no Python sources with documentation found to make a demonstration text from; "
+            'give a text of your own: make demo DEMO_TEXT="my.txt"'
+        )
+    temporary.replace(path)
+    return written

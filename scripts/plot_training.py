@@ -1,0 +1,113 @@
+"""Draw the losses of a pretraining run from its log (common.log_format=json).
+
+    python scripts/plot_training.py demo/pretraining.log demo/losses.png
+
+Takes the output of fairseq-train as well as the file of --log-file: whatever stands before the JSON
+object on a line is ignored. Interrupted and resumed runs are one curve.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+LOSSES = {
+    "generator_loss": "auxiliary model: masked language modelling",
+    "discriminator_loss": "main model: corrective language modelling",
+    "rtd_loss": "main model: replaced token detection",
+}
+
+
+class Curve(NamedTuple):
+    """One metric over the updates."""
+
+    updates: list[int]
+    values: list[float]
+
+
+def read_log(path: Path) -> dict[str, dict[str, Curve]]:
+    """Curves by split ("train", "valid") and metric name.
+
+    The last line about an update counts: fairseq repeats lines after the first epoch, and a resumed
+    run repeats the updates since its checkpoint.
+    """
+    points: dict[str, dict[str, dict[int, float]]] = {
+        "train": defaultdict(dict),
+        "valid": defaultdict(dict),
+    }
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        stats = parse_line(line)
+        if "valid_num_updates" in stats:
+            split, prefix = "valid", "valid_"
+        elif "num_updates" in stats:  # every log_interval updates
+            split, prefix = "train", ""
+        else:  # the mean over an epoch, which would be a second curve, or no statistics
+            continue
+        update = int(stats[f"{prefix}num_updates"])
+        for key, value in stats.items():
+            if key.startswith(prefix):
+                try:
+                    points[split][key.removeprefix(prefix)][update] = float(value)
+                except (TypeError, ValueError):
+                    pass
+    return {
+        split: {
+            name: Curve(*map(list, zip(*sorted(at.items()), strict=True)))
+            for name, at in metrics.items()
+        }
+        for split, metrics in points.items()
+    }
+
+
+def parse_line(line: str) -> dict:
+    """The statistics on a line of the log, {} if it holds none."""
+    start = line.find("{")
+    if start < 0 or "num_updates" not in line:
+        return {}
+    try:
+        stats = json.loads(line[start:])
+    except json.JSONDecodeError:
+        return {}
+    return stats if isinstance(stats, dict) else {}
+
+
+def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
+    """One panel per loss, training and validation in each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in LOSSES if name in curves["train"]]
+    if not names:
+        raise ValueError(
+            f"the log has none of {list(LOSSES)}: train with common.log_format=json and the "
+            "criterion t5_metro"
+        )
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.plot(*curves["train"][name], label="train", linewidth=1.2)
+        if name in curves["valid"]:
+            axis.plot(*curves["valid"][name], "o-", label="valid", markersize=4)
+        axis.set_title(f"{name}\n{LOSSES[name]}", fontsize=9)
+        axis.set_xlabel("updates")
+        axis.set_ylabel("bits per position")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("log", type=Path)
+    parser.add_argument("png", type=Path)
+    args = parser.parse_args()
+    draw(read_log(args.log), args.png)
+    print(f"written: {args.png}")
+
+
+if __name__ == "__main__":
+    main()
