@@ -1,0 +1,1 @@
+"""Data for pretraining and prompt-finetuning."""

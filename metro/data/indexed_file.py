@@ -1,0 +1,135 @@
+"""Writes fairseq's memory-mapped format, resumably: ``<split>.bin`` (ids) and ``<split>.idx``.
+
+``.bin`` is all ids, item after item. ``.idx`` is a header, the int32 size of every item, and the
+int64 byte offset of every item. The index needs all sizes, so they wait in ``<split>.sizes`` beside
+the data: memory stays flat whatever the number of items.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
+_SIZE_DTYPE, _POINTER_DTYPE = np.dtype("<i4"), np.dtype("<i8")
+_ITEMS_AT_ONCE = 1 << 20
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """The id type that fairseq chooses for a vocabulary of this size."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.uint32)
+
+
+class WritePosition(NamedTuple):
+    """How far a pair of files has been written."""
+
+    num_items: int
+    num_tokens: int
+
+
+START = WritePosition(0, 0)
+
+
+class IndexedFileWriter:
+    """Appends items to ``<prefix>.bin``; ``finish`` writes ``<prefix>.idx``.
+
+    Opened on files of an interrupted run it continues at ``position``: whatever lies behind it is
+    cut off.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype, position: WritePosition = START):
+        self.dtype = np.dtype(dtype)
+        self.num_items, self.num_tokens = position
+        self.bin_path, self.idx_path, self.sizes_path = (
+            prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".sizes")
+        )
+        self._bin = _open_at(self.bin_path, self.num_tokens * self.dtype.itemsize)
+        self._sizes = _open_at(self.sizes_path, self.num_items * _SIZE_DTYPE.itemsize)
+
+    @property
+    def position(self) -> WritePosition:
+        return WritePosition(self.num_items, self.num_tokens)
+
+    def append(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        """Add ``len(sizes)`` items whose ids stand in ``ids`` one after the other."""
+        assert ids.dtype == self.dtype and len(ids) == sizes.sum()
+        self._bin.write(ids.tobytes())
+        self._sizes.write(sizes.astype(_SIZE_DTYPE).tobytes())
+        self.num_items += len(sizes)
+        self.num_tokens += len(ids)
+
+    def flush(self) -> None:
+        """Make all appended items survive a crash of the machine."""
+        for file in (self._bin, self._sizes):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_last(self, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and sizes of the last ``num_items`` items."""
+        assert 0 <= num_items <= self.num_items
+        self._bin.flush()
+        self._sizes.flush()
+        skipped = (self.num_items - num_items) * _SIZE_DTYPE.itemsize
+        sizes = np.fromfile(self.sizes_path, _SIZE_DTYPE, offset=skipped)
+        first_token = self.num_tokens - int(sizes.sum())
+        ids = np.fromfile(self.bin_path, self.dtype, offset=first_token * self.dtype.itemsize)
+        return ids, sizes
+
+    def truncate(self, position: WritePosition) -> None:
+        """Cut off all items behind ``position``."""
+        self.num_items, self.num_tokens = position
+        for file, size in (
+            (self._bin, self.num_tokens * self.dtype.itemsize),
+            (self._sizes, self.num_items * _SIZE_DTYPE.itemsize),
+        ):
+            file.truncate(size)  # flushes first
+            file.seek(size)
+
+    def close(self) -> None:
+        self._bin.close()
+        self._sizes.close()
+
+    def finish(self) -> None:
+        """Write the index and close. The ``.sizes`` file stays, so this step can be repeated."""
+        self.flush()
+        self.close()
+        with self.idx_path.open("wb") as index, self.sizes_path.open("rb") as sizes_file:
+            index.write(
+                MAGIC + struct.pack("<QBQ", VERSION, _DTYPE_CODES[self.dtype], self.num_items)
+            )
+            for sizes in _read_parts(sizes_file):
+                index.write(sizes.tobytes())
+            sizes_file.seek(0)
+            start = 0
+            for sizes in _read_parts(sizes_file):
+                ends = start + np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+                starts = np.concatenate([np.array([start]), ends[:-1]])
+                index.write(starts.astype(_POINTER_DTYPE).tobytes())
+                start = int(ends[-1])
+            index.flush()
+            os.fsync(index.fileno())
+
+
+def _open_at(path: Path, num_bytes: int):
+    """Open for writing with exactly the first ``num_bytes`` kept."""
+    file = path.open("r+b" if path.exists() else "w+b")
+    found = file.seek(0, os.SEEK_END)
+    if found < num_bytes:
+        file.close()
+        raise ValueError(
+            f"{path} has {found} bytes where {num_bytes} were written before the interruption: "
+            "it was "
+            "changed since; start again with --overwrite"
+        )
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+def _read_parts(sizes_file):
+    while part := sizes_file.read(_ITEMS_AT_ONCE * _SIZE_DTYPE.itemsize):
+        yield np.frombuffer(part, _SIZE_DTYPE)

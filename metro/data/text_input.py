@@ -1,0 +1,228 @@
+"""Reads training text in chunks of complete lines: plain text, jsonl, .gz of both, data sets.
+
+Chunks come in order and can start at any earlier chunk's end, so a run that was interrupted goes on
+where it was. Nothing larger than a chunk, or than one line, is ever in memory.
+"""
+
+import gzip
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+HF_PREFIX = "hf:"
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+class ReadPosition(NamedTuple):
+    """A place between two lines of the inputs."""
+
+    source: int
+    """Index of the input."""
+    offset: int
+    """Bytes read of it (of the decompressed text), or records of a data set."""
+    line: int
+    """Lines or records before this place."""
+
+
+START = ReadPosition(0, 0, 0)
+
+
+class Skip(NamedTuple):
+    """A line that could not be used."""
+
+    line: int
+    reason: str
+
+
+class Chunk(NamedTuple):
+    """Some complete lines of one input."""
+
+    payload: bytes | list[str]
+    """Lines of a file, or whole documents of a data set."""
+    is_jsonl: bool
+    first_line: int
+    """Number of the first line, counted from 1."""
+    end: ReadPosition
+    bytes_on_disk: int
+    """How far into the file (the compressed one, if it is) this chunk ends."""
+    skips: tuple[Skip, ...] = ()
+    """Lines left out because of their length."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One ``--input``: a file, or ``hf:DATASET[:CONFIG]``."""
+
+    name: str
+
+    @property
+    def is_dataset(self) -> bool:
+        return self.name.startswith(HF_PREFIX)
+
+    @property
+    def is_gzip(self) -> bool:
+        return self.name.endswith(".gz")
+
+    @property
+    def is_jsonl(self) -> bool:
+        return self.name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+
+    def size(self) -> int | None:
+        """Bytes on disk, or None where nobody knows."""
+        return None if self.is_dataset else os.path.getsize(self.name)
+
+    def fingerprint(self) -> dict:
+        """What must not change between the parts of an interrupted run."""
+        if not self.is_dataset:
+            stat = os.stat(self.name)
+            return {"name": self.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        folder = Path(self.dataset_and_config()[0])
+        files = (
+            sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        )
+        stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+        return {
+            "name": self.name,
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        }
+
+    def dataset_and_config(self) -> tuple[str, str | None]:
+        dataset, _, config = self.name.removeprefix(HF_PREFIX).partition(":")
+        return dataset, config or None
+
+    def chunks(self, index: int, start: ReadPosition) -> Iterator[Chunk]:
+        """The chunks from ``start`` on; ``index`` is this source's place among the inputs."""
+        if self.is_dataset:
+            return _dataset_chunks(self, index, start)
+        return _file_chunks(self, index, start)
+
+
+def open_sources(names: list[str]) -> list[TextSource]:
+    """Check that every input can be read, before any work is done.
+
+    Raises:
+        FileNotFoundError: a file does not exist (all missing ones are named).
+        ValueError: no input, or a folder.
+    """
+    if not names:
+        raise ValueError("no input: give --input FILE")
+    sources = [TextSource(str(name)) for name in names]
+    paths = [Path(source.name) for source in sources if not source.is_dataset]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"no such input file: {', '.join(missing)}")
+    if folders := [str(path) for path in paths if path.is_dir()]:
+        raise ValueError(f"input is a folder, name the files in it: {', '.join(folders)}")
+    for path in paths:
+        path.open("rb").close()
+    return sources
+
+
+def read_chunks(sources: list[TextSource], start: ReadPosition = START) -> Iterator[Chunk]:
+    """All chunks of all sources in order, from ``start`` on."""
+    for index in range(start.source, len(sources)):
+        here = start if index == start.source else ReadPosition(index, 0, 0)
+        yield from sources[index].chunks(index, here)
+
+
+def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterator[Chunk]:
+    with open(source.name, "rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if source.is_gzip else raw
+        try:
+            stream.seek(start.offset)
+            for payload, skips, end in _split_lines(stream, index, start):
+                first_line, start = start.line + 1, end
+                yield Chunk(payload, source.is_jsonl, first_line, end, raw.tell(), skips)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{source.name} is not a complete gzip file ({error}); it reads well up to line "
+                f"{start.line}"
+            ) from None
+
+
+def _split_lines(stream: BinaryIO, index: int, start: ReadPosition):
+    """Yield (complete lines, skips, position behind them) until the stream ends.
+
+    What is skipped depends on a line's length alone, never on where a chunk begins.
+    """
+    offset, line = start.offset, start.line
+    parts: list[bytes] = []  # of a line that has not ended yet
+    length = 0  # of that line, also where it is too long to be kept
+    while True:
+        block = stream.read(CHUNK_BYTES)
+        newline = block.find(b"\n")
+        if block and newline < 0:
+            length += len(block)
+            parts = parts + [block] if length <= MAX_LINE_BYTES else []
+            continue
+        if not block and not length:
+            return
+        # The first line ends here: at the newline, or with the file.
+        first = length + newline if block else length
+        cut = block.rfind(b"\n") + 1
+        skips: tuple[Skip, ...] = ()
+        if first > MAX_LINE_BYTES:
+            skips = (Skip(line + 1, f"longer than {MAX_LINE_BYTES} bytes"),)
+            payload = block[newline + 1 : cut]
+            num_lines = 1 + payload.count(b"\n")
+        else:
+            payload = b"".join(parts) + block[:cut]
+            num_lines = payload.count(b"\n") + (not block)
+        if offset == 0:
+            payload = payload.removeprefix(_UTF8_BOM)
+        offset, line = offset + length + cut, line + num_lines
+        yield payload, skips, ReadPosition(index, offset, line)
+        parts, length = [block[cut:]], len(block) - cut
+
+
+def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterator[Chunk]:
+    records = iter(_load_dataset(source).skip(start.offset))
+    while True:
+        texts, num_chars = [], 0
+        for record in records:
+            text = record.get("text")
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{source.name}: record {start.line + len(texts) + 1} has no string field "
+                    "'text'; "
+                    f"its fields are {sorted(record)}"
+                )
+            texts.append(text)
+            num_chars += len(text)
+            if num_chars >= CHUNK_BYTES:
+                break
+        if not texts:
+            return
+        end = ReadPosition(index, start.offset + len(texts), start.line + len(texts))
+        yield Chunk(texts, False, start.line + 1, end, 0)
+        start = end
+
+
+def _load_dataset(source: TextSource):
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(
+            f"reading {source.name} needs the package datasets: pip install 'metro[train]'"
+        ) from None
+    dataset, config = source.dataset_and_config()
+    try:
+        return load_dataset(dataset, config, split="train", streaming=True)
+    except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
+        raise ValueError(f"cannot read {source.name}: {type(error).__name__}: {error}") from None
+
+
+def total_bytes(sources: list[TextSource]) -> int | None:
+    """Bytes on disk of all sources, or None where one is of unknown size."""
+    sizes = [source.size() for source in sources]
+    return None if None in sizes else sum(sizes)
+
+
+def bytes_before(sources: list[TextSource]) -> list[int]:
+    """Bytes on disk before each source, those of unknown size counted as none."""
+    return list(itertools.accumulate((source.size() or 0 for source in sources), initial=0))

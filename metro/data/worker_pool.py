@@ -1,0 +1,78 @@
+"""An ordered, bounded map over worker processes that notices dying workers, and dying parents."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+_CHUNKS_PER_WORKER = 2
+_function: Callable | None = None  # of this worker process
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    factory: Callable, arguments: tuple, items: Iterable, num_workers: int
+) -> Iterator[tuple]:
+    """Yield ``(item, factory(*arguments)(item))`` for all items, in their order.
+
+    The function is built once per worker. At most a few items per worker are read ahead, so memory
+    does not grow with their number. One worker means this process itself.
+
+    Raises:
+        RuntimeError: a worker died, for instance for want of memory.
+    """
+    if num_workers == 1:
+        function = factory(*arguments)
+        yield from ((item, function(item)) for item in items)
+        return
+    # fork starts in no time; it is safe because no thread exists yet when the pool starts.
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    pool = ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(factory, arguments, os.getpid())
+    )
+    pending: deque = deque()
+    try:
+        pool.submit(int).result()  # start the workers before `items` opens files or starts threads
+        for item in items:
+            pending.append((item, pool.submit(_call, item)))
+            if len(pending) >= num_workers * _CHUNKS_PER_WORKER + 1:
+                item, future = pending.popleft()
+                yield item, future.result()
+        while pending:
+            item, future = pending.popleft()
+            yield item, future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process died, perhaps for want of memory; run the same command again to "
+            "continue, "
+            "with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(factory: Callable, arguments: tuple, parent: int) -> None:
+    global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    _function = factory(*arguments)
+
+
+def _exit_with(parent: int) -> None:
+    """A killed parent cannot end its workers, so they watch it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _call(item):
+    return _function(item)
