@@ -1,4 +1,4 @@
-"""Fixtures of the plugin tests: a tiny binarised corpus, and fairseq's commands as users run them."""
+"""Fixtures of the plugin tests: a tiny binarised corpus, fairseq's commands as users run them."""
 
 import dataclasses
 import json

@@ -1,0 +1,299 @@
+"""Options become models: both entrances, every shipped configuration, original checkpoints."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fairseq import checkpoint_utils, options
+from fairseq.criterions import build_criterion
+from fairseq.data import Dictionary
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import build_model
+from fairseq.tasks import setup_task
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import fairseq_plugins
+from fairseq_plugins.models import _options, metro_t5
+from fairseq_plugins.tasks._pretraining import PretrainingTask
+
+CONFIGS = Path(fairseq_plugins.__file__).parent / "configs" / "pretraining"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PUBLISHED = {
+    "metro_t5_base_8gpus",
+    "metro_t5_base_64gpus",
+    "metro_t5_basepp_128gpus",
+    "metro_t5_largepp_256gpus",
+    "t5_base_8gpus",
+    "t5_base_64gpus",
+    "t5_basepp_64gpus",
+}
+
+
+def from_yaml(name: str, *overrides: str):
+    """A configuration as fairseq-hydra-train sees it after importing the user dir."""
+    GlobalHydra.instance().clear()
+    hydra_init(name)
+    with initialize_config_dir(str(CONFIGS), version_base="1.1"):
+        cfg = compose(name, overrides=list(overrides))
+    add_defaults(cfg)
+    OmegaConf.set_struct(cfg, False)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    add_defaults(cfg)
+    return cfg
+
+
+def from_command_line(data, *arguments: str):
+    """A configuration as fairseq-train sees it."""
+    parts = [part for argument in arguments for part in argument.split()]
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, [str(data), *parts])
+    return convert_namespace_to_omegaconf(args)
+
+
+class TinyDictionaryTask(PretrainingTask):
+    """Only what a model needs of a task: a small dictionary with sentinels."""
+
+    @classmethod
+    def build(cls, tokens_per_sample=512):
+        cfg = OmegaConf.create({"tokens_per_sample": tokens_per_sample, "data": "nowhere"})
+        return cls(cfg, Dictionary())
+
+
+@contextlib.contextmanager
+def without_memory():
+    """Build modules on the meta device: shapes, no numbers."""
+    with torch.device("meta"):
+        yield
+
+
+def sizes(model) -> dict:
+    config = model.model.config
+    return {
+        "encoder_embed_dim": config.d_model,
+        "encoder_ffn_embed_dim": config.d_ff,
+        "encoder_layers": config.num_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "encoder_attention_heads": config.num_heads,
+        "encoder_rp_bins": config.relative_attention_num_buckets,
+        "encoder_rp_max_dist": config.relative_attention_max_distance,
+        "dropout": config.dropout_rate,
+        "attention_dropout": config.attention_dropout_rate,
+        "activation_dropout": config.activation_dropout_rate,
+        "activation_fn": config.feed_forward_proj,
+        "max_positions": config.max_positions,
+    }
+
+
+BASE = {
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 12,
+    "encoder_rp_bins": 32,
+    "encoder_rp_max_dist": 128,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "activation_fn": "relu",
+    "max_positions": 1024,
+}
+SIZES = {"base": BASE, "large": {**BASE, **_options.LARGE, "decoder_layers": 24}}
+ARCHITECTURES = [
+    ("t5_metro_base_rpe", "base"),
+    ("t5_metro_large_rpe", "large"),
+    ("transformer_t5_base_rpe", "base"),
+    ("transformer_t5_large_rpe", "large"),
+]
+
+
+@pytest.mark.parametrize(("arch", "size"), ARCHITECTURES)
+def test_architecture_on_the_command_line_gives_its_sizes(arch, size, corpus):
+    cfg = from_command_line(corpus, f"--task t5_metro --arch {arch} --dropout 0.2")
+    assert cfg.model._name == arch
+    with without_memory():
+        model = build_model(cfg.model, TinyDictionaryTask.build())
+    assert sizes(model) == {**SIZES[size], "dropout": 0.2}
+
+
+@pytest.mark.parametrize(("arch", "size"), ARCHITECTURES)
+def test_architecture_in_yaml_gives_its_sizes(arch, size):
+    """fairseq's own architecture functions are ignored under hydra."""
+    cfg = from_yaml("t5_base_8gpus", f"model._name={arch}", "++model.decoder_layers=3")
+    with without_memory():
+        model = build_model(cfg.model, TinyDictionaryTask.build())
+    assert sizes(model) == {**SIZES[size], "decoder_layers": 3}
+
+
+def test_every_published_configuration_is_shipped():
+    assert PUBLISHED | {"metro_t5_tiny", "t5_tiny"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_of_a_shipped_configuration_arrives(name, corpus):
+    """Oracle: the YAML file itself."""
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    cfg = from_yaml(name, f"task.data={corpus}")
+    written["task"]["data"] = str(corpus)
+    del written["hydra"]
+    for group, values in written.items():
+        for option, value in values.items():
+            found = cfg[group][option]
+            if group == "model" and isinstance(value, bool) and isinstance(found, str):
+                found = found.lower() == "true"
+            value = str(value) if group == "optimizer" and option == "adam_betas" else value
+            assert found == (float(value) if isinstance(found, float) else value), option
+    assert cfg.lr_scheduler.total_num_update == written["optimization"]["max_update"]
+
+    task = setup_task(cfg.task)
+    criterion = build_criterion(cfg.criterion, task)
+    with without_memory():
+        model = task.build_model(cfg.model)
+    is_large = "large" in written["model"]["_name"]
+    expected = dict(SIZES["large" if is_large else "base"])
+    expected.update((k, v) for k, v in written["model"].items() if k in expected)
+    if "tiny" in name:
+        expected["decoder_layers"] = expected["encoder_layers"]
+    assert sizes(model) == expected
+    assert model.model.config.vocab_size == len(task.dictionary)
+    if not name.startswith("metro"):
+        return
+    auxiliary = model.model.auxiliary
+    assert len(auxiliary.encoder.block) == written["model"]["generator_layers"]
+    rates = {m.p for m in auxiliary.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates <= {0.0}
+    assert auxiliary.encoder.embed_tokens is model.model.main.encoder.embed_tokens
+    shares_positions = auxiliary.encoder.pos_embed is model.model.main.encoder.pos_embed
+    plusplus_base = name == "metro_t5_basepp_128gpus"
+    assert shares_positions == plusplus_base
+    assert hasattr(model.model.rtd_head, "dense") == ("pp" in name)
+    objective = criterion.objective
+    assert (objective.rtd_weight, objective.positions) == (50.0, "lm")
+    assert objective.weighted_lm == ("pp" not in name)
+
+
+def test_published_facts_of_the_configurations():
+    """What the publication states, so that a slip in a file is seen."""
+    facts = {
+        "metro_t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
+        "metro_t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
+        "metro_t5_basepp_128gpus": (8192, [0.0002], 2000000, [1], 2.0),
+        "metro_t5_largepp_256gpus": (2048, [0.0001], 2000000, [2], 2.0),
+        "t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
+        "t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
+        "t5_basepp_64gpus": (8192, [0.0002], 2000000, [2], 2.0),
+    }
+    for name, expected in facts.items():
+        cfg = from_yaml(name)
+        step = cfg.optimization
+        found = (cfg.dataset.max_tokens, step.lr, step.max_update, step.update_freq, step.clip_norm)
+        assert found == expected, name
+        assert cfg.common.bf16 == ("pp" in name) != cfg.common.fp16
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, "simple"), ("True", "simple"), ("true", "simple"), (False, "none"), ("roberta",) * 2],
+)
+def test_rtd_head_may_be_a_boolean(value, expected):
+    assert metro_t5.choice("rtd_head", value, metro_t5.RTD_HEADS, if_true="simple") == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("rtd_head=bert", "rtd_head is 'bert'; use one of none, simple, roberta"),
+        ("share_generator_discriminator_embed=all", "'all'; use one of none, token, token_pos"),
+        ("generator_sample_mode=often", "sample_mode is 'often'; use one of train, eval"),
+        ("no_generator=true", "no_generator is true.*task t5 with model transformer_t5_base_rpe"),
+        ("decoder_embed_dim=32", "encoder_embed_dim is 128 but decoder_embed_dim is 32"),
+        ("decoder_attention_heads=2", "heads is 4 but decoder_attention_heads is 2"),
+        ("encoder_attention_heads=5", "128 is not divisible by encoder_attention_heads 5"),
+        ("max_positions=64", "tokens_per_sample 128 is larger than the model's max_positions 64"),
+    ],
+)
+def test_bad_model_options_are_refused(option, message, corpus):
+    cfg = from_yaml("metro_t5_tiny", f"task.data={corpus}", f"++model.{option}")
+    task = setup_task(cfg.task)
+    with pytest.raises(ValueError, match=message), without_memory():
+        task.build_model(cfg.model)
+
+
+def test_rtd_loss_without_a_head_is_refused(corpus):
+    cfg = from_yaml("metro_t5_tiny", f"task.data={corpus}", "model.rtd_head=none")
+    task = setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    sample = task.dataset("train").collater([task.dataset("train")[0]])
+    with pytest.raises(ValueError, match="rtd_loss_weight is 50.0 but the model has rtd_head none"):
+        criterion(model, sample)
+
+
+@pytest.mark.parametrize("name", ["metro_tiny_a", "metro_tiny_b", "metro_tiny_r", "t5_tiny_c"])
+def test_checkpoints_of_the_original_load_with_their_real_depth(name, testdata):
+    """Their configuration states the generator's depth (1) as encoder_layers."""
+    path = testdata / f"golden/checkpoints/{name}.pt"
+    data = str(testdata / "golden/wiki2tiny-bin")
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
+        [str(path)], arg_overrides={"data": data}
+    )
+    assert sizes(models[0])["encoder_layers"] == 2
+    key = "main.shared.weight" if "metro" in name else "shared.weight"
+    original = torch.load(path, weights_only=True)["model"]["encoder.embed_tokens.weight"]
+    assert torch.equal(models[0].model.state_dict()[key], original)
+
+
+@pytest.mark.parametrize(("letter", "name"), [("a", "metro_tiny_a"), ("c", "t5_tiny_c")])
+def test_logged_metrics_equal_those_of_the_original(letter, name, testdata):
+    """Oracle: two half batches through the original's training, as it printed their averages."""
+    import json
+
+    import numpy as np
+    from fairseq.logging import metrics
+
+    golden = json.loads((testdata / f"golden/forward_{letter}.json").read_text())
+    arrays = np.load(testdata / f"golden/forward_{letter}.npz")
+    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(testdata / f"golden/checkpoints/{name}.pt")],
+        arg_overrides={"data": str(testdata / "golden/wiki2tiny-bin")},
+    )
+    criterion = build_criterion(cfg.criterion, task, from_checkpoint=True)
+    if letter == "a":
+        every_position = {**vars(criterion.objective), "positions": "none"}
+        all_scored = type(criterion.objective)(**every_position)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    dataset.set_epoch(3)
+    outputs, unscored = [], []
+    model = models[0].eval()
+    for half in (0, 1):
+        indices = arrays["sample_indices"][3 * half : 3 * half + 3]
+        sample = dataset.collater([dataset[i] for i in indices])
+        if letter == "a":
+            corrupted = torch.from_numpy(arrays[f"half{half}_replaced_input"]).long()
+            sample["net_input"]["corrupted_ids"] = corrupted
+            losses = model(**sample["net_input"], objective=all_scored)
+            unscored.append(losses.unreplaced_num_correct)
+        _, _, output = task.valid_step(sample, model, criterion)
+        outputs.append(output)
+        expected = golden["two_half_batches"]["logging_outputs"][half]
+        for key in expected.keys() - {"unreplaced_n_correct", "ntokens"}:
+            assert float(output[key]) == pytest.approx(float(expected[key]), rel=1e-5), key
+    with metrics.aggregate(new_root=True) as aggregate:
+        task.reduce_metrics(outputs, criterion)
+    found = aggregate.get_smoothed_values()
+    # Here accuracy at unreplaced positions is over masked ones; the others are over what they were.
+    different = {"wps", "wpb", "unreplaced_n_correct", "unreplaced_accuracy"}
+    for key, value in golden["two_half_batches"]["reduced_metrics"].items():
+        if key not in different:
+            assert float(found[key]) == pytest.approx(value, abs=2e-3), key
+    if letter == "a":
+        assert (
+            int(sum(unscored))
+            == golden["two_half_batches"]["reduced_metrics"]["unreplaced_n_correct"]
+        )
