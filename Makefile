@@ -49,8 +49,9 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 
 bench: $(STAMP)
-	@for name in $(filter-out common,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
-	  echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for file in $$(grep -l write_results benchmarks/*.py | grep -v common.py); do \
+	  name=$$(basename $$file .py); echo "== benchmarks.$$name"; \
+	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT)) $(ARGS)

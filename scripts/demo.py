@@ -1,14 +1,16 @@
 """Pretrain a small METRO model on this machine: `make demo`.
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
--> `fairseq-hydra-train` -> curves. Each step prints its command, as one would type it. Stopped at
-any moment and started again it goes on where it was; everything lies in demo/.
+-> `fairseq-hydra-train` -> curves. Every step prints its command, as one would type it. Stopped at
+any moment and started again, it goes on where it was; everything lies in demo/.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,78 +25,77 @@ from metro.data.demo_text import write_demo_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
-CONFIGS = Path("fairseq_plugins/configs/pretraining")
-CONFIG = "metro_t5_tiny"
+CONFIGS = "fairseq_plugins/configs/pretraining"
 TEXT_BYTES = 6_000_000
 VOCAB_SIZE = 4000
-NUM_UPDATES = 500
-VALIDATE_EVERY = 100
+NUM_UPDATES = 300
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--text", nargs="+", help="plain text files, an empty line between documents"
-    )
-    parser.add_argument("--updates", type=int, default=NUM_UPDATES)
+    parser.add_argument("--text", nargs="+", help="plain text, an empty line between documents")
+    parser.add_argument("--updates", type=int, default=NUM_UPDATES, help=f"default {NUM_UPDATES}")
     args = parser.parse_args()
     texts = [str(Path(text).resolve()) for text in args.text or []]
     os.chdir(ROOT)  # so that the printed commands are those to type
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         run(texts, args.updates)
     except KeyboardInterrupt:
         console.print("\nstopped; `make demo` goes on from here")
         return 130
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error:[/] {error}")
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
         return 2
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]failed with status {error.returncode}:[/] {shlex.join(error.cmd)}")
+        command = shlex.join(error.cmd)
+        console.print(f"failed ({error.returncode}): {command}", style="red", markup=False)
         return 1
     return 0
 
 
 def run(texts: list[str], num_updates: int) -> None:
     start = time.time()
+    data, log = DEMO / "data", DEMO / "pretraining.log"
     DEMO.mkdir(exist_ok=True)
     remember_inputs(texts)
+
+    step("1/4 text")
     texts = texts or [make_text()]
-    data = DEMO / "data"
-    console.rule("2/4 text to data", align="left")
-    call("metro", "prepare-text", *input_options(texts), "--out", str(data), *PREPARE_OPTIONS)
-    console.rule("3/4 pretraining", align="left")
-    log = DEMO / "pretraining.log"
+    step("2/4 text to data")
+    inputs = [part for text in texts for part in ("--input", text)]
+    sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
+    subprocess.run(
+        command("metro", "prepare-text", *inputs, "--out", str(data), *sizes), check=True
+    )
+    step("3/4 pretraining")
     pretrain(data, log, num_updates)
-    console.rule("4/4 curves", align="left")
+    step("4/4 curves")
     curves = read_log(log)
     draw(curves, DEMO / "losses.png")
     console.print(f"drawn: {DEMO / 'losses.png'}")
-    console.rule("done", align="left")
+    step("done")
     report(curves, data, time.time() - start)
 
 
-PREPARE_OPTIONS = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
-
-
-def input_options(texts: list[str]) -> list[str]:
-    return [part for text in texts for part in ("--input", text)]
+def step(title: str) -> None:
+    console.rule(f"[bold]{title}", align="left")
 
 
 def remember_inputs(texts: list[str]) -> None:
-    """A folder belongs to one text."""
+    """The folder belongs to one text."""
     path = DEMO / "inputs.json"
-    if path.exists() and json.loads(path.read_text()) != texts:
+    if path.exists() and (earlier := json.loads(path.read_text())) != texts:
         raise ValueError(
-            f"{DEMO} was made from {json.loads(path.read_text()) or 'the default text'}, not "
+            f"{DEMO}/ was made from {earlier or 'the default text'}, not from "
             f"{texts or 'the default text'}: remove it first (rm -r {DEMO})"
         )
     path.write_text(json.dumps(texts))
 
 
 def make_text() -> str:
-    console.rule("1/4 text", align="left")
     path = DEMO / "english.txt"
     if path.exists():
         console.print(f"{path} is there")
@@ -106,93 +107,102 @@ def make_text() -> str:
 
 
 def command(name: str, *options: str) -> list[str]:
-    """A console script of this environment, whether it is activated or not."""
-    console.print(f"[bold]$ {name} {shlex.join(options)}[/]")
+    """A console script of this environment, activated or not; shown as one would type it."""
+    console.print(f"$ {shlex.join([name, *options])}", style="bold", markup=False)
     return [str(Path(sysconfig.get_path("scripts")) / name), *options]
 
 
-def call(name: str, *options: str) -> None:
-    subprocess.run(command(name, *options), check=True)
-
-
 def pretrain(data: Path, log: Path, num_updates: int) -> None:
-    """Run fairseq and turn its JSON lines into a progress bar; all it says is kept in the log."""
-    checkpoints = (DEMO / "checkpoints").resolve()
+    """Run fairseq with its messages in the log, and show the log's numbers as a progress bar."""
     argv = command(
         "fairseq-hydra-train",
-        *("--config-dir", str(CONFIGS.resolve()), "--config-name", CONFIG),
-        f"task.data={data.resolve()}",
-        f"checkpoint.save_dir={checkpoints}",
+        *("--config-dir", CONFIGS, "--config-name", "metro_t5_tiny"),
+        f"task.data={data}",
+        f"checkpoint.save_dir={DEMO}/checkpoints",
         f"optimization.max_update={num_updates}",
-        f"dataset.validate_interval_updates={VALIDATE_EVERY}",
-        f"checkpoint.save_interval_updates={VALIDATE_EVERY}",
-        "common.log_format=json",
-        "common.log_interval=10",
-        f"hydra.run.dir={(DEMO / 'hydra').resolve()}",
     )
     console.print(f"all messages: {log}")
-    bar = Progress(
-        TextColumn("update"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-        console=console,
-    )
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    with (
-        log.open("a", encoding="utf-8") as file,
-        bar,
-        subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        ) as process,
-    ):
-        task = bar.add_task("", total=num_updates, losses="starting")
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            stats = parse_line(line)
-            if "num_updates" in stats:
-                losses = "  ".join(f"{name} {stats[name]}" for name in LOSSES if name in stats)
-                bar.update(task, completed=int(stats["num_updates"]), losses=losses)
-        if process.wait() == 0:
-            bar.update(task, completed=num_updates)
+    with log.open("a", encoding="utf-8") as file:
+        try:
+            # The training inherits the lock with its output and holds it as long as it lives.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a training still writes to {log}: wait for it, or stop it") from None
+        position = file.tell()
+        process = subprocess.Popen(
+            argv,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"},
+            start_new_session=True,  # Ctrl-C comes here, and the training is asked to save
+        )
+        try:
+            follow(process, log, position, num_updates)
+        except KeyboardInterrupt:
+            console.print("\nstopping after the current update, and saving ...")
+            process.terminate()
+            process.wait()
+            raise
     if process.returncode:
-        tail = log.read_text(encoding="utf-8").splitlines()[-15:]
-        console.print("\n".join(tail), markup=False)
+        console.print("\n".join(read_from(log, position).splitlines()[-15:]), markup=False)
         raise subprocess.CalledProcessError(process.returncode, argv)
+
+
+def follow(process: subprocess.Popen, log: Path, position: int, num_updates: int) -> None:
+    """Show progress until the training ends."""
+    columns = [TextColumn("update"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.fields[losses]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=num_updates, losses="starting")
+        shown = 0
+        running = True
+        while running:
+            running = process.poll() is None
+            time.sleep(0.2)
+            for line in reversed(read_from(log, position).splitlines(keepends=True)):
+                stats = parse_line(line)
+                if line.endswith("\n") and "num_updates" in stats:
+                    break
+            else:
+                continue
+            updates = int(stats["num_updates"])
+            losses = "  ".join(f"{name} {stats[name]}" for name in LOSSES if name in stats)
+            bar.update(task, completed=updates, losses=losses)
+            if not console.is_terminal and updates >= shown + 50:
+                shown = updates
+                console.print(f"update {updates}/{num_updates}  {losses}")
+
+
+def read_from(path: Path, position: int) -> str:
+    with path.open("rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
 
 
 def report(curves, data: Path, seconds: float) -> None:
     """What was done, in numbers, and what to type next."""
     train, valid = curves["train"], curves["valid"]
-    updates = train["generator_loss"].updates[-1]
+    console.print("loss in bits         training            validation")
     for name, meaning in LOSSES.items():
-        values = train[name].values
-        line = f"{name:19} {values[0]:7.3f} -> {values[-1]:7.3f} (train)"
-        if name in valid:
-            line += f"  {valid[name].values[0]:7.3f} -> {valid[name].values[-1]:7.3f} (valid)"
-        console.print(f"{line}  {meaning}")
+        line = f"{name:19}"
+        for curve in (train.get(name), valid.get(name)):
+            ends = f"{curve.values[0]:6.3f} -> {curve.values[-1]:6.3f}" if curve else "-"
+            line += f"  {ends:18}"
+        console.print(f"{line}  {meaning}", markup=False)
+    tokens = (data / "train.bin").stat().st_size // 2  # ids of 2 bytes
     console.print(
-        f"{updates} updates of METRO on {num_tokens(data):,} tokens of text, "
-        f"{seconds / 60:.1f} minutes this time"
+        f"{train['loss'].updates[-1]} updates of METRO on {tokens:,} tokens of text; "
+        f"this call took {seconds / 60:.1f} minutes."
     )
-    overrides = f"task.data=$PWD/{data} checkpoint.save_dir=$PWD/{DEMO}/checkpoints"
     console.print(
-        "\nWhat next:\n"
-        f"  the curves           {DEMO}/losses.png\n"
-        "  train on             make demo ARGS='--updates 2000'\n"
-        "  your own text        rm -r demo; make demo DEMO_TEXT=my.txt\n"
-        "  this machine         .venv/bin/metro doctor\n"
-        "  the published model  .venv/bin/fairseq-hydra-train "
-        f"--config-dir $PWD/{CONFIGS} --config-name metro_t5_base_8gpus {overrides}",
+        "\nNext:\n"
+        f"  look at the curves      {DEMO}/losses.png\n"
+        "  train longer            make demo ARGS='--updates 1000'\n"
+        f"  take your own text      rm -r {DEMO}; make demo DEMO_TEXT=my.txt\n"
+        "  see what is installed   .venv/bin/metro doctor\n"
+        "  pretrain METRO-base     README.md, section Pretraining",
         markup=False,
     )
-
-
-def num_tokens(data: Path) -> int:
-    """Tokens in the training split, from the size of its index of 2-byte ids."""
-    return (data / "train.bin").stat().st_size // 2
 
 
 if __name__ == "__main__":

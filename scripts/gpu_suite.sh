@@ -43,7 +43,9 @@ if [ -n "${WHEELS:-}" ]; then
     PATH=$SCRATCH/site/bin:$PATH
 fi
 
-benchmarks=$(for file in benchmarks/[a-z]*.py; do basename "$file" .py; done | grep -vx common)
+benchmarks=$(for file in $(grep -l write_results benchmarks/*.py); do
+    basename "$file" .py
+done | grep -vx common)
 for name in ${*:-device tests $benchmarks}; do
     case $name in
     device) part device "$PYTHON" -m metro.cli.main doctor ;;
