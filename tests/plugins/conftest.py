@@ -45,7 +45,7 @@ def write_corpus(folder: Path, num_documents: int) -> None:
 
 
 TINY = [
-    "--user-dir fairseq_plugins --encoder-embed-dim 16 --encoder-ffn-embed-dim 32",
+    f"--user-dir {ROOT / 'fairseq_plugins'} --encoder-embed-dim 16 --encoder-ffn-embed-dim 32",
     "--encoder-layers 1 --encoder-attention-heads 2 --max-positions 64",
     "--tokens-per-sample 32 --sample-break-mode complete_doc --shorten-method random_crop",
     "--shorten-data-split-list train --skip-invalid-size-inputs-valid-test --max-tokens 256",
@@ -58,11 +58,46 @@ T5 = [
     "--task t5 --arch transformer_t5_base_rpe --criterion label_smoothed_cross_entropy",
     "--report-accuracy",
 ]
+NO_DROPOUT = "--dropout 0 --attention-dropout 0"
+
+
+def configure(data: Path, *arguments: str):
+    """A configuration as fairseq-train makes it of its command line."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_plugins  # noqa: F401
+
+    parts = [part for argument in arguments for part in argument.split()]
+    args = options.parse_args_and_arch(options.get_training_parser(), [str(data), *parts])
+    return convert_namespace_to_omegaconf(args)
+
+
+@pytest.fixture
+def train(corpus, caplog):
+    """fairseq-train of a tiny model inside this process; returns what it logged.
+
+    `train(save, *options, kind=METRO, data=corpus)`
+    """
+    import fairseq_cli.train
+    from fairseq import checkpoint_utils
+
+    def run_here(save, *arguments, kind=METRO, data=corpus) -> "Result":
+        cfg = configure(data, *TINY, *kind, f"--save-dir {save}", *arguments)
+        for function in (checkpoint_utils.save_checkpoint, fairseq_cli.train.should_stop_early):
+            vars(getattr(function, "__wrapped__", function)).pop("best", None)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fairseq_cli.train.main(cfg)
+        records = caplog.get_records("call")
+        return Result(0, "\n".join(f"| {r.name} | {r.getMessage()}" for r in records))
+
+    return run_here
 
 
 @dataclasses.dataclass
 class Result:
-    """A finished command."""
+    """A finished run."""
 
     code: int
     text: str
@@ -82,36 +117,27 @@ def environment(**extra: str) -> dict:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def command(name: str, *options: str, processes: int = 0) -> list[str]:
-    """Argument list of one of fairseq's commands, under torchrun where `processes` is given."""
+def start(name: str, *options: str, processes: int = 0) -> subprocess.Popen:
+    """One of fairseq's commands, under torchrun where `processes` is given."""
     program = [sys.executable, str(Path(sys.executable).parent / name)]
     if processes:
         torchrun = "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint localhost:0"
         program = [sys.executable, *torchrun.split(), f"--nproc_per_node={processes}", program[1]]
-    return program + [part for option in options for part in option.split()]
-
-
-def start(name: str, *options: str, processes: int = 0, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command(name, *options, processes=processes),
+        program + [part for option in options for part in option.split()],
         cwd=ROOT,
-        env=environment(**variables),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(name: str, *options: str, processes: int = 0, code: int | None = 0, **variables) -> Result:
-    process = start(name, *options, processes=processes, **variables)
+def run(name: str, *options: str, processes: int = 0, code: int | None = 0) -> Result:
+    process = start(name, *options, processes=processes)
     text = process.communicate(timeout=240)[0]
     assert code is None or process.returncode == code, text[-6000:]
     return Result(process.returncode, text)
-
-
-def train(data: Path, save: Path, *options: str, kind=METRO, **kwargs) -> Result:
-    """fairseq-train of a tiny model."""
-    return run("fairseq-train", str(data), *TINY, *kind, f"--save-dir {save}", *options, **kwargs)
 
 
 def load(path: Path) -> dict:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils
 from fairseq.criterions import build_criterion
 from fairseq.data import Dictionary
 from fairseq.dataclass.initialize import add_defaults, hydra_init
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import build_model
 from fairseq.tasks import setup_task
 from hydra import compose, initialize_config_dir
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 import fairseq_plugins
 from fairseq_plugins.models import _options, metro_t5
 from fairseq_plugins.tasks._pretraining import PretrainingTask
+from tests.plugins.conftest import configure
 
 CONFIGS = Path(fairseq_plugins.__file__).parent / "configs" / "pretraining"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -45,14 +45,6 @@ def from_yaml(name: str, *overrides: str):
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     add_defaults(cfg)
     return cfg
-
-
-def from_command_line(data, *arguments: str):
-    """A configuration as fairseq-train sees it."""
-    parts = [part for argument in arguments for part in argument.split()]
-    parser = options.get_training_parser()
-    args = options.parse_args_and_arch(parser, [str(data), *parts])
-    return convert_namespace_to_omegaconf(args)
 
 
 class TinyDictionaryTask(PretrainingTask):
@@ -114,7 +106,7 @@ ARCHITECTURES = [
 
 @pytest.mark.parametrize(("arch", "size"), ARCHITECTURES)
 def test_architecture_on_the_command_line_gives_its_sizes(arch, size, corpus):
-    cfg = from_command_line(corpus, f"--task t5_metro --arch {arch} --dropout 0.2")
+    cfg = configure(corpus, f"--task t5_metro --arch {arch} --dropout 0.2")
     assert cfg.model._name == arch
     with without_memory():
         model = build_model(cfg.model, TinyDictionaryTask.build())

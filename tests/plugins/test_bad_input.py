@@ -1,0 +1,93 @@
+"""Mistakes that users make: each is refused with the value and what to do."""
+
+import shutil
+
+import pytest
+from fairseq.data import Dictionary
+from omegaconf import OmegaConf
+
+from fairseq_plugins.tasks.t5_metro import T5MetroConfig, T5MetroTask
+from tests.plugins.conftest import write_corpus
+from tests.plugins.test_data import build_task
+
+
+def test_data_folder_without_dictionary(tmp_path):
+    with pytest.raises(ValueError, match=f"no dict.txt in the data folder {tmp_path}; it is writ"):
+        build_task("t5_metro", tmp_path)
+
+
+def test_missing_split_names_the_file(corpus):
+    task = build_task("t5_metro", corpus, 32)
+    with pytest.raises(FileNotFoundError, match="no data at .*test.idx; check task.data"):
+        task.load_dataset("test")
+
+
+def test_empty_shard(corpus, tmp_path):
+    write_corpus(tmp_path / "empty", num_documents=0)
+    task = build_task("t5_metro", f"{corpus}:{tmp_path / 'empty'}", 32)
+    task.load_dataset("train", epoch=1)
+    with pytest.raises(ValueError, match=r"empty/train.bin is empty .*leave this shard out of"):
+        task.load_dataset("train", epoch=2)
+
+
+def test_shard_with_nothing_but_document_ends(corpus, tmp_path):
+    import numpy as np
+    import torch
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    shutil.copy(corpus / "dict.txt", tmp_path)
+    builder = MMapIndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=np.uint16)
+    for _ in range(3):
+        builder.add_item(torch.tensor([2]))
+    builder.finalize(str(tmp_path / "train.idx"))
+    task = build_task("t5_metro", tmp_path, 32)
+    with pytest.raises(ValueError, match="holds 3 items but not one block of text"):
+        task.load_dataset("train")
+
+
+def test_shards_of_different_vocabularies(corpus, tmp_path):
+    write_corpus(tmp_path / "other", num_documents=1)
+    (tmp_path / "other/dict.txt").write_text("[MASK] 1\nword 1\n")
+    with pytest.raises(ValueError, match="other/dict.txt differs from .*same vocabulary"):
+        build_task("t5_metro", f"{corpus}:{tmp_path / 'other'}", 32)
+
+
+def test_shards_are_read_in_turn(corpus, tmp_path):
+    write_corpus(tmp_path / "other", num_documents=7)
+    task = build_task("t5", f"{corpus}:{tmp_path / 'other'}", 32)
+    lengths = []
+    for epoch in (1, 2, 3):
+        task.load_dataset("train", epoch=epoch)
+        lengths.append(len(task.dataset("train")))
+    assert lengths[0] == lengths[2] > lengths[1] > 0
+
+
+def test_dictionary_that_already_has_sentinels(tmp_path):
+    (tmp_path / "dict.txt").write_text("[MASK] 1\n<sen000> 1\n")
+    with pytest.raises(ValueError, match="already holds <sen000>"):
+        build_task("t5_metro", tmp_path, 32)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("mask_stdev", 1.0, "mask_stdev is 1.0; .* set it to 0"),
+        ("tokens_per_sample", 2, "tokens_per_sample is 2; .*use at least 3"),
+    ],
+)
+def test_task_options_out_of_range(option, value, message):
+    cfg = OmegaConf.structured(T5MetroConfig)
+    cfg.data, cfg.seed = "nowhere", 1
+    cfg[option] = value
+    with pytest.raises(ValueError, match=message):
+        T5MetroTask(cfg, Dictionary())
+
+
+def test_checkpoint_of_another_vocabulary(train, tmp_path):
+    """The reason must not hide behind fairseq's "please ensure that the architectures match"."""
+    write_corpus(tmp_path / "data", num_documents=20)
+    train(tmp_path / "save", "--max-update 1", data=tmp_path / "data")
+    with (tmp_path / "data/dict.txt").open("a") as file:
+        file.write("further 1\nwords 1\n")
+    with pytest.raises(ValueError, match="vocabulary of 132 entries .* task one of 134 .*dict.txt"):
+        train(tmp_path / "save", "--max-update 2", data=tmp_path / "data")

@@ -1,0 +1,106 @@
+"""The repairs of fairseq that the training tests do not reach."""
+
+import argparse
+import io
+import os
+
+import pytest
+import torch
+from fairseq import options
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
+
+from fairseq_plugins import compat
+from tests.plugins.conftest import METRO, TINY, configure
+
+TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+
+
+@pytest.fixture
+def training(corpus, monkeypatch):
+    """Distributed options of a plain command line; no launcher in the environment."""
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_")) or name in {*TORCHRUN, "LOCAL_RANK"}:
+            monkeypatch.delenv(name)
+    return configure(corpus, *TINY, *METRO)
+
+
+def test_applying_the_repairs_twice_changes_nothing():
+    before = (Trainer.train_step, options.parse_args_and_arch, distributed_utils.call_main)
+    compat.apply()
+    after = (Trainer.train_step, options.parse_args_and_arch, distributed_utils.call_main)
+    assert before == after
+
+
+def test_torchrun_is_joined(training, monkeypatch):
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = training.distributed_training
+    distributed_utils.infer_init_method(cfg)
+    assert (cfg.distributed_world_size, cfg.distributed_rank, cfg.device_id) == (2, 1, 1)
+    assert cfg.distributed_init_method == "env://" and cfg.distributed_no_spawn
+
+
+def test_torchrun_with_another_world_size_is_refused(training, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    training.distributed_training.distributed_world_size = 4
+    with pytest.raises(ValueError, match="world_size is 4 but torchrun started 2 .*leave"):
+        distributed_utils.infer_init_method(training.distributed_training)
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_separate_copies_on_a_cluster_are_refused(training, monkeypatch, variable):
+    """One GPU per node: fairseq's world size is 1 and every node would train its own model."""
+    monkeypatch.setenv(variable, "16")
+    with pytest.raises(ValueError, match=f"16 processes .{variable}.*Start torchrun once per node"):
+        distributed_utils.infer_init_method(training.distributed_training)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("init_method", [None, "tcp://localhost:12345"])
+def test_spawning_without_gpus_is_refused(training, init_method):
+    """With an init method fairseq spawned no process, trained nothing and returned 0."""
+    training.distributed_training.distributed_world_size = 2
+    training.distributed_training.distributed_init_method = init_method
+    with pytest.raises(ValueError, match="shows no GPU.*torchrun --nproc_per_node 2"):
+        distributed_utils.call_main(training, lambda cfg: pytest.fail("started"))
+
+
+def test_alone_means_alone(training):
+    distributed_utils.infer_init_method(training.distributed_training)
+    assert training.distributed_training.distributed_init_method is None
+    assert training.distributed_training.distributed_world_size == 1
+
+
+def test_configurations_can_be_read_from_checkpoints_without_executing_code():
+    tree = OmegaConf.create({"a": [1, 2.5, None, True], "b": {"c": "text", "d": "${a}"}})
+    saved = {"cfg": tree, "args": argparse.Namespace(lr=[0.1], arch="t5_metro")}
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert loaded["cfg"] == tree and loaded["args"] == saved["args"]
+
+
+def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("not supported")
+
+    (tmp_path / "a.pt").write_bytes(b"new")
+    (tmp_path / "b.pt").write_bytes(b"old")
+    (tmp_path / "b.pt.tmp").write_bytes(b"left by a killed run")
+    monkeypatch.setattr(os, "link", no_links)
+    compat.link_or_copy(str(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]
+    assert (tmp_path / "b.pt").read_bytes() == b"new"
+    (tmp_path / "a.pt").write_bytes(b"x")
+    assert (tmp_path / "b.pt").read_bytes() == b"new"
+
+
+def test_crash_files_are_never_resumed_from(tmp_path):
+    for name in ("crash.pt", "checkpoint_last.pt", "checkpoint_1_2.pt.tmp", "checkpoint_1_2.pt"):
+        (tmp_path / name).write_bytes(b"")
+    found = compat.newest_checkpoints(str(tmp_path), besides="checkpoint_last.pt")
+    assert [os.path.basename(path) for path in found] == ["checkpoint_1_2.pt"]

@@ -1,0 +1,243 @@
+"""Training as a user runs it: several processes, stopping, resuming, crashing, validating."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
+
+from tests.plugins.conftest import (
+    METRO,
+    NO_DROPOUT,
+    ROOT,
+    T5,
+    TINY,
+    assert_equal_runs,
+    load,
+    run,
+    start,
+)
+
+LAST = "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    """One process, two accumulation steps, 6 updates, no dropout."""
+    save = tmp_path_factory.mktemp("reference")
+    options = [*TINY, *METRO, NO_DROPOUT, f"--save-dir {save} --update-freq 2 --max-update 6"]
+    run("fairseq-train", str(corpus), *options)
+    return load(save / LAST)
+
+
+def test_two_processes_train_the_model_of_one(corpus, tmp_path, reference):
+    """Also when resumed, and with both kinds of gradient averaging."""
+    options = [str(corpus), *TINY, *METRO, NO_DROPOUT, f"--save-dir {tmp_path}"]
+    run("fairseq-train", *options, "--max-update 3", processes=2)
+    resumed = run("fairseq-train", *options, "--max-update 6 --ddp-backend legacy_ddp", processes=2)
+    assert "training on 2 devices" in resumed.text
+    assert "(epoch 1 @ 3 updates)" in resumed.text
+    assert_equal_runs(load(tmp_path / LAST), reference)
+
+
+def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, reference):
+    """fairseq-hydra-train imports the user dir after deciding that it runs alone."""
+    options = [
+        f"--config-dir {ROOT}/fairseq_plugins/configs/pretraining --config-name metro_t5_tiny",
+        f"task.data={corpus} checkpoint.save_dir={tmp_path} task.tokens_per_sample=32",
+        "model.encoder_embed_dim=16 model.encoder_ffn_embed_dim=32 model.encoder_layers=1",
+        "model.encoder_attention_heads=2 model.max_positions=64 ++model.dropout=0",
+        "++model.attention_dropout=0 model.generator_zero_dropout=false dataset.max_tokens=256",
+        "++criterion.weighted_lm_loss=false lr_scheduler.warmup_updates=2",
+        "++lr_scheduler.total_num_update=40 common.log_interval=1 ++dataset.num_workers=0",
+    ]
+    run("fairseq-hydra-train", *options, "optimization.max_update=3", processes=2)
+    resumed = run("fairseq-hydra-train", *options, "optimization.max_update=6", processes=2)
+    assert "training on 2 devices" in resumed.text
+    assert "(epoch 1 @ 3 updates)" in resumed.text
+    assert_equal_runs(load(tmp_path / LAST), reference)
+
+
+@pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
+def test_a_resumed_run_is_bit_exact_with_dropout(train, tmp_path, kind):
+    """20 updates cross the end of an epoch; the run stops in the middle of the first one."""
+    whole = train(tmp_path / "whole", "--max-update 20", kind=kind)
+    train(tmp_path / "halves", "--max-update 7", kind=kind)
+    resumed = train(tmp_path / "halves", "--max-update 20", kind=kind)
+    assert max(line["epoch"] for line in whole.logged("train_inner")) == 2
+    assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "halves" / LAST))
+    losses = [line["loss"] for line in whole.logged("train_inner")]
+    assert losses[7:] == [line["loss"] for line in resumed.logged("train_inner")]
+
+
+def test_all_published_metrics_are_logged(train, tmp_path):
+    line = train(tmp_path, "--max-update 1").logged("train_inner")[0]
+    published = "loss nll_loss ppl generator_loss discriminator_loss rtd_loss replace_ratio"
+    accuracies = "generator replaced unreplaced rtd_replaced rtd_unreplaced"
+    expected = {*published.split(), *(f"{name}_accuracy" for name in accuracies.split())}
+    assert expected <= line.keys()
+
+
+def test_a_finished_job_started_again_trains_no_further_update(train, tmp_path):
+    train(tmp_path, "--max-update 3")
+    before = load(tmp_path / LAST)
+    again = train(tmp_path, "--max-update 3")
+    assert "nothing to do: 3 of 3 updates are already done" in again.text
+    assert not again.logged("train_inner")
+    assert_equal_runs(before, load(tmp_path / LAST))
+
+
+def test_fairseq_validate_agrees_with_the_training_log(train, corpus, tmp_path):
+    """All but speed and batch size, which fairseq-validate sums up where training averages."""
+    logged = train(tmp_path, "--max-update 4").logged("valid")[-1]
+    validated = run(
+        "fairseq-validate",
+        f"{corpus} --user-dir fairseq_plugins --task t5_metro --path {tmp_path / LAST}",
+        "--max-tokens 256 --required-batch-size-multiple 8 --log-format json --cpu",
+        "--skip-invalid-size-inputs-valid-test --num-workers 0",
+    ).logged("valid")[-1]
+    for name, value in validated.items():
+        if name not in {"epoch", "valid_wps", "valid_wpb", "valid_bsz"}:
+            assert float(value) == pytest.approx(float(logged[name]), abs=2e-3, nan_ok=True), name
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+def test_sigterm_saves_and_the_resumed_run_is_bit_exact(train, tmp_path, monkeypatch):
+    train(tmp_path / "whole", "--max-update 6")
+    step = Trainer.train_step
+
+    def step_and_terminate(self, samples, raise_oom=False):
+        if self.get_num_updates() == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, samples, raise_oom)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_terminate)
+        stopped = train(tmp_path / "stopped", "--max-update 6")
+    assert "stopped after update 3" in stopped.text
+    assert not stopped.logged("valid")
+    assert signal.getsignal(signal.SIGTERM) == before
+    train(tmp_path / "stopped", "--max-update 6")
+    assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
+
+
+def test_sigterm_to_torchrun_saves_one_checkpoint_of_all_processes(corpus, tmp_path):
+    options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
+    process = start("fairseq-train", str(corpus), *options, processes=2)
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if '"num_updates": "3"' in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    seen += process.communicate(timeout=60)[0]
+    assert "stopped after update" in seen, seen[-4000:]
+    updates = load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"]
+    assert f"stopped after update {updates};" in seen
+
+
+# --- crashing -----------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_loadable_last_checkpoint(tmp_path):
+    """A child process saves again and again and is killed; each time the newest file must load."""
+    last, other = str(tmp_path / LAST), str(tmp_path / "checkpoint_1_2.pt")
+    state = {"extra_state": {"train_iterator": {}}, "optimizer_history": [{"num_updates": 0}]}
+    checkpoint_utils.torch_persistent_save(state, last)
+    for delay in (0.02, 0.05, 0.09, 0.14, 0.2):
+        child = os.fork()
+        if child == 0:
+            for count in range(10_000):
+                big = {**state, "count": count, "model": {"w": torch.zeros(500_000)}}
+                checkpoint_utils.torch_persistent_save(big, other)
+                checkpoint_utils.PathManager.copy(other, last, overwrite=True)
+            os._exit(0)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        load(tmp_path / LAST)
+        if os.path.exists(other):
+            load(tmp_path / "checkpoint_1_2.pt")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_loads(train, tmp_path, damage):
+    options = "--max-update 4 --save-interval-updates 2 --disable-validation"
+    train(tmp_path, options)
+    whole = load(tmp_path / LAST)
+    assert (tmp_path / "checkpoint_1_2.pt").exists() and (tmp_path / "checkpoint_1_4.pt").exists()
+    # the newest one is damaged too, as after a disk that ran full
+    content = (tmp_path / LAST).read_bytes()
+    (tmp_path / "checkpoint_1_4.pt").unlink()
+    (tmp_path / LAST).unlink()
+    if damage != "missing":
+        keep = 0 if damage == "empty" else len(content) // 2
+        (tmp_path / LAST).write_bytes(content[:keep])
+        (tmp_path / "checkpoint_1_4.pt").write_bytes(content[:keep])
+    resumed = train(tmp_path, options)
+    said = "IS MISSING. CONTINUING FROM" if damage == "missing" else "IS DAMAGED"
+    assert said in resumed.text and "checkpoint_1_2.pt" in resumed.text
+    assert [line["num_updates"] for line in resumed.logged("train_inner")] == ["3", "4"]
+    assert_equal_runs(whole, load(tmp_path / LAST))
+
+
+def test_last_checkpoint_alone_and_damaged_is_refused(train, tmp_path):
+    tmp_path.joinpath(LAST).write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged .* remove it to start again"):
+        train(tmp_path, "--max-update 1")
+
+
+def test_a_checkpoint_with_foreign_code_is_not_executed(train, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "evil.pt"
+    torch.save({"cfg": None, "model": {}, "extra": Evil()}, path)
+    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+        train(tmp_path / "save", f"--max-update 1 --restore-file {path}")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_turns_nan_stops_the_run_naming_update_and_examples(
+    train, tmp_path, monkeypatch
+):
+    seen = []
+    step = Trainer.train_step
+
+    def record(self, samples, raise_oom=False):
+        seen.append([sample["id"].tolist() for sample in samples])
+        if len(seen) == 2:
+            with torch.no_grad():
+                self.get_model().model.main.lm_head.weight.fill_(float("nan"))
+        return step(self, samples, raise_oom)
+
+    monkeypatch.setattr(Trainer, "train_step", record)
+    with pytest.raises(FloatingPointError, match="loss of update 2 is NaN or infinite") as error:
+        train(tmp_path, "--max-update 5 --update-freq 2")
+    assert all(str(ids) in str(error.value) for ids in seen[1])
+    assert len(seen) == 2
+
+
+def test_nan_gradients_with_finite_losses_name_update_and_examples(train, tmp_path, monkeypatch):
+    step = Trainer.clip_grad_norm
+    monkeypatch.setattr(Trainer, "clip_grad_norm", lambda self, n: step(self, n) * float("nan"))
+    with pytest.raises(FloatingPointError, match="update 1 failed .*losses of this process are"):
+        train(tmp_path, "--max-update 5")
+
+
+def test_bf16_on_the_command_line_trains(train, tmp_path):
+    """fairseq would look for a TPU."""
+    lines = train(tmp_path, "--max-update 2 --bf16").logged("train_inner")
+    assert len(lines) == 2
+
+
+def test_fp16_without_gpu_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="fp16 is true but the run is on CPU"):
+        train(tmp_path, "--max-update 1 --fp16")
