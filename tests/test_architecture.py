@@ -117,7 +117,7 @@ def absolute_sibling_imports(root: Path) -> list[str]:
 
 
 def long_files_without_reason(root: Path) -> list[str]:
-    """Files over MOST_LINES whose module docstring does not say why they have more than 400 lines."""
+    """Files whose module docstring does not say why they have "more than 400 lines"."""
     wrong = []
     for path in python_files(root, "metro", "fairseq_plugins", "scripts", "benchmarks"):
         source = path.read_text(encoding="utf-8")

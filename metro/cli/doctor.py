@@ -32,15 +32,17 @@ def show(environment) -> None:
     console.print(f"METRO {environment.metro}, Python {environment.python}, {environment.platform}")
     console.print(
         f"CPU   {environment.cpu}, {environment.cores} cores, {environment.memory_gib} GiB memory, "
-        f"{environment.disk_free_gib} GiB disk free here"
+        f"{environment.disk_free_gib} GiB disk free here",
+        soft_wrap=True,
     )
     for gpu in environment.gpus:
         console.print(
             f"GPU   {gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}, "
             f"CUDA {environment.cuda}"
         )
-    if not environment.gpus:
-        console.print(f"GPU   none (torch built for {environment.cuda or 'CPU'})")
+    if not environment.gpus and not any(part.name == "torch" for part in environment.missing):
+        built_for = f"CUDA {environment.cuda}" if environment.cuda else "CPU"
+        console.print(f"GPU   none (torch is built for {built_for})")
 
     table = Table("part", "version", "used for", "state", box=None, pad_edge=False)
     for part in environment.parts:
