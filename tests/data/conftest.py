@@ -1,0 +1,21 @@
+"""A text and a vocabulary trained on it, for the tests of text preparation."""
+
+from pathlib import Path
+
+import pytest
+
+from metro.data.corpus import prepare_text
+from tests.data.prepared import random_text, silent
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(random_text(0, 3000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def vocab(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vocab") / "vocab"
+    return prepare_text([text], folder, train_vocab=150, num_workers=1, say=silent).folder

@@ -1,0 +1,52 @@
+"""Helpers of the tests of text preparation: invented text, short calls, readers by definition."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from metro.data.corpus import prepare_text
+
+ALL_FILES = ("dict.txt", "sp.model", "train.bin", "train.idx", "valid.bin", "valid.idx")
+
+
+def random_text(seed: int, num_lines: int) -> str:
+    """Lines of invented words with punctuation; about every tenth is empty."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(300)]
+    marks = ["{}", "{}", "{}", "{},", "{}.", "({})", "“{}”", "{}'s", "{}☃", "É{}"]
+    lines = [
+        " ".join(rng.choice(marks).format(rng.choice(words)) for _ in range(rng.randint(1, 20)))
+        for _ in range(num_lines)
+    ]
+    return "".join("\n" if rng.random() < 0.1 else line + "\n" for line in lines)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def prepare(inputs, out, vocab, **settings):
+    """With defaults that make a test quick, and what the user was told."""
+    said = []
+    settings = {"num_workers": 1, "valid_fraction": 0, **settings}
+    result = prepare_text([*map(str, inputs)], out, vocab=vocab, say=said.append, **settings)
+    return result, "\n".join(said)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The output, without the manifest (which holds times of the input files)."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+
+
+def items_of(prefix: Path) -> list[list[int]]:
+    """Read .bin/.idx by their definition."""
+    index = prefix.with_suffix(".idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\x00\x00" and index[17] == 8
+    count = int.from_bytes(index[18:26], "little")
+    sizes = np.frombuffer(index, "<i4", count, 26)
+    starts = np.frombuffer(index, "<i8", count, 26 + 4 * count)
+    ids = np.fromfile(prefix.with_suffix(".bin"), "<u2")
+    items = [ids[a // 2 : a // 2 + n].tolist() for a, n in zip(starts, sizes, strict=True)]
+    assert sum(map(len, items)) == len(ids)
+    return items
