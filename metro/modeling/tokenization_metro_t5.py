@@ -1,0 +1,138 @@
+"""The METRO-T5 tokenizer for Hugging Face: the normaliser and vocabulary of ``text_metro_t5``.
+
+Text -> ``<s> ids </s>``; two texts -> ``<s> a </s></s> b </s>``. Behind the ids of ``dict.txt``
+come the sentinels ``<sen000>``, ``<sen001>``, ...; they are part of the vocabulary, and like any
+other text when they are written out in an input, as they were in training.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import AddedToken, PreTrainedTokenizer
+
+from .text_metro_t5 import (
+    BOS_ID,
+    EOS_ID,
+    NUM_SPECIAL_IDS,
+    PAD_ID,
+    UNK_ID,
+    Vocabulary,
+    normalize_text,
+)
+
+VOCAB_FILES_NAMES = {"vocab_file": "sp.model", "dict_file": "dict.txt"}
+
+
+class MetroT5Tokenizer(PreTrainedTokenizer):
+    """Reads the tokenizer files of released METRO-T0 folders and of our own exports.
+
+    Args:
+        vocab_file: ``sp.model``.
+        dict_file: ``dict.txt``, in the same folder; it must number the same pieces alike.
+        lower: fold to lower case.
+        n_sentinel_tokens: how many sentinels follow the vocabulary.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str,
+        dict_file: str,
+        lower: bool = True,
+        n_sentinel_tokens: int = 512,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        clean_up_tokenization_spaces: bool = True,
+        **kwargs,
+    ):
+        if Path(vocab_file).parent != Path(dict_file).parent:
+            raise ValueError(f"{vocab_file} and {dict_file} must lie in one folder")
+        self.lower, self.n_sentinel_tokens = lower, n_sentinel_tokens
+        self.vocabulary = Vocabulary.from_folder(Path(vocab_file).parent)
+        processor = self.vocabulary.processor
+        self._tokens = [str(bos_token), str(pad_token), str(eos_token), str(unk_token)]
+        self._tokens += processor.id_to_piece(list(range(NUM_SPECIAL_IDS, len(self.vocabulary))))
+        self._tokens += [f"<sen{number:03d}>" for number in range(n_sentinel_tokens)]
+        self._ids = {token: number for number, token in enumerate(self._tokens)}
+        # Given by id, so that they keep their way with blanks, also in what older versions saved.
+        special = {
+            index: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+            for index, token in enumerate(self._tokens[:NUM_SPECIAL_IDS])
+        }
+        super().__init__(
+            bos_token=special[BOS_ID],
+            pad_token=special[PAD_ID],
+            eos_token=special[EOS_ID],
+            unk_token=special[UNK_ID],
+            cls_token=str(cls_token),
+            sep_token=str(sep_token),
+            lower=lower,
+            n_sentinel_tokens=n_sentinel_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            added_tokens_decoder={**kwargs.pop("added_tokens_decoder", {}), **special},
+            **kwargs,
+        )
+        self._update_trie()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids with special ones and sentinels: the size of the models' embedding."""
+        return len(self._tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        pieces = self.vocabulary.processor.encode(normalize_text(text, self.lower), out_type=str)
+        return pieces or [""]  # of blanks alone; as in training it counts as one unknown token
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, UNK_ID)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._tokens[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens).replace("▁", " ").strip()
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        ids = [BOS_ID, *token_ids_0, EOS_ID]
+        return ids if token_ids_1 is None else [*ids, EOS_ID, *token_ids_1, EOS_ID]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        if already_has_special_tokens:
+            return [int(index in self.all_special_ids) for index in token_ids_0]
+        mask = [1, *[0] * len(token_ids_0), 1]
+        return mask if token_ids_1 is None else [*mask, 1, *[0] * len(token_ids_1), 1]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """The models have no token types: all 0."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Copy ``sp.model`` and ``dict.txt``."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        written = []
+        for name in VOCAB_FILES_NAMES.values():
+            source, target = self.vocabulary.folder / name, Path(save_directory) / (prefix + name)
+            if not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
+            written.append(str(target))
+        return tuple(written)
