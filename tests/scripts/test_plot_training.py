@@ -1,0 +1,58 @@
+"""Curves from a training log: every way fairseq writes it, interruptions, and a picture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_training.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from plot_training import Curve, draw, read_log  # noqa: E402
+
+
+def train(update: int, value: float) -> str:
+    stats = {"epoch": 1, "num_updates": str(update), "lr": "0.1"}
+    losses = ("loss", "generator_loss", "discriminator_loss", "rtd_loss")
+    return json.dumps(stats | {name: str(value) for name in losses})
+
+
+def valid(update: int, value: float) -> str:
+    stats = {"epoch": 1, "valid_num_updates": str(update), "valid_best_loss": "oops"}
+    return json.dumps(stats | {"valid_generator_loss": str(value)})
+
+
+LINES = [
+    "2026-01-01 00:00:00 | INFO | fairseq_cli.train | task: {'not': json, 'num_updates': 3}",
+    f"2026-01-01 00:00:01 | INFO | train_inner | {train(10, 4.0)}",
+    f"[2026-01-01 00:00:02,000][train_inner][INFO] - {train(20, 3.0)}",
+    f"[2026-01-01 00:00:03,000][valid][INFO] - {valid(20, 3.5)}",
+    json.dumps({"epoch": 1, "train_num_updates": "20", "train_generator_loss": "9.0"}),
+    train(20, 3.0),  # fairseq repeats lines in its log file
+    train(30, 2.5),
+    train(20, 2.9),  # a run resumed from update 10
+    '{"epoch": 1, "num_updates": "4',  # cut off
+]
+
+
+def test_every_form_of_a_line_is_read_and_the_last_word_on_an_update_counts(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("\n".join(LINES))
+    curves = read_log(log)
+    assert curves["train"]["generator_loss"] == Curve([10, 20, 30], [4.0, 2.9, 2.5])
+    assert curves["valid"]["generator_loss"] == Curve([20], [3.5])
+    assert "best_loss" not in curves["valid"]
+
+
+def test_picture_is_drawn(tmp_path):
+    (tmp_path / "log").write_text("\n".join(LINES))
+    argv = [sys.executable, SCRIPT, tmp_path / "log", tmp_path / "losses.png"]
+    subprocess.run(argv, check=True, capture_output=True)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_log_without_losses_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "log").write_text("nothing\n")
+    with pytest.raises(ValueError, match="log_format=json"):
+        draw(read_log(tmp_path / "log"), tmp_path / "losses.png")
