@@ -35,7 +35,7 @@ EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {
 }
 OPTIONAL_PACKAGES = ("fairseq", "fairseq_cli", "hydra", "omegaconf", "triton", "datasets")
 MOST_LINES = 400
-MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|opt|mnt|scratch|data|tmp)/[\w.-]+")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|scratch)/[\w.-]+")
 
 
 class Import(NamedTuple):
@@ -292,8 +292,7 @@ def test_file_rules_catch_violations(tmp_path):
         tmp_path,
         {
             "metro/data/long.py": lines,
-            "metro/data/excused.py": '"""A table.\n\nWhy more than 400 lines: it lists all tasks.\n"""\n'
-            + lines,
+            "metro/data/excused.py": '"""A table.\n\nWhy more than 400 lines: so.\n"""\n' + lines,
             "scripts/run.sh": f"cd {somewhere}\n",
         },
     )
