@@ -38,8 +38,9 @@ def prepare_text(
 ) -> None:
     """Turn text into the binarised data that pretraining reads.
 
-    Normalises, encodes with SentencePiece, and writes train, valid, dict.txt and sp.model. Run the
-    same command again to continue after an interruption.
+    Writes train, valid, dict.txt and sp.model into one folder.
+
+    Run the same command again to continue after an interruption.
     """
     from rich.console import Console
     from rich.progress import (

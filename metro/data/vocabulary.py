@@ -16,6 +16,7 @@ from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
 SAMPLE_BYTES = 256 << 20
 MAX_WORDS = 4_000_000
 _COVERAGE = {"nmt_nfkc_cf": 0.999995, "nmt_nfkc": 0.999999}  # of the published 32k and 64k models
+_LEAST_COVERAGE = 0.98  # that SentencePiece takes
 _NUM_THREADS = 8  # sums depend on it, so it is fixed whatever the machine has
 
 
@@ -101,4 +102,4 @@ def _coverage(counts: Counter[str], size: int, published: float) -> float:
             chars[char] += count
     frequencies = sorted(chars.values(), reverse=True)
     total, covered = sum(frequencies), sum(frequencies[: size // 2])
-    return published if total == 0 else min(published, covered / total)
+    return max(_LEAST_COVERAGE, min(published, covered / max(total, 1)))

@@ -298,13 +298,24 @@ def test_trained_vocabulary_has_the_published_layout_and_is_the_same_each_time(
     assert (vocabulary.encode("ÉTA", lower) == vocabulary.encode("éta", lower)) == lower
 
 
-def test_vocabulary_size_that_the_text_cannot_fill_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "size, remedy", [(5000, "the largest that this text allows is"), (3, "SentencePiece: ")]
+)
+def test_vocabulary_size_that_does_not_fit_the_text_is_refused(tmp_path, size, remedy):
     (tmp_path / "small.txt").write_text("some few words\n")
-    with pytest.raises(
-        ValueError, match=r"vocabulary of 5000 pieces on 3 distinct words: the largest"
-    ):
-        prepare_text([tmp_path / "small.txt"], tmp_path / "out", train_vocab=5000, num_workers=1)
+    message = f"vocabulary of {size} pieces on 3 distinct words: {remedy}"
+    with pytest.raises(ValueError, match=message):
+        prepare_text([tmp_path / "small.txt"], tmp_path / "out", train_vocab=size, num_workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["small.txt"]
+
+
+def test_small_vocabulary_gives_up_rare_characters(tmp_path):
+    """Oracle: a vocabulary of 60 ids cannot hold 300 characters, and is trained all the same."""
+    rare = " ".join(chr(0x4E00 + number) for number in range(300))
+    (tmp_path / "text.txt").write_text(random_text(6, 3000) + rare, encoding="utf-8")
+    result, _ = prepare([tmp_path / "text.txt"], tmp_path / "out", None, train_vocab=60)
+    assert result.manifest["counts"]["vocab_size"] == 60
+    assert result.manifest["counts"]["unknown_tokens"] >= 250
 
 
 def test_command_writes_a_folder_and_says_what_is_in_it(text, vocab, tmp_path):
