@@ -1,8 +1,9 @@
 """Parameter names: the original's fairseq checkpoints and METRO's models, as one invertible table.
 
-The original's names are those of its ``generator`` (auxiliary model), ``encoder`` / ``decoder`` (main
-model) and ``rtd_head``; METRO's are those of :class:`metro.pretraining.model.MetroPretrainingModel`,
-whose ``main`` part has the names of the released Hugging Face folders.
+The original's names are those of its ``generator`` (auxiliary model), ``encoder`` / ``decoder``
+(main model) and ``rtd_head``; METRO's are those of
+:class:`metro.pretraining.model.MetroPretrainingModel`, whose ``main`` part has the names of the
+released Hugging Face folders.
 """
 
 import re
@@ -51,7 +52,7 @@ OTHER_PARAMETERS = {
 }
 
 DROPPED = re.compile(r"(.*\.)?version$|generator\.lm_head\.weight$")
-"""Names that carry nothing: fairseq's version markers, and the auxiliary head's alias of its embedding."""
+"""Names that carry nothing: version markers, and the auxiliary head's alias of its embedding."""
 
 
 def metro_name(fairseq_name: str) -> str | None:
@@ -76,7 +77,8 @@ def metro_name(fairseq_name: str) -> str | None:
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
         if layer and layer[2] in LAYER_PARAMETERS:
             last = 2 if prefix == "decoder" else 1
-            return f"{new_prefix}.block.{layer[1]}.{LAYER_PARAMETERS[layer[2]].format(last=last)}.{kind}"
+            new_name = LAYER_PARAMETERS[layer[2]].format(last=last)
+            return f"{new_prefix}.block.{layer[1]}.{new_name}.{kind}"
     raise ValueError(
         f"{fairseq_name!r} is not a parameter of METRO or T5; is this checkpoint of another model?"
     )

@@ -1,33 +1,37 @@
-"""Configuration of METRO-T5, with the field names of Hugging Face T5 and of the released METRO-T0 folders."""
+"""Configuration of METRO-T5, with the field names of Hugging Face T5 and of the released models."""
 
 from transformers import PretrainedConfig
 
 
 class MetroT5Config(PretrainedConfig):
-    """Sizes and constants of a METRO-T5 encoder-decoder (Gong et al., ACL 2023, section 4 and appendix A).
+    """Sizes and constants of METRO-T5 (Gong et al., ACL 2023, section 4 and appendix A).
 
-    Post-LayerNorm Transformer with learned absolute positions in encoder and decoder, a LayerNorm after
-    the embedding, and a bucketed relative position bias per encoder layer (none in the decoder). All
-    embeddings and the output projection are one matrix.
+    Post-LayerNorm Transformer with learned absolute positions in encoder and decoder, a LayerNorm
+    after the embedding, and a bucketed relative position bias per encoder layer (none in the
+    decoder). All embeddings and the output projection are one matrix.
 
     Args:
         vocab_size: entries of the vocabulary, special symbols and sentinels included.
         d_model: width of the hidden states.
-        d_kv: width of one attention head; ``num_heads * d_kv`` equals ``d_model`` in all released models.
+        d_kv: width of one attention head; ``num_heads * d_kv`` equals ``d_model`` in all released
+            models.
         d_ff: width of the feed-forward layer.
         num_layers: encoder layers.
         num_decoder_layers: decoder layers; ``None`` means as many as the encoder has.
         num_heads: attention heads of every attention.
         relative_attention_num_buckets: rows of each relative position bias table.
         relative_attention_max_distance: distance in tokens from which on all keys share one bucket.
-        max_positions: longest sequence; the position tables have ``max_positions + pad_token_id + 1`` rows.
-        dropout_rate: after the embedding and on the output of every attention and feed-forward layer.
+        max_positions: longest sequence; the position tables have ``max_positions + pad_token_id +
+            1`` rows.
+        dropout_rate: after the embedding and on the output of every attention and feed-forward
+            layer.
         attention_dropout_rate: on attention weights; ``None`` means ``dropout_rate``.
         activation_dropout_rate: after the feed-forward activation.
         feed_forward_proj: the activation, ``"relu"`` or ``"gelu"``.
         layer_norm_epsilon: epsilon of every LayerNorm.
         initializer_factor: multiplies the standard deviation of freshly drawn weights.
-        decoder_start_token_id: ``</s>`` after prompt-finetuning, ``<sen000>`` after pretraining only.
+        decoder_start_token_id: ``</s>`` after prompt-finetuning, ``<sen000>`` after pretraining
+            only.
 
     Raises:
         ValueError: a size that cannot be built, naming the field and its value.

@@ -1,7 +1,7 @@
-"""The layers of METRO-T5 in plain PyTorch: relative position bias, attention, feed-forward, block, stack.
+"""The layers of METRO-T5 in plain PyTorch: position bias, attention, feed-forward, block, stack.
 
 Gong et al. (ACL 2023), appendix A. Post-LayerNorm everywhere: ``x = LayerNorm(x + Dropout(f(x)))``.
-Parameter names are those of the released METRO-T0 folders (``block.0.layer.0.SelfAttention.q.weight``).
+Parameter names are those of the released METRO-T0 folders.
 
 Shapes: B batch, T query tokens, S key tokens, H heads, K head width, D d_model, R buckets,
 M positions that are asked for in a last layer.
@@ -38,22 +38,78 @@ def relative_position_buckets(num_buckets: int, max_distance: int, length: int) 
 
 
 class PositionTable(nn.Embedding):
-    """Learned absolute positions; a class of its own because its fresh weights are drawn differently."""
+    """Learned absolute positions; a class of its own for how its fresh weights are drawn."""
 
 
 class RelativePositionTable(nn.Embedding):
     """Relative position bias of each bucket and head; starts at zero."""
 
 
-def eager_attention(q_BHTK, k_BHSK, v_BHSK, mask, is_causal, dropout):
-    """``softmax(q k^T / sqrt(K) + mask) v`` written out.
+class Visibility(NamedTuple):
+    """Which keys a query sees."""
+
+    key_mask: torch.Tensor | None = None
+    """B,S bool, True = attend; ``None`` means every key."""
+    is_causal: bool = False
+    """Whether a query sees only keys up to its own position."""
+    query_positions: torch.Tensor | None = None
+    """B,M positions of the queries among the keys; ``None`` means the last T, in order."""
+
+    def mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor | None:
+        """True = attend, broadcastable to B,H,T,S; ``None`` where every query sees every key."""
+        mask = None if self.key_mask is None else self.key_mask[:, None, None, :]
+        if not self.is_causal or (num_queries == 1 and self.query_positions is None):
+            return mask
+        keys = torch.arange(num_keys, device=device)
+        queries = keys[num_keys - num_queries :] if self.query_positions is None else None
+        queries = self.query_positions.unsqueeze(1) if queries is None else queries
+        causal = keys <= queries.unsqueeze(-1)
+        return causal if mask is None else causal & mask
+
+
+EVERYTHING = Visibility()
+"""Every query sees every key."""
+
+
+def attend(
+    q_BHTK: torch.Tensor,
+    k_BHSK: torch.Tensor,
+    v_BHSK: torch.Tensor,
+    bias_HN: torch.Tensor | None,
+    visibility: Visibility,
+    dropout: float,
+    return_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``softmax(q k^T / sqrt(K) + bias) v`` over the visible keys, with dropout on the weights.
+
+    Args:
+        q_BHTK, k_BHSK, v_BHSK: queries, keys and values.
+        bias_HN: relative position bias by distance, see :func:`bias_of_pairs`, or ``None``.
+        visibility: which keys each query sees.
+        dropout: probability of dropping an attention weight.
+        return_weights: also return the weights, which are then materialised.
 
     Returns:
-        output B,H,T,K and the attention weights B,H,T,S before dropout.
+        output B,H,T,K, and the weights B,H,T,S before dropout or ``None``.
     """
+    num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
+    mask = visibility.mask(num_queries, num_keys, q_BHTK.device)
+    if bias_HN is not None:
+        bias = bias_of_pairs(bias_HN, num_keys, visibility.query_positions).to(q_BHTK.dtype)
+        mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    if not return_weights:
+        no_tensors = visibility.key_mask is None and visibility.query_positions is None
+        plainly_causal = visibility.is_causal and no_tensors and num_queries == num_keys > 1
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
+            attn_mask=None if plainly_causal else mask,
+            dropout_p=dropout,
+            is_causal=plainly_causal,
+        )
+        return out_BHTK, None
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
-    if is_causal:
-        mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BHTK.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         scores_BHTS = scores_BHTS.masked_fill(~mask, torch.finfo(scores_BHTS.dtype).min)
     elif mask is not None:
@@ -62,20 +118,39 @@ def eager_attention(q_BHTK, k_BHSK, v_BHSK, mask, is_causal, dropout):
     return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
 
 
+def bias_of_pairs(
+    bias_HN: torch.Tensor, length: int, query_positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The bias of every query-key pair of ``length`` positions.
+
+    It depends on ``key - query`` alone, so query t's row is the window of the ``2 * length - 1``
+    distances that starts at ``length - 1 - t``; the backward pass sums diagonals.
+
+    Returns:
+        1,H,T,T; B,H,M,T with ``query_positions`` B,M.
+    """
+    bias_HTT = bias_HN.unfold(1, length, 1).flip(1)
+    if query_positions is None:
+        return bias_HTT.unsqueeze(0)
+    return bias_HTT[:, query_positions].transpose(0, 1)
+
+
 class Attention(nn.Module):
     """Multi-head attention scaled by 1/sqrt(K), for self- and cross-attention.
 
     Args of ``forward``:
         hidden_BTD: the queries' hidden states.
         states_BSD: the hidden states that keys and values are made of.
-        mask: ``None``, a bool tensor (True = attend) or an additive float one, broadcastable to B,H,T,S.
-        is_causal: query t sees keys 0..t; only without ``mask``.
-        cache: ``None`` or a key-value cache with ``is_complete``, ``states`` and ``update(keys, values)``.
+        visibility: which keys each query sees.
+        cache: ``None`` or a key-value cache with ``is_complete``, ``states`` and ``update(keys,
+            values)``.
         output_attentions: also return the attention weights.
 
     Returns:
         output B,T,D, and the attention weights B,H,T,S or ``None``.
     """
+
+    attend = staticmethod(attend)
 
     def __init__(self, config, has_relative_attention_bias: bool = False):
         super().__init__()
@@ -85,6 +160,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.d_model, inner)
         self.v = nn.Linear(config.d_model, inner)
         self.o = nn.Linear(inner, config.d_model)
+        self.relative_attention_bias = None
         if has_relative_attention_bias:
             self.relative_attention_bias = RelativePositionTable(
                 config.relative_attention_num_buckets, config.num_heads
@@ -93,27 +169,23 @@ class Attention(nn.Module):
     def split_heads(self, x_BTI: torch.Tensor) -> torch.Tensor:
         return x_BTI.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
 
-    def position_bias(self, length: int) -> torch.Tensor:
-        """The relative position bias H,T,T of this layer, looked up once per distance.
-
-        The bias of a pair depends on ``key - query`` alone, so row t is the window of the 2T - 1
-        distances that starts at ``T - 1 - t``; the backward pass sums diagonals, not lookups of pairs.
-        """
+    def bias_by_distance(self, length: int) -> torch.Tensor | None:
+        """H, 2 * length - 1: the bias of each distance, ``None`` where there is no table."""
+        if self.relative_attention_bias is None:
+            return None
         table_RH = self.relative_attention_bias.weight
         buckets = relative_position_buckets(
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
             length,
         )
-        by_distance_HN = table_RH[buckets.to(table_RH.device)].T
-        return by_distance_HN.unfold(1, length, 1).flip(1)
+        return table_RH[buckets.to(table_RH.device)].T
 
     def forward(
         self,
         hidden_BTD,
         states_BSD,
-        mask=None,
-        is_causal=False,
+        visibility=EVERYTHING,
         cache=None,
         output_attentions=False,
     ):
@@ -121,22 +193,19 @@ class Attention(nn.Module):
         if cache is not None and cache.is_complete:
             k_BHSK, v_BHSK = cache.states
         else:
-            k_BHSK, v_BHSK = (
-                self.split_heads(self.k(states_BSD)),
-                self.split_heads(self.v(states_BSD)),
-            )
+            k_BHSK, v_BHSK = (self.split_heads(proj(states_BSD)) for proj in (self.k, self.v))
             if cache is not None:
                 k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK)
-        dropout = self.config.attention_dropout_rate if self.training else 0.0
-        if output_attentions or self.config._attn_implementation == "eager":
-            out_BHTK, weights_BHTS = eager_attention(
-                q_BHTK, k_BHSK, v_BHSK, mask, is_causal, dropout
-            )
-        else:
-            weights_BHTS = None
-            out_BHTK = F.scaled_dot_product_attention(
-                q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
-            )
+        eager = output_attentions or self.config._attn_implementation == "eager"
+        out_BHTK, weights_BHTS = self.attend(
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
+            self.bias_by_distance(k_BHSK.shape[2]),
+            visibility,
+            self.config.attention_dropout_rate if self.training else 0.0,
+            **({"return_weights": True} if eager else {}),
+        )
         out_BTD = self.o(out_BHTK.transpose(1, 2).flatten(2))
         return out_BTD, weights_BHTS if output_attentions else None
 
@@ -194,15 +263,16 @@ class Block(nn.Module):
 
     Args of ``forward``:
         hidden_BTD: hidden states of all positions.
-        attention_mask: key padding, causal or combined mask of the self-attention, see ``Attention``.
-        is_causal: see ``Attention``.
-        encoder_hidden_BSD, encoder_mask: what the cross-attention reads, and its key padding mask.
-        positions_BM: compute outputs at these positions only; keys and values are still made of all.
-        self_cache, cross_cache: see ``Attention``.
+        visibility: which keys the self-attention's queries see.
+        encoder_hidden_BSD, encoder_visibility: what the cross-attention reads and sees.
+        positions_BM: compute outputs at these positions only; keys and values are still made of
+            all.
+        self_cache, cross_cache: see :class:`Attention`.
         output_attentions: also return the attention weights.
 
     Returns:
-        hidden states B,T,D (B,M,D with ``positions_BM``), self- and cross-attention weights or ``None``.
+        hidden states B,T,D (B,M,D with ``positions_BM``), self- and cross-attention weights or
+        ``None``.
     """
 
     def __init__(self, config, is_decoder: bool):
@@ -219,39 +289,22 @@ class Block(nn.Module):
     def forward(
         self,
         hidden_BTD,
-        attention_mask=None,
-        is_causal=False,
+        visibility=EVERYTHING,
         encoder_hidden_BSD=None,
-        encoder_mask=None,
+        encoder_visibility=EVERYTHING,
         positions_BM=None,
         self_cache=None,
         cross_cache=None,
         output_attentions=False,
     ):
-        states_BTD = hidden_BTD
-        bias = (
-            None if self.is_decoder else self.layer[0].attention.position_bias(hidden_BTD.shape[1])
-        )
+        queries = hidden_BTD
         if positions_BM is not None:
-            hidden_BTD = gather_positions(hidden_BTD, positions_BM)
-            bias = None if bias is None else bias[:, positions_BM].transpose(0, 1)
-            if is_causal:
-                keys = torch.arange(states_BTD.shape[1], device=positions_BM.device)
-                attention_mask, is_causal = (keys <= positions_BM.unsqueeze(-1)).unsqueeze(1), False
-            elif attention_mask is not None and attention_mask.shape[2] > 1:
-                attention_mask = gather_positions(
-                    attention_mask.squeeze(1).expand(len(positions_BM), -1, -1), positions_BM
-                ).unsqueeze(1)
-        if bias is not None:
-            bias = bias.to(hidden_BTD.dtype)
-            if attention_mask is not None:
-                bias = torch.where(attention_mask, bias, torch.finfo(bias.dtype).min)
-            attention_mask = bias if bias.dim() == 4 else bias.unsqueeze(0)
+            queries = gather_positions(hidden_BTD, positions_BM)
+            visibility = visibility._replace(query_positions=positions_BM)
         hidden, self_weights = self.layer[0](
+            queries,
             hidden_BTD,
-            states_BTD,
-            mask=attention_mask,
-            is_causal=is_causal,
+            visibility=visibility,
             cache=self_cache,
             output_attentions=output_attentions,
         )
@@ -260,7 +313,7 @@ class Block(nn.Module):
             hidden, cross_weights = self.layer[1](
                 hidden,
                 encoder_hidden_BSD,
-                mask=encoder_mask,
+                visibility=encoder_visibility,
                 cache=cross_cache,
                 output_attentions=output_attentions,
             )
@@ -288,13 +341,14 @@ class StackOutput(NamedTuple):
 class MetroT5Stack(nn.Module):
     """Embedding and blocks of an encoder or of a decoder.
 
-    The row of the position table is ``pad_token_id`` plus the position counted from 1 over tokens that
-    are not padding; padding reads the row ``pad_token_id``, which stays zero.
+    The row of the position table is ``pad_token_id`` plus the position counted from 1 over tokens
+    that are not padding; padding reads the row ``pad_token_id``, which stays zero.
 
     Args:
         config: the model's :class:`MetroT5Config`.
         embed_tokens: the token embedding, shared with the rest of the model.
-        is_decoder: decoder blocks (causal, cross-attention) instead of encoder blocks (relative bias).
+        is_decoder: decoder blocks (causal, cross-attention) instead of encoder blocks (relative
+            bias).
     """
 
     def __init__(self, config, embed_tokens: nn.Embedding, is_decoder: bool):
@@ -340,7 +394,8 @@ class MetroT5Stack(nn.Module):
 
         Args:
             input_ids: B,T token ids, or ``inputs_embeds`` B,T,D instead.
-            attention_mask: B,T (with a cache B,past+T), nonzero = attend; ``None`` means no padding.
+            attention_mask: B,T (with a cache B,past+T), nonzero = attend; ``None`` means no
+                padding.
             encoder_hidden_states, encoder_attention_mask: B,S,D and B,S for a decoder.
             positions: B,M, outputs of the last layer wanted; all by default.
             layer_caches: per layer a pair (self, cross) of caches, see :class:`Attention`.
@@ -355,27 +410,18 @@ class MetroT5Stack(nn.Module):
         if mask_BS is not None and not self.is_decoder:
             hidden = hidden * mask_BS.unsqueeze(-1)
 
-        mask = None if mask_BS is None else mask_BS[:, None, None, :]
-        is_causal = self.is_decoder and mask is None and length > 1
-        if is_causal and past_length or self.is_decoder and mask is not None:
-            keys = torch.arange(past_length + length, device=hidden.device)
-            causal = keys <= keys[past_length:].unsqueeze(-1)
-            mask, is_causal = causal[None, None] if mask is None else causal & mask, False
-        cross_mask = (
-            None
-            if encoder_attention_mask is None
-            else encoder_attention_mask.ne(0)[:, None, None, :]
+        visibility = Visibility(mask_BS, is_causal=self.is_decoder)
+        encoder_visibility = Visibility(
+            None if encoder_attention_mask is None else encoder_attention_mask.ne(0)
         )
-
         all_hidden, all_self, all_cross = [hidden], [], []
         for i, block in enumerate(self.block):
             self_cache, cross_cache = layer_caches[i] if layer_caches else (None, None)
             arguments = (
                 hidden,
-                mask,
-                is_causal,
+                visibility,
                 encoder_hidden_states,
-                cross_mask,
+                encoder_visibility,
                 positions if i == len(self.block) - 1 else None,
                 self_cache,
                 cross_cache,
@@ -402,7 +448,8 @@ class MetroT5Stack(nn.Module):
 def initialize_weights(module: nn.Module, factor: float = 1.0) -> None:
     """Draw the weights of one module as the original does for its main model.
 
-    Linear layers: normal with standard deviation ``(2 * out_features) ** -0.5``, biases zero (the tied
+    Linear layers: normal with standard deviation ``(2 * out_features) ** -0.5``, biases zero (the
+        tied
     token embedding counts as the output projection, so its ``out_features`` is the vocabulary).
     Position tables: uniform with standard deviation ``(2 * d_model) ** -0.5``, padding row zero.
     Relative position bias: zero.

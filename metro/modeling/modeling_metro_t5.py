@@ -1,4 +1,5 @@
-"""METRO-T5 as Hugging Face models: the shells that give the layers ``generate``, saving and loading.
+"""METRO-T5 as Hugging Face models: the shells that give the layers ``generate``, saving and
+loading.
 
 Gong et al. (ACL 2023). Shapes: B batch, S source tokens, T target tokens, D d_model, V vocabulary.
 """
@@ -152,7 +153,8 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         self.lm_head = projection
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels shifted right: ``decoder_start_token_id`` first, ignored labels (-100) as padding."""
+        """Labels shifted right: ``decoder_start_token_id`` first, ignored labels (-100) as
+        padding."""
         shifted = torch.roll(labels, 1, dims=-1)
         shifted[..., 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -176,9 +178,9 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """Logits B,T,V of the next token, and with ``labels`` B,T (-100 = ignored) the mean loss.
 
-        ``attention_mask`` B,S and ``decoder_attention_mask``: nonzero = attend. ``decoder_input_ids``
-        default to the labels shifted right. ``num_items_in_batch`` (of the Trainer) replaces the number
-        of labels as the loss's denominator.
+        ``attention_mask`` B,S and ``decoder_attention_mask``: nonzero = attend.
+        ``decoder_input_ids`` default to the labels shifted right. ``num_items_in_batch`` (of the
+        Trainer) replaces the number of labels as the loss's denominator.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(

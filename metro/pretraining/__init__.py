@@ -1,1 +1,1 @@
-"""METRO pretraining: masking, the auxiliary model, the joint model and its losses. No fairseq here."""
+"""METRO pretraining: masking, the auxiliary model, the joint model and its losses."""

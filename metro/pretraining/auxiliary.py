@@ -1,6 +1,7 @@
 """The auxiliary model of METRO: a small BERT that fills masked positions with its own samples.
 
-Gong et al. (ACL 2023), section 3.1. It is called "generator" in the published registry and checkpoints.
+Gong et al. (ACL 2023), section 3.1. It is called "generator" in the published registry and
+checkpoints.
 
 Shapes: B batch, T tokens, M masked positions per row (padded), D d_model, V vocabulary.
 """
@@ -33,11 +34,11 @@ class AuxiliaryConfig:
     dropout: float = 0.0
     """Every dropout of the auxiliary model."""
     sample_mode: str = "train"
-    """Samples come from the training forward pass, or from a second one without dropout (``eval``)."""
+    """Samples come from the training pass (``train``), or from one without dropout (``eval``)."""
     rtd_head: str = "simple"
     """Replaced token detection head: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
     share: str = "token"
-    """What the auxiliary model shares with the main encoder: token and position embedding, LayerNorm."""
+    """What it shares with the main encoder: token and position embedding, LayerNorm, or ``none``."""
 
     def __post_init__(self):
         for name, valid in (
@@ -52,7 +53,7 @@ class AuxiliaryConfig:
 
 
 class PredictionHead(nn.Module):
-    """``projection(LayerNorm(activation(dense(x))))``, the head of BERT and of the ``roberta`` RTD head.
+    """``projection(LayerNorm(activation(dense(x))))``: head of BERT and ``roberta`` RTD head.
 
     Args:
         config: the main model's configuration (width, activation, epsilon).
@@ -75,12 +76,12 @@ class PredictionHead(nn.Module):
 
 
 class AuxiliaryModel(nn.Module):
-    """Encoder of the main model's width with a masked language modelling head tied to its embedding.
+    """Encoder of the main model's width with a language modelling head tied to its embedding.
 
     Args:
         config: the main model's configuration.
         auxiliary: depth, dropout and what is shared.
-        main_encoder: the main encoder, whose embeddings are taken where ``auxiliary.share`` says so.
+        main_encoder: the main encoder, whose embeddings ``auxiliary.share`` may take.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class AuxiliaryModel(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self, own_tokens: bool) -> None:
-        """As BERT: weights and tables normal with standard deviation 0.02, biases and padding zero."""
+        """As BERT: weights normal with standard deviation 0.02, biases and padding rows zero."""
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -123,7 +124,7 @@ class AuxiliaryModel(nn.Module):
     def forward(
         self, masked_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Logits B,M,V at ``positions`` B,M of ``masked_ids`` B,T; ``mask`` B,T, nonzero = attend."""
+        """Logits B,M,V at ``positions`` B,M of ``masked_ids`` B,T; ``mask`` B,T, True = attend."""
         hidden_BMD = self.encoder(masked_ids, mask, positions=positions).last_hidden_state
         return self.lm_head(hidden_BMD, self.encoder.embed_tokens.weight)
 
@@ -139,7 +140,7 @@ class AuxiliaryModel(nn.Module):
 
 
 def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """A uniform number in [0, 1) for each (seed, counter), the same on every device and in every batch.
+    """A uniform number in [0, 1) for each (seed, counter), whatever device and batch.
 
     24 bits of the finaliser of SplitMix64 (Steele et al., 2014) applied twice.
 
@@ -164,7 +165,7 @@ def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor
 
 @torch.no_grad()
 def sample_tokens(logits_BMV: torch.Tensor, uniforms_BM: torch.Tensor) -> torch.Tensor:
-    """One draw from ``softmax(logits)`` in float32 for each row, by inverting the distribution function.
+    """One draw from ``softmax(logits)`` for each row, by inverting the distribution in float32.
 
     Args:
         logits_BMV: unnormalised log-probabilities.

@@ -1,13 +1,16 @@
 """The METRO objective: masked language modelling, replaced token detection (RTD), corrective LM.
 
-Gong et al. (ACL 2023), section 3.1 and equation 5, with M the masked and V the non-padding positions::
+Gong et al. (ACL 2023), section 3.1 and equation 5, with M the masked and V the non-padding
+positions::
 
-    L = mean_M[-log p_aux(x_i)] + 1.0 * mean_M[w_i * -log p_main(x_i)] + 50 * mean_V[BCE(rtd_i, r_i)]
+    L = mean_M[-log p_aux(x_i)] + mean_M[w_i * -log p_main(x_i)] + 50 * mean_V[BCE(rtd_i, r_i)]
 
-``w_i = sigmoid(rtd_i)``, detached, in the base configuration and 1 otherwise. As in the original, the
-total is scaled by the number of positions of the LM loss, which fairseq divides by (``sample_size``).
+``w_i = sigmoid(rtd_i)``, detached, in the base configuration and 1 otherwise. As in the original,
+the total is scaled by the number of positions of the LM loss, which fairseq divides by
+(``sample_size``).
 
-Shapes: B batch, T tokens, N scored positions per row (the masked ones, padded, or all T), V vocabulary.
+Shapes: B batch, T tokens, N scored positions per row (the masked ones, padded, or all T),
+V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ class MetroObjective:
     corrective_lm_weight: float = 1.0
     rtd_weight: float = 50.0
     positions: str = "lm"
-    """Where losses are restricted to masked positions: nowhere (``none``), the LM loss, or ``both``."""
+    """Which losses are of masked positions only: ``none``, the LM loss (``lm``), or ``both``."""
     label_smoothing: float = 0.0
     weighted_lm: bool = False
     """Weight each token's LM loss by the RTD head's probability that it was replaced."""
@@ -42,7 +45,8 @@ class MetroObjective:
     def __post_init__(self):
         if self.positions not in SCORED_POSITIONS:
             raise ValueError(
-                f"masked_positions_only is {self.positions!r}; use one of {', '.join(SCORED_POSITIONS)}"
+                f"masked_positions_only is {self.positions!r}; "
+                f"use one of {', '.join(SCORED_POSITIONS)}"
             )
         if self.weighted_lm and self.rtd_weight <= 0:
             raise ValueError(
@@ -51,7 +55,7 @@ class MetroObjective:
 
 
 class MetroLosses(NamedTuple):
-    """Sums over one batch, 0-dimensional tensors on its device; losses in natural logarithm units."""
+    """Sums over one batch, 0-dimensional tensors on its device; losses in natural units."""
 
     total: torch.Tensor
     """The objective times ``sample_size``; the only entry with a gradient."""
@@ -135,10 +139,10 @@ def metro_losses(
 
     Args:
         objective: weights and variants.
-        mlm_logits, mlm_targets, is_masked: B,M,V, B,M and B,M of the auxiliary model's positions; rows
-            that only fill up M have ``is_masked`` False.
-        lm_logits, lm_targets, lm_is_scored, lm_is_replaced, lm_rtd_logits: B,N,V and B,N of the main
-            model's scored positions.
+        mlm_logits, mlm_targets, is_masked: B,M,V, B,M and B,M of the auxiliary model's positions;
+            rows that only fill up M have ``is_masked`` False.
+        lm_logits, lm_targets, lm_is_scored, lm_is_replaced, lm_rtd_logits: B,N,V and B,N of the
+            main model's scored positions.
         rtd_logits, rtd_is_scored, is_replaced, is_token: B,T of all positions.
     """
     zero = lm_logits.new_zeros((), dtype=torch.float32)

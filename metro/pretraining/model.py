@@ -53,11 +53,11 @@ class MetroPretrainingModel(nn.Module):
             original_ids: B,T int64, the sequence as it was.
             is_masked: B,T bool, positions chosen for masking.
             decoder_input_ids: B,T int64, the original shifted right.
-            sampling_seed: B int64, seeds each row's samples, so that they do not depend on the batch.
+            sampling_seed: B int64, seeds each row's samples, whatever batch the row is in.
             objective: what to compute.
             corrupted_ids: B,T int64, used instead of sampling where given.
-            max_masked: at least the number of masked positions of every row; counted when absent, which
-                waits for the device.
+            max_masked: at least the number of masked positions of every row; counted when absent,
+                which waits for the device.
         """
         is_token = original_ids.ne(self.config.pad_token_id)
         # On the CPU, full batches skip the padding mask; elsewhere looking would wait for the device.

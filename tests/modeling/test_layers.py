@@ -10,7 +10,9 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.layers_metro_t5 import (
     Attention,
     MetroT5Stack,
-    eager_attention,
+    Visibility,
+    attend,
+    bias_of_pairs,
     gather_positions,
     relative_position_buckets,
 )
@@ -51,7 +53,7 @@ def test_position_bias_and_its_gradient_equal_one_lookup_per_pair():
     buckets = relative_position_buckets(32, 128, length)
     distance = torch.arange(length) - torch.arange(length)[:, None]
     per_pair = table[buckets[distance + length - 1]].permute(2, 0, 1)
-    bias = attention.position_bias(length)
+    bias = bias_of_pairs(attention.bias_by_distance(length), length)[0]
     assert torch.equal(bias, per_pair)
     weights = torch.randn(bias.shape)
     torch.testing.assert_close(
@@ -64,7 +66,7 @@ def test_attention_of_two_tokens_by_hand():
     """Two keys with scores ln 3 and 0 (K = 1): weights 3/4 and 1/4."""
     q = torch.tensor([[[[math.log(3.0)]]]])
     k, v = torch.tensor([[[[1.0], [0.0]]]]), torch.tensor([[[[4.0], [8.0]]]])
-    out, weights = eager_attention(q, k, v, None, False, 0.0)
+    out, weights = attend(q, k, v, None, Visibility(), 0.0, return_weights=True)
     torch.testing.assert_close(weights.flatten(), torch.tensor([0.75, 0.25]))
     torch.testing.assert_close(out.flatten(), torch.tensor([5.0]))
 

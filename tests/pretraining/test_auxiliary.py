@@ -1,4 +1,4 @@
-"""Sampling of the auxiliary model: its distribution, and its independence of everything but the seed."""
+"""Sampling of the auxiliary model: its distribution, and that it depends on the seed alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def chi_square(counts, expected):
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
-    """Chi-square over 64 bins for 64 seeds x 4096 counters; 99.9 % quantile with 63 freedoms is 103."""
+    """Chi-square over 64 bins of 64 seeds x 4096 counters; its 99.9 % quantile is 103."""
     seeds, counters = torch.arange(64).unsqueeze(1) * 7919, torch.arange(4096)
     u = counter_uniform(seeds, counters)
     assert u.shape == (64, 4096) and u.min() >= 0 and u.max() < 1

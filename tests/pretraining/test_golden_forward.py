@@ -68,7 +68,7 @@ def test_metro_outputs_equal_the_original(metro):
 
 
 def test_metro_losses_and_counts_equal_the_original_in_every_variant(metro):
-    """Masked-only projection cannot know predictions elsewhere: there, the count is of masked ones."""
+    """Where only masked positions are projected, unreplaced predictions are counted among those."""
     arrays, variants = metro.arrays, metro.numbers["criterion_variants"]
     assert len(variants) == 12
     is_masked = arrays["generator_target"].ne(1)
@@ -97,8 +97,8 @@ def test_metro_losses_and_counts_equal_the_original_in_every_variant(metro):
 
 
 def test_metro_gradient_of_every_parameter_equals_the_original(metro):
-    """The norms and token embedding rows were recorded under ``criterion``, and the other arrays after
-    the last of the variants (decoder gradients are zero there)."""
+    """The norms and token embedding rows were recorded under ``criterion``, and the other arrays
+    after the last of the variants (decoder gradients are zero there)."""
     metro_forward(metro.model, metro.arrays, metro.numbers["criterion"]).total.backward()
     assert_gradient_norms_equal(metro)
     assert_embedding_rows_equal(metro)

@@ -1,7 +1,7 @@
 """Several updates in a row against the original (``golden/train5_*`` and ``resume_*``).
 
-The optimiser is the published one, written plainly: Adam, weight decay taken off the weight directly
-(times the learning rate), linear warm-up and decay, clipping by the total norm.
+The optimiser is the published one, written plainly: Adam, weight decay times the learning rate taken
+off the weight, linear warm-up and decay, clipping by the total norm.
 """
 
 import json
@@ -70,7 +70,7 @@ def micro_batch(model, letter, batch, settings, smoothing):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_updates_equal_the_original(testdata, name):
-    """Every logged sum, gradient norm, and every parameter's sum and norm after each of 5 updates."""
+    """Logged sums, gradient norm, and each parameter's sum and norm after each of 5 updates."""
     golden = testdata / "golden"
     if not (golden / f"{name}.json").exists():
         pytest.skip(f"{name} is not among the recorded runs")

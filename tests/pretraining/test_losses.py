@@ -13,8 +13,8 @@ LN2, LN4 = math.log(2), math.log(4)
 def hand_losses(**objective):
     """One row of three tokens and one pad; tokens 0 and 1 are masked, token 0 was replaced.
 
-    V = 4 with equal logits: every cross-entropy is ln 4. RTD logits are zero: every BCE is ln 2, and
-    every weight 1/2. Equal logits make token 0 the prediction.
+    V = 4 with equal logits: every cross-entropy is ln 4. RTD logits are zero: every BCE is ln 2,
+    and every weight 1/2. Equal logits make token 0 the prediction.
     """
     is_masked = torch.tensor([[True, True]])
     three = torch.tensor([[True, True, True, False]])
