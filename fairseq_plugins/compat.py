@@ -98,6 +98,7 @@ def allow_checkpoint_classes() -> None:
     )
 
 
+resuming_from: str | None = None  # the checkpoint_last.pt that a run is resuming from just now
 DAMAGED = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
@@ -106,7 +107,8 @@ def repair_loading() -> None:
     def with_fallback(original):
         """A damaged checkpoint_last.pt gives way to the newest checkpoint beside it that loads.
 
-        fairseq ends with EOFError although complete checkpoints lie in the folder.
+        fairseq ends with EOFError although complete checkpoints lie in the folder. Only where a run
+        resumes by itself: a file that the user named is that file or an error.
         """
 
         def load_checkpoint_to_cpu(path, *args, **kwargs):
@@ -114,7 +116,7 @@ def repair_loading() -> None:
                 return _true_depth(original(path, *args, **kwargs))
             except DAMAGED as error:
                 name = os.path.basename(path)
-                if not name.startswith("checkpoint_last") or not os.path.isfile(path):
+                if path != resuming_from or not os.path.isfile(path):
                     raise
                 for other in newest_checkpoints(os.path.dirname(path), besides=name):
                     try:
@@ -146,16 +148,22 @@ def repair_loading() -> None:
         """
 
         def load_checkpoint(cfg, trainer, **kwargs):
+            global resuming_from
             name = f"checkpoint_last{trainer.checkpoint_suffix}.pt"
             last = os.path.join(cfg.save_dir, name)
-            if cfg.restore_file == "checkpoint_last.pt" and not cfg.no_last_checkpoints:
+            resumes = cfg.restore_file == "checkpoint_last.pt" and not cfg.no_last_checkpoints
+            if resumes:
                 if trainer.data_parallel_rank == 0 and not os.path.exists(last):
                     for newest in newest_checkpoints(cfg.save_dir, besides=name)[:1]:
                         logger.error("%s IS MISSING. CONTINUING FROM %s.", last, newest)
                         link_or_copy(newest, last)
                 if dist.is_available() and dist.is_initialized():
                     dist.barrier(distributed_utils.get_global_group())
-            return original(cfg, trainer, **kwargs)
+            resuming_from = last if resumes else None
+            try:
+                return original(cfg, trainer, **kwargs)
+            finally:
+                resuming_from = None
 
         return load_checkpoint
 

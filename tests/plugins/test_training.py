@@ -26,9 +26,9 @@ LAST = "checkpoint_last.pt"
 
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
-    """One process, two accumulation steps, 6 updates, no dropout."""
+    """One process, two accumulation steps, no dropout; 9 updates, more than an epoch of 15 batches."""
     save = tmp_path_factory.mktemp("reference")
-    options = [*TINY, *METRO, NO_DROPOUT, f"--save-dir {save} --update-freq 2 --max-update 6"]
+    options = [*TINY, *METRO, NO_DROPOUT, f"--save-dir {save} --update-freq 2 --max-update 9"]
     run("fairseq-train", str(corpus), *options)
     return load(save / LAST)
 
@@ -37,7 +37,7 @@ def test_two_processes_train_the_model_of_one(corpus, tmp_path, reference):
     """Also when resumed, and with both kinds of gradient averaging."""
     options = [str(corpus), *TINY, *METRO, NO_DROPOUT, f"--save-dir {tmp_path}"]
     run("fairseq-train", *options, "--max-update 3", processes=2)
-    resumed = run("fairseq-train", *options, "--max-update 6 --ddp-backend legacy_ddp", processes=2)
+    resumed = run("fairseq-train", *options, "--max-update 9 --ddp-backend legacy_ddp", processes=2)
     assert "training on 2 devices" in resumed.text
     assert "(epoch 1 @ 3 updates)" in resumed.text
     assert_equal_runs(load(tmp_path / LAST), reference)
@@ -55,7 +55,7 @@ def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, re
         "++lr_scheduler.total_num_update=40 common.log_interval=1 ++dataset.num_workers=0",
     ]
     run("fairseq-hydra-train", *options, "optimization.max_update=3", processes=2)
-    resumed = run("fairseq-hydra-train", *options, "optimization.max_update=6", processes=2)
+    resumed = run("fairseq-hydra-train", *options, "optimization.max_update=9", processes=2)
     assert "training on 2 devices" in resumed.text
     assert "(epoch 1 @ 3 updates)" in resumed.text
     assert_equal_runs(load(tmp_path / LAST), reference)
@@ -205,6 +205,19 @@ def test_last_checkpoint_alone_and_damaged_is_refused(train, tmp_path):
     tmp_path.joinpath(LAST).write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged .* remove it to start again"):
         train(tmp_path, "--max-update 1")
+
+
+def test_a_damaged_checkpoint_that_the_user_named_is_an_error(train, tmp_path):
+    """Going on from, or validating, another file than the named one would be wrong."""
+    train(tmp_path / "a", "--max-update 2 --save-interval-updates 1 --disable-validation")
+    named = tmp_path / "a" / LAST
+    content = named.read_bytes()
+    named.unlink()
+    named.write_bytes(content[:1000])
+    with pytest.raises(RuntimeError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(named))
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "b", f"--max-update 3 --restore-file {named}")
 
 
 def test_a_checkpoint_with_foreign_code_is_not_executed(train, tmp_path):
