@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset, data_utils
+from fairseq.data import FairseqDataset
 from fairseq.data.indexed_dataset import data_file_path, index_file_path
 
 from metro.data.blocks import batch_by_size, build_blocks
@@ -20,21 +20,18 @@ from metro.pretraining.masking import item_random
 PAD_MULTIPLE = 8  # batches are padded to a multiple of this, as published
 
 
-def load_items(path: str, dictionary, combine: bool):
-    """The stored items of one split, memory-mapped. Refuses a missing or an empty one."""
+def check_files(path: str) -> None:
+    """Refuse a missing or an empty split."""
     if not os.path.exists(index_file_path(path)):
         raise FileNotFoundError(
             f"no data at {path}.idx; check task.data (a folder made by `metro prepare-text` or "
             "fairseq-preprocess) and the split names (dataset.train_subset, dataset.valid_subset)"
         )
-    num_bytes = os.path.getsize(data_file_path(path))
-    items = data_utils.load_indexed_dataset(path, dictionary, combine=combine) if num_bytes else []
-    if len(items) == 0:
+    if os.path.getsize(data_file_path(path)) == 0:
         raise ValueError(
-            f"{path}.bin is empty ({num_bytes} bytes, {len(items)} items); leave this shard out of "
-            "task.data or binarise its text again"
+            f"{path}.bin is empty (0 bytes); leave this shard out of task.data or binarise its "
+            "text again"
         )
-    return items
 
 
 class PretrainingDataset(FairseqDataset):
@@ -55,12 +52,14 @@ class PretrainingDataset(FairseqDataset):
         tokens_per_sample: int,
         crop: str,
         bos: int,
+        num_words: int,
         seed: int,
         name: str = "the data set",
     ):
         super().__init__()
         self.items, self.corrupt, self.collate = items, corrupt, collate
         self.crop, self.bos, self.seed = crop, bos, seed
+        self.num_words, self.name = num_words, name
         self.max_block = tokens_per_sample - 1  # one place is for <s>
         self.epoch = 1
         sizes = np.asarray(items.sizes)
@@ -94,6 +93,11 @@ class PretrainingDataset(FairseqDataset):
         """The uncorrupted ids of one example, `<s>` first."""
         first, last, offset, length = (int(field[index]) for field in self.blocks)
         ids = np.concatenate([self._item(i) for i in range(first, last + 1)])
+        if ids.max() >= self.num_words:
+            raise ValueError(
+                f"{self.name} holds id {ids.max()} (items {first} to {last}), but dict.txt ends at "
+                f"id {self.num_words - 1}; use the dict.txt that the data was binarised with"
+            )
         return np.concatenate([[self.bos], ids[offset : offset + length]])
 
     def __getitem__(self, index: int) -> dict:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_METHOD_CHOICES
 from omegaconf import II, MISSING
 
 from fairseq_plugins.compat import stop
-from fairseq_plugins.data import PretrainingDataset, load_items
+from fairseq_plugins.data import PretrainingDataset, check_files
 from fairseq_plugins.loss_guard import LossGuard
 
 logger = logging.getLogger(__name__)
@@ -100,19 +100,24 @@ class PretrainingTask(FairseqTask):
         return dictionary
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
-        """Open one split; with several shards, the one of this epoch."""
+        """Open one split, memory-mapped; with several shards, the one of this epoch."""
         folders = utils.split_paths(self.cfg.data)
         path = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        # `combine` is what the trainer asks for where it trains. All shards are looked at then, so
+        # that a bad one stops the run now and not epochs later.
+        for folder in folders if combine else [os.path.dirname(path)]:
+            check_files(os.path.join(folder, split))
         splits = self.cfg.shorten_data_split_list
         shorten = not splits or split in splits.split(",")
         self.datasets[split] = PretrainingDataset(
-            load_items(path, self.dictionary, combine),
+            data_utils.load_indexed_dataset(path, self.dictionary, combine=combine),
             corrupt=self.corrupt,
             collate=self.collate,
             break_mode=str(self.cfg.sample_break_mode),
             tokens_per_sample=self.cfg.tokens_per_sample,
             crop=str(self.cfg.shorten_method) if shorten else "none",
             bos=self.dictionary.bos(),
+            num_words=self.first_sentinel,
             seed=self.cfg.seed,
             name=path,
         )

@@ -25,9 +25,8 @@ def test_missing_split_names_the_file(corpus):
 def test_empty_shard(corpus, tmp_path):
     write_corpus(tmp_path / "empty", num_documents=0)
     task = build_task("t5_metro", f"{corpus}:{tmp_path / 'empty'}", 32)
-    task.load_dataset("train", epoch=1)
     with pytest.raises(ValueError, match=r"empty/train.bin is empty .*leave this shard out of"):
-        task.load_dataset("train", epoch=2)
+        task.load_dataset("train", epoch=1, combine=True)  # at once, not in epoch 2
 
 
 def test_shard_with_nothing_but_document_ends(corpus, tmp_path):
@@ -50,6 +49,17 @@ def test_shards_of_different_vocabularies(corpus, tmp_path):
     (tmp_path / "other/dict.txt").write_text("[MASK] 1\nword 1\n")
     with pytest.raises(ValueError, match="other/dict.txt differs from .*same vocabulary"):
         build_task("t5_metro", f"{corpus}:{tmp_path / 'other'}", 32)
+
+
+def test_data_of_a_larger_vocabulary(corpus, tmp_path):
+    """Its ids would pass for sentinels."""
+    write_corpus(tmp_path / "data", num_documents=5)
+    words = (tmp_path / "data/dict.txt").read_text().splitlines()
+    (tmp_path / "data/dict.txt").write_text("\n".join(words[:40]) + "\n")
+    task = build_task("t5_metro", tmp_path / "data", 32)
+    task.load_dataset("train")
+    with pytest.raises(ValueError, match="train holds id .* but dict.txt ends at id 43; use the"):
+        task.dataset("train")[0]
 
 
 def test_shards_are_read_in_turn(corpus, tmp_path):

@@ -26,7 +26,7 @@ LAST = "checkpoint_last.pt"
 
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
-    """One process, two accumulation steps, no dropout; 9 updates, more than an epoch of 15 batches."""
+    """One process, two accumulation steps, no dropout; 9 updates, past the end of an epoch."""
     save = tmp_path_factory.mktemp("reference")
     options = [*TINY, *METRO, NO_DROPOUT, f"--save-dir {save} --update-freq 2 --max-update 9"]
     run("fairseq-train", str(corpus), *options)
