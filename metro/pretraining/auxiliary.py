@@ -38,7 +38,7 @@ class AuxiliaryConfig:
     rtd_head: str = "simple"
     """Replaced token detection head: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
     share: str = "token"
-    """What it shares with the main encoder: token and position embedding, LayerNorm, or ``none``."""
+    """What it shares with the main encoder: token, position embedding, LayerNorm, or ``none``."""
 
     def __post_init__(self):
         for name, valid in (

@@ -56,11 +56,11 @@ class MetroPretrainingModel(nn.Module):
             sampling_seed: B int64, seeds each row's samples, whatever batch the row is in.
             objective: what to compute.
             corrupted_ids: B,T int64, used instead of sampling where given.
-            max_masked: at least the number of masked positions of every row; counted when absent,
-                which waits for the device.
+            max_masked: at least the masked positions of every row; counted when absent, which waits
+                for the device.
         """
         is_token = original_ids.ne(self.config.pad_token_id)
-        # On the CPU, full batches skip the padding mask; elsewhere looking would wait for the device.
+        # On the CPU, full batches skip the padding mask; on a GPU, looking would wait for it.
         has_padding = is_token.device.type != "cpu" or not bool(is_token.all())
         mask = is_token if has_padding else None
         if max_masked is None:

@@ -1,6 +1,6 @@
 """Several updates in a row against the original (``golden/train5_*`` and ``resume_*``).
 
-The optimiser is the published one, written plainly: Adam, weight decay times the learning rate taken
+The optimiser is the published one, written plainly: Adam, weight decay times learning rate taken
 off the weight, linear warm-up and decay, clipping by the total norm.
 """
 

@@ -1,0 +1,1 @@
+"""Fused operations: tensors in, tensors out, each beside its formula in plain PyTorch."""

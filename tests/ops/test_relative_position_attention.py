@@ -1,0 +1,124 @@
+"""The operation against its formula in float64, and the fused model against the plain one."""
+
+import pytest
+import torch
+
+from metro.fuse import fuse
+from metro.ops.relative_position_attention import draw_dropped, relative_position_attention
+from metro.pretraining.losses import MetroObjective
+from tests.pretraining.test_model import batch, build
+
+
+def formula(q, k, v, bias, key_mask, is_causal, positions, dropped=None, dropout=0.0):
+    """The docstring's formula, one pair at a time for bias and visibility."""
+    batch_size, _, num_queries, width = q.shape
+    num_keys = k.shape[2]
+    if positions is None:
+        positions = torch.arange(num_keys - num_queries, num_keys).expand(batch_size, -1)
+    keys = torch.arange(num_keys)
+    distance = keys - positions.unsqueeze(-1)
+    scores = q @ k.transpose(-1, -2) / width**0.5
+    if bias is not None:
+        scores = scores + bias[:, distance + num_keys - 1].transpose(0, 1)
+    visible = torch.ones(batch_size, num_queries, num_keys, dtype=torch.bool)
+    if is_causal:
+        visible &= distance <= 0
+    if key_mask is not None:
+        visible &= key_mask.unsqueeze(1)
+    weights = scores.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1)
+    if dropped is not None:
+        weights = weights.masked_fill(dropped, 0.0) / (1 - dropout)
+    return weights @ v
+
+
+def inputs(num_queries, num_keys, has_bias, masked, positions, heads=6, width=8):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q = draw(3, num_queries, heads, width).transpose(1, 2)
+    k, v = (draw(3, num_keys, heads, width).transpose(1, 2) for _ in range(2))
+    bias = draw(heads, 2 * num_keys - 1) if has_bias else None
+    key_mask = torch.arange(num_keys) < torch.tensor([[num_keys], [num_keys - 2], [3]])
+    chosen = torch.stack([torch.randperm(num_keys, generator=generator) for _ in range(3)])
+    return (
+        q,
+        k,
+        v,
+        bias,
+        key_mask if masked else None,
+        chosen[:, :num_queries] if positions else None,
+    )
+
+
+@pytest.mark.parametrize("impl", ["reference", "cached"])
+@pytest.mark.parametrize("num_queries, num_keys", [(16, 16), (5, 13)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal, positions", [(False, False), (True, False), (True, True)])
+def test_values_and_gradients_equal_the_formula(
+    impl, num_queries, num_keys, has_bias, masked, is_causal, positions
+):
+    q, k, v, bias, key_mask, chosen = inputs(num_queries, num_keys, has_bias, masked, positions)
+    leaves = [x for x in (q, k, v, bias) if x is not None]
+    want = formula(q, k, v, bias, key_mask, is_causal, chosen)
+    single = [None if x is None else x.detach().float().requires_grad_() for x in (q, k, v, bias)]
+    got = relative_position_attention(
+        *single, key_mask=key_mask, is_causal=is_causal, query_positions=chosen, impl=impl
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(want.shape, dtype=torch.float64)
+    want_grads = torch.autograd.grad((want * weights).sum(), leaves)
+    got_grads = torch.autograd.grad(
+        (got * weights.float()).sum(), [x for x in single if x is not None]
+    )
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_equals_the_formula_on_the_same_dropped_weights():
+    q, k, v, bias, key_mask, _ = inputs(16, 16, True, True, False)
+    single = [x.detach().float().requires_grad_() for x in (q, k, v, bias)]
+    torch.manual_seed(5)
+    got = relative_position_attention(*single, key_mask=key_mask, dropout=0.25, impl="cached")
+    torch.manual_seed(5)
+    dropped = draw_dropped((3, 6, 16, 16), 0.25)
+    want = formula(q, k, v, bias, key_mask, False, None, dropped, 0.25)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(want.shape, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((got * weights.float()).sum(), single),
+        torch.autograd.grad((want * weights).sum(), [q, k, v, bias]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_dropped_independently_at_the_asked_rate():
+    """Five standard errors of the rate, and of the correlation of neighbours."""
+    torch.manual_seed(0)
+    dropped = draw_dropped((1001, 999), 0.1).float()
+    count = dropped.numel()
+    assert abs(float(dropped.mean()) - 0.1) < 5 * (0.09 / count) ** 0.5 + 2**-17
+    centred = (dropped - 0.1).flatten()
+    for step in (1, 2, 3, 4):
+        correlation = float((centred[step:] * centred[:-step]).mean()) / 0.09
+        assert abs(correlation) < 5 / count**0.5
+
+
+def test_unknown_impl_names_the_valid_ones():
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="'flash'.*'cached'"):
+        relative_position_attention(x, x, x, impl="flash")
+
+
+def test_a_fused_model_gives_the_losses_and_gradients_of_the_plain_one():
+    plain, fused = build(), fuse(build())
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    losses = [model(**batch(), objective=MetroObjective()).total for model in (plain, fused)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
