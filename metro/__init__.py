@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _PUBLIC: dict[str, str] = {
     "MetroT5Config": "metro.modeling.configuration_metro_t5",
+    "MetroT5EncoderModel": "metro.modeling.modeling_metro_t5",
+    "MetroT5ForConditionalGeneration": "metro.modeling.modeling_metro_t5",
+    "MetroPretrainingModel": "metro.pretraining.model",
 }
 
 __all__ = ["__version__", *_PUBLIC]
