@@ -222,9 +222,10 @@ def _true_depth(state: dict) -> dict:
     name = getattr(model_cfg, "_name", None) or getattr(model_cfg, "arch", None) or ""
     names = [re.match(r"encoder\.layers\.(\d+)\.", key) for key in state.get("model", {})]
     depths = {int(match[1]) + 1 for match in names if match}
-    if str(name).startswith("t5_metro") and depths and isinstance(model_cfg, omegaconf.DictConfig):
-        with omegaconf.open_dict(model_cfg):
-            model_cfg.encoder_layers = max(depths)
+    if str(name).startswith("t5_metro") and depths:
+        if isinstance(model_cfg, omegaconf.DictConfig):
+            omegaconf.OmegaConf.set_struct(model_cfg, False)
+        model_cfg.encoder_layers = max(depths)
     return state
 
 

@@ -84,6 +84,19 @@ def test_configurations_can_be_read_from_checkpoints_without_executing_code():
     assert loaded["cfg"] == tree and loaded["args"] == saved["args"]
 
 
+@pytest.mark.parametrize("kind", [OmegaConf.create, lambda values: argparse.Namespace(**values)])
+def test_the_depth_of_an_original_metro_checkpoint_is_read_from_its_weights(kind):
+    cfg = kind({"_name": "t5_metro_base_rpe", "encoder_layers": 4})
+    weights = {f"encoder.layers.{i}.fc1.bias": None for i in range(12)}
+    state = compat._true_depth({"cfg": {"model": cfg}, "model": weights})
+    assert state["cfg"]["model"].encoder_layers == 12
+    other = {
+        "cfg": {"model": kind({"_name": "transformer", "encoder_layers": 4})},
+        "model": weights,
+    }
+    assert compat._true_depth(other)["cfg"]["model"].encoder_layers == 4
+
+
 def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError("not supported")
