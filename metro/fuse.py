@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from metro.modeling.layers_metro_t5 import Attention, Visibility, attend
+from metro.modeling.attention_metro_t5 import Attention, Visibility, attend
 from metro.ops.relative_position_attention import relative_position_attention
 
 
@@ -31,7 +31,7 @@ def fused_attend(
     dropout: float,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`metro.modeling.layers_metro_t5.attend` by the fused operation."""
+    """:func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
     # Without gradients PyTorch's own attention keeps nothing either, and needs no second pass.
     if return_weights or not torch.is_grad_enabled():
         return attend(q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, dropout, return_weights)

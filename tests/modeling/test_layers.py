@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.modeling.layers_metro_t5 import (
+from metro.modeling.attention_metro_t5 import (
     Attention,
-    MetroT5Stack,
     Visibility,
     attend,
     bias_of_pairs,
-    gather_positions,
     relative_position_buckets,
 )
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.layers_metro_t5 import MetroT5Stack, gather_positions
 
 
 def tiny_config(**changes) -> MetroT5Config:
