@@ -5,7 +5,10 @@ of pieces, `fairseq-preprocess`. Both sides are whole commands, start-up include
 are compared byte for byte. Memory is the peak, summed over all processes, for the text once and ten
 times.
 
-    python -m benchmarks.prepare_text --vocab DIR FILE...
+    python -m benchmarks.prepare_text [--vocab DIR] [FILE...]
+
+Without files it reads the documentation in the installed packages, and without a vocabulary it
+trains one of 8,000 pieces on the text.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
+from metro.data.demo_text import write_demo_text
 
 METRO = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--valid-fraction", "0"]
 
@@ -72,8 +76,8 @@ def versions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", type=Path, help="text files")
-    parser.add_argument("--vocab", required=True, type=Path, help="folder: sp.model and dict.txt")
+    parser.add_argument("inputs", nargs="*", type=Path, help="text files")
+    parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3, help="runs of either side, best counts")
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
@@ -84,6 +88,13 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        if not args.inputs:
+            args.inputs = [work / "english.txt"]
+            write_demo_text(args.inputs[0], 16_000_000)
+        if not args.vocab:
+            args.vocab = work / "vocab"
+            train = [*METRO, "--out", args.vocab, "--train-vocab", 8000, "--input", *args.inputs]
+            run_measured(train, env)
         plain_seconds, metro_seconds = [], []
         for _ in range(args.repeats):  # taking turns, so that a busy machine slows both
             metro = [*METRO, "--out", work / "metro", "--vocab", args.vocab]

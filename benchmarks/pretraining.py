@@ -23,11 +23,11 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from common import measure_isolated, print_table, write_results
 
+from benchmarks.common import measure_isolated, print_table, write_results
 from metro.fuse import fuse
-from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.attention_metro_t5 import Attention, relative_position_buckets
+from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel

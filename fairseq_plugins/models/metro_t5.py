@@ -11,6 +11,7 @@ from fairseq_plugins.models._options import (
     metro_t5_config,
 )
 from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.fuse import fuse
 from metro.pretraining.auxiliary import RTD_HEADS, SHARED_EMBEDDINGS, AuxiliaryConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
@@ -93,7 +94,7 @@ class MetroT5Model(BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: MetroModelConfig, task):
         config = metro_t5_config(cfg, task.source_dictionary)
-        return cls(MetroPretrainingModel(config, auxiliary_config(cfg)))
+        return cls(fuse(MetroPretrainingModel(config, auxiliary_config(cfg))))
 
     def forward(
         self,

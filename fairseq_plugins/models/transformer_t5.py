@@ -11,6 +11,7 @@ from fairseq_plugins.models._options import (
     metro_t5_config,
 )
 from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.fuse import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 
 
@@ -36,7 +37,8 @@ class TransformerT5Model(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg: T5ModelConfig, task):
-        return cls(MetroT5ForConditionalGeneration(metro_t5_config(cfg, task.source_dictionary)))
+        config = metro_t5_config(cfg, task.source_dictionary)
+        return cls(fuse(MetroT5ForConditionalGeneration(config)))
 
     def forward(self, src_tokens, src_lengths, prev_output_tokens):
         """Logits (B, T, V)."""
