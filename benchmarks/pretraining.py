@@ -61,17 +61,18 @@ def metro_batch(batch_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def plain_attend(q, k, v, bias_HN, visibility, dropout, return_weights=True):
-    """Attention with weights and with the bias of every pair, repeated over the batch."""
-    mask = visibility.mask(q.shape[2], k.shape[2], q.device).expand(len(q), 1, q.shape[2], -1)
-    mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).repeat(1, q.shape[1], 1, 1)
-    if bias_HN is not None:
-        mask = mask + bias_HN.repeat(len(q), 1, 1, 1)
-    scores = torch.baddbmm(
-        mask.flatten(0, 1), q.flatten(0, 1) / q.shape[-1] ** 0.5, k.flatten(0, 1).transpose(1, 2)
-    )
+def plain_attend(q, k, v, bias_HTT, visibility, dropout, return_weights=True):
+    """Attention with weights, and with a bias that is repeated over the batch."""
+    num_queries, scale = q.shape[2], q.shape[-1] ** -0.5
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q * scale, k, v))
+    if bias_HTT is not None:
+        scores = torch.baddbmm(bias_HTT.repeat(len(q), 1, 1), flat_q, flat_k.transpose(1, 2))
+    else:
+        scores = torch.bmm(flat_q, flat_k.transpose(1, 2))
+    if visibility.is_causal:
+        scores = scores + torch.full((num_queries, num_queries), float("-inf")).triu(1)
     weights = F.dropout(scores.softmax(-1), dropout)
-    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2]), None
+    return torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]), None
 
 
 def plain_bias(attention, length: int) -> torch.Tensor | None:
@@ -98,8 +99,7 @@ def make_plain(model: MetroPretrainingModel) -> None:
 def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -> torch.Tensor:
     """The objective of the base configuration with everything computed everywhere."""
     original, is_masked = batch["original_ids"], batch["is_masked"]
-    everywhere = torch.ones_like(is_masked)
-    hidden = model.auxiliary.encoder(batch["masked_ids"], everywhere).last_hidden_state
+    hidden = model.auxiliary.encoder(batch["masked_ids"]).last_hidden_state
     weight = model.auxiliary.encoder.embed_tokens.weight
     mlm_logits = model.auxiliary.lm_head(hidden[is_masked], weight).float()
     mlm = F.cross_entropy(mlm_logits, original[is_masked], reduction="sum")
@@ -108,8 +108,8 @@ def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -
         samples = torch.multinomial(mlm_logits.detach().softmax(-1), 1).squeeze(-1)
         corrupted = batch["masked_ids"].masked_scatter(is_masked, samples)
 
-    encoded = model.main.encoder(corrupted, everywhere).last_hidden_state
-    decoded = model.main.decoder(batch["decoder_input_ids"], everywhere, encoded, everywhere)
+    encoded = model.main.encoder(corrupted).last_hidden_state
+    decoded = model.main.decoder(batch["decoder_input_ids"], encoder_hidden_states=encoded)
     log_probs = model.main.lm_head(decoded.last_hidden_state).float().log_softmax(-1).flatten(0, 1)
     log_probs.argmax(-1)  # the logged accuracies are of all positions
     masked_log_probs, targets = log_probs[is_masked.flatten()], original[is_masked].unsqueeze(-1)
@@ -181,17 +181,16 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int) -> list[flo
     return seconds[1:]
 
 
-@torch.no_grad()
 def loss_without_dropout(way: str, size: str, batch_size: int) -> float:
     """The loss of enlarged fresh weights on a batch with given samples."""
     model, batch, loss_of = build_step(way, size, batch_size, dropout=0.0)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name or name.startswith("rtd_head"):
-            parameter.normal_(generator=generator)  # fresh ones are zero
+            parameter.data.normal_(generator=generator)  # fresh ones are zero
     samples = torch.randint(4, SENTINEL, batch["is_masked"].shape, generator=generator)
     batch["corrupted_ids"] = batch["masked_ids"].where(~batch["is_masked"], samples)
-    return float(loss_of(batch))
+    return float(loss_of(batch).detach())
 
 
 def main() -> None:

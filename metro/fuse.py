@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from metro.modeling.attention_metro_t5 import Attention, Visibility, attend
+from metro.modeling.layers_metro_t5 import AttentionLayer, FeedForwardLayer
+from metro.ops.dropout import dropout
 from metro.ops.relative_position_attention import relative_position_attention
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Let every attention of a METRO model use the fused operation, in place.
+    """Let every attention and dropout of a METRO model use the fused operations, in place.
 
     Parameters, their names and the state dict stay as they are. Calls that ask for the attention
     weights are computed the plain way.
@@ -19,6 +21,8 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = fused_attend
+        elif isinstance(module, AttentionLayer | FeedForwardLayer):
+            module.drop = dropout
     return model
 
 
@@ -28,13 +32,15 @@ def fused_attend(
     v_BHSK: torch.Tensor,
     bias_HN: torch.Tensor | None,
     visibility: Visibility,
-    dropout: float,
+    attention_dropout: float,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
     # Without gradients PyTorch's own attention keeps nothing either, and needs no second pass.
     if return_weights or not torch.is_grad_enabled():
-        return attend(q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, dropout, return_weights)
+        return attend(
+            q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, attention_dropout, return_weights
+        )
     out_BHTK = relative_position_attention(
         q_BHTK,
         k_BHSK,
@@ -43,6 +49,6 @@ def fused_attend(
         visibility.key_mask,
         visibility.is_causal,
         visibility.query_positions,
-        dropout,
+        attention_dropout,
     )
     return out_BHTK, None

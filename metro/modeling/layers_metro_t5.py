@@ -24,6 +24,8 @@ class PositionTable(nn.Embedding):
 class AttentionLayer(nn.Module):
     """Attention, residual and LayerNorm. ``SelfAttention`` or ``EncDecAttention``, as released."""
 
+    drop = staticmethod(F.dropout)
+
     def __init__(self, config, name: str, has_relative_attention_bias: bool = False):
         super().__init__()
         self.name = name
@@ -37,7 +39,7 @@ class AttentionLayer(nn.Module):
 
     def forward(self, hidden_BTD, states_BSD, **kwargs):
         out_BTD, weights = self.attention(hidden_BTD, states_BSD, **kwargs)
-        out_BTD = F.dropout(out_BTD, self.dropout, self.training)
+        out_BTD = self.drop(out_BTD, self.dropout, self.training)
         return self.layer_norm(hidden_BTD + out_BTD), weights
 
 
@@ -58,6 +60,8 @@ class FeedForward(nn.Module):
 class FeedForwardLayer(nn.Module):
     """Feed-forward, residual and LayerNorm."""
 
+    drop = staticmethod(F.dropout)
+
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout_rate
@@ -65,7 +69,7 @@ class FeedForwardLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def forward(self, hidden_BTD):
-        out_BTD = F.dropout(self.DenseReluDense(hidden_BTD), self.dropout, self.training)
+        out_BTD = self.drop(self.DenseReluDense(hidden_BTD), self.dropout, self.training)
         return self.layer_norm(hidden_BTD + out_BTD)
 
 

@@ -1,20 +1,23 @@
 """Attention with a relative position bias, without B,H,T,S tensors kept for the backward pass.
 
-On the CPU one row and a few heads are computed at a time, so that the scores stay in the cache, and
-the backward pass computes them again (Dao et al., 2022, applied to CPU caches). Besides the inputs
-only a byte per weight is kept, and that only with dropout. One more q k^T is 1/7 of the arithmetic
-of attention, which is itself about a tenth of a layer's at 512 tokens.
+On the CPU one row is computed at a time, and the backward pass computes its weights (and which of
+them were dropped) again, as Dao et al. (2022) do on GPUs. Only the inputs are kept. One more q k^T
+is 1/7 of the arithmetic of attention, which is itself about a tenth of a layer's at 512 tokens;
+causal attention skips a quarter of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """
 
-import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-HEADS_AT_A_TIME = 4
-"""Chosen so that the scores of 512 x 512 tokens (1 MiB a head) stay in the cores' caches."""
+from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
+
+CAUSAL_BLOCK = 256
+"""Queries at a time in causal attention; keys after the block are not looked at."""
 
 
 def relative_position_attention(
@@ -88,7 +91,7 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
 
 
 class CachedAttention(torch.autograd.Function):
-    """A row and ``HEADS_AT_A_TIME`` heads at a time; the scores are computed again going back."""
+    """A row at a time; its weights are computed again going back."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, is_causal, query_positions, dropout):
@@ -96,23 +99,25 @@ class CachedAttention(torch.autograd.Function):
         pairs = None
         if bias is not None:
             pairs = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions)
+        seed = seed_from_torch() if dropout else None
+        ctx.in_blocks = is_causal and query_positions is None and q.shape[2] == k.shape[2]
         out = empty_by_position(q)
-        dropped = draw_dropped((*q.shape[:3], k.shape[2]), dropout) if dropout else None
-        for chunk in chunks(q):
+        random = random_of(seed)
+        for chunk in chunks(q, k, ctx.in_blocks):
             weights = chunk_weights(chunk, q, k, pairs, mask)
-            if dropped is not None:
-                weights.masked_fill_(dropped[chunk], 0.0)
-            out[chunk] = torch.bmm(weights, v[chunk])
-        if dropped is not None:
+            if dropout:
+                weights.mul_(draw_kept(weights.shape, dropout, random, weights.dtype))
+            out[chunk.queries] = torch.bmm(weights, v[chunk.keys])
+        if dropout:
             out /= 1.0 - drop_rate(dropout)
-        ctx.save_for_backward(q, k, v, bias, mask, query_positions, dropped)
-        ctx.dropout = dropout
+        ctx.save_for_backward(q, k, v, bias, mask, query_positions)
+        ctx.dropout, ctx.seed = dropout, seed
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, bias, mask, query_positions, dropped = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
+        q, k, v, bias, mask, query_positions = ctx.saved_tensors
+        dropout, scale = ctx.dropout, q.shape[-1] ** -0.5
         pairs = grad_pairs = None
         if bias is not None:
             with torch.enable_grad():
@@ -120,35 +125,69 @@ class CachedAttention(torch.autograd.Function):
                 differentiable = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions)
             pairs = differentiable.detach()
             grad_pairs = torch.zeros_like(pairs)
-        if dropped is not None:
-            grad_out = grad_out / (1.0 - drop_rate(ctx.dropout))
-        grads = [empty_by_position(x) for x in (q, k, v)]
-        grad_q, grad_k, grad_v = grads
-        for chunk in chunks(q):
-            row, heads = chunk
-            weights = chunk_weights(chunk, q, k, pairs, mask)
-            grad_weights = torch.bmm(grad_out[chunk], v[chunk].transpose(1, 2))
-            kept = weights
-            if dropped is not None:
-                grad_weights.masked_fill_(dropped[chunk], 0.0)
-                kept = weights.masked_fill(dropped[chunk], 0.0)
-            grad_v[chunk] = torch.bmm(kept.transpose(1, 2), grad_out[chunk])
+        if dropout:
+            grad_out = grad_out / (1.0 - drop_rate(dropout))
+        grad_q, grad_k, grad_v = (empty_by_position(x) for x in (q, k, v))
+        if ctx.in_blocks:
+            grad_k.zero_(), grad_v.zero_()
+        random = random_of(ctx.seed)
+        for chunk in chunks(q, k, ctx.in_blocks):
+            weights = kept_weights = chunk_weights(chunk, q, k, pairs, mask)
+            grad_weights = torch.bmm(grad_out[chunk.queries], v[chunk.keys].transpose(1, 2))
+            if dropout:
+                kept = draw_kept(weights.shape, dropout, random, weights.dtype)
+                grad_weights.mul_(kept)
+                kept_weights = kept.mul_(weights)
+            chunk_grad_v = torch.bmm(kept_weights.transpose(1, 2), grad_out[chunk.queries])
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             if grad_pairs is not None:
-                grad_pairs[row if len(grad_pairs) > 1 else 0, heads] += grad_scores
-            grad_q[chunk] = torch.bmm(grad_scores, k[chunk]).mul_(scale)
-            grad_k[chunk] = torch.bmm(grad_scores.transpose(1, 2), q[chunk]).mul_(scale)
+                chunk.of_pairs(grad_pairs).add_(grad_scores)
+            grad_q[chunk.queries] = torch.bmm(grad_scores, k[chunk.keys] * scale)
+            chunk_grad_k = torch.bmm(grad_scores.transpose(1, 2), q[chunk.queries] * scale)
+            if ctx.in_blocks:
+                grad_k[chunk.keys] += chunk_grad_k
+                grad_v[chunk.keys] += chunk_grad_v
+            else:
+                grad_k[chunk.keys] = chunk_grad_k
+                grad_v[chunk.keys] = chunk_grad_v
         grad_bias = None
         if bias is not None:
             (grad_bias,) = torch.autograd.grad(differentiable, bias, grad_pairs)
-        return *grads, grad_bias, None, None, None, None
+        return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
 
 
-def chunks(q):
-    """Indices (row, slice of heads)."""
+class Chunk(NamedTuple):
+    """What is computed at a time: some queries of one row, and the keys they may see."""
+
+    row: int
+    first_query: int
+    end_query: int
+    num_keys: int
+
+    @property
+    def queries(self):
+        """Index into B,H,T,K."""
+        return self.row, slice(None), slice(self.first_query, self.end_query)
+
+    @property
+    def keys(self):
+        """Index into B,H,S,K."""
+        return self.row, slice(None), slice(0, self.num_keys)
+
+    def of_pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """This chunk's part of B,H,T,S or 1,H,T,S."""
+        row = self.row if len(x) > 1 else 0
+        return x[row, :, self.first_query : self.end_query, : self.num_keys]
+
+
+def chunks(q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
+    """All chunks; ``in_blocks``, each block of queries with the keys up to its end."""
+    num_queries = q.shape[2]
+    step = CAUSAL_BLOCK if in_blocks else num_queries
     for row in range(q.shape[0]):
-        for head in range(0, q.shape[1], HEADS_AT_A_TIME):
-            yield row, slice(head, head + HEADS_AT_A_TIME)
+        for first in range(0, num_queries, step):
+            end = min(first + step, num_queries)
+            yield Chunk(row, first, end, end if in_blocks else k.shape[2])
 
 
 def empty_by_position(x_BHTK: torch.Tensor) -> torch.Tensor:
@@ -157,19 +196,14 @@ def empty_by_position(x_BHTK: torch.Tensor) -> torch.Tensor:
     return x_BHTK.new_empty(batch_size, length, num_heads, width).transpose(1, 2)
 
 
-def chunk_weights(chunk, q, k, pairs, mask) -> torch.Tensor:
-    """The softmax weights of one chunk: heads,T,S."""
-    row, heads = chunk
-    added = None if pairs is None else pairs[row if len(pairs) > 1 else 0, heads]
+def chunk_weights(chunk: Chunk, q, k, pairs, mask) -> torch.Tensor:
+    """The softmax weights of one chunk: heads, queries, keys."""
+    added = None if pairs is None else chunk.of_pairs(pairs)
     if mask is not None:
-        row_mask = mask[row if len(mask) > 1 else 0]
-        added = row_mask if added is None else added + row_mask
-    q_HTK, k_HKS = q[chunk], k[chunk].transpose(1, 2)
-    scale = q.shape[-1] ** -0.5
-    if added is None:
-        scores = torch.bmm(q_HTK, k_HKS).mul_(scale)
-    else:
-        scores = torch.baddbmm(added, q_HTK, k_HKS, alpha=scale)
+        added = chunk.of_pairs(mask) if added is None else added + chunk.of_pairs(mask)
+    scaled_q = q[chunk.queries] * q.shape[-1] ** -0.5
+    k_HKS = k[chunk.keys].transpose(1, 2)
+    scores = torch.bmm(scaled_q, k_HKS) if added is None else torch.baddbmm(added, scaled_q, k_HKS)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -179,20 +213,5 @@ def additive_mask(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | 
     if visible is None:
         return None
     visible = visible if visible.dim() == 4 else visible[None, None]
-    mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(
-        ~visible, torch.finfo(q.dtype).min
-    )
-    return mask.expand(-1, -1, q.shape[2], -1)
-
-
-def drop_rate(dropout: float) -> float:
-    """The probability that ``draw_dropped`` drops a weight: ``dropout`` in steps of 2 ** -16."""
-    return round(dropout * 2**16) / 2**16
-
-
-def draw_dropped(shape: tuple[int, ...], dropout: float) -> torch.Tensor:
-    """bool, True with probability ``dropout``: 16 random bits each, from PyTorch's generator."""
-    count = math.prod(shape)
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    threshold = round(dropout * 2**16) - 2**15
-    return (bits.view(torch.int16)[:count] < threshold).view(shape)
+    mask = torch.zeros(visible.shape, dtype=q.dtype)
+    return mask.masked_fill_(~visible, torch.finfo(q.dtype).min).expand(-1, -1, q.shape[2], -1)

@@ -1,0 +1,48 @@
+"""Dropout against its definition: what is kept, how often, and its gradient."""
+
+import pytest
+import torch
+
+from metro.ops.dropout import draw_kept, dropout, random_of
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_elements_are_dropped_independently_at_the_asked_rate(p):
+    """Five standard errors of the rate, and of the correlation of neighbours."""
+    kept = draw_kept(torch.Size((1001, 999)), p, random_of(0), torch.float32)
+    count, variance = kept.numel(), p * (1 - p)
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * (variance / count) ** 0.5 + 2**-17
+    centred = (kept - (1 - p)).flatten()
+    for step in (1, 2, 3, 4):
+        correlation = float((centred[step:] * centred[:-step]).mean()) / variance
+        assert abs(correlation) < 5 / count**0.5
+
+
+def test_kept_elements_are_scaled_and_so_is_the_gradient():
+    x = torch.randn(7, 5, 3).requires_grad_()
+    out = dropout(x, 0.25, impl="bytes")
+    kept = out != 0
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(out, torch.where(kept, x / 0.75, 0.0))
+    weights = torch.randn(out.shape)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), x)
+    torch.testing.assert_close(gradient, torch.where(kept, weights / 0.75, 0.0))
+
+
+def test_a_seeded_run_drops_the_same_elements_and_another_seed_others():
+    x, outs = torch.ones(1000), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(dropout(x, 0.5))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_nothing_is_dropped_in_evaluation():
+    x = torch.randn(10)
+    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
+
+
+def test_unknown_impl_names_the_valid_ones():
+    with pytest.raises(ValueError, match="'fast'.*'bytes'"):
+        dropout(torch.zeros(1), 0.1, impl="fast")
