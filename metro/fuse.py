@@ -5,6 +5,7 @@ from torch import nn
 
 from metro.modeling.attention_metro_t5 import Attention, Visibility, attend
 from metro.modeling.layers_metro_t5 import AttentionLayer, FeedForwardLayer
+from metro.ops.dispatch import is_eager_cpu
 from metro.ops.dropout import dropout
 from metro.ops.relative_position_attention import relative_position_attention
 
@@ -36,8 +37,9 @@ def fused_attend(
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
-    # Without gradients PyTorch's own attention keeps nothing either, and needs no second pass.
-    if return_weights or not torch.is_grad_enabled():
+    # Without gradients PyTorch's own attention keeps nothing either, and needs no second pass; on
+    # other devices it is the only implementation so far.
+    if return_weights or not torch.is_grad_enabled() or not is_eager_cpu(q_BHTK):
         return attend(
             q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, attention_dropout, return_weights
         )

@@ -6,6 +6,7 @@ Shapes: B batch, T query tokens, S key tokens, H heads, K head width, D d_model,
 N distances, M positions that are asked for in a last layer.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,18 @@ def relative_position_buckets(num_buckets: int, max_distance: int, length: int) 
     far = exact + torch.ceil(far * (half - 1 - exact)).long()
     bucket = torch.where(magnitude < exact, magnitude, far.clamp(max=half - 1))
     return distance.sign() * bucket + half - 1
+
+
+@functools.lru_cache(maxsize=64)
+def buckets_on(
+    device: torch.device, num_buckets: int, max_distance: int, length: int
+) -> torch.Tensor:
+    """:func:`relative_position_buckets`, moved to a device once, because moving waits for it.
+
+    Computed on the CPU everywhere, so that the ceilings are those of the original.
+    """
+    with torch.inference_mode(False):
+        return relative_position_buckets(num_buckets, max_distance, length).to(device)
 
 
 class RelativePositionTable(nn.Embedding):
@@ -169,12 +182,13 @@ class Attention(nn.Module):
         if self.relative_attention_bias is None:
             return None
         table_RH = self.relative_attention_bias.weight
-        buckets = relative_position_buckets(
+        buckets = buckets_on(
+            table_RH.device,
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
             length,
         )
-        return table_RH[buckets.to(table_RH.device)].T
+        return table_RH[buckets].T
 
     def forward(
         self,

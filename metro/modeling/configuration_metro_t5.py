@@ -42,7 +42,7 @@ class MetroT5Config(PretrainedConfig):
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
-        "num_hidden_layers": "num_layers",
+        "num_hidden_layers": "num_decoder_layers",  # generate() makes a cache of this many layers
         "head_dim": "d_kv",
     }
 
@@ -92,11 +92,6 @@ class MetroT5Config(PretrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_factor = initializer_factor
         self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
-        self.bos_token_id = bos_token_id
-        self.pad_token_id = pad_token_id
-        self.eos_token_id = eos_token_id
-        self.decoder_start_token_id = decoder_start_token_id
         if feed_forward_proj not in ("relu", "gelu"):
             raise ValueError(f"feed_forward_proj is {feed_forward_proj!r}; use 'relu' or 'gelu'")
         half = relative_attention_num_buckets // 2
@@ -112,4 +107,12 @@ class MetroT5Config(PretrainedConfig):
             )
         if not tie_word_embeddings:
             raise ValueError("tie_word_embeddings is False; METRO-T5 has one embedding matrix")
-        super().__init__(is_encoder_decoder=is_encoder_decoder, **kwargs)
+        super().__init__(
+            bos_token_id=bos_token_id,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            decoder_start_token_id=decoder_start_token_id,
+            is_encoder_decoder=is_encoder_decoder,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )

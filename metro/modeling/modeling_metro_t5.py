@@ -198,9 +198,7 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and labels is None and not self.decoder.gradient_checkpointing
         if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(
-                DynamicCache(config=self.config), DynamicCache(config=self.config)
-            )
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         layer_caches, past_length = None, 0
         if past_key_values is not None:
             past_length = int(past_key_values.get_seq_length())

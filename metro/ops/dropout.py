@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from metro.ops.dispatch import is_eager_cpu
+
 
 def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto") -> torch.Tensor:
     """``F.dropout(x, p, training)``: elements zeroed with probability ``p``, others over ``1 - p``.
@@ -25,7 +27,7 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
     if not training or not p:
         return x
     if impl == "auto":
-        impl = "bytes" if x.device.type == "cpu" and x.dtype == torch.float32 else "reference"
+        impl = "bytes" if is_eager_cpu(x) else "reference"
     if impl == "reference":
         return F.dropout(x, p)
     if impl == "bytes":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from metro.ops.dispatch import is_eager_cpu
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
 
 CAUSAL_BLOCK = 256
@@ -54,10 +55,10 @@ def relative_position_attention(
         B,H,T,K, laid out in memory as B,T,H,K.
 
     Raises:
-        ValueError: an unknown ``impl``.
+        ValueError: an unknown ``impl``, or ``cached`` on another device.
     """
     if impl == "auto":
-        impl = "cached" if q.device.type == "cpu" and q.dtype == torch.float32 else "reference"
+        impl = "cached" if is_eager_cpu(q) else "reference"
     if impl == "reference":
         mask = visible_keys(q, k, key_mask, is_causal, query_positions)
         if bias is not None:
@@ -65,6 +66,8 @@ def relative_position_attention(
             mask = pairs if mask is None else pairs.masked_fill(~mask, torch.finfo(q.dtype).min)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     if impl == "cached":
+        if q.device.type != "cpu":
+            raise ValueError(f"impl 'cached' is for the CPU, q is on {q.device}; use 'auto'")
         return CachedAttention.apply(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
     raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'cached'")
 

@@ -31,8 +31,8 @@ class AuxiliaryConfig:
 
     num_layers: int = 4
     """Layers of the auxiliary model: 4 for base and base++, 6 for large++."""
-    dropout: float = 0.0
-    """Every dropout of the auxiliary model."""
+    zero_dropout: bool = True
+    """No dropout in the auxiliary model; otherwise the main model's rates."""
     sample_mode: str = "train"
     """Samples come from the training pass (``train``), or from one without dropout (``eval``)."""
     rtd_head: str = "simple"
@@ -90,8 +90,9 @@ class AuxiliaryModel(nn.Module):
         super().__init__()
         config = copy.deepcopy(config)
         config.num_layers = auxiliary.num_layers
-        config.dropout_rate = config.attention_dropout_rate = auxiliary.dropout
-        config.activation_dropout_rate = auxiliary.dropout
+        if auxiliary.zero_dropout:
+            config.dropout_rate = config.attention_dropout_rate = 0.0
+            config.activation_dropout_rate = 0.0
         shared = auxiliary.share.split("_")
         embed_tokens = (
             main_encoder.embed_tokens

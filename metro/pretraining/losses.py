@@ -172,6 +172,7 @@ def metro_losses(
             mean_weight = weights.mean()  # over padding too, as the original does
         else:
             mean_weight = weights.where(lm_is_scored, zero).sum() / lm_is_scored.sum().clamp(min=1)
+        mean_weight = mean_weight.where(mean_weight > 0, 1.0)  # nothing was scored
     lm_loss, lm_nll = lm_loss.sum(), lm_nll.sum() / mean_weight
     if objective.divide_by_mean_weight:
         lm_loss = lm_loss / mean_weight

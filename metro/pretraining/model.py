@@ -45,6 +45,7 @@ class MetroPretrainingModel(nn.Module):
         objective: MetroObjective,
         corrupted_ids: torch.Tensor | None = None,
         max_masked: int | None = None,
+        has_padding: bool | None = None,
     ) -> MetroLosses:
         """One METRO step: predict and sample masked tokens, detect the replaced ones, correct them.
 
@@ -56,12 +57,13 @@ class MetroPretrainingModel(nn.Module):
             sampling_seed: B int64, seeds each row's samples, whatever batch the row is in.
             objective: what to compute.
             corrupted_ids: B,T int64, used instead of sampling where given.
-            max_masked: at least the masked positions of every row; counted when absent, which waits
-                for the device.
+            max_masked: at least the masked positions of every row.
+            has_padding: whether any row is padded; without padding attention needs no mask. This
+                and ``max_masked`` are looked up when absent, which waits for the device.
         """
         is_token = original_ids.ne(self.config.pad_token_id)
-        # On the CPU, full batches skip the padding mask; on a GPU, looking would wait for it.
-        has_padding = is_token.device.type != "cpu" or not bool(is_token.all())
+        if has_padding is None:
+            has_padding = not bool(is_token.all())
         mask = is_token if has_padding else None
         if max_masked is None:
             max_masked = int(is_masked.sum(1).max())

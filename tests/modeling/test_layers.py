@@ -134,6 +134,14 @@ def test_impossible_configurations_name_the_value(changes, message):
         tiny_config(**changes)
 
 
+def test_the_configuration_keeps_its_ids_through_json(tmp_path):
+    """Older releases of transformers reset ids that do not go through their constructor."""
+    MetroT5Config(decoder_start_token_id=1000).save_pretrained(tmp_path)
+    for config in (MetroT5Config(), MetroT5Config.from_pretrained(tmp_path)):
+        assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
+    assert config.decoder_start_token_id == 1000 and config.tie_word_embeddings
+
+
 def stack_of(config, is_decoder):
     embedding = torch.nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
     return MetroT5Stack(config, embedding, is_decoder)

@@ -97,13 +97,22 @@ def test_an_upper_bound_of_masked_positions_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_batch_without_masked_positions_has_a_zero_loss():
+@pytest.mark.parametrize(
+    "objective",
+    [
+        MetroObjective(),
+        MetroObjective(weighted_lm=True),
+        MetroObjective(weighted_lm=True, divide_by_mean_weight=True),
+    ],
+)
+def test_a_batch_without_masked_positions_has_a_zero_loss(objective):
     model, inputs = build(), batch()
     inputs["is_masked"] = torch.zeros_like(inputs["is_masked"])
     inputs["masked_ids"] = inputs["original_ids"]
-    losses = model(**inputs, objective=MetroObjective())
+    losses = model(**inputs, objective=objective)
     losses.total.backward()
     assert float(losses.total.detach()) == 0 and int(losses.sample_size) == 0
+    assert all(math.isfinite(float(value.detach())) for value in losses)
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -120,10 +129,21 @@ def test_sample_mode_eval_samples_without_dropout_and_trains_with_it():
     inputs = batch()
     calm = build(dropout=0.0).eval()
     want = corrupted_ids(calm, inputs)
-    model = build(dropout=0.5, sample_mode="eval").train()
+    model = build(dropout=0.5, zero_dropout=False, sample_mode="eval").train()
     model.load_state_dict(calm.state_dict())
     assert torch.equal(corrupted_ids(model, inputs), want)
     assert model.auxiliary.training
+
+
+@pytest.mark.parametrize("zero_dropout, rates", [(True, (0, 0, 0)), (False, (0.5, 0.5, 0.25))])
+def test_dropout_of_the_auxiliary_model(zero_dropout, rates):
+    config = MetroT5Config(
+        vocab_size=64, d_model=16, num_layers=1, dropout_rate=0.5, activation_dropout_rate=0.25
+    )
+    model = MetroPretrainingModel(config, AuxiliaryConfig(1, zero_dropout=zero_dropout))
+    got = model.auxiliary.encoder.config
+    assert rates == (got.dropout_rate, got.attention_dropout_rate, got.activation_dropout_rate)
+    assert model.config.dropout_rate == 0.5
 
 
 def test_without_rtd_head():

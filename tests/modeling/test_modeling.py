@@ -1,0 +1,107 @@
+"""The Hugging Face shells against the original's Hugging Face model (``golden/hf_*``)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
+
+MODELS = ["metro_tiny_a", "metro_tiny_b", "t5_prompt_tiny_f", "t5_tiny_c"]
+
+
+@pytest.fixture(params=MODELS)
+def released(request, testdata):
+    """A model with the weights of a released-layout folder, and the recorded tensors."""
+    golden, name = testdata / "golden", request.param
+    folder = golden / "hf_export" / name
+    fields = json.loads((folder / "config.json").read_text())
+    for field in ("model_type", "architectures", "torch_dtype", "transformers_version"):
+        del fields[field]
+    model = MetroT5ForConditionalGeneration(MetroT5Config(**fields))
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    arrays = np.load(golden / f"hf_{name}.npz")
+    return model.eval(), {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+@torch.no_grad()
+def test_logits_equal_the_original(released):
+    model, golden = released
+    mask = golden["attention_mask"]
+    output = model(golden["input_ids"], mask, golden["decoder_input_ids"])
+    states = output.encoder_last_hidden_state - golden["encoder_last_hidden_state"]
+    assert states[mask.bool()].abs().max() < 1e-5
+    is_label = (golden["labels"] != 1) & (golden["labels"] >= 0)
+    assert (output.logits - golden["logits"])[is_label].abs().max() < 3e-5
+    alone = MetroT5EncoderModel(model.config)
+    alone.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k.startswith(("encoder.", "shared."))}
+    )
+    hidden = alone.eval()(golden["input_ids"], mask).last_hidden_state
+    assert torch.equal(hidden, output.encoder_last_hidden_state)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_search_equals_the_original(released, use_cache):
+    model, golden = released
+    sequences = model.generate(
+        golden["input_ids"],
+        attention_mask=golden["attention_mask"],
+        max_length=40,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    assert torch.equal(sequences, golden["greedy"])
+
+
+def test_beam_search_equals_the_original(released):
+    model, golden = released
+    sequences = model.generate(
+        golden["input_ids"],
+        attention_mask=golden["attention_mask"],
+        max_length=30,
+        num_beams=4,
+        length_penalty=1.0,
+    )
+    assert torch.equal(sequences, golden["beam4"])
+
+
+def tiny(**changes) -> MetroT5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    model = MetroT5ForConditionalGeneration(MetroT5Config(**{**sizes, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def test_a_decoder_deeper_than_the_encoder_generates_with_a_cache():
+    model, ids = tiny(num_decoder_layers=3), torch.tensor([[0, 7, 8, 9, 2]])
+    cached, plain = (
+        model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_saving_and_loading_keeps_every_weight_and_the_tie(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = MetroT5ForConditionalGeneration.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.lm_head.weight is loaded.shared.weight is loaded.decoder.embed_tokens.weight
+
+
+def test_loss_is_the_mean_over_labels_that_are_not_ignored():
+    model = tiny()
+    labels = torch.tensor([[5, 6, -100]])
+    output = model(torch.tensor([[0, 7, 2]]), labels=labels, use_cache=False)
+    log_probs = output.logits[0].log_softmax(-1)
+    torch.testing.assert_close(output.loss, -(log_probs[0, 5] + log_probs[1, 6]) / 2)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    assert shifted.tolist() == [[model.config.decoder_start_token_id, 5, 6]]
