@@ -26,7 +26,7 @@ install: $(STAMP)
 
 # .unfinished marks an install under way: found at the start, the last one was cut short and what
 # it left cannot be trusted, so the environment is built anew.
-$(STAMP): setup.py constraints.txt Makefile
+$(STAMP): setup.py metro/environment.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11: make install PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "install 1/4: environment in $(VENV)"

@@ -7,6 +7,7 @@ independent second implementation in the tests.
 
 import argparse
 import re
+import string
 import unicodedata
 from multiprocessing import Pool
 
@@ -14,10 +15,7 @@ TRANSLATION = str.maketrans("‘’´“”—–-", "'''\"\"---")
 
 
 def is_punctuation(char):
-    code = ord(char)
-    if 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126:
-        return True
-    return unicodedata.category(char).startswith("P")
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
 def split_prefix(token):

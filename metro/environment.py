@@ -7,8 +7,10 @@ their numbers.
 import importlib
 import importlib.util
 import logging
+import operator
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -24,37 +26,50 @@ class Part:
 
     module: str
     """Name to import."""
+    requirement: str
+    """Name on PyPI and versions, as pip and setup.py take it."""
     purpose: str
-    required: bool
-    install: str
-    """Command that installs it."""
-    distribution: str = ""
-    """Name on PyPI where it differs from the module's."""
+    required: bool = False
+    install: str = ""
+    """Command that installs it, where that is not ``pip install`` of the requirement."""
+
+    @property
+    def distribution(self) -> str:
+        return re.match(r"[\w.-]+", self.requirement)[0]
+
+    @property
+    def bounds(self) -> str:
+        return self.requirement.removeprefix(self.distribution)
 
 
+FAIRSEQ = "fairseq-fixed==0.12.3.1"
 FAIRSEQ_INSTALL = (
-    "READTHEDOCS=1 pip install --no-deps --no-build-isolation fairseq-fixed==0.12.3.1 && "
+    f"READTHEDOCS=1 pip install --no-deps --no-build-isolation {FAIRSEQ} && "
     "pip install '.[fairseq-needs]'"
 )
 
-# In the commands, "." is the folder of the project.
+# setup.py takes the requirements from here, so that they are written once. In the commands, "." is
+# the folder of the project. torch has a lower bound only: a CUDA build that is there stays.
 PARTS = [
-    Part("torch", "tensors and models", True, "pip install 'torch>=2.6'"),
-    Part("transformers", "model classes", True, "pip install 'transformers>=4.57,<6'"),
-    Part("sentencepiece", "tokenisation", True, "pip install sentencepiece"),
-    Part("numpy", "data", True, "pip install numpy"),
-    Part("safetensors", "model files", True, "pip install safetensors"),
-    Part("jinja2", "prompt templates", True, "pip install jinja2"),
-    Part("yaml", "configurations", True, "pip install pyyaml", "PyYAML"),
-    Part("matplotlib", "plots", True, "pip install matplotlib"),
-    Part("fairseq", "pretraining: extra [fairseq]", False, FAIRSEQ_INSTALL, "fairseq-fixed"),
-    Part("accelerate", "finetuning: extra [train]", False, "pip install '.[train]'"),
-    Part("datasets", "hf: inputs: extra [train], [eval]", False, "pip install '.[train]'"),
-    Part("triton", "GPU kernels: extra [triton]", False, "pip install '.[triton]'"),
-    Part("liger_kernel", "alternative GPU kernels", False, "pip install liger-kernel"),
-    Part("tensorboard", "training curves, live", False, "pip install tensorboard"),
-    Part("pytest", "tests: extra [dev]", False, "pip install '.[dev]'"),
+    Part("torch", "torch>=2.6", "tensors and models", True),
+    Part("transformers", "transformers>=4.57,<6", "model classes", True),
+    Part("sentencepiece", "sentencepiece>=0.2", "tokenisation", True),
+    Part("numpy", "numpy>=1.26", "data", True),
+    Part("safetensors", "safetensors", "model files", True),
+    Part("jinja2", "jinja2", "prompt templates", True),
+    Part("yaml", "pyyaml", "configurations", True),
+    Part("matplotlib", "matplotlib>=3.8", "plots", True),
+    Part("typer", "typer>=0.12", "command line", True),
+    Part("rich", "rich>=13", "tables and progress", True),
+    Part("fairseq", FAIRSEQ, "pretraining: extra [fairseq]", False, FAIRSEQ_INSTALL),
+    Part("accelerate", "accelerate>=1.1", "finetuning: extra [train]"),
+    Part("datasets", "datasets>=3", "hf: inputs: extra [train], [eval]"),
+    Part("triton", "triton>=3.2", "GPU kernels: extra [triton]"),
+    Part("liger_kernel", "liger-kernel", "alternative GPU kernels"),
+    Part("tensorboard", "tensorboard", "training curves, live"),
+    Part("pytest", "pytest>=8", "tests: extra [dev]"),
 ]
+REQUIREMENTS = {part.module: part.requirement for part in PARTS}
 
 
 @dataclass
@@ -78,6 +93,7 @@ class Environment:
     metro: str
     python: str
     platform: str
+    """System and architecture."""
     cpu: str
     cores: int
     """Cores this process may use."""
@@ -109,9 +125,9 @@ def inspect_environment() -> Environment:
     environment = Environment(
         metro=metro.__version__,
         python=platform.python_version(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_name(),
-        cores=_usable_cores(),
+        cores=available_cores(),
         memory_gib=_memory_gib(),
         disk_free_gib=round(shutil.disk_usage(".").free / 2**30, 1),
         parts=parts,
@@ -122,9 +138,9 @@ def inspect_environment() -> Environment:
 
 
 def _check(part: Part) -> PartStatus:
-    status = PartStatus(part.distribution or part.module, part.purpose, part.required)
+    status = PartStatus(part.distribution, part.purpose, part.required)
     try:
-        status.version = metadata.version(part.distribution or part.module)
+        status.version = metadata.version(part.distribution)
     except metadata.PackageNotFoundError:
         pass
     try:
@@ -136,9 +152,32 @@ def _check(part: Part) -> PartStatus:
             status.version = status.version or getattr(module, "__version__", None)
     except (Exception, SystemExit) as error:  # a broken package may raise anything
         status.error = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
+    if not status.error and status.version and not satisfies(status.version, part.bounds):
+        status.error = f"METRO needs {part.requirement}"
     if status.error:
-        status.install = part.install
+        status.install = part.install or f"pip install '{part.requirement}'"
     return status
+
+
+def satisfies(version: str, bounds: str) -> bool:
+    """Whether a version lies within bounds such as ``>=4.57,<6``.
+
+    Numbers alone count: ``2.6.0a0+cu128`` is 2.6.0. Where there are none, anything is within.
+    """
+    compare = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
+    found = release_numbers(version)
+    return not found or all(
+        compare[sign](found, release_numbers(number))
+        for sign, number in re.findall(r"(>=|==|<)([\d.]+)", bounds)
+    )
+
+
+def release_numbers(version: str) -> tuple[int, ...]:
+    """(2, 6) of ``2.6.0+cpu``: without zeros at the end, so that 2.6 equals 2.6.0."""
+    numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _look_at_torch(environment: Environment) -> None:
@@ -191,7 +230,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def available_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

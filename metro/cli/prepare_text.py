@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from metro.data import DEFAULT_VALID_FRACTION
+
 
 def prepare_text(
     input: Annotated[
@@ -31,7 +33,7 @@ def prepare_text(
     workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
     valid_fraction: Annotated[
         float, typer.Option(help="Share of the documents for the validation set; 0: none.")
-    ] = 0.005,
+    ] = DEFAULT_VALID_FRACTION,
     overwrite: Annotated[
         bool, typer.Option(help="Replace a result made with other settings.")
     ] = False,

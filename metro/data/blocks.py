@@ -1,9 +1,9 @@
 """Cutting a tokenised corpus into blocks, and blocks into batches.
 
-Both functions give exactly what fairseq's compiled helpers give (`TokenBlockDataset`,
-`batch_by_size`), in NumPy, so that a pure Python installation of fairseq is enough. Work is done in
-arrays wherever it can be: the remaining Python loops run over blocks and over distinct lengths,
-never over the items of a corpus one by one.
+`build_blocks` and `batch_by_size` give exactly what fairseq's compiled helpers give
+(`TokenBlockDataset`, `batch_by_size`), in NumPy, so that a pure Python installation of fairseq is
+enough. Work is done in arrays wherever it can be: the remaining Python loops run over blocks and
+over distinct lengths, never over the items of a corpus one by one.
 
 Words: an *item* is one stored sequence (a paragraph with its `</s>`); a *block* is what one
 training example is made of, a run of neighbouring items or, with break mode `none`, of tokens.
@@ -138,6 +138,12 @@ def _compact(
 
 def _index_dtype(num_items: int) -> type:
     return np.int32 if num_items < 2**31 else np.int64
+
+
+def order_by_length(sizes: np.ndarray, seed: int) -> np.ndarray:
+    """Example numbers by ascending length; equal lengths in a random order that `seed` decides."""
+    ties = np.random.RandomState(seed).permutation(len(sizes))
+    return np.lexsort([ties, sizes])
 
 
 def batch_by_size(

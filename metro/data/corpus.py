@@ -13,17 +13,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data import text_input
+from metro.data import DEFAULT_VALID_FRACTION, text_input
 from metro.data.preparation import Preparation, PreparationState, Progress
 from metro.data.prepared_folder import PreparedFolder, describe_differences
 from metro.data.text_encoding import WordCounter
 from metro.data.text_input import TextSource
-from metro.data.vocabulary import merge_counts, sample_chunks, train_vocabulary
-from metro.data.worker_pool import available_cores, map_in_order
+from metro.data.vocabulary import (
+    MIN_VOCAB_SIZE,
+    merge_counts,
+    sample_chunks,
+    train_vocabulary,
+)
+from metro.data.worker_pool import map_in_order
+from metro.environment import available_cores
 from metro.modeling.text_metro_t5 import Vocabulary
 
 FORMAT_VERSION = 1
-DEFAULT_VALID_FRACTION = 0.005
 
 
 class PreparedText(NamedTuple):
@@ -66,6 +71,8 @@ def prepare_text(
     """
     if (vocab is None) == (train_vocab is None):
         raise ValueError("give a vocabulary: either --vocab DIR or --train-vocab N")
+    if train_vocab is not None and train_vocab < MIN_VOCAB_SIZE:
+        raise ValueError(f"--train-vocab is {train_vocab}, and must be at least {MIN_VOCAB_SIZE}")
     if not 0 <= valid_fraction < 1:
         raise ValueError(
             f"--valid-fraction is {valid_fraction}, and must be at least 0 and below 1"
@@ -141,7 +148,7 @@ def _place_vocabulary(
         for name in ("sp.model", "dict.txt"):
             shutil.copyfile(Path(vocab) / name, folder.partial / name)
         return
-    total, done = text_input.total_bytes(sources), 0
+    total = text_input.total_bytes(sources)
     before = text_input.bytes_before(sources)
 
     def counted():
@@ -156,8 +163,6 @@ def _place_vocabulary(
     counts = merge_counts(counted())
     if not counts:
         raise ValueError("no text in the input to train a vocabulary on")
-    progress(Progress("training the vocabulary", done, None))
+    progress(Progress("training the vocabulary", 0, None))
     train_vocabulary(counts, train_vocab, lower, folder.partial)
-    Vocabulary.from_folder(
-        folder.partial
-    )  # the copy that training will use is verified like any other
+    Vocabulary.from_folder(folder.partial)  # raises unless the two files agree

@@ -34,8 +34,7 @@ class PreparedFolder:
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise ValueError(
                     f"{path} is missing or was changed after `metro prepare-text` wrote it: "
-                    "prepare the "
-                    "folder again with --overwrite"
+                    "prepare the folder again with --overwrite"
                 )
         return manifest
 
@@ -43,9 +42,9 @@ class PreparedFolder:
         """Lock the work folder; return the state of an interrupted run, if any.
 
         Raises:
-            ValueError: an unfinished run with other settings or inputs lies there, the output
-            folder
-                holds something else, or another process works on it.
+            ValueError: an unfinished run with other settings or inputs lies there, or another
+                process works on it.
+            FileExistsError: one of the two folders holds something else.
         """
         state, manifest = _read_json(self.partial / STATE), _read_json(self.partial / MANIFEST)
         earlier = (manifest or state or {}).get("settings")
@@ -59,8 +58,7 @@ class PreparedFolder:
                 raise ValueError(
                     f"{self.partial} holds an unfinished run that differs: "
                     f"{describe_differences(earlier, self.settings)}. Run with the earlier "
-                    "settings to "
-                    "continue it, or add --overwrite to begin again"
+                    "settings to continue it, or add --overwrite to begin again"
                 )
             state = manifest = earlier = None
         if not earlier:

@@ -189,8 +189,7 @@ def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iter
             if not isinstance(text, str):
                 raise ValueError(
                     f"{source.name}: record {start.line + len(texts) + 1} has no string field "
-                    "'text'; "
-                    f"its fields are {sorted(record)}"
+                    f"'text'; its fields are {sorted(record)}"
                 )
             texts.append(text)
             num_chars += len(text)
@@ -208,7 +207,7 @@ def _load_dataset(source: TextSource):
         from datasets import load_dataset
     except ImportError:
         raise ImportError(
-            f"reading {source.name} needs the package datasets: pip install 'metro[train]'"
+            f"reading {source.name} needs the package datasets: pip install datasets"
         ) from None
     dataset, config = source.dataset_and_config()
     try:

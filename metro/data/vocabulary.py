@@ -14,6 +14,7 @@ from metro.data.text_input import TextSource, read_chunks, total_bytes
 from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
 
 SAMPLE_BYTES = 256 << 20
+MIN_VOCAB_SIZE = NUM_SPECIAL_IDS + 2  # and [MASK], and one character
 MAX_WORDS = 4_000_000
 _COVERAGE = {"nmt_nfkc_cf": 0.999995, "nmt_nfkc": 0.999999}  # of the published 32k and 64k models
 _LEAST_COVERAGE = 0.98  # that SentencePiece takes
@@ -81,10 +82,12 @@ def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path)
             minloglevel=2,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
-        hint = re.search(r"value <= (\d+)", str(error))
-        remedy = (
-            f"the largest that this text allows is {hint[1]}" if hint else f"SentencePiece: {error}"
-        )
+        if largest := re.search(r"value <= (\d+)", str(error)):
+            remedy = f"the largest that this text allows is {largest[1]}"
+        elif smallest := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            remedy = f"the smallest that this text allows is {smallest[1]}"
+        else:
+            remedy = f"SentencePiece: {error}"
         raise ValueError(
             f"cannot train a vocabulary of {size} pieces on {len(counts)} distinct words: {remedy}"
         ) from None

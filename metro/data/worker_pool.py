@@ -14,11 +14,6 @@ _CHUNKS_PER_WORKER = 2
 _function: Callable | None = None  # of this worker process
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_in_order(
     factory: Callable, arguments: tuple, items: Iterable, num_workers: int
 ) -> Iterator[tuple]:
@@ -52,9 +47,8 @@ def map_in_order(
             yield item, future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process died, perhaps for want of memory; run the same command again to "
-            "continue, "
-            "with fewer --workers"
+            "a worker process died, perhaps for want of memory; run the same command again with "
+            "fewer --workers to continue"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

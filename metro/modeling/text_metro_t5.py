@@ -11,6 +11,7 @@ are SentencePiece's own ids, which :meth:`Vocabulary.from_folder` verifies piece
 
 import hashlib
 import re
+import string
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,10 +36,7 @@ _CONTRACTIONS = tuple(
 
 def is_punctuation(char: str) -> bool:
     """ASCII symbols that are no letter, digit or blank, and all of Unicode category P."""
-    code = ord(char)
-    if code < 128:
-        return 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
-    return unicodedata.category(char).startswith("P")
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
 def split_punctuation(token: str) -> str:
@@ -199,13 +197,11 @@ def _check_same_pieces(processor, folder: Path) -> None:
         if symbol != piece:
             raise ValueError(
                 f"{folder}: dict.txt and sp.model differ first at line {number} of dict.txt: "
-                f"{symbol!r} "
-                f"there, {piece!r} as piece {number + 3} of sp.model; {remedy}"
+                f"{symbol!r} there, {piece!r} as piece {number + 3} of sp.model; {remedy}"
             )
     if len(symbols) != len(pieces):
         raise ValueError(
             f"{folder}: dict.txt has {len(symbols)} lines and sp.model {len(pieces)} pieces "
-            "after the "
-            f"special ones, so they differ first at line {min(len(symbols), len(pieces)) + 1}; "
-            f"{remedy}"
+            "after the special ones, so they differ first at line "
+            f"{min(len(symbols), len(pieces)) + 1}; {remedy}"
         )
