@@ -3,13 +3,20 @@
 #
 #   [OUT=folder] [WHEELS=folder] [PYTHON=python3] [PART_SECONDS=300] scripts/gpu_suite.sh [PART ...]
 #
-# WHEELS   wheels to use beside what PYTHON has (put fairseq-fixed and what it needs there; torch is
-#          taken from PYTHON). They go to a temporary folder: nothing is installed for good.
+# WHEELS   wheels to use beside what PYTHON has. They go to a temporary folder: nothing is installed for
+#          good. PYTHON has torch and NumPy; wheels are needed for what else it lacks of
+#            device, tests, pretraining: transformers tokenizers huggingface_hub safetensors regex pyyaml
+#              filelock packaging requests httpx tqdm typer rich click jinja2 sentencepiece matplotlib pytest
+#            prepare_text and the tests of fairseq-train, in addition: fairseq-fixed (built with
+#              READTHEDOCS=1) hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker
+#              tabulate colorama lxml scikit-learn scipy joblib threadpoolctl tensorboard
+#              and what these name as their requirements
 # OUT      where results go: one JSON per benchmark, gpu_suite.log with all output, gpu_suite.json with
-#          the status and the seconds of every part. Default: benchmarks/results.
+#          the result and the seconds of every part. Default: benchmarks/results.
 # PART     device, tests or the name of a benchmark; default: all of them.
 #
-# A part that fails or runs out of time does not stop the others; the exit status is then 1.
+# A part whose needs are missing is skipped, and the reason stands in the results. A part that fails or
+# runs out of time does not stop the others; the exit status is then 1, as it is without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -24,33 +31,68 @@ trap 'rm -rf "$SCRATCH"' EXIT
 : >"$LOG"
 : >"$SCRATCH/parts"
 
-# part NAME COMMAND...: run it with a time limit and remember how it ended.
+# missing MODULE...: print the first that cannot be imported, and why. `cuda` stands for a GPU.
+missing() {
+    "$PYTHON" - "$@" <<'END' 2>/dev/null
+import importlib
+import sys
+
+for name in sys.argv[1:]:
+    try:
+        if name == "cuda":
+            if not importlib.import_module("torch").cuda.is_available():
+                raise RuntimeError("torch sees no GPU")
+        else:
+            importlib.import_module(name)
+    except BaseException as error:
+        print(f"{name}: {error or type(error).__name__}".splitlines()[0])
+        break
+END
+}
+
+# part NAME "MODULE..." COMMAND...: run it with a time limit and remember how it ended.
 part() {
-    local name=$1 start=$SECONDS status
-    shift
+    local name=$1 needs=$2 start=$SECONDS status reason
+    shift 2
+    # shellcheck disable=SC2086
+    reason=$(missing $needs)
+    if [ -n "$reason" ]; then
+        echo "== $name: skipped, needs $reason" | tee -a "$LOG"
+        printf '%s\tskipped\t0\t%s\n' "$name" "$reason" >>"$SCRATCH/parts"
+        return
+    fi
     echo "== $name: $*" | tee -a "$LOG"
     timeout --kill-after=20 "$PART_SECONDS" "$@" 2>&1 | tee -a "$LOG"
     status=${PIPESTATUS[0]}
-    printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$SCRATCH/parts"
-    return "$status"
+    printf '%s\t%s\t%s\t\n' "$name" "$status" "$((SECONDS - start))" >>"$SCRATCH/parts"
 }
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 if [ -n "${WHEELS:-}" ]; then
-    part wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-warn-script-location \
+    part wheels pip "$PYTHON" -m pip install --quiet --no-index --no-deps --no-warn-script-location \
         --target "$SCRATCH/site" "$WHEELS"/*.whl
     PYTHONPATH=$SCRATCH/site:$PYTHONPATH
     PATH=$SCRATCH/site/bin:$PATH
 fi
 
+METRO="torch numpy transformers sentencepiece safetensors jinja2 yaml matplotlib typer rich"
 benchmarks=$(for file in $(grep -l write_results benchmarks/*.py); do
     basename "$file" .py
 done | grep -vx common)
+gpu_tests=$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 for name in ${*:-device tests $benchmarks}; do
     case $name in
-    device) part device "$PYTHON" -m metro.cli.main doctor ;;
-    tests) part tests "$PYTHON" -m pytest -m gpu -rs ;;
-    *) part "$name" "$PYTHON" -m "benchmarks.$name" ;;
+    device) part device "$METRO" "$PYTHON" -m metro.cli.main doctor ;;
+    # shellcheck disable=SC2086
+    tests) part tests "pytest $METRO cuda" "$PYTHON" -m pytest -m gpu -rs $gpu_tests ;;
+    pretraining)
+        part pretraining "$METRO cuda" \
+            "$PYTHON" -m benchmarks.pretraining --batch-size 32 --rounds 2
+        ;;
+    prepare_text)
+        part prepare_text "$METRO fairseq_cli.preprocess" "$PYTHON" -m benchmarks.prepare_text
+        ;;
+    *) part "$name" "$METRO" "$PYTHON" -m "benchmarks.$name" ;;
     esac
 done
 
@@ -58,21 +100,32 @@ done
 import json
 import sys
 
-import torch
+try:
+    import torch
 
-NAMES = {0: "passed", 5: "failed: no test was found", 124: "failed: out of time", 137: "failed: killed"}
+    version = torch.__version__
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+except Exception as error:
+    version, gpu = f"does not import: {error}", None
+NAMES = {
+    "0": "passed",
+    "5": "failed: no test was found",
+    "124": "failed: out of time",
+    "137": "failed: killed",
+}
 parts = {}
 for line in open(sys.argv[1]):
-    name, status, seconds = line.rstrip("\n").split("\t")
-    status = int(status)
-    result = NAMES.get(status, f"failed: exit status {status}")
-    parts[name] = {"result": result, "status": status, "seconds": int(seconds)}
-    print(f"{name:20} {result} ({seconds} s)")
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name, status, seconds, reason = line.rstrip("\n").split("\t")
+    if status == "skipped":
+        result = f"skipped: needs {reason}"
+    else:
+        result = NAMES.get(status, f"failed: exit status {status}")
+    parts[name] = {"result": result, "seconds": int(seconds)}
+    print(f"{name:14} {result} ({seconds} s)")
 if gpu is None:
-    print("no GPU was found: tests that need one were skipped")
-ok = gpu is not None and all(part["status"] == 0 for part in parts.values())
-summary = {"ok": ok, "gpu": gpu, "torch": torch.__version__, "parts": parts}
+    print("no GPU was found")
+ok = gpu is not None and not any(part["result"].startswith("failed") for part in parts.values())
+summary = {"ok": ok, "gpu": gpu, "torch": version, "parts": parts}
 json.dump(summary, open(sys.argv[2], "w"), indent=2)
 sys.exit(not ok)
 END
