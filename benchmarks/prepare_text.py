@@ -2,8 +2,8 @@
 
 The plain chain: a Python normaliser and SentencePiece line by line (`plain_chain.py`), a text file
 of pieces, `fairseq-preprocess`. Both sides are whole commands, start-up included, and their results
-are compared byte for byte. Memory is the peak, summed over all processes, for the text once and ten
-times.
+are compared byte for byte. Both run several times in turns, and medians are compared. Memory is the
+peak, summed over all processes, for the text once and ten times.
 
     python -m benchmarks.prepare_text [--vocab DIR] [FILE...]
 
@@ -14,6 +14,7 @@ trains one of 8,000 pieces on the text.
 import argparse
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
 from metro.data.demo_text import write_demo_text
+from metro.environment import available_cores
 
 METRO = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--valid-fraction", "0"]
 
@@ -78,13 +80,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", nargs="*", type=Path, help="text files")
     parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=3, help="runs of either side, best counts")
+    parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
     args = parser.parse_args()
     if args.out:
         os.environ["OUT"] = str(args.out)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -105,7 +108,7 @@ def main():
             encode = [sys.executable, ROOT / "benchmarks/plain_chain.py", "--lower"]
             encode += ["--model", args.vocab / "sp.model", "--out", work / "pieces"]
             encode += ["--workers", args.workers, *args.inputs]
-            binarise = [Path(sys.executable).with_name("fairseq-preprocess"), "--only-source"]
+            binarise = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source"]
             binarise += ["--srcdict", args.vocab / "dict.txt", "--trainpref", work / "pieces"]
             binarise += ["--destdir", work / "plain", "--workers", args.workers]
             plain_seconds.append(
@@ -125,10 +128,12 @@ def main():
                     "name": name,
                     "workers": args.workers,
                     "input_mb": round(megabytes, 1),
-                    "seconds_best": round(min(seconds), 2),
+                    "seconds": round(statistics.median(seconds), 2),
                     "seconds_all": [round(value, 2) for value in seconds],
-                    "mb_per_second": round(megabytes / min(seconds), 2),
-                    "speedup": round(min(plain_seconds) / min(seconds), 2),
+                    "mb_per_second": round(megabytes / statistics.median(seconds), 2),
+                    "speedup": round(
+                        statistics.median(plain_seconds) / statistics.median(seconds), 2
+                    ),
                 }
             )
         for times in (1, 10):
@@ -146,12 +151,12 @@ def main():
                     "name": f"metro prepare-text, {times}x input",
                     "workers": args.workers,
                     "input_mb": round(text.stat().st_size / 1e6, 1),
-                    "seconds_best": round(seconds, 2),
+                    "seconds": round(seconds, 2),
                     "mb_per_second": round(text.stat().st_size / 1e6 / seconds, 2),
                     "peak_memory_mib": round(peak, 1),
                 }
             )
-    columns = ("name", "input_mb", "seconds_best", "mb_per_second", "speedup", "peak_memory_mib")
+    columns = ("name", "input_mb", "seconds", "mb_per_second", "speedup", "peak_memory_mib")
     print_table([{column: row.get(column, "") for column in columns} for row in rows])
     write_results("prepare_text", rows, **versions())
 

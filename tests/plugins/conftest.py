@@ -114,7 +114,8 @@ def environment(**extra: str) -> dict:
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "OMPI_", "TORCHELASTIC", "WORLD_SIZE", "RANK"))
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
 def start(name: str, *options: str, processes: int = 0) -> subprocess.Popen:
