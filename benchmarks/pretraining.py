@@ -8,12 +8,12 @@ Three ways to train on 512-token samples with the same optimiser, each in a proc
   every query-key pair and repeated over batch and heads, attention weights materialised.
 * ``t5``: Hugging Face T5-v1.1-base, span corruption of as many source tokens.
 
-Floor: a step costs 6 FLOPs per token and matrix weight that the token passes, so METRO-base costs
-about 1.6 GFLOP per token (12 encoder, 12 decoder, 4 auxiliary layers; projections at 15 % of
-positions).
+Floor: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and backward,
+only what masked positions need in last layers and projections) over the matrix rate measured in the
+same run; "of matrix peak" is that share. On a GPU models and Adam states are bf16.
 
 Prints a table and writes ``benchmarks/results/pretraining.json``. Losses of ``metro`` and ``plain``
-are compared without dropout; speed is measured with the published dropout.
+must agree to 1e-5 in float32 without dropout; speed is measured with the published dropout.
 """
 
 import argparse
@@ -34,6 +34,49 @@ from metro.pretraining.model import MetroPretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 WAYS = ("metro", "plain", "t5")
+
+
+def metro_flops_per_token(config: MetroT5Config, auxiliary_layers: int) -> float:
+    """Multiplications and additions of one training step per token: three times the forward pass.
+
+    A layer multiplies with 4 D^2 (self-attention), 4 D^2 more (cross-attention, decoder) and 2 D F
+    weights, and attention takes 4 T D per token (half where causal). Last layers of auxiliary model
+    and decoder need outputs at masked positions only, but keys and values of all.
+    """
+    d, f, masked = config.d_model, config.d_ff, 0.15
+    attention = 4 * LENGTH * d
+    encoder = 2 * (4 * d * d + 2 * d * f) + attention
+    decoder = 2 * (8 * d * d + 2 * d * f) + attention * 1.5
+    keys_and_values = 2 * 2 * d * d
+    last_auxiliary = keys_and_values + masked * (encoder - keys_and_values)
+    last_decoder = 2 * keys_and_values + masked * (decoder - 2 * keys_and_values)
+    forward = (
+        encoder * (config.num_layers + auxiliary_layers - 1)
+        + decoder * (config.num_decoder_layers - 1)
+        + last_auxiliary
+        + last_decoder
+        + 2 * masked * 2 * config.vocab_size * d
+    )
+    return 3 * forward
+
+
+def matrix_peak(device: str) -> float:
+    """FLOP/s of the best of five matrix products: bf16 on a GPU, float32 on the CPU."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def build_metro(size: str, dropout: float) -> MetroPretrainingModel:
@@ -63,14 +106,14 @@ def metro_batch(batch_size: int) -> dict[str, torch.Tensor]:
 
 def plain_attend(q, k, v, bias_HTT, visibility, dropout, return_weights=True):
     """Attention with weights, and with a bias that is repeated over the batch."""
-    num_queries, scale = q.shape[2], q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q * scale, k, v))
     if bias_HTT is not None:
         scores = torch.baddbmm(bias_HTT.repeat(len(q), 1, 1), flat_q, flat_k.transpose(1, 2))
     else:
         scores = torch.bmm(flat_q, flat_k.transpose(1, 2))
     if visibility.is_causal:
-        scores = scores + torch.full((num_queries, num_queries), float("-inf")).triu(1)
+        scores = scores + torch.full_like(scores[0], float("-inf")).triu(1)
     weights = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]), None
 
@@ -85,7 +128,8 @@ def plain_bias(attention, length: int) -> torch.Tensor | None:
     )
     positions = torch.arange(length)
     pairs_TT = buckets[positions - positions[:, None] + length - 1]
-    return attention.relative_attention_bias(pairs_TT).permute(2, 0, 1).contiguous()
+    table = attention.relative_attention_bias
+    return table(pairs_TT.to(table.weight.device)).permute(2, 0, 1).contiguous()
 
 
 def make_plain(model: MetroPretrainingModel) -> None:
@@ -165,20 +209,29 @@ def t5_batch(batch_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def time_steps(way: str, size: str, batch_size: int, num_steps: int) -> list[float]:
-    """Seconds of each training step (forward, backward, Adam) after one to warm up."""
+def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str) -> dict:
+    """Seconds of each training step (forward, backward, Adam) once warm, and GPU memory."""
     model, batch, loss_of = build_step(way, size, batch_size, dropout=0.1)
+    if device == "cuda":
+        model = model.to(device, torch.bfloat16)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if way == "metro":  # known on the host when a batch is made
+            batch["max_masked"] = int(batch["is_masked"].sum(1).max())
+            batch["has_padding"] = False
     optimizer = torch.optim.Adam(
         model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True
     )
     seconds = []
-    for _ in range(num_steps + 1):
+    for _ in range(num_steps + (3 if device == "cuda" else 1)):
+        synchronize(device)
         start = time.perf_counter()
         loss_of(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {"seconds": seconds[-num_steps:], "gpu_bytes": peak}
 
 
 def loss_without_dropout(way: str, size: str, batch_size: int) -> float:
@@ -194,44 +247,58 @@ def loss_without_dropout(way: str, size: str, batch_size: int) -> float:
 
 
 def main() -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--size", choices=["base", "small"], default="base")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples of 512 tokens in a step")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps in a round")
+    parser.add_argument("--batch-size", type=int, help="samples of 512 tokens a step (6, GPU: 32)")
+    parser.add_argument("--steps", type=int, help="timed steps in a round (1, GPU: 10)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds over the three ways, in turn")
     args = parser.parse_args()
+    batch_size = args.batch_size or (32 if args.device == "cuda" else 6)
+    num_steps = args.steps or (10 if args.device == "cuda" else 1)
 
+    peak_flops = measure_isolated(matrix_peak, args.device).value
     seconds, peaks = {way: [] for way in WAYS}, dict.fromkeys(WAYS, 0)
     for _ in range(args.rounds):
         for way in WAYS:
-            run = measure_isolated(time_steps, way, args.size, args.batch_size, args.steps)
-            seconds[way] += run.value
-            peaks[way] = max(peaks[way], run.peak_bytes)
-            print(f"{way}: {run.value} s, peak {run.peak_bytes / 2**30:.2f} GiB", flush=True)
+            run = measure_isolated(time_steps, way, args.size, batch_size, num_steps, args.device)
+            seconds[way] += run.value["seconds"]
+            peaks[way] = max(peaks[way], run.value["gpu_bytes"] or run.peak_bytes)
+            print(f"{way}: {run.value['seconds']} s, {peaks[way] / 2**30:.2f} GiB", flush=True)
     losses = {
         way: measure_isolated(loss_without_dropout, way, args.size, 1).value
         for way in ("metro", "plain")
     }
-    speed = {w: args.batch_size * LENGTH / statistics.median(s) for w, s in seconds.items()}
+    model = build_metro("small", 0.0) if args.size == "small" else None
+    config = model.config if model else MetroT5Config(vocab_size=VOCAB_SIZE)
+    flops = metro_flops_per_token(config, 1 if model else 4)
+    speed = {w: batch_size * LENGTH / statistics.median(s) for w, s in seconds.items()}
     rows = [
         {
             "way": way,
             "tokens/s": speed[way],
             "x plain": speed[way] / speed["plain"],
+            "of matrix peak": None if way == "t5" else speed[way] * flops / peak_flops,
             "peak GiB": peaks[way] / 2**30,
             "of plain": peaks[way] / peaks["plain"],
-            "loss, no dropout": losses.get(way, float("nan")),
+            "loss": losses.get(way),
         }
         for way in WAYS
     ]
-    print_table(rows, f"METRO-{args.size} pretraining, {args.batch_size} x {LENGTH} tokens a step")
+    title = f"METRO-{args.size} pretraining on {args.device}, {batch_size} x {LENGTH} tokens a step"
+    print_table(rows, title)
     difference = abs(losses["metro"] / losses["plain"] - 1)
     print(f"relative difference of the losses of metro and plain: {difference:.1e}")
+    if difference > 1e-5:
+        raise SystemExit("metro and plain must agree to 1e-5")
     write_results(
-        "pretraining",
+        "pretraining" if args.device == "cpu" else "pretraining_gpu",
         rows,
         size=args.size,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
+        matrix_peak_tflops=peak_flops / 1e12,
+        flops_per_token=flops,
         loss_difference=difference,
         seconds=seconds,
     )
