@@ -1,5 +1,7 @@
 """The pretraining data set: stored items -> blocks -> corrupted examples -> padded batches.
 
+The work on arrays is done by `metro.data.blocks` and `metro.data.collation`.
+
 Nothing is read before it is needed: items stay in their memory-mapped file, a block is put together
 when its example is asked for, and only the index of blocks is kept in memory.
 """
@@ -8,24 +10,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from fairseq.data import FairseqDataset
 from fairseq.data.indexed_dataset import data_file_path, index_file_path
 
-from metro.data.blocks import batch_by_size, build_blocks
+from metro.data.blocks import batch_by_size, build_blocks, order_by_length
+from metro.data.collation import crop, join_block
 from metro.pretraining.masking import item_random
-
-PAD_MULTIPLE = 8  # batches are padded to a multiple of this, as published
 
 
 def check_files(path: str) -> None:
-    """Refuse a missing or an empty split."""
+    """Refuse a missing, half missing or empty split."""
     if not os.path.exists(index_file_path(path)):
+        is_train = os.path.basename(path).startswith("train")
         raise FileNotFoundError(
             f"no data at {path}.idx; check task.data (a folder made by `metro prepare-text` or "
             "fairseq-preprocess) and the split names (dataset.train_subset, dataset.valid_subset)"
+            + (
+                ""
+                if is_train
+                else "; to train without validation data set dataset."
+                "disable_validation=true (--disable-validation)"
+            )
+        )
+    if not os.path.exists(data_file_path(path)):
+        raise ValueError(
+            f"{path}.idx is there but {path}.bin is missing; a split needs both: copy the .bin "
+            "file as well, or binarise the text again"
         )
     if os.path.getsize(data_file_path(path)) == 0:
         raise ValueError(
@@ -37,16 +50,16 @@ def check_files(path: str) -> None:
 class PretrainingDataset(FairseqDataset):
     """Blocks of text, each starting with `<s>`, corrupted anew in every epoch.
 
-    `corrupt(block_ids, random, index, epoch)` returns the fields of one example and `collate`
-    merges such fields. `crop` shortens items before they are grouped: "none", "truncate" or
-    "random_crop"; the crop is drawn once and is the same in every epoch, as in the original.
+    `corrupt(block_ids, random, index, epoch)` returns one example and `collate` merges examples.
+    `crop` shortens items before they are grouped: "none", "truncate" or "random_crop"; the crop is
+    drawn once and is the same in every epoch, as in the original.
     """
 
     def __init__(
         self,
         items,
         *,
-        corrupt: Callable[..., dict],
+        corrupt: Callable[..., NamedTuple],
         collate: Callable[..., dict],
         break_mode: str,
         tokens_per_sample: int,
@@ -81,31 +94,29 @@ class PretrainingDataset(FairseqDataset):
 
     def _item(self, index: int) -> np.ndarray:
         ids = self.items[index].numpy()
-        excess = len(ids) - self.max_block
-        if self.crop == "none" or excess <= 0:
+        if self.crop == "none" or len(ids) <= self.max_block:
             return ids
-        start = 0
-        if self.crop == "random_crop":
-            start = item_random(self.seed, 0, index).randint(0, excess)
-        return ids[start : start + self.max_block]
+        draws = self.crop == "random_crop"
+        return crop(ids, self.max_block, item_random(self.seed, 0, index) if draws else None)
 
     def block_ids(self, index: int) -> np.ndarray:
         """The uncorrupted ids of one example, `<s>` first."""
         first, last, offset, length = (int(field[index]) for field in self.blocks)
-        ids = np.concatenate([self._item(i) for i in range(first, last + 1)])
+        items = [self._item(i) for i in range(first, last + 1)]
+        ids = join_block(items, offset, length, self.bos)
         if ids.max() >= self.num_words:
             raise ValueError(
                 f"{self.name} holds id {ids.max()} (items {first} to {last}), but dict.txt ends at "
                 f"id {self.num_words - 1}; use the dict.txt that the data was binarised with"
             )
-        return np.concatenate([[self.bos], ids[offset : offset + length]])
+        return ids
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> NamedTuple:
         index = int(index)
         random = item_random(self.seed, self.epoch, index)
         return self.corrupt(self.block_ids(index), random, index, self.epoch)
 
-    def collater(self, examples: list[dict]) -> dict:
+    def collater(self, examples: list[NamedTuple]) -> dict:
         return self.collate(examples) if examples else {}
 
     def size(self, index: int) -> int:
@@ -118,8 +129,7 @@ class PretrainingDataset(FairseqDataset):
 
     def ordered_indices(self) -> np.ndarray:
         """By length; equal lengths in one random order that is the same in every epoch."""
-        ties = np.random.RandomState(self.seed).permutation(len(self))
-        return np.lexsort([ties, self.sizes])
+        return order_by_length(self.sizes, self.seed)
 
     def batch_by_size(
         self, indices, max_tokens=None, max_sentences=None, required_batch_size_multiple=1
@@ -128,18 +138,3 @@ class PretrainingDataset(FairseqDataset):
         return batch_by_size(
             indices, self.sizes[indices], max_tokens, max_sentences, required_batch_size_multiple
         )
-
-
-def pad_batch(sequences: list[np.ndarray], pad: int) -> torch.Tensor:
-    """[B, longest, rounded up to a multiple of 8], padded on the right."""
-    longest = max(len(ids) for ids in sequences)
-    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    batch = np.full((len(sequences), width), pad, dtype=sequences[0].dtype)
-    for row, ids in zip(batch, sequences, strict=True):
-        row[: len(ids)] = ids
-    return torch.from_numpy(batch)
-
-
-def shift_right(ids: np.ndarray, start: int) -> np.ndarray:
-    """Decoder input for the target `ids`: `start`, then everything but the last id."""
-    return np.concatenate([[start], ids[:-1]])

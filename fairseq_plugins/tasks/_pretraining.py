@@ -3,8 +3,8 @@
 import logging
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
 from fairseq import utils
 from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass import FairseqDataclass
@@ -49,6 +49,22 @@ class PretrainingConfig(FairseqDataclass):
     seed: int = II("common.seed")
 
 
+def check_shares(cfg, *names: str) -> None:
+    """Refuse options that are no share, or that make more than a whole together."""
+    values = [getattr(cfg, name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not 0 <= value <= 1:  # also NaN
+            raise ValueError(f"{name} is {value}; it is a share: use 0 to 1")
+    if sum(values) > 1:
+        raise ValueError(f"{' + '.join(names)} is {sum(values):g}; together they are at most 1")
+
+
+def check_mask_length(cfg) -> None:
+    """Refuse spans of no token."""
+    if cfg.mask_multiple_length < 1:
+        raise ValueError(f"mask_multiple_length is {cfg.mask_multiple_length}; use 1 or more")
+
+
 class PretrainingTask(FairseqTask):
     """Base of the tasks `t5_metro` and `t5`."""
 
@@ -59,6 +75,8 @@ class PretrainingTask(FairseqTask):
                 f"tokens_per_sample is {cfg.tokens_per_sample}; an example needs room for <s>, "
                 "</s> and a token: use at least 3"
             )
+        check_shares(cfg, "mask_prob")
+        self.max_width: int | None = None  # longest sequence that the model takes, once it is built
         self.dictionary = dictionary
         self.first_sentinel = len(dictionary)
         for i in range(cfg.tokens_per_sample):
@@ -122,10 +140,10 @@ class PretrainingTask(FairseqTask):
             name=path,
         )
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> dict:
+    def corrupt(self, original_ids, random, index: int, epoch: int) -> NamedTuple:
         raise NotImplementedError
 
-    def collate(self, examples: list[dict]) -> dict:
+    def collate(self, examples: list[NamedTuple]) -> dict:
         raise NotImplementedError
 
     def get_batch_iterator(self, *args, **kwargs):
@@ -145,6 +163,7 @@ class PretrainingTask(FairseqTask):
                 f"tokens_per_sample {self.cfg.tokens_per_sample} is larger than the model's "
                 f"max_positions {model.max_positions()}; lower the first or raise the second"
             )
+        self.max_width = model.max_positions()
         return model
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
@@ -176,10 +195,3 @@ class PretrainingTask(FairseqTask):
     @property
     def target_dictionary(self) -> Dictionary:
         return self.dictionary
-
-    def _ids_and_sizes(self, examples: list[dict], num_tokens: int) -> dict:
-        return {
-            "id": torch.tensor([example["id"] for example in examples]),
-            "nsentences": len(examples),
-            "ntokens": num_tokens,
-        }

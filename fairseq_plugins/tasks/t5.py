@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from fairseq.tasks import register_task
 
-from fairseq_plugins.data import pad_batch, shift_right
-from fairseq_plugins.tasks._pretraining import PretrainingConfig, PretrainingTask
+from fairseq_plugins.tasks._pretraining import (
+    PretrainingConfig,
+    PretrainingTask,
+    check_mask_length,
+    check_shares,
+)
+from metro.data.collation import SpanExample, collate_spans
 from metro.pretraining.masking import corrupt_spans
 
 
@@ -25,7 +29,12 @@ class T5Task(PretrainingTask):
     `ntokens` counts target tokens, so that fairseq's own criterion divides by them.
     """
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> dict:
+    def __init__(self, cfg: T5Config, dictionary):
+        super().__init__(cfg, dictionary)
+        check_shares(cfg, "empty_prob")
+        check_mask_length(cfg)
+
+    def corrupt(self, original_ids, random, index: int, epoch: int) -> SpanExample:
         spans = corrupt_spans(
             original_ids,
             random,
@@ -34,20 +43,22 @@ class T5Task(PretrainingTask):
             mask_prob=self.cfg.mask_prob,
             empty_prob=self.cfg.empty_prob,
             mask_multiple_length=self.cfg.mask_multiple_length,
+            max_target_tokens=self.max_width,
         )
-        return {"id": index, "input_ids": spans.input_ids, "target_ids": spans.target_ids}
+        return SpanExample(index, spans.input_ids, spans.target_ids)
 
-    def collate(self, examples: list[dict]) -> dict:
-        pad = self.dictionary.pad()
-        inputs = [example["input_ids"] for example in examples]
-        targets = [example["target_ids"] for example in examples]
-        starts = [shift_right(ids, self.first_sentinel) for ids in targets]
+    def collate(self, examples: list[SpanExample]) -> dict:
+        pad, start = self.dictionary.pad(), self.first_sentinel
+        batch = collate_spans(examples, pad, start, self.max_width)
         return {
-            **self._ids_and_sizes(examples, sum(len(ids) for ids in targets)),
+            "id": batch.indices,
+            "nsentences": len(examples),
+            "ntokens": batch.num_target_tokens,
             "net_input": {
-                "src_tokens": pad_batch(inputs, pad),
-                "src_lengths": torch.tensor([len(ids) for ids in inputs]),
-                "prev_output_tokens": pad_batch(starts, pad),
+                "src_tokens": batch.input_ids,
+                "src_lengths": batch.lengths,
+                "prev_output_tokens": batch.decoder_input_ids,
+                "has_padding": batch.has_padding,
             },
-            "target": pad_batch(targets, pad),
+            "target": batch.target_ids,
         }

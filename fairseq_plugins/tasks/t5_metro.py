@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from fairseq.tasks import register_task
 
-from fairseq_plugins.data import pad_batch, shift_right
-from fairseq_plugins.tasks._pretraining import PretrainingConfig, PretrainingTask
+from fairseq_plugins.tasks._pretraining import (
+    PretrainingConfig,
+    PretrainingTask,
+    check_mask_length,
+    check_shares,
+)
+from metro.data.collation import MaskedExample, collate_masked
 from metro.pretraining.masking import mask_tokens, sampling_seed
 
 
@@ -36,8 +39,10 @@ class T5MetroTask(PretrainingTask):
                 f"mask_stdev is {cfg.mask_stdev}; masks of random length are not implemented "
                 "(no published run used them): set it to 0"
             )
+        check_shares(cfg, "leave_unmasked_prob", "random_token_prob")
+        check_mask_length(cfg)
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> dict:
+    def corrupt(self, original_ids, random, index: int, epoch: int) -> MaskedExample:
         cfg = self.cfg
         masked = mask_tokens(
             original_ids,
@@ -50,33 +55,27 @@ class T5MetroTask(PretrainingTask):
             random_token_prob=cfg.random_token_prob,
             mask_multiple_length=cfg.mask_multiple_length,
         )
-        return {
-            "id": index,
-            "masked_ids": masked.masked_ids,
-            "is_masked": masked.is_masked,
-            "original_ids": original_ids,
-            "sampling_seed": sampling_seed(cfg.seed, epoch, index),
-        }
+        seed = sampling_seed(cfg.seed, epoch, index)
+        return MaskedExample(index, original_ids, masked.masked_ids, masked.is_masked, seed)
 
-    def collate(self, examples: list[dict]) -> dict:
-        pad = self.dictionary.pad()
-        originals = [example["original_ids"] for example in examples]
-        original_ids = pad_batch(originals, pad)
-        starts = [shift_right(ids, self.first_sentinel) for ids in originals]
-        targets = [np.where(e["is_masked"], e["original_ids"], pad) for e in examples]
-        lengths = [len(ids) for ids in originals]
+    def collate(self, examples: list[MaskedExample]) -> dict:
+        pad, start = self.dictionary.pad(), self.first_sentinel
+        batch = collate_masked(examples, pad, start, self.max_width)
         return {
-            **self._ids_and_sizes(examples, sum(lengths)),
+            "id": batch.indices,
+            "nsentences": len(examples),
+            "ntokens": sum(batch.lengths.tolist()),
             "net_input": {
-                "src_tokens": pad_batch([example["masked_ids"] for example in examples], pad),
-                "src_lengths": torch.tensor(lengths),
-                "prev_output_tokens": pad_batch(starts, pad),
-                "original_ids": original_ids,
-                "is_masked": pad_batch([example["is_masked"] for example in examples], False),
-                "sampling_seed": torch.tensor([example["sampling_seed"] for example in examples]),
-                # known here, so that the model need not wait for the device to count
-                "max_masked": max(int(example["is_masked"].sum()) for example in examples),
+                "src_tokens": batch.masked_ids,
+                "src_lengths": batch.lengths,
+                "prev_output_tokens": batch.decoder_input_ids,
+                "original_ids": batch.original_ids,
+                "is_masked": batch.is_masked,
+                "sampling_seed": batch.sampling_seed,
+                # known here, so that the model need not wait for the device to find out
+                "max_masked": batch.max_masked,
+                "has_padding": batch.has_padding,
             },
-            "generator_target": pad_batch(targets, pad),
-            "discriminator_target": original_ids,
+            "generator_target": batch.mlm_targets,
+            "discriminator_target": batch.original_ids,
         }

@@ -128,13 +128,15 @@ def corrupt_spans(
     mask_prob: float = 0.15,
     empty_prob: float = 0.0,
     mask_multiple_length: int = 5,
+    max_target_tokens: int | None = None,
 ) -> CorruptedSpans:
     """Replace spans of 1 to `mask_multiple_length` tokens by sentinels.
 
     `empty_prob` is the share of `mask_prob` spent on empty spans: sentinels that stand for nothing,
     placed at unmarked tokens without a marked neighbour. Kept from the original: spans wrap around
     the end of the sequence, and a target longer than `max_positions` - 1 is cut to `max_positions`
-    before its closing sentinel, so it ends up one token too long.
+    before its closing sentinel, so it ends up one token too long. Where a model has no room for
+    that token, `max_target_tokens` is the length that the closed target is cut to.
     """
     original_ids = np.asarray(original_ids, dtype=np.int64)
     num_tokens, length = len(original_ids), mask_multiple_length
@@ -167,6 +169,8 @@ def corrupt_spans(
     target_ids = _insert_before(original_ids, starts, sentinels, is_marked)
     if len(target_ids) > max_positions - 1:
         target_ids = target_ids[:max_positions]
+    if max_target_tokens is not None:
+        target_ids = target_ids[: max_target_tokens - 1]
     target_ids = np.append(target_ids, first_sentinel_id)
     return CorruptedSpans(input_ids[:max_positions], target_ids)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metro.data import blocks as blocks_module
-from metro.data.blocks import BREAK_MODES, batch_by_size, build_blocks
+from metro.data.blocks import BREAK_MODES, batch_by_size, build_blocks, order_by_length
 
 item_sizes = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
@@ -109,6 +109,15 @@ def test_batches_equal_those_of_a_loop(ascending, sizes, token_factor, max_sente
     assert np.concatenate(batches).tolist() == indices.tolist()
     ends = np.cumsum([len(batch) for batch in batches]).tolist()
     assert ends == batches_one_by_one(sizes.tolist(), max_tokens, max_sentences, multiple)
+
+
+def test_examples_are_ordered_by_length_and_equal_ones_at_random():
+    sizes = np.array([3, 9] * 20)
+    orders = [order_by_length(sizes, seed).tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sizes[order].tolist() == [3] * 20 + [9] * 20
+        assert sorted(order) == list(range(40)) and order[:20] != sorted(order[:20])
 
 
 def test_an_example_above_max_tokens_is_named():

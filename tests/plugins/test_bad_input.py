@@ -6,9 +6,8 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
-from fairseq_plugins.tasks.t5_metro import T5MetroConfig, T5MetroTask
 from tests.plugins.conftest import write_corpus
-from tests.plugins.test_data import build_task
+from tests.plugins.test_data import TASKS, build_task
 
 
 def test_data_folder_without_dictionary(tmp_path):
@@ -20,6 +19,24 @@ def test_missing_split_names_the_file(corpus):
     task = build_task("t5_metro", corpus, 32)
     with pytest.raises(FileNotFoundError, match="no data at .*test.idx; check task.data"):
         task.load_dataset("test")
+
+
+def test_missing_validation_data_names_how_to_go_without(train, corpus, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("dict.txt", "train.idx", "train.bin"):
+        shutil.copy(corpus / name, data)
+    with pytest.raises(FileNotFoundError, match=r"valid.idx.*disable_validation=true \(--disable-"):
+        train(tmp_path / "save", "--max-update 1", data=data)
+    train(tmp_path / "save", "--max-update 1 --disable-validation", data=data)
+
+
+def test_index_without_its_data(corpus, tmp_path):
+    for name in ("dict.txt", "train.idx"):
+        shutil.copy(corpus / name, tmp_path)
+    task = build_task("t5_metro", tmp_path, 32)
+    with pytest.raises(ValueError, match="train.idx is there but .*train.bin is missing; .* copy"):
+        task.load_dataset("train")
 
 
 def test_empty_shard(corpus, tmp_path):
@@ -79,18 +96,46 @@ def test_dictionary_that_already_has_sentinels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("name", "option", "value", "message"),
     [
-        ("mask_stdev", 1.0, "mask_stdev is 1.0; .* set it to 0"),
-        ("tokens_per_sample", 2, "tokens_per_sample is 2; .*use at least 3"),
+        ("t5_metro", "mask_stdev", 1.0, "mask_stdev is 1.0; .* set it to 0"),
+        ("t5_metro", "tokens_per_sample", 2, "tokens_per_sample is 2; .*use at least 3"),
+        ("t5_metro", "mask_prob", 1.5, "mask_prob is 1.5; .*use 0 to 1"),
+        ("t5", "mask_prob", -0.1, "mask_prob is -0.1; .*use 0 to 1"),
+        ("t5", "mask_prob", float("nan"), "mask_prob is nan; .*use 0 to 1"),
+        ("t5", "empty_prob", 2.0, "empty_prob is 2.0; .*use 0 to 1"),
+        ("t5_metro", "leave_unmasked_prob", -0.1, "leave_unmasked_prob is -0.1; .*use 0 to 1"),
+        ("t5_metro", "random_token_prob", 1.1, "random_token_prob is 1.1; .*use 0 to 1"),
+        (
+            "t5_metro",
+            "random_token_prob",
+            0.95,
+            r"leave_unmasked_prob \+ random_token_prob is 1.05; together they are at most 1",
+        ),
+        ("t5_metro", "mask_multiple_length", 0, "mask_multiple_length is 0; use 1 or more"),
+        ("t5", "mask_multiple_length", 0, "mask_multiple_length is 0; use 1 or more"),
     ],
 )
-def test_task_options_out_of_range(option, value, message):
-    cfg = OmegaConf.structured(T5MetroConfig)
+def test_task_options_out_of_range(name, option, value, message):
+    task, config = TASKS[name]
+    cfg = OmegaConf.structured(config)
     cfg.data, cfg.seed = "nowhere", 1
     cfg[option] = value
     with pytest.raises(ValueError, match=message):
-        T5MetroTask(cfg, Dictionary())
+        task(cfg, Dictionary())
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_metro"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_ends_of_the_range_are_valid(name, value, corpus):
+    task = build_task(name, corpus, 32, mask_prob=value)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    batch = dataset.collater([dataset[i] for i in range(4)])
+    if name == "t5_metro":
+        net_input = batch["net_input"]
+        masked = net_input["is_masked"].sum(1).tolist()
+        assert masked == [int(n * value) for n in net_input["src_lengths"]]
 
 
 def test_checkpoint_of_another_vocabulary(train, tmp_path):

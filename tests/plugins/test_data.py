@@ -73,13 +73,13 @@ def test_examples_equal_those_of_the_original_in_both_epochs(task_and_golden, sp
         for expected in golden[split]["items"][f"epoch{epoch}"]:
             example = dataset[expected["index"]]
             if task.__class__ is T5MetroTask:
-                source = example["masked_ids"]
-                target = np.where(example["is_masked"], example["original_ids"], 1)
+                source = example.masked_ids
+                target = np.where(example.is_masked, example.original_ids, 1)
                 assert crc(target) == expected["generator_target_crc32"]
-                assert crc(example["original_ids"]) == expected["unmasked_crc32"]
+                assert crc(example.original_ids) == expected["unmasked_crc32"]
             else:
-                source = example["input_ids"]
-                assert crc(example["target_ids"]) == expected["target_crc32"]
+                source = example.input_ids
+                assert crc(example.target_ids) == expected["target_crc32"]
             assert crc(source) == expected["src_crc32"]
             assert len(source) == expected["src_len"]
     dataset.set_epoch(1)
@@ -129,8 +129,10 @@ def test_a_batch_equals_that_of_the_original(name, testdata):
     names += ["target"] if name == "t5" else ["generator_target", "discriminator_target"]
     for field in names:
         assert np.array_equal(found[field].numpy(), arrays[field]), field
+    net_input = batch["net_input"]
+    widest, shortest = net_input["src_tokens"].shape[1], int(net_input["src_lengths"].min())
+    assert net_input["has_padding"] is (shortest < widest)
     if name == "t5_metro":
-        net_input = batch["net_input"]
         assert batch["ntokens"] == 468 and batch["nsentences"] == 6
         assert torch.equal(net_input["is_masked"], batch["generator_target"].ne(1))
         assert net_input["max_masked"] == int(net_input["is_masked"].sum(1).max())

@@ -68,6 +68,22 @@ def test_corrupted_spans_equal_those_of_the_original(golden, sequences):
             assert spans.target_ids.tolist() == item["target"]
 
 
+@pytest.mark.parametrize(("limit", "length"), [(None, 21), (21, 21), (20, 20), (64, 21)])
+def test_a_target_fits_the_room_that_the_model_has(limit, length):
+    """Every token masked alone: 21 tokens of target without a limit, the last one closes it."""
+    spans = corrupt_spans(
+        np.arange(4, 24),
+        item_random(1, 1, 0),
+        first_sentinel_id=100,
+        max_positions=20,
+        mask_prob=0.99,
+        mask_multiple_length=1,
+        max_target_tokens=limit,
+    )
+    assert len(spans.target_ids) == length and spans.target_ids[-1] == 100
+    assert len(spans.input_ids) <= 20
+
+
 def test_random_tokens_are_drawn_as_numpys_choice_draws_them():
     """The cached distribution replaces RandomState.choice(V, n, p=p) and must give its numbers."""
     weights = np.ones(33280)
