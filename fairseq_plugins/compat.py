@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import errno
 import functools
 import importlib.util
 import io
@@ -99,7 +100,35 @@ def allow_checkpoint_classes() -> None:
 
 
 resuming_from: str | None = None  # the checkpoint_last.pt that a run is resuming from just now
-DAMAGED = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError)
+DAMAGE = re.compile("PytorchStreamReader|unexpected EOF|wrong (byte )?size|corrupt file")
+
+
+def is_damage(path: str, error: Exception) -> bool:
+    """Whether a file failed to load because it is cut or blank.
+
+    Not where memory ran out or a class was refused: another file would then only hide the reason.
+    """
+    with open(path, "rb") as file:
+        if not any(file.read(512)):  # empty, or zeros as after a power cut
+            return True
+    if isinstance(error, OSError):
+        return error.errno in (errno.EIO, errno.EINVAL)
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return DAMAGE.search(str(error)) is not None
+    return isinstance(error, EOFError | zipfile.BadZipFile)
+
+
+def _load(original, path, *args, **kwargs) -> dict:
+    """As `original`, saying which file was refused."""
+    try:
+        return _true_depth(original(path, *args, **kwargs))
+    except pickle.UnpicklingError as error:
+        reasons = [line.strip() for line in str(error).splitlines() if "nsupported" in line]
+        raise ValueError(
+            f"{path} is refused, and nothing in it was run: it does not consist of weights and "
+            f"settings alone ({(reasons or [str(error)])[0]}). Use a checkpoint whose origin you "
+            "know, or remove the file"
+        ) from error
 
 
 def repair_loading() -> None:
@@ -113,16 +142,18 @@ def repair_loading() -> None:
 
         def load_checkpoint_to_cpu(path, *args, **kwargs):
             try:
-                return _true_depth(original(path, *args, **kwargs))
-            except DAMAGED as error:
+                return _load(original, path, *args, **kwargs)
+            except Exception as error:
                 name = os.path.basename(path)
-                if path != resuming_from or not os.path.isfile(path):
+                if path != resuming_from or not os.path.isfile(path) or not is_damage(path, error):
                     raise
                 for other in newest_checkpoints(os.path.dirname(path), besides=name):
                     try:
-                        state = original(other, *args, **kwargs)
-                    except DAMAGED:
-                        continue
+                        state = _load(original, other, *args, **kwargs)
+                    except Exception as other_error:
+                        if is_damage(other, other_error):
+                            continue
+                        raise
                     logger.error(
                         "%s IS DAMAGED (%s: %s). CONTINUING FROM %s INSTEAD; remove the damaged "
                         "file if this is not what you want.",
@@ -131,7 +162,7 @@ def repair_loading() -> None:
                         str(error).splitlines()[0] if str(error) else "",
                         other,
                     )
-                    return _true_depth(state)
+                    return state
                 raise ValueError(
                     f"{path} is damaged ({type(error).__name__}: {error}) and no other checkpoint "
                     "in its folder can be loaded; remove it to start again"
@@ -305,19 +336,29 @@ def torchrun_world() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else None
 
 
-def refuse_separate_runs(configured: int) -> None:
-    """Raise where a launcher started several processes that fairseq would train separately."""
+def refuse_separate_runs(training) -> None:
+    """Raise where a launcher started several processes that fairseq would train separately.
+
+    fairseq joins them in one case: under Slurm, with a port and more than one process configured.
+    """
+    world, has_port = training.distributed_world_size, training.distributed_port > 0
+    remedy = (
+        "Start torchrun once per node (scripts/pretrain_slurm.sh, scripts/pretrain_torchrun.sh)"
+    )
+    slurm_remedy = (
+        ", or give distributed_training.distributed_world_size (all processes) and distributed_port"
+    )
     for launcher, variable in (
-        ("Slurm", "SLURM_STEP_NUM_TASKS"),
         ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("Slurm", "SLURM_STEP_NUM_TASKS"),
     ):
         tasks = int(os.environ.get(variable) or 1)
-        if tasks > 1 and configured == 1:
+        is_slurm = launcher == "Slurm"
+        if tasks > 1 and not (is_slurm and has_port and world > 1):
             raise ValueError(
                 f"{launcher} started {tasks} processes ({variable}) but distributed_world_size is "
-                "1: each would train its own model into the same folder. Start torchrun once per "
-                "node (scripts/pretrain_slurm.sh), or give distributed_training."
-                "distributed_world_size (all processes) and distributed_port"
+                f"{world} and distributed_port {training.distributed_port}: each would train its "
+                f"own model into the same folder. {remedy}{slurm_remedy if is_slurm else ''}"
             )
 
 
@@ -354,10 +395,23 @@ def repair_processes() -> None:
             world = torchrun_world()
             if world is not None:
                 return join_torchrun(cfg, world)
-            refuse_separate_runs(cfg.distributed_world_size)
-            if cfg.distributed_world_size > 1 and not torch.cuda.is_available():
+            refuse_separate_runs(cfg)
+            # With a port, Slurm's own tasks are the processes and nothing is spawned.
+            in_slurm = "SLURM_STEP_NUM_TASKS" in os.environ and cfg.distributed_port > 0
+            if cfg.distributed_world_size > 1 and not torch.cuda.is_available() and not in_slurm:
                 _refuse_spawn(cfg.distributed_world_size)
-            return original(cfg, force_distributed)
+            world, gpus = cfg.distributed_world_size, torch.cuda.device_count()
+            try:
+                return original(cfg, force_distributed)
+            except AssertionError as error:
+                slurm = {name: os.environ.get(f"SLURM_{name}") for name in ("NNODES", "NTASKS")}
+                raise ValueError(
+                    f"distributed_world_size {world} does not fit what fairseq finds ({error}): "
+                    f"{gpus} GPUs here, {slurm['NNODES']} Slurm nodes, {slurm['NTASKS']} Slurm "
+                    "tasks. Start torchrun once per node (scripts/pretrain_slurm.sh) and leave "
+                    "distributed_world_size out, or set it to the number of all processes, with "
+                    "distributed_port"
+                ) from error
 
         return infer_init_method
 
@@ -550,6 +604,9 @@ def repair_running() -> None:
             if not (stop.agreed or (alone and stop.requested_here)) or (limit and done >= limit):
                 return original(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+            if dist.is_available() and dist.is_initialized():
+                # A node that is done first must not make the launcher end the one that writes.
+                dist.barrier(distributed_utils.get_global_group())
             logger.warning("stopped after update %d; the same command resumes here", done)
             return [None], True
 

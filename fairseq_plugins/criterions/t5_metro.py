@@ -135,7 +135,8 @@ class T5MetroCriterion(FairseqCriterion):
                 metrics.log_scalar(name, sums[numerator] / weight / math.log(2), weight, round=3)
         for name in COUNTS:
             metrics.log_scalar_sum(name, sums[name], round=0)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        if sums["sample_size"] > 0:  # else nothing was scored, and nll_loss was not logged
+            metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         for name, (part, whole) in ACCURACIES.items():
             metrics.log_derived(name, _percentage(part, (whole,)))
         metrics.log_derived(

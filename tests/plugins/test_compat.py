@@ -1,8 +1,10 @@
 """The repairs of fairseq that the training tests do not reach."""
 
 import argparse
+import errno
 import io
 import os
+import pickle
 
 import pytest
 import torch
@@ -58,6 +60,63 @@ def test_separate_copies_on_a_cluster_are_refused(training, monkeypatch, variabl
         distributed_utils.infer_init_method(training.distributed_training)
 
 
+@pytest.mark.parametrize("gpus", [2, 8])
+@pytest.mark.parametrize(
+    ("variable", "launcher", "port"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "Slurm", -1),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun", -1),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun", 12345),  # fairseq knows Slurm only
+    ],
+)
+def test_separate_copies_on_machines_with_gpus_are_refused(
+    training, monkeypatch, variable, launcher, port, gpus
+):
+    """fairseq's world size is then the number of local GPUs, and each task spawns as many."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv(variable, "2")
+    cfg = training.distributed_training
+    cfg.distributed_world_size, cfg.distributed_port = gpus, port
+    with pytest.raises(ValueError, match=f"{launcher} started 2 .*is {gpus} .*Start torchrun once"):
+        distributed_utils.infer_init_method(cfg)
+
+
+@pytest.fixture
+def slurm(training, monkeypatch):
+    """Two nodes of four GPUs, one task per GPU; returns the distributed options of task 5."""
+    names = {"STEP_NUM_TASKS": 8, "NTASKS": 8, "NNODES": 2, "PROCID": 5, "LOCALID": 1, "NODEID": 1}
+    for name, value in {**names, "STEP_NODELIST": "a[1-2]", "JOB_ID": 7}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setattr(distributed_utils.subprocess, "check_output", lambda _: b"a1\na2\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    training.distributed_training.distributed_port = 12345
+    return training.distributed_training
+
+
+def test_slurm_tasks_with_a_port_are_joined_by_fairseq_itself(slurm):
+    slurm.distributed_world_size = 8
+    distributed_utils.infer_init_method(slurm)
+    assert slurm.distributed_init_method == "tcp://a1:12345" and slurm.distributed_no_spawn
+    assert (slurm.distributed_rank, slurm.device_id) == (5, 1)
+
+
+@pytest.mark.parametrize(("port", "world"), [(-1, 8), (-1, 4), (12345, 1)])
+def test_slurm_tasks_that_fairseq_cannot_join_are_refused(slurm, port, world):
+    slurm.distributed_port, slurm.distributed_world_size = port, world
+    with pytest.raises(ValueError, match=f"Slurm started 8 .*is {world} .*port {port}: each would"):
+        distributed_utils.infer_init_method(slurm)
+
+
+def test_a_world_size_that_does_not_fit_slurm_names_the_remedy(slurm):
+    """fairseq's default, the local GPUs: its message is the assertion "4, 4, 2"."""
+    slurm.distributed_world_size = 4
+    with pytest.raises(ValueError, match="4 GPUs here, 2 Slurm nodes, 8 Slurm tasks. Start torch"):
+        distributed_utils.infer_init_method(slurm)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 @pytest.mark.parametrize("init_method", [None, "tcp://localhost:12345"])
 def test_spawning_without_gpus_is_refused(training, init_method):
@@ -110,6 +169,28 @@ def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
     assert (tmp_path / "b.pt").read_bytes() == b"new"
     (tmp_path / "a.pt").write_bytes(b"x")
     assert (tmp_path / "b.pt").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "expected"),
+    [
+        (b"", EOFError(), True),
+        (bytes(600), RuntimeError("Cannot use weights_only=True with the legacy .tar"), True),
+        (b"PK", OSError(errno.EINVAL, "Invalid argument"), True),
+        (b"PK", OSError(errno.EIO, "I/O error"), True),
+        (b"PK", PermissionError(errno.EACCES, "Permission denied"), False),
+        (b"PK", RuntimeError("PytorchStreamReader failed reading file data/0"), True),
+        (b"PK", RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (b"PK", torch.OutOfMemoryError("CUDA out of memory"), False),
+        (b"PK", MemoryError(), False),
+        (b"PK", pickle.UnpicklingError("Unsupported class posix.mkdir"), False),
+        (b"PK", KeyError("cfg"), False),
+    ],
+)
+def test_only_damage_counts_as_damage(tmp_path, content, error, expected):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    assert compat.is_damage(str(path), error) is expected
 
 
 def test_crash_files_are_never_resumed_from(tmp_path):

@@ -81,6 +81,21 @@ def test_all_published_metrics_are_logged(train, tmp_path):
     assert expected <= line.keys()
 
 
+@pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
+def test_training_without_a_masked_position(train, tmp_path, kind):
+    """METRO then scores nothing and has no perplexity; T5 predicts the closing sentinel."""
+    lines = train(tmp_path, "--max-update 2 --mask-prob 0", kind=kind).logged("train_inner")
+    assert len(lines) == 2
+    assert all(("ppl" in line) == (kind is T5) for line in lines)
+
+
+@pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
+def test_any_length_fits_a_model_of_just_that_length(train, tmp_path, kind):
+    """30 is no multiple of 8, and so many masks make T5's targets one token too long."""
+    options = "--tokens-per-sample 30 --max-positions 30 --mask-prob 0.95 --mask-multiple-length 1"
+    assert len(train(tmp_path, f"{options} --max-update 12", kind=kind).logged("valid")) > 0
+
+
 def test_a_finished_job_started_again_trains_no_further_update(train, tmp_path):
     train(tmp_path, "--max-update 3")
     before = load(tmp_path / LAST)
@@ -180,7 +195,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_loadable_last_checkpoint(tmp_pa
             load(tmp_path / "checkpoint_1_2.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "missing"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_loads(train, tmp_path, damage):
     options = "--max-update 4 --save-interval-updates 2 --disable-validation"
     train(tmp_path, options)
@@ -191,9 +206,10 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_loads(train, tmp
     (tmp_path / "checkpoint_1_4.pt").unlink()
     (tmp_path / LAST).unlink()
     if damage != "missing":
-        keep = 0 if damage == "empty" else len(content) // 2
-        (tmp_path / LAST).write_bytes(content[:keep])
-        (tmp_path / "checkpoint_1_4.pt").write_bytes(content[:keep])
+        half = content[: len(content) // 2]
+        left = {"empty": b"", "cut": half, "zeros": bytes(len(content))}[damage]
+        (tmp_path / LAST).write_bytes(left)
+        (tmp_path / "checkpoint_1_4.pt").write_bytes(left)
     resumed = train(tmp_path, options)
     said = "IS MISSING. CONTINUING FROM" if damage == "missing" else "IS DAMAGED"
     assert said in resumed.text and "checkpoint_1_2.pt" in resumed.text
@@ -227,8 +243,19 @@ def test_a_checkpoint_with_foreign_code_is_not_executed(train, tmp_path):
 
     path = tmp_path / "evil.pt"
     torch.save({"cfg": None, "model": {}, "extra": Evil()}, path)
-    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+    with pytest.raises(ValueError, match="evil.pt is refused, .*posix.mkdir"):
         train(tmp_path / "save", f"--max-update 1 --restore-file {path}")
+    assert not (tmp_path / "executed").exists()
+
+    # nor does a run that resumes by itself go on from an older file as if nothing had happened
+    save = tmp_path / "resumed"
+    train(save, "--max-update 2 --save-interval-updates 1 --disable-validation")
+    before = load(save / "checkpoint_1_2.pt")
+    for extra in ({}, {"_use_new_zipfile_serialization": False}):
+        (save / LAST).unlink()
+        torch.save({**before, "extra": Evil()}, save / LAST, **extra)
+        with pytest.raises(ValueError, match=f"resumed/{LAST} is refused, .*posix.mkdir"):
+            train(save, "--max-update 3 --disable-validation")
     assert not (tmp_path / "executed").exists()
 
 
