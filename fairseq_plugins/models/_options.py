@@ -41,15 +41,16 @@ class T5ModelConfig(FairseqDataclass):
     )
 
 
-LARGE = {
-    "encoder_embed_dim": 1024,
-    "encoder_ffn_embed_dim": 4096,
-    "encoder_layers": 24,
-    "encoder_attention_heads": 16,
-    "encoder_rp_bins": 128,
-    "encoder_rp_max_dist": 256,
-}
-"""What the large architectures change."""
+@dataclass
+class LargeSizes:
+    """What the large architectures change; named before a configuration among its bases."""
+
+    encoder_embed_dim: int = 1024
+    encoder_ffn_embed_dim: int = 4096
+    encoder_layers: int = 24
+    encoder_attention_heads: int = 16
+    encoder_rp_bins: int = 128
+    encoder_rp_max_dist: int = 256
 
 
 def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fairseq.models import BaseFairseqModel, register_model
 
 from fairseq_plugins.models._options import (
-    LARGE,
+    LargeSizes,
     T5ModelConfig,
     check_vocabulary,
     metro_t5_config,
@@ -21,9 +21,16 @@ from metro.pretraining.model import MetroPretrainingModel
 class MetroModelConfig(T5ModelConfig):
     """Base size with METRO's auxiliary model."""
 
-    generator_layers: int = field(default=3, metadata={"help": "layers of the auxiliary model"})
+    generator_layers: int = field(
+        default=3,
+        metadata={
+            "help": "layers of the auxiliary model; the published configurations of base models "
+            "set 4, those of large models 6"
+        },
+    )
     generator_zero_dropout: bool = field(
-        default=False, metadata={"help": "no dropout in the auxiliary model"}
+        default=False,
+        metadata={"help": "no dropout in the auxiliary model, as in the published configurations"},
     )
     generator_sample_mode: str = field(
         default="train",
@@ -39,19 +46,18 @@ class MetroModelConfig(T5ModelConfig):
             "or token_pos_norm"
         },
     )
-    no_generator: bool = field(default=False, metadata={"help": "not available"})
+    no_generator: bool = field(
+        default=False,
+        metadata={
+            "help": "of the published code, kept so that its commands parse; true is refused"
+        },
+    )
 
 
 @dataclass
-class MetroLargeModelConfig(MetroModelConfig):
+class MetroLargeModelConfig(LargeSizes, MetroModelConfig):
     """Large size."""
 
-    encoder_embed_dim: int = LARGE["encoder_embed_dim"]
-    encoder_ffn_embed_dim: int = LARGE["encoder_ffn_embed_dim"]
-    encoder_layers: int = LARGE["encoder_layers"]
-    encoder_attention_heads: int = LARGE["encoder_attention_heads"]
-    encoder_rp_bins: int = LARGE["encoder_rp_bins"]
-    encoder_rp_max_dist: int = LARGE["encoder_rp_max_dist"]
     generator_layers: int = 6
 
 
@@ -74,7 +80,7 @@ def auxiliary_config(cfg: MetroModelConfig) -> AuxiliaryConfig:
     share = cfg.share_generator_discriminator_embed
     return AuxiliaryConfig(
         num_layers=cfg.generator_layers,
-        dropout=0.0 if cfg.generator_zero_dropout else cfg.dropout,
+        zero_dropout=cfg.generator_zero_dropout,
         sample_mode=cfg.generator_sample_mode,
         rtd_head=choice("rtd_head", cfg.rtd_head, RTD_HEADS, if_true="simple"),
         share=choice(
@@ -107,11 +113,18 @@ class MetroT5Model(BaseFairseqModel):
         objective: MetroObjective,
         max_masked: int | None = None,
         corrupted_ids=None,
+        has_padding: bool | None = None,
     ) -> MetroLosses:
         if objective.rtd_weight > 0 and self.model.rtd_head is None:
             raise ValueError(
                 f"rtd_loss_weight is {objective.rtd_weight} but the model has rtd_head none; set "
                 "model.rtd_head=simple (or roberta), or criterion.rtd_loss_weight=0"
+            )
+        if self.training and objective.rtd_weight == 0 and self.model.rtd_head is not None:
+            # The head would get no gradient, which DistributedDataParallel takes for an error.
+            raise ValueError(
+                "rtd_loss_weight is 0 but the model has an RTD head, which would not be trained; "
+                "set model.rtd_head=none"
             )
         return self.model(
             src_tokens,
@@ -122,6 +135,7 @@ class MetroT5Model(BaseFairseqModel):
             objective,
             corrupted_ids=corrupted_ids,
             max_masked=max_masked,
+            has_padding=has_padding,
         )
 
     def upgrade_state_dict_named(self, state_dict: dict, name: str) -> None:

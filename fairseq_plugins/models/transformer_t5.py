@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fairseq.models import BaseFairseqModel, register_model
 
 from fairseq_plugins.models._options import (
-    LARGE,
+    LargeSizes,
     T5ModelConfig,
     check_vocabulary,
     metro_t5_config,
@@ -16,15 +16,8 @@ from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 
 
 @dataclass
-class T5LargeModelConfig(T5ModelConfig):
+class T5LargeModelConfig(LargeSizes, T5ModelConfig):
     """Large size."""
-
-    encoder_embed_dim: int = LARGE["encoder_embed_dim"]
-    encoder_ffn_embed_dim: int = LARGE["encoder_ffn_embed_dim"]
-    encoder_layers: int = LARGE["encoder_layers"]
-    encoder_attention_heads: int = LARGE["encoder_attention_heads"]
-    encoder_rp_bins: int = LARGE["encoder_rp_bins"]
-    encoder_rp_max_dist: int = LARGE["encoder_rp_max_dist"]
 
 
 @register_model("transformer_t5", dataclass=T5ModelConfig)
@@ -40,11 +33,12 @@ class TransformerT5Model(BaseFairseqModel):
         config = metro_t5_config(cfg, task.source_dictionary)
         return cls(fuse(MetroT5ForConditionalGeneration(config)))
 
-    def forward(self, src_tokens, src_lengths, prev_output_tokens):
-        """Logits (B, T, V)."""
+    def forward(self, src_tokens, src_lengths, prev_output_tokens, has_padding: bool | None = None):
+        """Logits (B, T, V); without padding attention needs no mask."""
+        is_token = src_tokens.ne(self.model.config.pad_token_id)
         output = self.model(
             input_ids=src_tokens,
-            attention_mask=src_tokens.ne(self.model.config.pad_token_id),
+            attention_mask=None if has_padding is False else is_token,
             decoder_input_ids=prev_output_tokens,
             use_cache=False,
         )

@@ -16,8 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import fairseq_plugins
-from fairseq_plugins.models import _options, metro_t5
+from fairseq_plugins.models import metro_t5
 from fairseq_plugins.tasks._pretraining import PretrainingTask
+from metro.fuse import fused_attend
+from metro.modeling.attention_metro_t5 import Attention
 from tests.plugins.conftest import configure
 
 CONFIGS = Path(fairseq_plugins.__file__).parent / "configs" / "pretraining"
@@ -51,7 +53,8 @@ class TinyDictionaryTask(PretrainingTask):
 
     @classmethod
     def build(cls, tokens_per_sample=512):
-        cfg = OmegaConf.create({"tokens_per_sample": tokens_per_sample, "data": "nowhere"})
+        cfg = {"tokens_per_sample": tokens_per_sample, "data": "nowhere", "mask_prob": 0.15}
+        cfg = OmegaConf.create(cfg)
         return cls(cfg, Dictionary())
 
 
@@ -94,7 +97,17 @@ BASE = {
     "activation_fn": "relu",
     "max_positions": 1024,
 }
-SIZES = {"base": BASE, "large": {**BASE, **_options.LARGE, "decoder_layers": 24}}
+LARGE = {
+    **BASE,
+    "encoder_embed_dim": 1024,
+    "encoder_ffn_embed_dim": 4096,
+    "encoder_layers": 24,
+    "decoder_layers": 24,
+    "encoder_attention_heads": 16,
+    "encoder_rp_bins": 128,
+    "encoder_rp_max_dist": 256,
+}
+SIZES = {"base": BASE, "large": LARGE}
 ARCHITECTURES = [
     ("t5_metro_base_rpe", "base"),
     ("t5_metro_large_rpe", "large"),
@@ -119,6 +132,46 @@ def test_architecture_in_yaml_gives_its_sizes(arch, size):
     with without_memory():
         model = build_model(cfg.model, TinyDictionaryTask.build())
     assert sizes(model) == {**SIZES[size], "decoder_layers": 3}
+
+
+def dropout_rates(config) -> tuple[float, float, float]:
+    return config.dropout_rate, config.attention_dropout_rate, config.activation_dropout_rate
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_every_dropout_rate_arrives_in_the_auxiliary_model(zero, corpus):
+    cfg = from_yaml(
+        "metro_t5_tiny",
+        "++model.dropout=0.3",
+        "++model.attention_dropout=0.2",
+        "++model.activation_dropout=0.1",
+        f"model.generator_zero_dropout={str(zero).lower()}",
+    )
+    with without_memory():
+        model = build_model(cfg.model, TinyDictionaryTask.build(128)).model
+    assert dropout_rates(model.main.encoder.config) == (0.3, 0.2, 0.1)
+    assert dropout_rates(model.main.decoder.config) == (0.3, 0.2, 0.1)
+    expected = (0.0, 0.0, 0.0) if zero else (0.3, 0.2, 0.1)
+    assert dropout_rates(model.auxiliary.encoder.config) == expected
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("metro_t5_tiny", 1 + 2 + 4), ("t5_tiny", 6)])
+def test_models_are_fused(name, attentions):
+    """Encoder layers attend once, decoder layers twice; METRO's auxiliary model has one layer."""
+    with without_memory():
+        model = build_model(from_yaml(name).model, TinyDictionaryTask.build(128))
+    found = [module.attend for module in model.modules() if isinstance(module, Attention)]
+    assert found == [fused_attend] * attentions
+
+
+@pytest.mark.parametrize("generator_layers", [("base", 3), ("large", 6)])
+def test_depth_of_the_auxiliary_model_is_that_of_the_published_code(generator_layers):
+    """Its configurations set 4 for base."""
+    size, layers = generator_layers
+    cfg = from_yaml("t5_base_8gpus", f"model._name=t5_metro_{size}_rpe")
+    with without_memory():
+        model = build_model(cfg.model, TinyDictionaryTask.build())
+    assert len(model.model.auxiliary.encoder.block) == layers
 
 
 def test_every_published_configuration_is_shipped():
@@ -158,8 +211,7 @@ def test_every_value_of_a_shipped_configuration_arrives(name, corpus):
         return
     auxiliary = model.model.auxiliary
     assert len(auxiliary.encoder.block) == written["model"]["generator_layers"]
-    rates = {m.p for m in auxiliary.modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates <= {0.0}
+    assert dropout_rates(auxiliary.encoder.config) == (0.0, 0.0, 0.0)
     assert auxiliary.encoder.embed_tokens is model.model.main.encoder.embed_tokens
     shares_positions = auxiliary.encoder.pos_embed is model.model.main.encoder.pos_embed
     plusplus_base = name == "metro_t5_basepp_128gpus"
@@ -225,6 +277,50 @@ def test_rtd_loss_without_a_head_is_refused(corpus):
     sample = task.dataset("train").collater([task.dataset("train")[0]])
     with pytest.raises(ValueError, match="rtd_loss_weight is 50.0 but the model has rtd_head none"):
         criterion(model, sample)
+
+
+def test_an_rtd_head_without_its_loss_is_refused(corpus):
+    """Its parameters would get no gradient, and several processes would stop with an error."""
+    options = [f"task.data={corpus}", "criterion.rtd_loss_weight=0"]
+    options += ["criterion.weighted_lm_loss=false"]  # that one needs the head
+    cfg = from_yaml("metro_t5_tiny", *options)
+    task = setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    sample = task.dataset("train").collater([task.dataset("train")[0]])
+    with pytest.raises(ValueError, match="rtd_loss_weight is 0 .*set model.rtd_head=none"):
+        criterion(model.train(), sample)
+    criterion(model.eval(), sample)  # looking at a trained model is fine
+
+    cfg = from_yaml("metro_t5_tiny", *options, "model.rtd_head=none")
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    criterion(model.train(), sample)[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["metro_t5_tiny", "t5_tiny"])
+def test_the_padding_mask_is_left_out_where_the_batch_says_so(kind, corpus):
+    """A full row: the same numbers with the mask, without it, and by looking."""
+    cfg = from_yaml(kind, f"task.data={corpus}", "++task.sample_break_mode=none")
+    task = setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model).eval(), task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    example = next(e for e in map(dataset.__getitem__, range(9)) if is_full(dataset, e))
+    full, padded = (
+        dataset.collater([example]),
+        dataset.collater([example, dataset[len(dataset) - 1]]),
+    )
+    assert full["net_input"]["has_padding"] is False and padded["net_input"]["has_padding"] is True
+    losses = []
+    for has_padding in (False, True, None):
+        full["net_input"]["has_padding"] = has_padding
+        losses.append(criterion(model, full)[0].item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def is_full(dataset, example) -> bool:
+    return not dataset.collater([example])["net_input"]["has_padding"]
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "metro_tiny_b", "metro_tiny_r", "t5_tiny_c"])
