@@ -2,7 +2,7 @@
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
 -> `fairseq-hydra-train` -> curves. Every step prints its command, as one would type it. Stopped at
-any moment and started again, it goes on where it was; everything lies in demo/.
+any moment and started again, it goes on where it was; everything lies in one folder, demo/.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from metro.data.demo_text import write_demo_text
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = Path("demo")
 CONFIGS = "fairseq_plugins/configs/pretraining"
 TEXT_BYTES = 6_000_000
 VOCAB_SIZE = 4000
@@ -37,12 +36,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", nargs="+", help="plain text, an empty line between documents")
     parser.add_argument("--updates", type=int, default=NUM_UPDATES, help=f"default {NUM_UPDATES}")
+    parser.add_argument("--folder", type=Path, default="demo", help="where all goes; default demo")
     args = parser.parse_args()
     texts = [str(Path(text).resolve()) for text in args.text or []]
     os.chdir(ROOT)  # so that the printed commands are those to type
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    for stop in (signal.SIGINT, signal.SIGTERM):  # the same as Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
+    # Beside another busy process, spinning OpenMP threads make a step ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        run(texts, args.updates)
+        run(args.folder, texts, args.updates)
     except KeyboardInterrupt:
         console.print("\nstopped; `make demo` goes on from here")
         return 130
@@ -56,14 +59,14 @@ def main() -> int:
     return 0
 
 
-def run(texts: list[str], num_updates: int) -> None:
+def run(folder: Path, texts: list[str], num_updates: int) -> None:
     start = time.time()
-    data, log = DEMO / "data", DEMO / "pretraining.log"
-    DEMO.mkdir(exist_ok=True)
-    remember_inputs(texts)
+    data, log = folder / "data", folder / "pretraining.log"
+    folder.mkdir(exist_ok=True)
+    remember_inputs(folder, texts)
 
     step("1/4 text")
-    texts = texts or [make_text()]
+    texts = texts or [make_text(folder / "english.txt")]
     step("2/4 text to data")
     inputs = [part for text in texts for part in ("--input", text)]
     sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
@@ -71,32 +74,32 @@ def run(texts: list[str], num_updates: int) -> None:
         command("metro", "prepare-text", *inputs, "--out", str(data), *sizes), check=True
     )
     step("3/4 pretraining")
-    pretrain(data, log, num_updates)
+    pretrain(data, folder / "checkpoints", log, num_updates)
     step("4/4 curves")
     curves = read_log(log)
-    draw(curves, DEMO / "losses.png")
-    console.print(f"drawn: {DEMO / 'losses.png'}")
+    picture = folder / "losses.png"
+    draw(curves, picture)
+    console.print(f"drawn: {picture}")
     step("done")
-    report(curves, data, time.time() - start)
+    report(curves, folder, time.time() - start)
 
 
 def step(title: str) -> None:
     console.rule(f"[bold]{title}", align="left")
 
 
-def remember_inputs(texts: list[str]) -> None:
+def remember_inputs(folder: Path, texts: list[str]) -> None:
     """The folder belongs to one text."""
-    path = DEMO / "inputs.json"
+    path = folder / "inputs.json"
     if path.exists() and (earlier := json.loads(path.read_text())) != texts:
         raise ValueError(
-            f"{DEMO}/ was made from {earlier or 'the default text'}, not from "
-            f"{texts or 'the default text'}: remove it first (rm -r {DEMO})"
+            f"{folder}/ was made from {earlier or 'the default text'}, not from "
+            f"{texts or 'the default text'}: remove it first (rm -r {folder})"
         )
     path.write_text(json.dumps(texts))
 
 
-def make_text() -> str:
-    path = DEMO / "english.txt"
+def make_text(path: Path) -> str:
     if path.exists():
         console.print(f"{path} is there")
     else:
@@ -112,14 +115,15 @@ def command(name: str, *options: str) -> list[str]:
     return [str(Path(sysconfig.get_path("scripts")) / name), *options]
 
 
-def pretrain(data: Path, log: Path, num_updates: int) -> None:
+def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None:
     """Run fairseq with its messages in the log, and show the log's numbers as a progress bar."""
     argv = command(
         "fairseq-hydra-train",
         *("--config-dir", CONFIGS, "--config-name", "metro_t5_tiny"),
         f"task.data={data}",
-        f"checkpoint.save_dir={DEMO}/checkpoints",
+        f"checkpoint.save_dir={checkpoints}",
         f"optimization.max_update={num_updates}",
+        f"common.log_interval={min(10, num_updates)}",  # a short run has a curve too
     )
     console.print(f"all messages: {log}")
     with log.open("a", encoding="utf-8") as file:
@@ -179,7 +183,7 @@ def read_from(path: Path, position: int) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def report(curves, data: Path, seconds: float) -> None:
+def report(curves, folder: Path, seconds: float) -> None:
     """What was done, in numbers, and what to type next."""
     train, valid = curves["train"], curves["valid"]
     console.print("loss in bits         training            validation")
@@ -189,16 +193,17 @@ def report(curves, data: Path, seconds: float) -> None:
             ends = f"{curve.values[0]:6.3f} -> {curve.values[-1]:6.3f}" if curve else "-"
             line += f"  {ends:18}"
         console.print(f"{line}  {meaning}", markup=False)
-    tokens = (data / "train.bin").stat().st_size // 2  # ids of 2 bytes
+    tokens = (folder / "data/train.bin").stat().st_size // 2  # ids of 2 bytes
+    num_updates = max(split["loss"].updates[-1] for split in (train, valid) if "loss" in split)
     console.print(
-        f"{train['loss'].updates[-1]} updates of METRO on {tokens:,} tokens of text; "
+        f"{num_updates} updates of METRO on {tokens:,} tokens of text; "
         f"this call took {seconds / 60:.1f} minutes."
     )
     console.print(
         "\nNext:\n"
-        f"  look at the curves      {DEMO}/losses.png\n"
+        f"  look at the curves      {folder}/losses.png\n"
         "  train longer            make demo ARGS='--updates 1000'\n"
-        f"  take your own text      rm -r {DEMO}; make demo DEMO_TEXT=my.txt\n"
+        f"  take your own text      rm -r {folder}; make demo DEMO_TEXT=my.txt\n"
         "  see what is installed   .venv/bin/metro doctor\n"
         "  pretrain METRO-base     README.md, section Pretraining",
         markup=False,
