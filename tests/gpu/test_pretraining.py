@@ -5,8 +5,10 @@ Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from metro.fuse import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.losses import MetroObjective
@@ -18,20 +20,30 @@ pytestmark = [
 ]
 
 SENTINEL, LENGTH = 200, 64
+DEVICE = "cuda"
+
+
+def build(dropout: float) -> MetroPretrainingModel:
+    torch.manual_seed(0)
+    sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    rates = dict(dropout_rate=dropout, attention_dropout_rate=dropout)
+    config = MetroT5Config(vocab_size=SENTINEL + LENGTH, **sizes, **rates)
+    return MetroPretrainingModel(config, AuxiliaryConfig(1))
 
 
 @pytest.fixture
 def model() -> MetroPretrainingModel:
-    torch.manual_seed(0)
-    sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    config = MetroT5Config(vocab_size=SENTINEL + LENGTH, dropout_rate=0.0, **sizes)
-    return MetroPretrainingModel(config, AuxiliaryConfig(1))
+    return build(dropout=0.0)
 
 
-def batch(device: str) -> dict[str, torch.Tensor]:
+def batch(device: str, has_padding: bool = False) -> dict:
+    """Four rows, the second one half as long where there is padding; all that a step is told."""
     generator = torch.Generator().manual_seed(1)
     original = torch.randint(4, SENTINEL, (4, LENGTH), generator=generator)
     is_masked = torch.rand(original.shape, generator=generator) < 0.15
+    if has_padding:
+        original[1, LENGTH // 2 :] = MetroT5Config().pad_token_id
+        is_masked[1, LENGTH // 2 :] = False
     tensors = {
         "masked_ids": original.masked_fill(is_masked, SENTINEL),
         "original_ids": original,
@@ -39,14 +51,16 @@ def batch(device: str) -> dict[str, torch.Tensor]:
         "decoder_input_ids": F.pad(original[:, :-1], (1, 0), value=SENTINEL),
         "sampling_seed": torch.arange(4),
     }
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {**tensors, "max_masked": int(is_masked.sum(1).max()), "has_padding": has_padding}
 
 
-def step(model: MetroPretrainingModel, device: str):
+def step(model: MetroPretrainingModel, device: str, has_padding: bool = False, **given):
     """Losses and gradients (on the CPU)."""
     model = model.to(device)
     model.zero_grad()
-    losses = model(**batch(device), objective=MetroObjective(weighted_lm=True))
+    inputs = {**batch(device, has_padding), **given}
+    losses = model(**inputs, objective=MetroObjective(weighted_lm=True))
     losses.total.backward()
     gradients = {
         name: parameter.grad.detach().float().cpu().clone()
@@ -56,9 +70,20 @@ def step(model: MetroPretrainingModel, device: str):
     return losses, gradients
 
 
-def test_losses_and_gradients_equal_those_of_the_cpu(model):
-    losses_cpu, gradients_cpu = step(model, "cpu")
-    losses_gpu, gradients_gpu = step(model, "cuda")
+def given_samples(has_padding: bool = False) -> torch.Tensor:
+    """Corrupted ids: in half precision the auxiliary model would draw other ones."""
+    inputs = batch("cpu", has_padding)
+    samples = torch.randint(4, SENTINEL, (4, LENGTH), generator=torch.Generator().manual_seed(2))
+    return samples.where(inputs["is_masked"], inputs["masked_ids"])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("has_padding", [False, True], ids=["full", "padded"])
+def test_losses_and_gradients_equal_those_of_the_cpu(model, has_padding, fused):
+    losses_cpu, gradients_cpu = step(model, "cpu", has_padding)
+    if fused:
+        fuse(model)
+    losses_gpu, gradients_gpu = step(model, DEVICE, has_padding)
     # Sampling is a function of seed and position: the same tokens are replaced on both.
     assert int(losses_gpu.num_replaced) == int(losses_cpu.num_replaced)
     for name in ("total", "mlm_loss", "corrective_lm_loss", "rtd_loss"):
@@ -71,10 +96,69 @@ def test_losses_and_gradients_equal_those_of_the_cpu(model):
 
 
 def test_bf16_autocast_stays_close_to_fp32(model):
-    losses_fp32, _ = step(model, "cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        losses_bf16, gradients = step(model, "cuda")
+    losses_fp32, _ = step(model, DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        losses_bf16, gradients = step(model, DEVICE)
     torch.testing.assert_close(
         losses_bf16.mlm_loss.float(), losses_fp32.mlm_loss.float(), rtol=2e-2, atol=0
     )
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("has_padding", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=["bf16", "fp16"]
+)
+def test_fused_model_in_half_precision_stays_close_to_fp32(model, dtype, tolerance, has_padding):
+    """As fairseq trains with --bf16 and --fp16: the weights themselves are cast."""
+    corrupted = given_samples(has_padding).to(DEVICE)
+    losses_fp32, gradients_fp32 = step(model, DEVICE, has_padding, corrupted_ids=corrupted)
+    losses, gradients = step(fuse(model.to(dtype)), DEVICE, has_padding, corrupted_ids=corrupted)
+    for name in ("total", "mlm_loss", "corrective_lm_loss", "rtd_loss"):
+        expected, got = getattr(losses_fp32, name), getattr(losses, name)
+        torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=0)
+    assert gradients.keys() == gradients_fp32.keys()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    flat, flat_fp32 = (
+        torch.cat([values[name].flatten() for name in gradients_fp32])
+        for values in (gradients, gradients_fp32)
+    )
+    assert (flat - flat_fp32).norm() <= 4 * tolerance * flat_fp32.norm()
+
+
+@pytest.mark.parametrize("has_padding", [False, True], ids=["full", "padded"])
+def test_a_step_never_waits_for_the_gpu(model, has_padding):
+    """Told the most masked positions and whether there is padding, nothing has to be looked at."""
+    model = fuse(model.to(DEVICE, torch.bfloat16))
+    inputs = batch(DEVICE, has_padding)
+    objective = MetroObjective(weighted_lm=True)
+    model(**inputs, objective=objective).total.backward()  # what is set up once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs, objective=objective).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradients_averaged_over_nccl_are_those_of_one_process(model):
+    _, expected = step(model, DEVICE)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        _, got = step(torch.nn.parallel.DistributedDataParallel(model), DEVICE)
+    finally:
+        dist.destroy_process_group()
+    assert got.keys() == {f"module.{name}" for name in expected}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[f"module.{name}"], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_is_reproducible_from_the_seed_of_pytorch():
+    """A resumed run restores PyTorch's generators and no other."""
+    model, totals = fuse(build(dropout=0.1)), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        totals.append(step(model, DEVICE)[0].total.item())
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert totals[0] != pytest.approx(totals[2], rel=1e-5)
