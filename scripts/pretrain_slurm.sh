@@ -4,24 +4,26 @@
 #   sbatch --nodes 8 --gpus-per-node 8 scripts/pretrain_slurm.sh \
 #     metro_t5_base_64gpus /data/bin checkpoint.save_dir=/runs/base
 #
-# Submit from the repository root, with the environment activated. Two minutes before the time limit
+# Submit from the repository root, with the environment activated. Five minutes before the time limit
 # Slurm sends SIGTERM: the processes save and stop, and the job queues itself again. A job that fails
-# is not queued again.
+# is not queued again. An update and a save must take less than the 270 seconds that
+# pretrain_torchrun.sh leaves them; for more, raise both: sbatch --signal=TERM@SECONDS and
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT (somewhat less).
 #SBATCH --job-name=metro
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=metro-%j.log
 set -euo pipefail
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export HEAD NNODES=$SLURM_JOB_NUM_NODES RUN_ID=$SLURM_JOB_ID PORT=$((29400 + SLURM_JOB_ID % 1000))
 
-log=metro-$SLURM_JOB_ID.log
-count_stops() { grep -c "the same command resumes here" "$log" || true; }
+log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+count_stops() { cat "$log" 2> /dev/null | grep -c "the same command resumes here" || true; }
 
 stops=$(count_stops)
 status=0

@@ -24,6 +24,11 @@ port=${PORT:-29400}
 if [ "$nodes" = 1 ]; then port=${PORT:-0}; fi # 0: any free one
 # A store of its own for every restart: workers must not find the addresses of dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# After SIGTERM the processes finish their update and save. torchrun kills what is left after this
+# many seconds: 30 by default, too few for a large model on a slow disk. Versions of torch before
+# about 2.12 do not know the variable and keep their 30 seconds: save often there, with
+# checkpoint.save_interval_updates.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 ? 8 : 1))}
 
 exec torchrun \
