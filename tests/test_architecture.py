@@ -34,6 +34,21 @@ EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {
     "sentencepiece",
 }
 OPTIONAL_PACKAGES = ("fairseq", "fairseq_cli", "hydra", "omegaconf", "triton", "datasets")
+# What fairseq_plugins may call of torch and NumPy (torch.NAME..., numpy.NAME), and what for.
+PLUGINS_MAY_CALL = {
+    "cuda": "which devices there are",
+    "distributed": "joining processes",
+    "serialization": "checkpoints",
+    "load": "checkpoints",
+    "save": "checkpoints",
+    "tensor": "a flag for other processes",
+    "empty": "the buffer of such a message",
+    "frombuffer": "its bytes",
+    "asarray": "a view of what fairseq holds",
+    "isfinite": "the check of losses",
+    "stack": "several checks, waited for once",
+    "minimum": "sizes after fairseq's shortening of sequences",
+}
 MOST_LINES = 400
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|scratch)/[\w.-]+")
 
@@ -93,6 +108,31 @@ def fairseq_outside_its_folder(root: Path) -> list[Import]:
         for imported in read_imports(root, path)
         if imported.module.split(".")[0] in ("fairseq", "fairseq_cli", "fairseq_plugins")
     ]
+
+
+def tensor_arithmetic_in_plugins(root: Path) -> list[str]:
+    """Calls of torch's and NumPy's functions, however imported, that PLUGINS_MAY_CALL lacks."""
+    wrong = []
+    for path in python_files(root, "fairseq_plugins"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {}  # as used in the file -> absolute
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    top = alias.name.split(".")[0]
+                    names[alias.asname or top] = alias.name if alias.asname else top
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {
+                    alias.asname or alias.name: f"{node.module}.{alias.name}"
+                    for alias in node.names
+                }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and re.fullmatch(r"[\w.]+", ast.unparse(node.func)):
+                first, *rest = ast.unparse(node.func).split(".")
+                called = ".".join([names.get(first, ""), *rest]).split(".")
+                if called[0] in ("torch", "numpy") and called[1] not in PLUGINS_MAY_CALL:
+                    wrong.append(f"{path.relative_to(root)}:{node.lineno}: {'.'.join(called)}")
+    return wrong
 
 
 def foreign_imports_of_exported_files(root: Path) -> list[Import]:
@@ -163,6 +203,10 @@ def test_every_part_of_metro_has_a_place_in_the_order():
 
 def test_fairseq_is_imported_by_its_plugins_only():
     assert fairseq_outside_its_folder(ROOT) == []
+
+
+def test_plugins_have_no_tensor_arithmetic():
+    assert tensor_arithmetic_in_plugins(ROOT) == []
 
 
 def test_exported_files_stand_alone():
@@ -268,6 +312,25 @@ def test_fairseq_rule_catches_a_local_import(tmp_path):
         },
     )
     assert [wrong.file for wrong in fairseq_outside_its_folder(root)] == ["metro/data/a.py"]
+
+
+def test_arithmetic_rule_catches_every_way_of_writing_the_call(tmp_path):
+    root = write(
+        tmp_path,
+        {
+            "fairseq_plugins/a.py": "import torch\nx = torch.where(a, b, c)\n",
+            "fairseq_plugins/b.py": "import torch.nn.functional as F\nx = F.softmax(x)\n",
+            "fairseq_plugins/c.py": "from torch.nn import functional\nfunctional.relu(x)\n",
+            "fairseq_plugins/d.py": "def f():\n    from numpy import cumsum\n    cumsum(x)\n",
+            "fairseq_plugins/fine.py": "import torch\nx = torch.load(p).to(y)\nx.sum()\n",
+        },
+    )
+    assert tensor_arithmetic_in_plugins(root) == [
+        "fairseq_plugins/a.py:2: torch.where",
+        "fairseq_plugins/b.py:2: torch.nn.functional.softmax",
+        "fairseq_plugins/c.py:2: torch.nn.functional.relu",
+        "fairseq_plugins/d.py:3: numpy.cumsum",
+    ]
 
 
 def test_exported_files_rule_catches_other_packages_and_absolute_siblings(tmp_path):
