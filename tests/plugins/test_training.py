@@ -19,6 +19,7 @@ from tests.plugins.conftest import (
     load,
     run,
     start,
+    write_corpus,
 )
 
 LAST = "checkpoint_last.pt"
@@ -41,6 +42,14 @@ def test_two_processes_train_the_model_of_one(corpus, tmp_path, reference):
     assert "training on 2 devices" in resumed.text
     assert "(epoch 1 @ 3 updates)" in resumed.text
     assert_equal_runs(load(tmp_path / LAST), reference)
+
+
+def test_two_processes_train_the_t5_of_one(corpus, tmp_path):
+    options = [str(corpus), *TINY, *T5, NO_DROPOUT, "--max-update 4"]
+    alone = f"--save-dir {tmp_path / 'alone'} --update-freq 2"
+    run("fairseq-train", *options, alone)
+    run("fairseq-train", *options, f"--save-dir {tmp_path / 'both'}", processes=2)
+    assert_equal_runs(load(tmp_path / "alone" / LAST), load(tmp_path / "both" / LAST))
 
 
 def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, reference):
@@ -71,6 +80,30 @@ def test_a_resumed_run_is_bit_exact_with_dropout(train, tmp_path, kind):
     assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "halves" / LAST))
     losses = [line["loss"] for line in whole.logged("train_inner")]
     assert losses[7:] == [line["loss"] for line in resumed.logged("train_inner")]
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_run_over_several_shards_resumes_bit_exactly(train, tmp_path, stop):
+    """Shards of 4 and 3 updates, so it stops in the first shard or in the second."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, num_documents in zip(folders, (16, 11), strict=True):
+        write_corpus(folder, num_documents)
+    data = os.pathsep.join(map(str, folders))
+    whole = train(tmp_path / "whole", "--max-update 10", data=data)
+    train(tmp_path / "halves", f"--max-update {stop}", data=data)
+    resumed = train(tmp_path / "halves", "--max-update 10", data=data)
+    epochs = [line["epoch"] for line in whole.logged("train_inner")]
+    assert [epochs.count(epoch) for epoch in (1, 2, 3)] == [4, 3, 3]
+    assert [line["epoch"] for line in resumed.logged("train_inner")] == epochs[stop:]
+    assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "halves" / LAST))
+
+
+def test_a_run_with_a_loader_process_resumes_bit_exactly(train, tmp_path):
+    """fairseq's default, one process that prepares batches; also equal to none at all."""
+    train(tmp_path / "none", "--max-update 6")
+    train(tmp_path / "halves", "--max-update 3 --num-workers 1")
+    train(tmp_path / "halves", "--max-update 6 --num-workers 1")
+    assert_equal_runs(load(tmp_path / "none" / LAST), load(tmp_path / "halves" / LAST))
 
 
 def test_all_published_metrics_are_logged(train, tmp_path):
