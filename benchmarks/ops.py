@@ -2,7 +2,7 @@
 
 Floors: `relative_position_attention` multiplies 7 times B H T S K (forward 2, backward 5 with the
 scores computed again), a tenth of what a layer's matrices cost at 512 tokens; `dropout` reads and
-writes each element once per pass. "kept" is what autograd holds between the passes, with the inputs.
+writes each element once per pass. "kept" is what autograd holds between the passes.
 """
 
 import argparse
