@@ -75,10 +75,9 @@ class PretrainingDataset(FairseqDataset):
         self.num_words, self.name = num_words, name
         self.max_block = tokens_per_sample - 1  # one place is for <s>
         self.epoch = 1
-        sizes = np.asarray(items.sizes)
-        if crop != "none":
-            sizes = np.minimum(sizes, self.max_block)
-        self.blocks = build_blocks(sizes, break_mode, self.max_block)
+        self.blocks = build_blocks(
+            items.sizes, break_mode, self.max_block, crop_items=crop != "none"
+        )
         if len(self) == 0:
             raise ValueError(
                 f"{name} holds {len(items)} items but not one block of text (sample_break_mode "

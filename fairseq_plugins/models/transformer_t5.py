@@ -35,10 +35,10 @@ class TransformerT5Model(BaseFairseqModel):
 
     def forward(self, src_tokens, src_lengths, prev_output_tokens, has_padding: bool | None = None):
         """Logits (B, T, V); without padding attention needs no mask."""
-        is_token = src_tokens.ne(self.model.config.pad_token_id)
+        mask = None if has_padding is False else src_tokens.ne(self.model.config.pad_token_id)
         output = self.model(
             input_ids=src_tokens,
-            attention_mask=None if has_padding is False else is_token,
+            attention_mask=mask,
             decoder_input_ids=prev_output_tokens,
             use_cache=False,
         )

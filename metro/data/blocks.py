@@ -33,16 +33,22 @@ class Blocks(NamedTuple):
 
 
 def build_blocks(
-    sizes: np.ndarray, break_mode: str, block_size: int, document_sep_len: int = 1
+    sizes: np.ndarray,
+    break_mode: str,
+    block_size: int,
+    document_sep_len: int = 1,
+    crop_items: bool = False,
 ) -> Blocks:
     """Group items of the given `sizes` into blocks of up to `block_size` tokens.
 
     none: every block has `block_size` tokens, items are cut. complete: blocks of whole items.
     complete_doc: whole items of one document; an item of `document_sep_len` tokens ends a document
     and belongs to no block. eos: one item per block. An item longer than `block_size` is a block of
-    its own (it is not cut, except with none).
+    its own (it is not cut, except with none), or counts as `block_size` tokens with `crop_items`.
     """
     sizes = np.asarray(sizes)
+    if crop_items:
+        sizes = np.minimum(sizes, block_size)
     if break_mode not in BREAK_MODES:
         raise ValueError(
             f"sample_break_mode is {break_mode!r}; use one of {', '.join(BREAK_MODES)}"

@@ -93,6 +93,16 @@ def test_documents_by_hand():
     assert blocks.num_tokens.tolist() == [4, 3, 2, 9, 2]
 
 
+def test_cropped_items_count_as_one_block():
+    """An item of 9 tokens crops to 6, and leaves no room for the next one."""
+    sizes = np.array([9, 2, 4])
+    for break_mode in ("complete", "complete_doc"):
+        blocks = build_blocks(sizes, break_mode, 6, crop_items=True)
+        assert blocks.first_item.tolist() == [0, 1] and blocks.num_tokens.tolist() == [6, 6]
+    assert build_blocks(sizes, "eos", 6, crop_items=True).num_tokens.tolist() == [6, 2, 4]
+    assert sizes.tolist() == [9, 2, 4]
+
+
 @pytest.mark.parametrize("ascending", [True, False])
 @settings(max_examples=300, deadline=None)
 @given(
