@@ -82,8 +82,8 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     names = [name for name in LOSSES if name in curves["train"]]
     if not names:
         raise ValueError(
-            f"the log has none of {list(LOSSES)}: train with common.log_format=json and the "
-            "criterion t5_metro"
+            f"the log has no training line with any of {list(LOSSES)}: the first is written after "
+            "common.log_interval updates, with common.log_format=json and the criterion t5_metro"
         )
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -105,7 +105,10 @@ def main() -> None:
     parser.add_argument("log", type=Path)
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
-    draw(read_log(args.log), args.png)
+    try:
+        draw(read_log(args.log), args.png)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.log}: {error}")
     print(f"written: {args.png}")
 
 
