@@ -1,4 +1,4 @@
-"""Parameter names: the original's fairseq checkpoints and METRO's models, as one invertible table.
+"""Parameter names: the original's fairseq checkpoints and METRO's models, as one table.
 
 The original's names are those of its ``generator`` (auxiliary model), ``encoder`` / ``decoder``
 (main model) and ``rtd_head``; METRO's are those of

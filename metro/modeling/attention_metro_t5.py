@@ -69,8 +69,10 @@ class Visibility(NamedTuple):
         if not self.is_causal or (num_queries == 1 and self.query_positions is None):
             return mask
         keys = torch.arange(num_keys, device=device)
-        queries = keys[num_keys - num_queries :] if self.query_positions is None else None
-        queries = self.query_positions.unsqueeze(1) if queries is None else queries
+        if self.query_positions is None:
+            queries = keys[num_keys - num_queries :]
+        else:
+            queries = self.query_positions.unsqueeze(1)
         causal = keys <= queries.unsqueeze(-1)
         return causal if mask is None else causal & mask
 

@@ -1,7 +1,7 @@
 """Dropout that keeps a byte per element for the backward pass on the CPU, where PyTorch keeps four.
 
-Sixteen random bits decide an element, drawn from a NumPy generator seeded by PyTorch's: three times
-faster than PyTorch's own draws on the CPU, and as reproducible.
+Sixteen random bits decide an element, drawn from a NumPy generator seeded by PyTorch's: faster than
+PyTorch's own draws on the CPU (``benchmarks/ops.py``), and as reproducible.
 """
 
 import numpy as np
