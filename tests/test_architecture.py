@@ -23,9 +23,9 @@ MAY_IMPORT = {
     "environment": set(),
     "pretraining": {"modeling", "ops", "fuse", "data"},
     "data": {"modeling", "environment"},
-    "conversion": {"modeling", "pretraining"},
-    "finetuning": {"modeling", "ops", "fuse", "data", "pretraining"},
-    "evaluation": {"modeling", "ops", "fuse", "data", "finetuning"},
+    "conversion": {"modeling", "pretraining", "data", "environment"},
+    "finetuning": {"modeling", "ops", "fuse", "data", "pretraining", "conversion", "environment"},
+    "evaluation": {"modeling", "ops", "fuse", "data", "finetuning", "conversion", "environment"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

@@ -1,7 +1,8 @@
 """Entry point of `metro`.
 
-A sub-command is one line of COMMANDS and one file with one function whose annotations typer reads.
-Its file is imported only when it is called, so that `metro --help` stays instant.
+A sub-command is one line of COMMANDS and one file: a function whose annotations typer reads, or a
+`typer.Typer` where it has sub-commands of its own. The file is imported only when it is called, so
+that `metro --help` stays instant.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import metro
 
-# name -> (function, the line that `metro --help` shows)
+# name -> (function or typer.Typer, the line that `metro --help` shows)
 COMMANDS = {
     "doctor": (
         "metro.cli.doctor:doctor",
@@ -23,6 +24,46 @@ COMMANDS = {
     "prepare-text": (
         "metro.cli.prepare_text:prepare_text",
         "Turn text into the binarised, sharded data that pretraining reads.",
+    ),
+    "convert": (
+        "metro.cli.convert:app",
+        "Convert fairseq checkpoints to Hugging Face folders, and back.",
+    ),
+    "models": (
+        "metro.cli.models:models",
+        "List the released METRO-T0, T0 and FLIPPED models and their published results.",
+    ),
+    "generate": (
+        "metro.cli.generate:generate",
+        "Let a model answer a text: a released model, a folder or a hub id.",
+    ),
+    "templates": (
+        "metro.cli.templates:app",
+        "Fetch the prompt templates of promptsource.",
+    ),
+    "prompts": (
+        "metro.cli.prompts:app",
+        "List prompt templates; show what a model will read and be asked for.",
+    ),
+    "prepare-prompts": (
+        "metro.cli.prepare_prompts:prepare_prompts",
+        "Turn data sets and prompt templates into finetuning data: T0, T0+, T0++, FLIPPED.",
+    ),
+    "finetune": (
+        "metro.cli.finetune:finetune",
+        "Prompt-finetune a seq2seq model: direct, channel or flipped.",
+    ),
+    "flip": (
+        "metro.cli.flip:flip",
+        "Show which option makes the instruction most likely, and what each one suggests.",
+    ),
+    "evaluate": (
+        "metro.cli.evaluate:evaluate",
+        "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
+    ),
+    "report": (
+        "metro.cli.report:report",
+        "Make tables and plots of evaluations, beside the published numbers.",
     ),
 }
 
@@ -50,10 +91,12 @@ class LazyGroup(TyperGroup):
 
 def load_command(name: str):
     """The sub-command as a click command, its function imported now."""
-    module, function = COMMANDS[name][0].split(":")
-    single = typer.Typer(add_completion=False)
-    single.command(name)(getattr(importlib.import_module(module), function))
-    return typer.main.get_command(single)
+    module, attribute = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    if not isinstance(command, typer.Typer):
+        function, command = command, typer.Typer(add_completion=False)
+        command.command(name)(function)
+    return typer.main.get_command(command)
 
 
 app = typer.Typer(
