@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: rank classification of prompted examples, suites of tasks, reports."""
