@@ -101,10 +101,10 @@ def read_run(folder: str | Path) -> Run:
         info = json.loads(path.read_text(encoding="utf-8"))
         required = {name: info[name] for name in ("model", "method", "suite")}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is corrupt ({error!r}); evaluate again into a new folder") from None
-    optional = {
-        name: info.get(name) or {} for name in ("protocol", "options", "versions", "tasks")
-    }
+        raise ValueError(
+            f"{path} is corrupt ({error!r}); evaluate again into a new folder"
+        ) from None
+    optional = {name: info.get(name) or {} for name in ("protocol", "options", "versions", "tasks")}
     run = Run(folder, **required, registered=info.get("registered"), **optional)
     run.results = list(read_results(folder / "results.jsonl"))
     for result in run.results:
@@ -147,7 +147,7 @@ def read_results(path: Path) -> Iterator[PromptResult]:
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of every line of a jsonl file."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
