@@ -4,10 +4,11 @@
       run.json        {"model", "method", "suite", "registered": name or null, "protocol": {...},
                        "options": {...}, "versions": {...}, "tasks": {task: [prompt, ...]}}
       results.jsonl   one object per finished (task, prompt), written when it is finished
-      scores/<task>/<prompt>.jsonl   one object per example: {"index", "scores", "prediction", "label"}
+      scores/<task>/<prompt>.jsonl   one object per example:
+                      {"index", "scores", "prediction", "label"}
 
-"tasks" of run.json is what the suite lists, in its order, whatever the run was narrowed to: by it a
-reader sees which tasks are partial. A run without it counts as listing what it has.
+"tasks" of run.json is what the suite lists, in its order, whatever the run was narrowed to: by it
+a reader sees which tasks are partial. A run without it counts as listing what it has.
 """
 
 import json

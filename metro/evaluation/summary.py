@@ -1,14 +1,14 @@
 """What a run says: per task over its prompts, and the average of the suite.
 
-A task's accuracy is the mean over its prompts; the average is the mean over tasks, the three rounds of
-ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of its suite
-is partial: shown, and left out of the average.
+A task's accuracy is the mean over its prompts; the average is the mean over tasks, the three rounds
+of ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of its
+suite is partial: shown, and left out of the average.
 
-The interval is a percentile bootstrap over *examples*, from the per-example scores: examples are drawn
-with replacement, the same draw for all prompts of a task (they ask about the same examples), and the
-mean over prompts is taken anew. It says how far another sample of examples could move the number, not
-how far other prompts could: that is the spread (standard deviation, quartiles, extremes).
-In the average tasks are drawn independently.
+The interval is a percentile bootstrap over *examples*, from the per-example scores: examples are
+drawn with replacement, the same draw for all prompts of a task (they ask about the same examples),
+and the mean over prompts is taken anew. It says how far another sample of examples could move the
+number, not how far other prompts could: that is the spread (standard deviation, quartiles,
+extremes). In the average tasks are drawn independently.
 
 R resamples, N examples, P prompts.
 """
@@ -115,7 +115,7 @@ def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) ->
     """
     by_task = run.by_task()
     tasks, resamples = {}, {}
-    for number, (name, results) in enumerate(by_task.items()):
+    for name, results in by_task.items():
         # Seeded by task name, so that a task's interval does not depend on what else was run.
         random = np.random.default_rng([seed, *name.encode()])
         means_R = resample_means(run, results, num_resamples, random) if num_resamples else None
