@@ -1,0 +1,94 @@
+"""Prompted text -> ids, the same for finetuning and evaluation.
+
+What encoder and decoder read for the two kinds of models:
+
+==========  ==================================  ==================
+model       source                              target
+==========  ==================================  ==================
+METRO-T5    ``<s> text </s>``                   ``text </s>``
+T5          ``text </s>`` (T0: ``text``)        ``text </s>``
+==========  ==================================  ==================
+
+Sentinels count as one token. METRO's tokenizer reads a ``<sen001>`` that is written out in a text
+as ordinary characters, as pretraining did; here the text is cut there and the ids joined.
+"""
+
+import re
+from collections.abc import Sequence
+
+from metro.data.instruction import METRO_SENTINEL, SENTINEL, adapt_sentinels, sentinels_for
+
+
+class PromptEncoder:
+    """Encodes sources and targets for one tokenizer, remembering how its special tokens go.
+
+    Args:
+        tokenizer: of Hugging Face.
+        source_special_tokens: whether sources get begin and end symbols (False: as T0's published
+            evaluation).
+        max_source_length, max_target_length: tokens kept, special ones included.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        source_special_tokens: bool = True,
+        max_source_length: int = 512,
+        max_target_length: int = 256,
+    ):
+        for name, value in (
+            ("max_source_length", max_source_length),
+            ("max_target_length", max_target_length),
+        ):
+            if value < 3:
+                raise ValueError(f"{name} is {value}; use at least 3")
+        self.tokenizer = tokenizer
+        ends = tokenizer("", add_special_tokens=True)["input_ids"]
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no end symbol (eos_token)")
+        self.begin = [i for i in ends if i != eos] if source_special_tokens else []
+        self.end = [eos] if source_special_tokens else []
+        self.eos_token_id = eos
+        self.max_source_length, self.max_target_length = max_source_length, max_target_length
+        self._knows_extra_ids = "<extra_id_0>" in tokenizer.get_vocab()
+
+    def sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encoder ids."""
+        room = self.max_source_length - len(self.begin) - len(self.end)
+        return [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
+
+    def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
+        """Decoder ids, ending with the end symbol."""
+        room = self.max_target_length - 1 if truncate else None
+        return [[*ids[:room], self.eos_token_id] for ids in self.plain(texts)]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without special tokens; sentinels are one id each."""
+        whole = [text for text in texts if self._knows_extra_ids or not SENTINEL.search(text)]
+        encoded = (
+            iter(self.tokenizer(whole, add_special_tokens=False)["input_ids"]) if whole else iter(())
+        )
+        return [
+            next(encoded)
+            if self._knows_extra_ids or not SENTINEL.search(text)
+            else self._cut_at_sentinels(text)
+            for text in texts
+        ]
+
+    def _cut_at_sentinels(self, text: str) -> list[int]:
+        ids: list[int] = []
+        cuts = re.split(f"({METRO_SENTINEL.pattern.replace('(', '(?:')})", self._adapt(text))
+        for number, piece in enumerate(cuts):
+            if number % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            elif piece.strip():
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _adapt(self, text: str) -> str:
+        return adapt_sentinels(text, self.tokenizer)
+
+
+__all__ = ["PromptEncoder", "sentinels_for"]
