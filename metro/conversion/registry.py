@@ -1,0 +1,153 @@
+"""The released checkpoints that METRO knows by name, and their model cards.
+
+The facts are in ``checkpoints/registry.yaml``; an installed METRO carries it in its own folder.
+"""
+
+import difflib
+import functools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("metro", "t0", "flipped")
+METHODS = ("direct", "channel", "flipped")
+SUITES = ("t0", "flipped14", "bigbench", "label_generalization", "mmlu")
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Installed, then in a checkout.
+_FOLDERS = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A released checkpoint."""
+
+    name: str
+    """What METRO calls it."""
+    title: str
+    """What its paper calls it."""
+    hub_id: str
+    """Its repository on the Hugging Face Hub."""
+    family: str
+    """``metro``, ``t0`` or ``flipped``: how inputs are built."""
+    parameters: int
+    """Number of weights, shared ones once."""
+    vocabulary: str
+    pretraining: str
+    """Pretraining objective and data."""
+    finetuning: str
+    """Finetuning data."""
+    method: str
+    """How it is evaluated: ``direct``, ``channel`` or ``flipped``."""
+    paper: str
+    licence: str
+    published: tuple[dict[str, Any], ...]
+    """``{"suite", "source", "results": {task: accuracy in percent}}``; the first of a suite is what
+    the checkpoint is compared with."""
+
+    def __post_init__(self):
+        for field, known in (("family", FAMILIES), ("method", METHODS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; use one of {known}")
+        if not isinstance(self.parameters, int) or self.parameters <= 0:
+            raise ValueError(f"parameters is {self.parameters!r}; use a positive whole number")
+        for table in self.published:
+            if set(table) != {"suite", "source", "results"}:
+                raise ValueError(f"a table of published has {sorted(table)}; "
+                                 "use suite, source and results")  # fmt: skip
+            if table["suite"] not in SUITES:
+                raise ValueError(f"suite is {table['suite']!r}; use one of {SUITES}")
+            for task, accuracy in table["results"].items():
+                if not 0 <= accuracy <= 100:
+                    raise ValueError(f"{table['suite']} {task} is {accuracy}; use percent")
+
+    def published_on(self, suite: str) -> dict[str, float]:
+        """Accuracy in percent of each task: the first source of the suite; empty without one."""
+        for table in self.published:
+            if table["suite"] == suite:
+                return dict(table["results"])
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def registry_folder() -> Path:
+    """The folder with ``registry.yaml`` and the model cards."""
+    for folder in _FOLDERS:
+        if (folder / "registry.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no registry.yaml in {' or '.join(map(str, _FOLDERS))}: install METRO again"
+    )
+
+
+def registered_models() -> dict[str, RegisteredModel]:
+    """Every released checkpoint by its name."""
+    return dict(_read_cached(registry_folder() / "registry.yaml"))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_cached(path: Path) -> dict[str, RegisteredModel]:
+    return read_registry(path)
+
+
+def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
+    """Read a registry file.
+
+    Raises:
+        ValueError: it is no registry, or an entry is wrong, named by file and entry.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise ValueError(f"{path} has no `models:` with an entry per model")
+    models = {}
+    for name, fields in content["models"].items():
+        try:
+            fields = {**fields, "published": tuple(fields.get("published") or ())}
+            models[name] = RegisteredModel(name=name, **fields)
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("RegisteredModel.__init__() ", "")
+            raise ValueError(f"{path}: {name}: {message}") from None
+    hub_ids = [model.hub_id for model in models.values()]
+    for hub_id in hub_ids:
+        if hub_ids.count(hub_id) > 1:
+            raise ValueError(f"{path}: hub_id {hub_id} is given to more than one model")
+    return models
+
+
+def find_registered(name: str) -> RegisteredModel | None:
+    """The entry of a registered name or of a hub id; ``None`` where there is none."""
+    models = registered_models()
+    if name in models:
+        return models[name]
+    return next((model for model in models.values() if model.hub_id == name), None)
+
+
+def registered_model(name: str) -> RegisteredModel:
+    """The entry of a registered name or of a hub id.
+
+    Raises:
+        ValueError: it is neither; the message names the nearest ones.
+    """
+    model = find_registered(name)
+    if model is None:
+        near = nearest_names(name)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`metro models` lists all"
+        raise ValueError(f"no registered model is called {name!r}: {hint}")
+    return model
+
+
+def nearest_names(name: str, limit: int = 3) -> list[str]:
+    """Registered names that look most like ``name``, best first; empty where none does."""
+    plain = name.lower().rsplit("/", 1)[-1].replace("-", "_").replace("+", "p")
+    return difflib.get_close_matches(plain, registered_models(), n=limit, cutoff=0.6)
+
+
+def show_parameters(count: int) -> str:
+    """225618432 -> ``226 M``, 2849757184 -> ``2.85 B``."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
