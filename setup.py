@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip does not put it there
@@ -35,6 +36,21 @@ EXTRAS = {
     "dev": ["hypothesis", REQUIREMENTS["pytest"], "pytest-xdist", "ruff"],
 }
 
+
+class BuildWithRegistry(build_py):
+    """Puts the registry of released checkpoints, which lies outside the package, inside it."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # the checkout itself is used, registry included
+            return
+        target = Path(self.build_lib) / "metro" / "checkpoints"
+        self.mkpath(str(target))
+        for source in sorted((ROOT / "checkpoints").glob("*.*")):
+            if source.suffix in (".yaml", ".md"):
+                self.copy_file(str(source), str(target))
+
+
 setup(
     name="metro",
     version=__version__,
@@ -48,5 +64,6 @@ setup(
     package_data={"fairseq_plugins": ["configs/**/*.yaml"]},
     install_requires=[part.requirement for part in PARTS if part.required],
     extras_require=EXTRAS,
+    cmdclass={"build_py": BuildWithRegistry},
     entry_points={"console_scripts": ["metro = metro.cli.main:main"]},
 )

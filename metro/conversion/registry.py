@@ -57,8 +57,8 @@ class RegisteredModel:
             if table["suite"] not in SUITES:
                 raise ValueError(f"suite is {table['suite']!r}; use one of {SUITES}")
             for task, accuracy in table["results"].items():
-                if not 0 <= accuracy <= 100:
-                    raise ValueError(f"{table['suite']} {task} is {accuracy}; use percent")
+                if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 100:
+                    raise ValueError(f"{table['suite']} {task} is {accuracy!r}; use percent")
 
     def published_on(self, suite: str) -> dict[str, float]:
         """Accuracy in percent of each task: the first source of the suite; empty without one."""
