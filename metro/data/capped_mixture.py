@@ -1,0 +1,94 @@
+"""Which examples an epoch of a prompt mixture holds: every task up to its cap, as a moving window.
+
+T0 (Sanh et al. 2022) caps each template at 500,000 // (templates of its data set) examples. A task
+with more examples than its cap is walked through in one fixed permutation; an epoch takes up where
+the one before stopped and goes round at the end.
+
+Letters: N examples of an epoch, K tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ExamplePlace(NamedTuple):
+    """Where an example of the mixture lies."""
+
+    task: int
+    """Number of its task."""
+    row: int
+    """Its number inside the task."""
+
+
+class CappedMixture:
+    """Tasks of `sizes` examples, of which an epoch takes at most `caps`.
+
+    Epochs count from 1. Within an epoch examples stand task by task.
+    """
+
+    def __init__(self, sizes: Sequence[int], caps: Sequence[int | None], seed: int):
+        if len(sizes) != len(caps):
+            raise ValueError(f"{len(sizes)} tasks but {len(caps)} caps; give one cap per task")
+        for task, cap in enumerate(caps):
+            if cap is not None and cap < 1:
+                raise ValueError(f"the cap of task {task} is {cap}; use 1 or more, or leave it out")
+        if min(sizes, default=0) < 0 or sum(sizes) == 0:
+            raise ValueError(f"a mixture of {len(sizes)} tasks without a single example")
+        self.sizes = [int(size) for size in sizes]
+        self.counts = [
+            size if cap is None else min(size, int(cap))
+            for size, cap in zip(self.sizes, caps, strict=True)
+        ]
+        self.ends = np.cumsum(self.counts, dtype=np.int64)
+        # One generator per task: adding a task does not change what is taken of the others.
+        self.permutations = [
+            _permutation(size, seed) if size > count else None
+            for size, count in zip(self.sizes, self.counts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, task: int, epoch: int) -> np.ndarray:
+        """The rows that an epoch takes of one task, in order."""
+        count, permutation = self.counts[task], self.permutations[task]
+        if permutation is None:
+            return np.arange(count)
+        return permutation[(epoch * count + np.arange(count)) % len(permutation)]
+
+    def all_rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tasks [N] and rows [N] of a whole epoch."""
+        tasks = np.repeat(np.arange(len(self.counts)), self.counts)
+        rows = [self.rows(task, epoch) for task in range(len(self.counts))]
+        return tasks, np.concatenate(rows)
+
+    def locate(self, position: int, epoch: int) -> ExamplePlace:
+        """Task and row of one example, without laying out the epoch."""
+        task = int(np.searchsorted(self.ends, position, side="right"))
+        offset = position - int(self.ends[task]) + self.counts[task]
+        permutation = self.permutations[task]
+        if permutation is None:
+            return ExamplePlace(task, offset)
+        return ExamplePlace(
+            task, int(permutation[(epoch * self.counts[task] + offset) % len(permutation)])
+        )
+
+
+def _permutation(size: int, seed: int) -> np.ndarray:
+    order = np.random.RandomState(seed).permutation(size)
+    return order.astype(np.int32) if size < 2**31 else order
+
+
+def order_by_lengths(
+    source_lengths: np.ndarray, target_lengths: np.ndarray, seed: int
+) -> np.ndarray:
+    """Examples by ascending source length, then target length, then at random as `seed` decides."""
+    ties = np.empty(len(source_lengths), dtype=np.int64)
+    ties[np.random.RandomState(seed).permutation(len(source_lengths))] = np.arange(
+        len(source_lengths)
+    )
+    return np.lexsort([ties, target_lengths, source_lengths])

@@ -1,0 +1,1 @@
+"""Prompt finetuning: the objectives direct, channel and flipped, their data and the Trainer."""

@@ -1,0 +1,66 @@
+"""Small models of several kinds."""
+
+import json
+
+import pytest
+import torch
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+
+
+@pytest.fixture
+def tiny_t5(testdata):
+    """The random T5 v1.1 that the FLIPPED numbers were computed with."""
+    from safetensors.torch import load_file
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = testdata / "golden/flipped"
+    settings = json.loads((folder / "tiny_t5_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("notes", "architectures")}
+    model = T5ForConditionalGeneration(T5Config(**settings))
+    # transformers 5 ties the embeddings of a new T5 whatever the configuration says
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    missing = model.load_state_dict(load_file(folder / "tiny_t5.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    assert all("embed_tokens" in name for name in missing.missing_keys)
+    return model.eval()
+
+
+def small_model(kind: str) -> torch.nn.Module:
+    """A randomly initialised model of one of the families, d_model 16, 40 words."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, vocab_size=40, pad_token_id=1, decoder_start_token_id=2)
+    bart = dict(
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+    )
+    t5 = dict(d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    if kind == "metro":
+        return MetroT5ForConditionalGeneration(MetroT5Config(**sizes, **t5)).eval()
+    if kind == "t5":  # tied: the decoder's output is scaled
+        config = transformers.T5Config(**sizes, **t5)
+        return transformers.T5ForConditionalGeneration(config).eval()
+    if kind == "t5 untied":
+        config = transformers.T5Config(**sizes, **t5, tie_word_embeddings=False)
+        model = transformers.T5ForConditionalGeneration(config).eval()
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        return model
+    if kind == "bart":
+        config = transformers.BartConfig(**sizes, **bart, max_position_embeddings=64)
+        model = transformers.BartForConditionalGeneration(config).eval()
+        model.final_logits_bias.copy_(torch.randn(1, 40))
+        return model
+    if kind == "m2m":
+        config = transformers.M2M100Config(**sizes, **bart, max_position_embeddings=64)
+        return transformers.M2M100ForConditionalGeneration(config).eval()
+    raise AssertionError(kind)
+
+
+KINDS = ["metro", "t5", "t5 untied", "bart", "m2m"]
