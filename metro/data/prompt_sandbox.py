@@ -383,8 +383,8 @@ def _environment():
         __slots__ = ()
 
         def _note(self):
-            if self._undefined_name is not None:
-                _now.missing.append(str(self._undefined_name))
+            if self._undefined_name and isinstance(self._undefined_name, str):
+                _now.missing.append(self._undefined_name)
 
         def __str__(self):
             self._note()

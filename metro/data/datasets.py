@@ -1,0 +1,307 @@
+"""Rows of the data sets that prompts are made of: from a local folder, or from the hub.
+
+Local: ``<dir>/<dataset>/<subset or default>/<split>.jsonl``, one row per line, with the field names
+of the hub's version. Hub: the table ``datasets.yaml`` says where each data set lives today, and the
+package ``datasets`` loads it; no loading script is ever run.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+_TABLE = Path(__file__).with_name("datasets.yaml")
+_PARQUET_COPY = "refs/convert/parquet"
+_BLOCK = 1 << 24
+
+
+class DatasetUnavailable(ValueError):
+    """A data set cannot be had here; the message says what to do about it."""
+
+
+class DatasetEntry(NamedTuple):
+    """One line of ``datasets.yaml``."""
+
+    hub: str | None = None
+    config: str | None = None
+    splits: tuple[str, ...] = ()
+    script: bool = False
+    rename: dict[str, str] = {}
+    manual: str | None = None
+    trap: str | None = None
+    unsure: bool = False
+
+
+def name_of(dataset: str, subset: str | None) -> str:
+    return f"{dataset}/{subset}" if subset else dataset
+
+
+@lru_cache(maxsize=1)
+def dataset_table() -> dict[str, DatasetEntry]:
+    """``datasets.yaml``: what is known of each data set."""
+    import yaml
+
+    table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    entries = {}
+    for name, facts in table.items():
+        facts["splits"] = tuple(facts.get("splits", ()))
+        entries[name] = DatasetEntry(**facts)
+    return entries
+
+
+def load_rows(
+    dataset: str,
+    subset: str | None,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Sequence[dict]:
+    """The rows of a split; read when they are asked for.
+
+    Args:
+        data_dir: folder of local data sets; nothing is taken from the hub then.
+        limit: the first so many rows.
+
+    Raises:
+        DatasetUnavailable: the data set or the split cannot be had.
+    """
+    if data_dir is not None:
+        return JsonlRows(_local_file(Path(data_dir), dataset, subset, split), limit)
+    return _load_from_hub(dataset, subset, split, limit)
+
+
+def available_splits(
+    dataset: str, subset: str | None, *, data_dir: str | Path | None = None
+) -> list[str]:
+    """The splits that can be used, in the table's order.
+
+    Those of the table where it knows the data set (a folder may hold other files), otherwise all.
+
+    Raises:
+        DatasetUnavailable: the data set cannot be had.
+    """
+    entry = dataset_table().get(name_of(dataset, subset))
+    if data_dir is not None:
+        folder = _local_folder(Path(data_dir), dataset, subset)
+        found = sorted(path.stem for path in folder.glob("*.jsonl"))
+        usable = [split for split in entry.splits if split in found] if entry else found
+        if not usable:
+            raise DatasetUnavailable(
+                f"{folder} has none of the splits {', '.join(entry.splits)} of "
+                f"{name_of(dataset, subset)}: it has {', '.join(found)}"
+            )
+        return usable
+    if entry and entry.splits:
+        _refuse_manual(name_of(dataset, subset), entry)
+        return list(entry.splits)
+    hub = _datasets_package(name_of(dataset, subset))
+    try:
+        return list(hub.get_dataset_split_names(dataset, subset))
+    except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
+        raise _unavailable(name_of(dataset, subset), dataset, error) from None
+
+
+def _local_folder(data_dir: Path, dataset: str, subset: str | None) -> Path:
+    """The folder of a data set: named by the subset, ``default``, or the hub's configuration."""
+    if not data_dir.is_dir():
+        raise DatasetUnavailable(f"--data-dir {data_dir} is not a folder")
+    root, entry = data_dir / dataset, dataset_table().get(name_of(dataset, subset))
+    names = [subset] if subset else ["default", *([entry.config] if entry and entry.config else [])]
+    for name in names:
+        if any((root / name).glob("*.jsonl")):
+            return root / name
+    others = [path.name for path in root.glob("*") if any(path.glob("*.jsonl"))]
+    if not subset and len(others) == 1:
+        return root / others[0]
+    raise DatasetUnavailable(
+        f"{name_of(dataset, subset)} is not in {data_dir}: write its rows as "
+        f"{root.relative_to(data_dir) / names[0]}/<split>.jsonl there, or leave --data-dir out to "
+        "take it from the hub"
+    )
+
+
+def _local_file(data_dir: Path, dataset: str, subset: str | None, split: str) -> Path:
+    folder = _local_folder(data_dir, dataset, subset)
+    file = folder / f"{split}.jsonl"
+    if not file.is_file():
+        found = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
+        raise DatasetUnavailable(
+            f"{name_of(dataset, subset)} has no split {split!r} in {folder}: it has {found}"
+        )
+    return file
+
+
+class JsonlRows(Sequence):
+    """The rows of a jsonl file, found through the places where its lines begin.
+
+    Pickled, it is the file's name and those places: a worker opens the file itself.
+    """
+
+    def __init__(self, path: str | Path, limit: int | None = None):
+        self.path = Path(path)
+        self.starts = _line_starts(self.path)
+        if limit is not None:
+            self.starts = self.starts[: max(0, limit) + 1]
+        self._file = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} rows and none at {index}")
+        index %= len(self)
+        if self._file is None or self._process != os.getpid():  # a forked worker reads on its own
+            self._file, self._process = self.path.open("rb"), os.getpid()
+        start, end = int(self.starts[index]), int(self.starts[index + 1])
+        self._file.seek(start)
+        return self._parse(self._file.read(end - start), index)
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The lines of some rows, in one read."""
+        with self.path.open("rb") as file:
+            first = int(self.starts[start])
+            file.seek(first)
+            block = file.read(int(self.starts[stop]) - first)
+        for i in range(start, stop):
+            yield block[int(self.starts[i]) - first : int(self.starts[i + 1]) - first]
+
+    def parse(self, line: bytes, index: int) -> dict:
+        return self._parse(line, index)
+
+    def _parse(self, line: bytes, index: int) -> dict:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, row {index}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, row {index}: a row is an object with fields")
+        return row
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "starts": self.starts, "_file": None}
+
+
+def _line_starts(path: Path):
+    """Byte offsets of the lines that are not empty, and the end of the file."""
+    import numpy as np
+
+    starts, offset = [np.zeros(1, np.int64)], 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
+            starts.append(offset + ends.astype(np.int64) + 1)
+            offset += len(block)
+    starts = np.unique(np.concatenate([*starts, np.array([offset])]))
+    return _without_blank_lines(path, starts)
+
+
+def _without_blank_lines(path: Path, starts):
+    """A blank line counts to the row before it."""
+    import numpy as np
+
+    sizes = np.diff(starts)
+    short = np.flatnonzero(sizes < 3)  # `{}` and its newline are the shortest row
+    if not len(short):
+        return starts
+    blank = []
+    with path.open("rb") as file:
+        for i in short:
+            file.seek(int(starts[i]))
+            if not file.read(int(sizes[i])).strip():
+                blank.append(i)
+    return np.delete(starts, blank)
+
+
+class HubRows(Sequence):
+    """Rows of a split that the package ``datasets`` holds, under the templates' field names."""
+
+    def __init__(self, rows, rename: dict[str, str]):
+        self.rows, self.rename = rows, rename
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            columns = self.rows[index]
+            names = list(columns)
+            return [
+                self._renamed(dict(zip(names, values, strict=True)))
+                for values in zip(*(columns[name] for name in names), strict=True)
+            ]
+        return self._renamed(self.rows[index])
+
+    def _renamed(self, row: dict) -> dict:
+        for name, name_there in self.rename.items():
+            if name_there in row and name not in row:
+                row[name] = row.pop(name_there)
+        return row
+
+
+def _load_from_hub(dataset: str, subset: str | None, split: str, limit: int | None) -> HubRows:
+    name = name_of(dataset, subset)
+    entry = dataset_table().get(name) or DatasetEntry(hub=dataset, config=subset)
+    _refuse_manual(name, entry)
+    if entry.splits and split not in entry.splits:
+        raise DatasetUnavailable(
+            f"{name} has no split {split!r} with labels: it has {', '.join(entry.splits)}"
+            + (f" ({entry.trap})" if entry.trap else "")
+        )
+    hub = _datasets_package(name)
+    attempts = [{"name": entry.config}, {"name": None}]
+    if entry.script:
+        attempts = [
+            {"name": config, "revision": _PARQUET_COPY} for config in (entry.config, "default")
+        ] + attempts
+    else:
+        attempts += [{"name": entry.config, "revision": _PARQUET_COPY}]
+    errors = []
+    for attempt in attempts:
+        if attempt in attempts[: len(errors)]:
+            continue
+        try:
+            rows = hub.load_dataset(entry.hub, split=split, **attempt)
+        except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
+            errors.append(error)
+            if isinstance(error, ConnectionError) or type(error).__name__ == "OfflineModeIsEnabled":
+                break
+        else:
+            return HubRows(rows if limit is None else rows.select(range(min(limit, len(rows)))),
+                           entry.rename)  # fmt: skip
+    raise _unavailable(name, entry.hub, errors[0], entry.unsure)
+
+
+def _refuse_manual(name: str, entry: DatasetEntry) -> None:
+    if entry.manual:
+        raise DatasetUnavailable(
+            f"{name} cannot be downloaded: {entry.manual}; then give that folder as --data-dir"
+        )
+
+
+def _datasets_package(name: str):
+    try:
+        import datasets
+    except ImportError:
+        raise DatasetUnavailable(
+            f"{name} would come from the hub, which needs the package datasets: "
+            "pip install 'metro[train]', or give local rows with --data-dir DIR"
+        ) from None
+    return datasets
+
+
+def _unavailable(
+    name: str, repository: str, error: Exception, unsure: bool = False
+) -> DatasetUnavailable:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = reason if len(reason) <= 200 else reason[:197] + "..."
+    doubt = " (an address that could not be verified)" if unsure else ""
+    return DatasetUnavailable(
+        f"{name} could not be loaded from {repository}{doubt}: {reason}. Without a network, give "
+        "local rows with --data-dir DIR"
+    )
