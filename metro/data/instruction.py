@@ -84,7 +84,7 @@ class Template(Protocol):
     name: str
     jinja: str
 
-    def render_text(self, jinja_source: str, row: dict, *, seed: int = 0) -> str: ...
+    def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str: ...
 
 
 def split_template(jinja: str) -> Split:
@@ -108,7 +108,7 @@ def join_instruction(runs: Sequence[str]) -> str:
 
 
 def flip(
-    template: Template, row: dict, *, instruction_text: str = "published", seed: int = 0
+    template: Template, row: dict, *, instruction_text: str = "published", seed: int | None = 0
 ) -> Flipped:
     """Input instance and instruction of one row.
 

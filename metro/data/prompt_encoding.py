@@ -57,7 +57,20 @@ class PromptEncoder:
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Encoder ids."""
         room = self.max_source_length - len(self.begin) - len(self.end)
-        return [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
+        ids = [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
+        return [i or [self.eos_token_id] for i in ids]  # a source of nothing cannot be encoded
+
+    def labelled_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encoder ids of FLIPPED's encoder texts: where one is too long the end of the input is
+        cut, not the label behind it (without which all options would read alike).
+        """
+        room = self.max_source_length - len(self.begin) - len(self.end)
+        encoded = self.plain(texts)
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if len(ids) > room:
+                tail = self.plain(["output:" + text.rpartition("\n output:")[2]])[0]
+                encoded[number] = [*ids[: max(0, room - len(tail))], *tail[-room:]]
+        return [[*self.begin, *ids, *self.end] for ids in encoded]
 
     def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
         """Decoder ids, ending with the end symbol."""
@@ -68,7 +81,9 @@ class PromptEncoder:
         """Ids without special tokens; sentinels are one id each."""
         whole = [text for text in texts if self._knows_extra_ids or not SENTINEL.search(text)]
         encoded = (
-            iter(self.tokenizer(whole, add_special_tokens=False)["input_ids"]) if whole else iter(())
+            iter(self.tokenizer(whole, add_special_tokens=False)["input_ids"])
+            if whole
+            else iter(())
         )
         return [
             next(encoded)
