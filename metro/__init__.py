@@ -1,9 +1,12 @@
 """METRO: pretraining of T5-style models with signals from an auxiliary model.
 
-`import metro` is instant: the public names below are imported on first use.
+`import metro` is instant: the public names below are imported on first use. It also makes METRO-T5
+known to the Auto classes of transformers, as soon as those are imported.
 """
 
 import importlib
+
+from metro.conversion.auto_classes import register_on_import as _register_on_import
 
 __version__ = "0.1.0"
 
@@ -12,7 +15,10 @@ _PUBLIC: dict[str, str] = {
     "MetroT5Config": "metro.modeling.configuration_metro_t5",
     "MetroT5EncoderModel": "metro.modeling.modeling_metro_t5",
     "MetroT5ForConditionalGeneration": "metro.modeling.modeling_metro_t5",
+    "MetroT5Tokenizer": "metro.modeling.tokenization_metro_t5",
     "MetroPretrainingModel": "metro.pretraining.model",
+    "load": "metro.conversion.loading",
+    "LoadedModel": "metro.conversion.loading",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -26,3 +32,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+_register_on_import()

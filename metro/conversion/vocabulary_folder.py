@@ -1,0 +1,84 @@
+"""The vocabulary that belongs to a fairseq checkpoint: where it lies, and whether it fits."""
+
+import json
+from pathlib import Path
+
+from metro.modeling.text_metro_t5 import Vocabulary
+from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+
+FILES = ("sp.model", "dict.txt")
+
+
+def find_vocabulary(data: str | None, checkpoint: Path) -> Path:
+    """The folder with ``sp.model`` and ``dict.txt`` of a checkpoint that was trained on ``data``.
+
+    Looked for in the data folder (the first of several), as it is written and below each folder
+    above the checkpoint, then beside the checkpoint.
+
+    Raises:
+        ValueError: in none of these places, naming them.
+    """
+    here = checkpoint.resolve().parent
+    places = []
+    if data:
+        first = Path(str(data).split(":")[0])
+        places += [first, first / "train"]
+        if not first.is_absolute():
+            places += [folder / first for folder in (here, *here.parents)]
+    places.append(here)
+    for place in places:
+        if all((place / name).is_file() for name in FILES):
+            return place
+    looked = [str(data).split(":")[0]] if data else []
+    raise ValueError(
+        f"no vocabulary for {checkpoint}: sp.model and dict.txt lie neither in "
+        f"{' nor in '.join([*looked, str(here)])}; name their folder (--vocab DIR, or vocab= in "
+        "Python)"
+    )
+
+
+def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
+    """Whether texts are folded to lower case, as ``metro prepare-text`` has noted it down.
+
+    Folders of others have no such note: there the pieces tell, which hold capitals or do not.
+    """
+    try:
+        settings = json.loads((folder / "prepare_text.json").read_text(encoding="utf-8"))
+        return bool(settings["settings"]["lower"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return not vocabulary.is_cased
+
+
+def build_tokenizer(
+    folder: str | Path,
+    vocab_size: int,
+    tokens_per_sample: int | None = None,
+    lower: bool | None = None,
+) -> MetroT5Tokenizer:
+    """The tokenizer of a model with ``vocab_size`` embeddings: the vocabulary, then sentinels.
+
+    Args:
+        folder: where ``sp.model`` and ``dict.txt`` lie.
+        vocab_size: rows of the model's embedding.
+        tokens_per_sample: how many sentinels the training had, where that is known.
+        lower: fold to lower case; by default as the vocabulary was made.
+
+    Raises:
+        ValueError: the vocabulary is not the one that the model was trained with.
+    """
+    folder = Path(folder)
+    vocabulary = Vocabulary.from_folder(folder)
+    num_sentinels = vocab_size - len(vocabulary)
+    if num_sentinels < 0 or tokens_per_sample not in (None, num_sentinels):
+        sentinels = "" if tokens_per_sample is None else f" and {tokens_per_sample} sentinels"
+        raise ValueError(
+            f"the vocabulary in {folder} has {len(vocabulary)} entries{sentinels}, but the model's "
+            f"embedding has {vocab_size} rows: take the sp.model and dict.txt that the model was "
+            "trained with"
+        )
+    return MetroT5Tokenizer(
+        str(folder / "sp.model"),
+        str(folder / "dict.txt"),
+        lower=is_lower(folder, vocabulary) if lower is None else lower,
+        n_sentinel_tokens=num_sentinels,
+    )
