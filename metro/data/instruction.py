@@ -15,10 +15,11 @@ becomes ``<extra_id_k>`` in the encoder text, and ``<extra_id_k> run`` in the de
 * ``"published"``: every run of the template, also those of Jinja branches that an example does not
   take (``{% if question == "cause" %} because... {% else %} so... {% endif %}``), as in the paper.
 * ``"rendered"``: the runs that were rendered, renumbered from 0, each once: what a reader of the
-  prompt sees. It differs from ``"published"`` for templates with conditions or loops around
-  literal text only. Of the templates used in training these are all 8 of quartz, 5 of quail, 3 of
-  cos_e, 3 of sciq and 1 of social_i_qa; of those used in evaluation all of COPA, 2 of WSC, 3 of
-  HellaSwag, 2 of ARC and 1 of OpenbookQA. ``conditional_templates`` finds them.
+  prompt sees. Of the templates that FLIPPED trains on it changes the 8 of quartz; of those that it
+  is evaluated on, 8 of COPA ("exercise", "i_am_hesitating", "plausible_alternatives", "C1 or C2?
+  premise, so/because…", "best_option", "more likely", "cause_effect", "choose") and 2 of WSC ("p
+  is/are r", "Who or what is/are"); all others have no condition around literal text, or one whose
+  branch every row takes. ``conditional_templates`` lists candidates among other templates.
 
 Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of their own:
 ``adapt_sentinels`` writes ``<sen001>`` for ``<extra_id_0>`` and so on (``<sen000>`` is the mask).
@@ -177,7 +178,7 @@ def is_conditional(template: Template) -> bool:
 
 
 def conditional_templates(templates: Sequence[Template]) -> list[str]:
-    """Names of the templates whose ``"rendered"`` instruction may differ from the published."""
+    """Names of the templates whose ``"rendered"`` instruction may differ from the published one."""
     return [template.name for template in templates if is_conditional(template)]
 
 
