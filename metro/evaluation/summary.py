@@ -1,8 +1,8 @@
 """What a run says: per task over its prompts, and the average of the suite.
 
 A task's accuracy is the mean over its prompts; the average is the mean over tasks, the three rounds
-of ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of its
-suite is partial: shown, and left out of the average.
+of ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of
+its suite is partial: shown, and left out of the average.
 
 The interval is a percentile bootstrap over *examples*, from the per-example scores: examples are
 drawn with replacement, the same draw for all prompts of a task (they ask about the same examples),
@@ -55,6 +55,8 @@ class TaskSummary:
     seconds: float | None
     accuracies: dict[str, float] = field(default_factory=dict)
     """Accuracy of every prompt."""
+    macro_f1s: dict[str, float] = field(default_factory=dict)
+    """Macro-F1 of every prompt that has one."""
 
     @property
     def complete(self) -> bool:
@@ -165,6 +167,7 @@ def summarize_task(
         macro_f1=mean_or_none([result.macro_f1 for result in results]),
         seconds=total_or_none([result.seconds for result in results]),
         accuracies={result.prompt: result.accuracy for result in results},
+        macro_f1s={r.prompt: r.macro_f1 for r in results if r.macro_f1 is not None},
     )
 
 
@@ -238,14 +241,14 @@ def print_summary(summary: Summary, console: Any = None) -> None:
 
     table = Table(box=None, pad_edge=False, title=None)
     for column in ("task", "prompts", "mean", "median", "spread", "interval", "F1", "chance"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     for task in summary.tasks.values():
         table.add_row(
             escape(task.task),
             str(task.num_prompts) if task.complete else f"{task.num_prompts} of {task.num_listed}",
             percent(task.mean),
             percent(task.median),
-            f"{percent(task.lowest)} to {percent(task.highest)}" if task.num_prompts > 1 else "",
+            interval_text((task.lowest, task.highest)) if task.num_prompts > 1 else "",
             interval_text(task.interval),
             percent(task.macro_f1),
             percent(task.chance),
@@ -290,4 +293,4 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{percent(interval[0], 1)} to {percent(interval[1], 1)}"
+    return "" if interval is None else f"{percent(interval[0], 1)}–{percent(interval[1], 1)}"

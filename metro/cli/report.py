@@ -1,0 +1,46 @@
+"""`metro report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders of `metro evaluate`, or folders that hold some."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("report"),
+    published: Annotated[
+        list[str] | None,
+        typer.Option(help="Published rows to show: all, none, or names of `metro models`."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Only the runs of this suite.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
+) -> None:
+    """Make tables and plots of evaluations, beside the published numbers.
+
+    Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
+    the figure of each suite as SVG.
+    """
+    from rich.console import Console
+
+    from metro.evaluation.report import build_sections, find_runs, write_report
+
+    sections = build_sections(find_runs(runs, out), published or ["all"], suite)
+    paths = write_report(sections, out, title)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for section in sections:
+        for report_run in section.runs:
+            average = next(
+                row for row in section.rows if row.kind == "run" and row.label == report_run.label
+            )
+            value = "no task whole" if average.average is None else f"{100 * average.average:.2f}"
+            console.print(
+                f"{section.title}: {report_run.label} ({report_run.run.method}) {value} over "
+                f"{average.num_averaged} tasks"
+            )
+        for note in section.notes:
+            console.print(f"note: {note}")
+    console.print("wrote " + ", ".join(str(path) for path in paths))

@@ -1,0 +1,75 @@
+"""Published rows out of the registry of released checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+SAME = 0.0002  # two sources agree where they round differently; fraction
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A published line of numbers."""
+
+    model: str
+    """Name in the registry."""
+    title: str
+    suite: str
+    source: str
+    values: dict[str, float]
+    """Fraction of every task."""
+
+
+def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
+    """Rows in the order of the registry, the one that a checkpoint is compared with first.
+
+    Args:
+        selection: ``all``, ``none``, or names of registered models (hub ids too).
+    """
+    from metro.conversion.registry import registered_model, registered_models
+
+    names = [name for item in selection for name in item.split(",") if name]
+    if "none" in names or "all" in names:
+        if len(names) > 1:
+            raise ValueError(f"--published {' '.join(names)}: all and none stand alone")
+        models = list(registered_models().values()) if names == ["all"] else []
+    else:
+        models = list(dict.fromkeys(map(registered_model, names)))
+    rows = []
+    for model in models:
+        found = [
+            PublishedRow(
+                model.name,
+                model.title,
+                table["suite"],
+                table["source"],
+                {task: accuracy / 100 for task, accuracy in table["results"].items()},
+            )
+            for table in model.published
+        ]
+        rows += merge_agreeing(found)
+    return rows
+
+
+def merge_agreeing(rows: Sequence[PublishedRow]) -> list[PublishedRow]:
+    """Rows of one model without those that another row of the suite repeats.
+
+    A card often holds a part of a paper's table. The fuller one is kept then, at the place of the
+    first, with both sources: a checkpoint is compared with everything that is known of it.
+    """
+    kept: list[PublishedRow] = []
+    for row in rows:
+        for place, other in enumerate(kept):
+            fewer, more = sorted((row, other), key=lambda each: len(each.values))
+            if row.suite == other.suite and is_part(fewer, more):
+                kept[place] = replace(more, source=f"{other.source}; {row.source}")
+                break
+        else:
+            kept.append(row)
+    return kept
+
+
+def is_part(fewer: PublishedRow, more: PublishedRow) -> bool:
+    return all(
+        task in more.values and abs(value - more.values[task]) <= SAME
+        for task, value in fewer.values.items()
+    )
