@@ -31,6 +31,10 @@ class TransformerT5Model(BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: T5ModelConfig, task):
         config = metro_t5_config(cfg, task.source_dictionary)
+        # <sen000> in pretraining, </s> in prompt finetuning
+        config.decoder_start_token_id = getattr(
+            task, "decoder_start", config.decoder_start_token_id
+        )
         return cls(fuse(MetroT5ForConditionalGeneration(config)))
 
     def forward(self, src_tokens, src_lengths, prev_output_tokens, has_padding: bool | None = None):
