@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metro.data import prompt_sandbox
-from metro.data.prompt_sandbox import AnswerChoices, protect, render_source, unprotect
+from metro.data.prompt_limits import AnswerChoices
+from metro.data.prompt_sandbox import compile_source, protect, render_source, unprotect
 
 MAX_VALUE_CHARS = 2048
 """Of a value that ``{{ ... }}`` prints."""
@@ -113,9 +113,9 @@ class PromptTemplate:
             ValueError: the template is refused; the message says why.
         """
         with self._named():
-            prompt_sandbox.compile_source(_cut_values(self.jinja))
+            compile_source(_cut_values(self.jinja))
             if self.answer_choices:
-                prompt_sandbox.compile_source(self.answer_choices)
+                compile_source(self.answer_choices)
 
     def _fields(self, row: dict) -> dict:
         if "answer_choices" in row:

@@ -1,0 +1,315 @@
+"""What one rendering of a prompt template may cost, and the operations that are held to it.
+
+Every operation whose result can be larger than what it was given (joining, repeating, replacing,
+counting) checks the size before it computes. ``charge`` adds up the work of a rendering.
+"""
+
+import random
+import threading
+import time
+from typing import Any
+
+MAX_SOURCE_CHARS = 100_000
+MAX_DEPTH = 100
+"""Nesting of expressions and tags."""
+MAX_TEXT_CHARS = 1_000_000
+"""Of any single value that a template makes."""
+MAX_LIST_ITEMS = 100_000
+MAX_INTEGER_BITS = 4096
+MAX_WORK = 20_000_000
+"""Characters made, plus nodes run in loops, in one rendering."""
+MAX_SECONDS = 10.0
+"""Last resort; checked at loop steps and calls."""
+
+LOOP, CONCAT = "\0loop", "\0concat"  # filters that no template can name
+
+
+class TemplateRefused(ValueError):
+    """The template asks for what no template may: another attribute, too much time or memory."""
+
+
+class MissingAnswer(ValueError):
+    """``answer_choices`` has no such entry."""
+
+
+class _Rendering(threading.local):
+    """What belongs to the rendering that runs now, in this thread."""
+
+    def start(self, seed: int | None) -> None:
+        self.seed, self.generator = seed, None
+        self.work, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.missing: list[str] = []
+        self.used_choices: list[int] = []
+
+    def charge(self, amount: int) -> None:
+        self.work += amount
+        if self.work > MAX_WORK:
+            raise TemplateRefused(f"does more than {MAX_WORK:,} units of work in one rendering")
+        if time.monotonic() > self.deadline:
+            raise TemplateRefused(f"takes longer than {MAX_SECONDS:g} seconds for one rendering")
+
+    def draw(self, items: list) -> Any:
+        if self.seed is None:
+            return items[0]
+        if self.generator is None:
+            self.generator = random.Random(self.seed)
+        return items[self.generator.randrange(len(items))]
+
+
+now = _Rendering()
+now.start(None)
+
+
+class AnswerChoices(list):
+    """The options as a template sees them: an index beyond either end is an error, not a guess."""
+
+    def __getitem__(self, index):
+        if isinstance(index, int) and not isinstance(index, bool):
+            if not 0 <= index < len(self):
+                raise MissingAnswer(f"answer_choices has {len(self)} entries and none at {index}")
+            now.used_choices.append(index)
+        return super().__getitem__(index)
+
+
+def weigh(value: Any) -> int:
+    """Characters of ``value`` as text, about; refuses what is larger than any text may be.
+
+    Lists that hold each other many times over have few objects and endless text, so the count
+    stops at the bound instead of walking on.
+    """
+    if isinstance(value, str):
+        total = len(value)
+    elif isinstance(value, int):
+        if value.bit_length() > MAX_INTEGER_BITS:
+            raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
+        total = 20
+    elif isinstance(value, (list, tuple, dict, set)):
+        total, stack = 0, [iter([value])]
+        while stack:
+            for item in stack[-1]:
+                total += 2
+                if isinstance(item, str):
+                    total += len(item)
+                elif isinstance(item, dict):
+                    stack.append(iter(item.values()))
+                    stack.append(iter(item.keys()))
+                    break
+                elif isinstance(item, (list, tuple, set)):
+                    stack.append(iter(item))
+                    break
+                if total > MAX_TEXT_CHARS:
+                    break
+            else:
+                stack.pop()
+            if total > MAX_TEXT_CHARS or len(stack) > 2 * MAX_DEPTH:
+                total = MAX_TEXT_CHARS + 1
+                break
+    else:
+        total = 20
+    if total > MAX_TEXT_CHARS:
+        raise TemplateRefused(f"makes a value of more than {MAX_TEXT_CHARS:,} characters")
+    return total
+
+
+def as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        weigh(value)
+        value = str(value)
+    if len(value) > MAX_TEXT_CHARS:
+        raise TemplateRefused(f"makes a text of more than {MAX_TEXT_CHARS:,} characters")
+    return value
+
+
+def as_list(value: Any) -> list:
+    items = []
+    for item in value:
+        items.append(item)
+        if len(items) > MAX_LIST_ITEMS:
+            raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+    now.charge(len(items))
+    return items
+
+
+def join_texts(separator: str, items) -> str:
+    texts = [as_text(item) for item in as_list(items)]
+    total = sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)
+    if total > MAX_TEXT_CHARS:
+        raise TemplateRefused(f"joins more than {MAX_TEXT_CHARS:,} characters")
+    now.charge(total)
+    return separator.join(texts)
+
+
+def replace_text(text: str, old: str, new: str, count: int | None = None) -> str:
+    if not all(isinstance(part, str) for part in (text, old, new)):
+        raise TypeError("replace needs texts")
+    times = text.count(old) if count is None or count < 0 else min(text.count(old), count)
+    total = len(text) + times * len(new)
+    if total > MAX_TEXT_CHARS:
+        raise TemplateRefused(f"replaces into more than {MAX_TEXT_CHARS:,} characters")
+    now.charge(total)
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def bounded_range(*bounds: int) -> range:
+    made = range(*bounds)
+    if len(made) > MAX_LIST_ITEMS:
+        raise TemplateRefused(f"counts a range of more than {MAX_LIST_ITEMS:,}")
+    return made
+
+
+def _metered_loop(items, num_nodes: int):
+    for item in items:
+        now.charge(1 + num_nodes)
+        yield item
+
+
+def _choice(items) -> Any:
+    items = as_list(items)
+    if not items:
+        raise ValueError("the filter `choice` draws from an empty list")
+    return now.draw(items)
+
+
+def _most_frequent(items) -> list | None:
+    from collections import Counter
+
+    counts = Counter(as_list(items)).most_common()
+    return [item for item, count in counts if count == counts[0][1]] if counts else None
+
+
+def _summed(numbers) -> Any:
+    numbers = as_list(numbers)
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("sum needs numbers")
+    return sum(numbers)
+
+
+def _rounded(value, precision: int = 0, method: str = "common") -> float:
+    from jinja2.filters import do_round
+
+    return do_round(value, max(-20, min(20, int(precision))), method)
+
+
+def _sorted(default):
+    """Sorting compares, so what it sorts counts several times."""
+
+    def call(context, value, *args, **kwargs):
+        value = list(value.items()) if isinstance(value, dict) else as_list(value)
+        now.charge(20 * weigh(value))
+        if default is not None:
+            return default(context.environment, value, *args, **kwargs)
+        return sorted(value)
+
+    return call
+
+
+def make_filters() -> dict:
+    """What templates may call, all as functions of the context so that none runs while compiling.
+
+    ``truncate`` and its like are Jinja's own; what multiplies lengths is ours.
+    """
+    from jinja2 import filters as jinja
+    from jinja2 import pass_context
+
+    def simple(function, listed=False):
+        def call(context, value, *args, **kwargs):
+            result = function(as_list(value) if listed else value, *args, **kwargs)
+            now.charge(weigh(result))
+            return result
+
+        return pass_context(call)
+
+    def with_environment(function):
+        def call(context, value, *args, **kwargs):
+            result = function(context.environment, value, *args, **kwargs)
+            now.charge(1 if hasattr(result, "__next__") else weigh(result))
+            return result
+
+        return pass_context(call)
+
+    def with_context(function):
+        def call(context, value, *args, **kwargs):
+            return function(context, as_list(value), *args, **kwargs)
+
+        return pass_context(call)
+
+    def join(value, d="", attribute=None):
+        assert attribute is None
+        return join_texts(as_text(d), value)
+
+    def length(value):
+        return len(value)
+
+    found = {
+        name: simple(function)
+        for name, function in {
+            "abs": abs,
+            "capitalize": jinja.do_capitalize,
+            "choice": _choice,
+            "count": length,
+            "d": jinja.do_default,
+            "default": jinja.do_default,
+            "float": jinja.do_float,
+            "int": jinja.do_int,
+            "items": lambda value: list(value.items()),
+            "join": join,
+            "last": lambda value: as_list(value)[-1] if value else None,
+            "length": length,
+            "list": lambda value: as_list(value),
+            "lower": lambda value: as_text(value).lower(),
+            "most_frequent": _most_frequent,
+            "random": _choice,
+            "replace": lambda value, old, new, count=None: replace_text(
+                as_text(value), as_text(old), as_text(new), count
+            ),
+            "reverse": lambda value: (
+                value[::-1] if isinstance(value, str) else as_list(value)[::-1]
+            ),
+            "round": _rounded,
+            "string": as_text,
+            "sum": _summed,
+            "title": lambda value: jinja.do_title(as_text(value)),
+            "trim": lambda value, chars=None: as_text(value).strip(chars),
+            "upper": lambda value: as_text(value).upper(),
+        }.items()
+    }
+    found["wordcount"] = simple(lambda value: len(as_text(value).split()))
+    found["tojson"] = simple(lambda value: (weigh(value), __import__("json").dumps(value))[1])
+    found["first"] = with_environment(jinja.sync_do_first)
+    found["truncate"] = with_environment(
+        lambda environment, value, *args, **kwargs: jinja.do_truncate(
+            environment, as_text(value), *args, **kwargs
+        )
+    )
+    for name in ("map", "select", "reject", "selectattr", "rejectattr"):
+        found[name] = with_context(getattr(jinja, f"sync_do_{name}"))
+    sorts = {
+        "sort": jinja.do_sort,
+        "min": jinja.do_min,
+        "max": jinja.do_max,
+        "unique": jinja.do_unique,
+    }
+    for name, function in sorts.items():
+        found[name] = pass_context(_sorted(function))
+    found[LOOP] = pass_context(lambda context, value, size: _metered_loop(value, size))
+    found[CONCAT] = pass_context(lambda context, values: join_texts("", values))
+    return found
+
+
+def check_operation(operator: str, left, right) -> None:
+    sized = (str, list, tuple)
+    if operator == "%" and isinstance(left, str):
+        raise TemplateRefused("formats with `%`, which prompt templates may not")
+    if operator == "*" and (isinstance(left, sized) or isinstance(right, sized)):
+        value, times = (left, right) if isinstance(left, sized) else (right, left)
+        if isinstance(times, int) and times > 0:
+            bound = MAX_TEXT_CHARS if isinstance(value, str) else MAX_LIST_ITEMS
+            if len(value) * times > bound:
+                raise TemplateRefused(f"repeats to more than {bound:,}")
+    elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        if len(left) + len(right) > MAX_LIST_ITEMS:
+            raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+    elif isinstance(left, int) and isinstance(right, int):
+        bits = abs(left).bit_length() * max(1, right) if operator == "**" else 0
+        if bits > MAX_INTEGER_BITS:
+            raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
