@@ -20,7 +20,7 @@ from metro.data.instruction import (
 from metro.data.prompt_encoding import PromptEncoder
 from metro.data.prompts import PromptTemplate, TemplateTree
 
-# How many templates the module says that "rendered" changes. The one of cosmos_qa is not trained on.
+# How many templates "rendered" changes, as the module says. cosmos_qa's is not trained on.
 CHANGED = {"quartz": 8, "super_glue/copa": 8, "super_glue/wsc.fixed": 2, "cosmos_qa": 1}
 
 
@@ -63,7 +63,7 @@ def test_published_strings_equal_the_originals(golden, tree):
 
 
 def test_rendered_differs_for_conditional_templates_only(golden, tree):
-    """Oracle: the published strings, and the table above, counted on all rows of these data sets."""
+    """Oracle: the published strings, and the table above, counted on all rows we have."""
     changed = {}
     for record in golden:
         if record["flipped_target"] is None:
