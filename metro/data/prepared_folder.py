@@ -21,6 +21,9 @@ LOCK_SECONDS = 5.0
 class PreparedFolder:
     """``OUT`` and its ``OUT.partial``, for one set of settings."""
 
+    manifest_name = MANIFEST
+    command = "metro prepare-text"
+
     def __init__(self, out: Path, settings: dict):
         self.out, self.settings = Path(out).resolve(), settings
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -28,12 +31,12 @@ class PreparedFolder:
 
     def finished_manifest(self) -> dict | None:
         """The manifest of an output that is complete, whatever its settings."""
-        manifest = _read_json(self.out / MANIFEST)
+        manifest = read_json(self.out / self.manifest_name)
         for name, facts in (manifest or {}).get("files", {}).items():
             path = self.out / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 raise ValueError(
-                    f"{path} is missing or was changed after `metro prepare-text` wrote it: "
+                    f"{path} is missing or was changed after `{self.command}` wrote it: "
                     "prepare the folder again with --overwrite"
                 )
         return manifest
@@ -46,7 +49,8 @@ class PreparedFolder:
                 process works on it.
             FileExistsError: one of the two folders holds something else.
         """
-        state, manifest = _read_json(self.partial / STATE), _read_json(self.partial / MANIFEST)
+        state = read_json(self.partial / STATE)
+        manifest = read_json(self.partial / self.manifest_name)
         earlier = (manifest or state or {}).get("settings")
         if not earlier and not overwrite and self.out.exists():
             if not self.out.is_dir() or any(self.out.iterdir()):
@@ -66,7 +70,7 @@ class PreparedFolder:
         return manifest or state
 
     def save_state(self, state: dict) -> None:
-        _write_json(self.partial / STATE, {**state, "settings": self.settings})
+        write_json(self.partial / STATE, {**state, "settings": self.settings})
 
     def discard(self) -> None:
         """Leave nothing behind of a run that cannot succeed."""
@@ -76,9 +80,9 @@ class PreparedFolder:
 
     def complete(self, manifest: dict | None = None) -> dict:
         """Write the manifest (or find it written) and give the folder its final name."""
-        path = self.partial / MANIFEST
+        path = self.partial / self.manifest_name
         if manifest is None:
-            manifest = _read_json(path)
+            manifest = read_json(path)
         else:
             files = sorted(
                 file
@@ -89,7 +93,7 @@ class PreparedFolder:
                 file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
             }
             manifest = {"settings": self.settings, **manifest, "files": facts}
-            _write_json(path, manifest)
+            write_json(path, manifest)
         for file in self.partial.iterdir():
             if file.name not in manifest["files"] and file != path:
                 file.unlink()
@@ -168,16 +172,16 @@ def _describe_input_change(earlier: list[dict], now: list[dict]) -> str:
     return f"changed on disk: {', '.join(changed)}"
 
 
-def _read_json(path: Path) -> dict | None:
+def read_json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is not the JSON file that `metro prepare-text` writes") from None
+        raise ValueError(f"{path} is not the JSON file that METRO wrote") from None
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Replace the file in one step, so that a crash leaves the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
