@@ -112,8 +112,11 @@ def _environment():
         __slots__ = ()
 
         def _note(self):
-            if self._undefined_name and isinstance(self._undefined_name, str):
-                now.missing.append(self._undefined_name)
+            name = self._undefined_name
+            if isinstance(name, Missing):  # {...}[missing field]
+                name._note()
+            elif isinstance(name, str):
+                now.missing.append(name)
 
         def __str__(self):
             self._note()
