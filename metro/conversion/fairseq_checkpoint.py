@@ -1,9 +1,9 @@
 """A fairseq checkpoint, of the original METRO-T0 code or of this project, as METRO's parts.
 
 What the two call their parameters is in ``fairseq_names``. The settings (``cfg``) have the same
-names in both; in METRO checkpoints of the original two of them are wrong: ``encoder_layers`` and the
-dropout rates are those of the auxiliary model, written over the main model's. Depths are read from
-the weights there.
+names in both; in METRO checkpoints of the original two of them are wrong: ``encoder_layers`` and
+the dropout rates are those of the auxiliary model, written over the main model's. Depths are read
+from the weights there.
 """
 
 import re
@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.conversion.fairseq_names import (
+    is_fairseq_state,
+    rename_fairseq_state,
+    rename_plugin_state,
+)
 from metro.conversion.safe_loading import load_tensors_and_settings
 from metro.conversion.weights_check import check_weights, expected_shapes
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -96,12 +100,7 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
         )
     state = dict(content["model"])
     names = "original" if is_fairseq_state(state) else "metro"
-    if names == "original":
-        state = rename_fairseq_state(state)
-    else:
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        if not any(name.startswith("main.") for name in state):  # plain T5
-            state = {f"main.{name}": tensor for name, tensor in state.items()}
+    state = rename_fairseq_state(state) if names == "original" else rename_plugin_state(state)
     main = {n.removeprefix("main."): t for n, t in state.items() if n.startswith("main.")}
     extra = {name: tensor for name, tensor in state.items() if not name.startswith("main.")}
     is_metro = bool(extra) or model_name(settings).startswith("t5_metro")

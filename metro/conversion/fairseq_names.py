@@ -1,5 +1,8 @@
 """Parameter names: the original's fairseq checkpoints and METRO's models, as one table.
 
+Read both ways: ``rename_fairseq_state`` from the original's names, ``original_state`` back to them.
+This project's own fairseq checkpoints have METRO's names behind ``model.``.
+
 The original's names are those of its ``generator`` (auxiliary model), ``encoder`` / ``decoder``
 (main model) and ``rtd_head``; METRO's are those of
 :class:`metro.pretraining.model.MetroPretrainingModel`, whose ``main`` part has the names of the
@@ -84,6 +87,44 @@ def metro_name(fairseq_name: str) -> str | None:
     )
 
 
+def original_name(metro_name: str) -> str | None:
+    """The original's name of a parameter of METRO, ``None`` for its second name ``main.shared``.
+
+    Raises:
+        ValueError: a name that METRO does not have.
+    """
+    if metro_name == "main.shared.weight":
+        return None
+    if metro_name in _ORIGINAL_NAMES:
+        return _ORIGINAL_NAMES[metro_name]
+    if metro_name.startswith("rtd_head."):
+        return metro_name
+    for prefix, new_prefix in STACKS.items():
+        rest = metro_name.removeprefix(new_prefix + ".")
+        name, _, kind = rest.rpartition(".")
+        if rest == metro_name:
+            continue
+        if name in _STACK_PARAMETERS:
+            return f"{prefix}.{_STACK_PARAMETERS[name]}.{kind}"
+        layer = re.fullmatch(r"block\.(\d+)\.(.+)", name)
+        names = _LAYER_PARAMETERS[prefix == "decoder"]
+        if layer and layer[2] in names:
+            return f"{prefix}.layers.{layer[1]}.{names[layer[2]]}.{kind}"
+    raise ValueError(f"{metro_name!r} is not a parameter of METRO")
+
+
+_ORIGINAL_NAMES = {new: old for old, new in OTHER_PARAMETERS.items()}
+_STACK_PARAMETERS = {new: old for old, new in STACK_PARAMETERS.items()}
+_LAYER_PARAMETERS = {
+    is_decoder: {
+        new.format(last=2 if is_decoder else 1): old
+        for old, new in LAYER_PARAMETERS.items()
+        if is_decoder or not old.startswith("encoder_attn")
+    }
+    for is_decoder in (False, True)
+}
+
+
 def is_fairseq_state(state: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict has the original's names."""
     return any(
@@ -108,3 +149,42 @@ def rename_fairseq_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     if "main.encoder.embed_tokens.weight" in renamed:
         renamed["main.shared.weight"] = renamed["main.encoder.embed_tokens.weight"]
     return renamed
+
+
+def original_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of METRO under the original's names: ``rename_fairseq_state`` backwards.
+
+    Writes the entries that carry nothing too, as fairseq's strict loading asks for them.
+
+    Raises:
+        ValueError: a name that METRO does not have.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        old_name = original_name(name)
+        if old_name is not None:
+            renamed[old_name] = tensor
+    dtype = state["main.encoder.embed_tokens.weight"].dtype
+    for prefix in STACKS:
+        if any(name.startswith(prefix + ".") for name in renamed):
+            renamed[f"{prefix}.version"] = torch.tensor([3.0], dtype=dtype)
+    embedding = renamed.get("generator.sentence_encoder.embed_tokens.weight")
+    if embedding is not None:
+        renamed["generator.lm_head.weight"] = embedding
+    return renamed
+
+
+def rename_plugin_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of this project's fairseq models under METRO's names, with ``main.``."""
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    if any(name.startswith("main.") for name in state):
+        return state
+    return {f"main.{name}": tensor for name, tensor in state.items()}  # plain T5
+
+
+def plugin_state(state: dict[str, torch.Tensor], is_metro: bool) -> dict[str, torch.Tensor]:
+    """``rename_plugin_state`` backwards: names of model ``t5_metro``, or of ``transformer_t5``."""
+    return {
+        f"model.{name if is_metro else name.removeprefix('main.')}": tensor
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,110 @@
+"""From a fairseq checkpoint, of the original METRO-T0 code or of this project, to Hugging Face."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from metro.conversion.atomic_output import check_output
+from metro.conversion.export import write_folder
+from metro.conversion.fairseq_checkpoint import (
+    generation_config,
+    read_checkpoint,
+    shared_with_main,
+    untied,
+)
+from metro.conversion.model_card import model_card
+from metro.conversion.training_facts import summary, training_file, training_rows
+from metro.conversion.vocabulary_folder import build_tokenizer, find_vocabulary
+
+
+@dataclass
+class Conversion:
+    """What was done."""
+
+    out: Path
+    num_parameters: int
+    dtype: str
+    vocabulary: Path
+    """Folder that the vocabulary came from."""
+    lower: bool
+    """Whether the tokenizer folds to lower case."""
+    dropped: list[str] = field(default_factory=list)
+    """Parts of the checkpoint that are not in the export, in words."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the result must know."""
+
+
+def to_hf(
+    checkpoint_path: str | Path,
+    out: str | Path,
+    *,
+    vocab: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    keep_auxiliary: bool = False,
+    lower: bool | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write a fairseq checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint_path: the ``.pt`` file.
+        out: the folder to make.
+        vocab: folder with ``sp.model`` and ``dict.txt``; by default found through the checkpoint.
+        dtype: of the weights; by default each tensor keeps its own.
+        keep_auxiliary: keep auxiliary model and RTD head, in a file of their own.
+        lower: fold texts to lower case; by default as the vocabulary was made.
+        overwrite: replace ``out`` where it is there.
+
+    Raises:
+        ValueError: ``out`` is there, or the files are damaged or do not belong together.
+    """
+    path, out = Path(checkpoint_path), Path(out)
+    check_output(out, overwrite, (path,))
+    checkpoint = read_checkpoint(path)
+    folder = Path(vocab) if vocab else find_vocabulary(checkpoint.task.get("data"), path)
+    count = checkpoint.task.get("tokens_per_sample")
+    tokenizer = build_tokenizer(folder, checkpoint.config.vocab_size, count, lower)
+
+    weights = cast(untied(checkpoint.main), dtype)
+    shared = shared_with_main(checkpoint.auxiliary) if checkpoint.auxiliary else {}
+    extra = {name: tensor for name, tensor in checkpoint.extra.items() if name not in shared}
+    result = Conversion(
+        out,
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        dtype=str(weights["shared.weight"].dtype).removeprefix("torch."),
+        vocabulary=folder,
+        lower=tokenizer.lower,
+        notes=checkpoint.notes,
+    )
+    if extra and not keep_auxiliary:
+        heads = " and the RTD head" if any(name.startswith("rtd_head") for name in extra) else ""
+        size = sum(tensor.numel() for tensor in extra.values())
+        result.dropped.append(f"the auxiliary model{heads} ({size:,} parameters)")
+    result.dropped.append("the optimizer's state")
+    card = model_card(
+        out.name, summary(checkpoint), checkpoint.config, weights, training_rows(checkpoint, folder)
+    )
+    write_folder(
+        out,
+        checkpoint.config,
+        generation_config(checkpoint),
+        weights,
+        tokenizer,
+        card,
+        overwrite,
+        pretraining_weights=cast(extra, dtype) if keep_auxiliary else None,
+        training=training_file(checkpoint),
+        inputs=(path, folder),
+    )
+    return result
+
+
+def cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Tensors of one type; as they are without one."""
+    if dtype is None:
+        return tensors
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }

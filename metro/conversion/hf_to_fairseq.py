@@ -1,0 +1,254 @@
+"""From a Hugging Face folder back to fairseq: our exports and the released METRO-T0 folders.
+
+The file is what ``fairseq-train --finetune-from-model`` and ``--restore-file`` take: weights,
+settings of plain values, no optimizer state. What came from a fairseq checkpoint gets the names it
+had there; a released folder gets the original's, which the original's code and this project's
+plugins both read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from metro.conversion.atomic_output import check_output, new_file
+from metro.conversion.auto_classes import register
+from metro.conversion.export import PRETRAINING_WEIGHTS, TRAINING
+from metro.conversion.fairseq_checkpoint import (
+    PRETRAINING_TASKS,
+    TIED,
+    auxiliary_config,
+    shared_with_main,
+)
+from metro.conversion.fairseq_names import original_state, plugin_state
+from metro.conversion.fairseq_to_hf import cast
+from metro.conversion.folder_weights import read_folder, read_tensors
+from metro.conversion.weights_check import check_weights, expected_shapes
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.model import MetroPretrainingModel
+
+NAMES = ("original", "metro")
+
+
+@dataclass
+class FairseqConversion:
+    """What was done."""
+
+    out: Path
+    num_parameters: int
+    names: str
+    """Whose parameter names the file has: ``original`` or ``metro``."""
+    has_auxiliary: bool
+    """Whether auxiliary model and RTD head are in it."""
+    model: str
+    """fairseq's name of the model that it is for."""
+
+
+def to_fairseq(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    names: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> FairseqConversion:
+    """Write the model of a Hugging Face folder as a checkpoint of fairseq.
+
+    Args:
+        folder: an export, or a released METRO-T0 folder.
+        out: the ``.pt`` file to make.
+        names: parameter names, ``"original"`` or ``"metro"``; by default those of the checkpoint
+            that the folder was made from, the original's where that is unknown.
+        dtype: of the weights; by default each tensor keeps its own.
+        overwrite: replace ``out`` where it is there.
+
+    Raises:
+        ValueError: ``out`` is there, or the folder is damaged, incomplete or of another model.
+    """
+    folder, out = Path(folder), Path(out)
+    if names not in (None, *NAMES):
+        raise ValueError(f"names is {names!r}; use one of {', '.join(NAMES)}")
+    check_output(out, overwrite, (folder,))
+    config = read_config(folder)
+    training = _read_training(folder)
+    names = names or training.get("names") or "original"
+    if names not in NAMES:
+        raise ValueError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
+    main = _main_weights(folder, config)
+    settings = training.get("settings") or _settings(config, folder)
+    extra, auxiliary = _pretraining_weights(folder, settings, config, main)
+    if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
+        settings = {
+            **settings,
+            "model": _model_settings(config),
+        }  # the main model alone is plain T5
+    if names == "metro" or auxiliary is None:  # as the weights are; the original's are overwritten
+        settings["model"]["encoder_layers"] = config.num_layers
+
+    state = {f"main.{name}": tensor for name, tensor in cast(main, dtype).items()}
+    for name in TIED[1:]:
+        state[f"main.{name}"] = state["main.shared.weight"]  # one tensor in the file, too
+    state |= cast(extra, dtype)
+    if auxiliary is not None:
+        for name, main_name in shared_with_main(auxiliary).items():
+            state[name] = state[f"main.{main_name}"]
+    renamed = (
+        original_state(state)
+        if names == "original"
+        else plugin_state(state, is_metro=auxiliary is not None)
+    )
+    content = {
+        "args": None,
+        "cfg": settings,
+        "model": renamed,
+        "criterion": None,
+        "optimizer_history": training.get("history") or [],
+        "task_state": {},
+        "extra_state": {
+            "train_iterator": {
+                "version": 2,
+                "epoch": 1,
+                "iterations_in_epoch": 0,
+                "shuffle": True,
+            },
+            **{
+                name: training["losses"][key]
+                for name, key in (("val_loss", "valid"), ("best", "best"))
+                if key in (training.get("losses") or {})
+            },
+        },
+        "last_optimizer_state": None,
+    }
+    with new_file(out, overwrite, (folder,)) as temporary:
+        torch.save(content, temporary)
+    return FairseqConversion(
+        out,
+        num_parameters=sum(tensor.numel() for tensor in main.values()),
+        names=names,
+        has_auxiliary=auxiliary is not None,
+        model=str(settings["model"].get("_name")),
+    )
+
+
+def read_config(folder: Path) -> MetroT5Config:
+    """The configuration of a METRO-T5 folder.
+
+    Raises:
+        ValueError: no folder, no or a damaged ``config.json``, or another kind of model.
+    """
+    register()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises nearly every class for a bad file
+        text = " ".join(str(error).split())[:400]
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {text}") from error
+    if not isinstance(config, MetroT5Config):
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}; only METRO-T5 (metro_t5, "
+            "fairseq_t5) has a form in fairseq here"
+        )
+    return config
+
+
+def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor]:
+    """The main model's tensors, the embedding matrix once; checked to be complete and to agree."""
+    tensors = read_folder(folder)
+    known = [name for name in TIED if name in tensors]
+    different = [
+        name
+        for name in known[1:]
+        if tensors[name].shape == tensors[known[0]].shape
+        and not torch.equal(tensors[name], tensors[known[0]])
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds different tensors as {known[0]} and {', '.join(different)}, where the "
+            "model has one; the file is mixed up"
+        )
+    if known:
+        tensors = {"shared.weight": tensors[known[0]]} | {
+            name: tensor for name, tensor in tensors.items() if name not in TIED
+        }
+    shapes = expected_shapes(MetroT5ForConditionalGeneration, config)
+    expected = {name: shape for name, shape in shapes.items() if name not in TIED[1:]}
+    check_weights(tensors, expected, str(folder), "the model that its config.json describes")
+    return {name: tensors[name] for name in expected}
+
+
+def _pretraining_weights(
+    folder: Path, settings: dict, config: MetroT5Config, main: dict
+) -> tuple[dict[str, torch.Tensor], AuxiliaryConfig | None]:
+    """Auxiliary model and RTD head, where the export has kept them."""
+    path = folder / PRETRAINING_WEIGHTS
+    if not path.is_file():
+        return {}, None
+    tensors = read_tensors(path)
+    auxiliary = auxiliary_config(settings, tensors, folder / TRAINING)
+    shapes = expected_shapes(MetroPretrainingModel, config, auxiliary)
+    shared = shared_with_main(auxiliary)
+    expected = {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.startswith("main.") and name not in shared
+    }
+    check_weights(tensors, expected, str(path), "the auxiliary model that training.json describes")
+    return tensors, auxiliary
+
+
+def _read_training(folder: Path) -> dict[str, Any]:
+    path = folder / TRAINING
+    if not path.is_file():
+        return {}
+    try:
+        training = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(training["settings"]["model"], dict) and training["settings"]["task"]:
+            return training
+        reason = "settings.model and settings.task are not there"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{path} is damaged ({reason}); copy it again, or remove it")
+
+
+def _settings(config: MetroT5Config, folder: Path) -> dict[str, Any]:
+    """Settings for a model that comes from no fairseq checkpoint we know."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        num_sentinels = int(tokenizer["n_sentinel_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        num_sentinels = 512  # as all published models have
+    start = config.decoder_start_token_id
+    task = PRETRAINING_TASKS[0] if start != config.eos_token_id else "t5_prompt_finetuning"
+    return {
+        "model": _model_settings(config),
+        "task": {"_name": task, "data": folder.name, "tokens_per_sample": num_sentinels},
+        "criterion": {"_name": "label_smoothed_cross_entropy"},
+    }
+
+
+def _model_settings(config: MetroT5Config) -> dict[str, Any]:
+    """fairseq's options of the main model as plain T5."""
+    sizes = {
+        "embed_dim": config.d_model,
+        "ffn_embed_dim": config.d_ff,
+        "attention_heads": config.num_heads,
+    }
+    return {
+        "_name": "transformer_t5_base_rpe",
+        **{f"{stack}_{name}": n for stack in ("encoder", "decoder") for name, n in sizes.items()},
+        "encoder_layers": config.num_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "dropout": config.dropout_rate,
+        "attention_dropout": config.attention_dropout_rate,
+        "activation_dropout": config.activation_dropout_rate,
+        "activation_fn": config.feed_forward_proj,
+        "max_positions": config.max_positions,
+        "encoder_rp_bins": config.relative_attention_num_buckets,
+        "encoder_rp_max_dist": config.relative_attention_max_distance,
+    }
