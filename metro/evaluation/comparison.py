@@ -5,6 +5,7 @@ followed by the difference to the published row of the same model, then the publ
 accuracy of guessing. Values are fractions here; percent is a matter of printing.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class Row:
     """Which run of the section it belongs to."""
     best: frozenset[str] = frozenset()
     """Tasks (and "average") where this run is the best of several."""
+    compared: bool = False
+    """Of a published row: whether a run is compared with it."""
 
 
 @dataclass
@@ -110,6 +113,11 @@ class Section:
     def metric_title(self) -> str:
         return METRIC_TITLES[self.metric]
 
+    @property
+    def one_prompt(self) -> bool:
+        """Whether no task has several prompts, so that there is no spread to speak of."""
+        return all(task.num_listed == 1 for run in self.runs for task in run.summary.tasks.values())
+
     def value(self, task: TaskSummary) -> float | None:
         return task.mean if self.metric == "accuracy" else task.macro_f1
 
@@ -136,7 +144,7 @@ def task_title(task: str) -> str:
 
 
 def title_case(name: str) -> str:
-    text = name.replace("_", " ").strip()
+    text = re.sub(r"\bus\b", "US", name.replace("_", " ").strip())
     return text[:1].upper() + text[1:]
 
 
@@ -225,9 +233,9 @@ def make_rows(section: Section) -> list[Row]:
             # No average over fewer tasks: it would stand beside averages over all of them.
             whole = len(values) == len(section.tasks)
             average = float(np.mean(list(values.values()))) if whole else None
-            rows.append(
-                Row("published", published.title, published.source, values, average, len(values))
-            )
+            row = Row("published", published.title, published.source, values, average, len(values))
+            row.compared = any(published is report_run.published for report_run in section.runs)
+            rows.append(row)
     chances = {
         task: chance
         for report_run in reversed(section.runs)
@@ -268,7 +276,7 @@ def difference_row(row: Row, published: PublishedRow) -> Row:
     whole = [value for task, value in values.items() if task not in row.partial]
     return Row(
         kind="difference",
-        label="difference to published",
+        label="to published",
         detail=published.source,
         values=values,
         average=float(np.mean(whole)) if whole else None,
@@ -331,8 +339,12 @@ def labels(runs: Sequence[Run], titles: Mapping[str, str]) -> list[str]:
 
 
 def short_model_name(model: str) -> str:
-    """The last part of a path or hub id; of a checkpoint file its folder, which says more."""
+    """The last part of a path or hub id, with the one before it where it says little alone."""
     path = Path(model.rstrip("/") or model)
     if path.suffix in (".pt", ".bin", ".safetensors") and path.parent.name:
-        return path.parent.name
+        path = path.parent
+    if re.fullmatch(
+        r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|(checkpoint.*)", path.name
+    ):
+        return f"{path.parent.name}/{path.name}".lstrip("/")
     return path.name

@@ -1,10 +1,10 @@
-"""The papers' picture as hand-written SVG: a point per prompt, per task, with median and published value.
+"""The papers' picture as hand-written SVG: a point per prompt, per task, with median and published.
 
-Two forms. Panels, one per task, where tasks have several prompts and short names (T0 Eval); rows, one
-per task and sorted, where there are many tasks or one prompt each (BIG-bench, MMLU). Both are drawn
-inside the page, which folds them to its width, and together as a file of its own for slides.
+Two forms. Panels, one per task, where tasks have several prompts and short names (T0 Eval); rows,
+one per task and sorted, where there are many tasks or one prompt each (BIG-bench, MMLU). Both are
+drawn inside the page, which folds them to its width, and together as a file of its own for slides.
 
-Colours are CSS variables (`--run-0`, `--ink`, ...), so that light, dark and paper share one drawing.
+Colours are CSS variables (`--run-0`, `--ink`, ...), so that light, dark and paper share a drawing.
 Every run has a shape too, for those who print in grey.
 """
 
@@ -21,11 +21,12 @@ from metro.evaluation.report_tables import is_wide, percent
 
 NUM_COLOURS = 6
 SHAPES = ("circle", "square", "up", "down", "bar")
-PANEL_HEIGHT = 236
-PLOT_TOP, PLOT_BOTTOM = 44, 206
+PANEL_HEIGHT = 286
+PLOT_TOP, PLOT_BOTTOM = 46, 256
 GUTTER = 34  # left of a panel, for its axis
 RADIUS = 3.0
-ROW_HEIGHT = 24
+MOST_ROWS = 20  # more stand in two columns
+LANE = 44  # least width of a run in a panel
 
 
 class Scale(NamedTuple):
@@ -73,7 +74,7 @@ def others(section: Section) -> list[PublishedRow]:
 
 
 def panel_width(section: Section) -> int:
-    return max(168, GUTTER + 12 + 30 * num_lanes(section))
+    return max(172, GUTTER + 4 + LANE * num_lanes(section))
 
 
 def num_lanes(section: Section) -> int:
@@ -95,6 +96,7 @@ def panel(section: Section, task: str, scale: Scale) -> str:
         height = y(tick / 100)
         parts.append(line(GUTTER, height, width, height, "grid"))
         parts.append(text(GUTTER - 6, height + 3.5, str(tick), "tick end"))
+    parts.append(text(0, PANEL_HEIGHT - 12, "median", "sub"))
     chance = chance_of(section, task)
     if chance is not None:
         parts.append(
@@ -123,19 +125,21 @@ def lane(
     if not values:
         return ""
     parts = [f'<g class="run-{index % NUM_COLOURS}">']
-    heights = {prompt: y(value) for prompt, value in values.items()}
-    for prompt, (dx, height) in spread(heights, pitch / 2 - RADIUS - 1).items():
-        hint = f"{report_run.label} · {prompt}: {percent(values[prompt])}"
-        parts.append(mark(index, centre + dx, height, RADIUS, hint))
+    # Points left of the published value, which would cover them otherwise.
+    half = min(20.0, pitch / 2 - 7)
+    middle = centre - 5
     median = section.median(summary)
-    half = min(13.0, pitch / 2 - 2)
-    parts.append(line(centre - half, y(median), centre + half, y(median), "halo"))
-    parts.append(line(centre - half, y(median), centre + half, y(median), "median",
-                      f"{report_run.label}: median {percent(median)}"))  # fmt: skip
-    parts.append(text(centre, PANEL_HEIGHT - 14, percent(median, 1), "value middle"))
+    hint = f"{report_run.label}: median {percent(median)}"
+    parts.append(line(middle - half, y(median), middle + half, y(median), "median", hint))
+    heights = {prompt: y(value) for prompt, value in values.items()}
+    for prompt, (dx, height) in spread(heights, half - RADIUS).items():
+        hint = f"{report_run.label} · {prompt}: {percent(values[prompt])}"
+        parts.append(mark(index, middle + dx, height, RADIUS, hint))
+    parts.append(text(middle, PANEL_HEIGHT - 12, percent(median, 1), "value middle"))
     row = report_run.published
     if row and task in row.values:
-        parts.append(diamond(centre, y(row.values[task]), 4.6, "own", published_text(row, task)))
+        x, height = middle + half + 5, y(row.values[task])
+        parts.append(diamond(x, height, 4.6, "own", published_text(row, task)))
     return "".join(parts) + "</g>"
 
 
@@ -147,7 +151,12 @@ def panel_subtitle(section: Section, task: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}".replace(",", " ")
+    return f"{grouped(number)} {noun}{'s' if number != 1 else ''}"
+
+
+def grouped(number: float) -> str:
+    """12 345, with narrow spaces."""
+    return f"{number:,.0f}".replace(",", "\u202f")
 
 
 def spread(heights: dict[str, float], most: float) -> dict[str, tuple[float, float]]:
@@ -188,57 +197,67 @@ def sorted_tasks(section: Section) -> list[str]:
     return sorted(section.tasks, key=lambda task: (-value(task), task))
 
 
+def row_height(section: Section) -> int:
+    return 22 if section.one_prompt else max(24, 14 + 7 * len(section.runs))
+
+
 def row(section: Section, task: str, scale: Scale) -> str:
     """The elements of one row: positions across are in percent of a width not known yet."""
-    parts = [line(f"{place(scale, tick / 100):.2f}%", 0, f"{place(scale, tick / 100):.2f}%", ROW_HEIGHT,
-                  "grid") for tick in scale.ticks]  # fmt: skip
-    middle = ROW_HEIGHT / 2
+    height = row_height(section)
+    middle = height / 2
+    parts = []
+    for tick in scale.ticks:
+        x = across(scale, tick / 100)
+        parts.append(line(x, 0, x, height, "grid"))
     chance = chance_of(section, task)
     if chance is not None:
-        x = f"{place(scale, chance):.2f}%"
-        parts.append(line(x, 4, x, ROW_HEIGHT - 4, "chance", f"guessing {percent(chance)}"))
+        x = across(scale, chance)
+        parts.append(line(x, 0, x, height, "chance tick", f"guessing {percent(chance)}"))
+    found = [run.values[task] for run in section.rows if run.kind == "run" and task in run.values]
+    if section.one_prompt and len(found) > 1:
+        ends = across(scale, min(found)), across(scale, max(found))
+        parts.append(line(ends[0], middle, ends[1], middle, "span"))
     for published in others(section):
         if task in published.values:
-            hint = published_text(published, task)
-            parts.append(
-                at(scale, published.values[task], middle, diamond(0, 0, 3.2, "other", hint))
-            )
-    pitch = min(6.0, 14.0 / len(section.runs))
+            drawn = diamond(0, 0, 3.2, "other", published_text(published, task))
+            parts.append(at(scale, published.values[task], middle, drawn))
     for index, report_run in enumerate(section.runs):
-        summary = report_run.summary.tasks.get(task)
-        if summary is None:
-            continue
-        height = middle + (index - (len(section.runs) - 1) / 2) * pitch
-        values = section.values_per_prompt(summary)
-        parts.append(f'<g class="run-{index % NUM_COLOURS}">')
-        size = 3.8 if len(values) == 1 else RADIUS
-        for prompt, value in values.items():
-            hint = f"{report_run.label} · {prompt}: {percent(value)}"
-            parts.append(at(scale, value, height, mark(index, 0, 0, size, hint)))
-        if len(values) > 1:
-            median = section.median(summary)
-            hint = f"{report_run.label}: median {percent(median)}"
-            parts.append(
-                at(
-                    scale,
-                    median,
-                    height,
-                    line(0, -6, 0, 6, "halo") + line(0, -6, 0, 6, "median", hint),
-                )
-            )
-        own = report_run.published
-        if own and task in own.values:
-            drawn = diamond(0, 0, 4.6, "own", published_text(own, task))
-            parts.append(at(scale, own.values[task], height, drawn))
-        parts.append("</g>")
+        if task in report_run.summary.tasks:
+            # Side by side where a run has several points; on one line where it has one.
+            offset = 0 if section.one_prompt else 7 * (index - (len(section.runs) - 1) / 2)
+            parts += row_marks(section, report_run, index, task, scale, middle + offset)
     return "".join(parts)
+
+
+def row_marks(
+    section: Section, report_run: ReportRun, index: int, task: str, scale: Scale, height: float
+) -> Iterable[str]:
+    """A run's points, median and published value in a row."""
+    summary = report_run.summary.tasks[task]
+    values = section.values_per_prompt(summary)
+    yield f'<g class="run-{index % NUM_COLOURS}">'
+    if len(values) > 1:
+        median = section.median(summary)
+        drawn = line(0, -6, 0, 6, "median", f"{report_run.label}: median {percent(median)}")
+        yield at(scale, median, height, drawn)
+    for prompt, value in values.items():
+        hint = f"{report_run.label} · {prompt}: {percent(value)}"
+        yield at(scale, value, height, mark(index, 0, 0, 4 if len(values) == 1 else RADIUS, hint))
+    own = report_run.published
+    if own and task in own.values:
+        drawn = diamond(0, 0, 4.6, "own", published_text(own, task))
+        yield at(scale, own.values[task], height, drawn)
+    yield "</g>"
 
 
 def row_axis(scale: Scale) -> str:
     return "".join(
-        text(f"{place(scale, tick / 100):.2f}%", 12, str(tick), "tick middle")
-        for tick in scale.ticks
+        text(across(scale, tick / 100), 12, str(tick), "tick middle") for tick in scale.ticks
     )
+
+
+def across(scale: Scale, value: float) -> str:
+    return f"{place(scale, value):.2f}%"
 
 
 def place(scale: Scale, value: float) -> float:
@@ -248,8 +267,8 @@ def place(scale: Scale, value: float) -> float:
 
 def at(scale: Scale, value: float, height: float, drawn: str) -> str:
     """Elements drawn around the origin, moved to a value."""
-    x = f"{place(scale, value):.2f}%"
-    return f'<svg x="{x}" y="{height:.1f}" width="1" height="1" overflow="visible">{drawn}</svg>'
+    box = f'x="{across(scale, value)}" y="{height:.1f}" width="1" height="1" overflow="visible"'
+    return f"<svg {box}>{drawn}</svg>"
 
 
 # ---- elements --------------------------------------------------------------------------------
@@ -309,15 +328,19 @@ def legend(section: Section) -> list[tuple[str, str]]:
             f'<g class="run-{index % NUM_COLOURS}">{mark(index, 11, 7, 3.8, report_run.label)}</g>'
         )
         items.append((drawn, report_run.label))
-    counts = [task.num_prompts for run in section.runs for task in run.summary.tasks.values()]
-    if max(counts) > 1:
+    if not section.one_prompt:
         items.append((line(2, 7, 20, 7, "median key"), "median of the prompts, each a point"))
     if any(report_run.published for report_run in section.runs):
         items.append((diamond(11, 7, 4.6, "own key", ""), "published, same model"))
     if others(section):
         items.append((diamond(11, 7, 3.2, "other", ""), "published, other models"))
     if any(row.kind == "chance" for row in section.rows):
-        items.append((line(1, 7, 21, 7, "chance"), "guessing"))
+        drawn = (
+            line(1, 7, 21, 7, "chance")
+            if has_panels(section)
+            else line(11, 0, 11, 14, "chance tick")
+        )
+        items.append((drawn, "guessing"))
     return items
 
 
@@ -335,27 +358,30 @@ def standalone(section: Section) -> str:
             body.append(f'<g transform="translate({x},{y})">{panel(section, task, scale)}</g>')
         height = top + math.ceil(len(section.tasks) / columns) * (PANEL_HEIGHT + 14)
     else:
-        width, labels = 860, 270
+        width, labels, tall = 860, 270, row_height(section)
         top = legend_height(section, width) + 50
         inner = width - labels
         body.append(
             f'<svg x="{labels}" y="{top}" width="{inner}" height="18">{row_axis(scale)}</svg>'
         )
         for number, task in enumerate(sorted_tasks(section)):
-            y = top + 18 + number * ROW_HEIGHT
-            body.append(text(labels - 12, y + ROW_HEIGHT / 2 + 4, task_title(task), "name end"))
-            body.append(f'<svg x="{labels}" y="{y}" width="{inner}" height="{ROW_HEIGHT}">'
+            y = top + 18 + number * tall
+            if number % 2 == 0:
+                body.append(f'<rect class="band" x="0" y="{y}" width="{width}" height="{tall}"/>')
+            body.append(text(labels - 12, y + tall / 2 + 4, task_title(task), "name end"))
+            body.append(f'<svg x="{labels}" y="{y}" width="{inner}" height="{tall}">'
                         f"{row(section, task, scale)}</svg>")  # fmt: skip
-        height = top + 18 + len(section.tasks) * ROW_HEIGHT
+        height = top + 18 + len(section.tasks) * tall
     head = text(0, 18, f"{section.title}: {section.metric_title} per prompt, in percent", "head")
     margin = 20
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {width + 2 * margin} '
-        f'{height + 2 * margin}" width="{width + 2 * margin}" height="{height + 2 * margin}" role="img">'
-        f"<title>{escape(section.title)}</title><style>{style()}</style>"
-        f'<rect class="paper" x="{-margin}" y="{-margin}" width="100%" height="100%"/>'
-        f"{head}{''.join(legend_elements(section, width))}{''.join(body)}</svg>\n"
-    )
+    box = (-margin, -margin, width + 2 * margin, height + 2 * margin)
+    return "".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}" '
+        f'width="{box[2]}" height="{box[3]}" role="img">',
+        f"<title>{escape(section.title)}</title><style>{style()}</style>",
+        f'<rect class="paper" x="{-margin}" y="{-margin}" width="100%" height="100%"/>',
+        head, *legend_elements(section, width), *body, "</svg>\n",
+    ])  # fmt: skip
 
 
 def legend_elements(section: Section, width: float) -> Iterable[str]:

@@ -51,6 +51,7 @@ def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = (
         "has_panels": figure.has_panels,
         "has_partial": lambda section: any(row.partial for row in section.rows),
         "interval_text": interval_text,
+        "is_long": lambda section: len(section.tasks) > figure.MOST_ROWS,
         "is_wide": is_wide,
         "key_mark": key_mark,
         "legend": lambda section: [(Markup(a), b) for a, b in figure.legend(section)],
@@ -65,7 +66,7 @@ def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = (
         "row": drawing(figure.row),
         "row_axis": drawing(figure.row_axis),
         "row_groups": row_groups,
-        "row_height": figure.ROW_HEIGHT,
+        "row_height": figure.row_height,
         "row_name": row_name,
         "row_parts": row_parts,
         "run_facts": run_facts,
@@ -154,7 +155,7 @@ def row_parts(section: Section) -> list[list[str]]:
     """Tasks of the rows; many stand in two columns."""
     tasks = figure.sorted_tasks(section)
     half = (len(tasks) + 1) // 2
-    return [tasks[:half], tasks[half:]] if len(tasks) > 20 else [tasks]
+    return [tasks[:half], tasks[half:]] if len(tasks) > figure.MOST_ROWS else [tasks]
 
 
 def prompt_lines(section: Section) -> list[PromptLine]:
@@ -178,10 +179,10 @@ def run_facts(report_run: ReportRun) -> list[tuple[str, list[tuple[str, str]]]]:
     facts = [("model", run.model), ("method", run.method), ("folder", str(run.folder))]
     if run.registered:
         facts.append(("registered as", run.registered))
-    facts.append(("prompts", f"{len(run.results)}, {num_examples:,} examples".replace(",", " ", 0)))
+    facts.append(("prompts", f"{len(run.results)} on {figure.grouped(num_examples)} examples"))
     if summary.seconds:
         rate = num_examples / summary.seconds
-        facts.append(("time", f"{duration(summary.seconds)}, {rate:,.0f} examples/s"))
+        facts.append(("time", f"{duration(summary.seconds)}, {figure.grouped(rate)} examples/s"))
     groups = [("run", facts)]
     for name, values in (
         ("protocol", run.protocol),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from metro.evaluation.comparison import Row, Section, task_title
-from metro.evaluation.summary import interval_text, percent
+from metro.evaluation.summary import Summary, interval_text, percent
 
 MOST_COLUMNS = 14  # tasks side by side; more, or long names, go down the page
 LONGEST_TITLE = 12
@@ -84,9 +84,10 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         parts.append("\n".join(f"- {escape_markdown(text)}" for text in [*remarks, *section.notes]))
         for report_run in section.runs:
             parts.append(f"### {escape_markdown(report_run.label)}: per task")
-            parts.append(markdown_table(statistics_grid(report_run.summary)))
-        parts.append("### Per prompt")
-        parts.append(markdown_table(prompt_grid(section)))
+            parts.append(markdown_table(statistics_grid(section, report_run.summary)))
+        if not section.one_prompt:
+            parts.append("### Per prompt")
+            parts.append(markdown_table(prompt_grid(section)))
     parts.append(
         "Interval: 95 % bootstrap over examples. Std, lowest, highest: over prompts. "
         "Chance: the accuracy of guessing."
@@ -94,11 +95,19 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def statistics_grid(summary) -> list[list[str]]:
-    """Everything that is known of every task of a run."""
-    header = ["task", "prompts", "examples", "mean", "median", "std", "lowest", "highest", "IQR",
-              "interval", "macro-F1", "chance"]  # fmt: skip
-    lines = [header]
+def statistics_grid(section: Section, summary: Summary) -> list[list[str]]:
+    """Everything that is known of every task of a run; no spread where there is one prompt."""
+    if section.one_prompt:
+        lines = [["task", "prompt", "examples", "accuracy", "interval", "macro-F1", "chance"]]
+        for task in summary.tasks.values():
+            lines.append([
+                task_title(task.task), *task.accuracies, str(task.num_examples),
+                percent(task.mean), interval_text(task.interval), percent(task.macro_f1),
+                percent(task.chance),
+            ])  # fmt: skip
+        return lines
+    lines = [["task", "prompts", "examples", "mean", "median", "std", "lowest", "highest", "IQR",
+              "interval", "macro-F1", "chance"]]  # fmt: skip
     for task in summary.tasks.values():
         prompts = str(task.num_prompts)
         lines.append([
