@@ -1,0 +1,167 @@
+"""Answers of a sequence-to-sequence model to texts: batched, in the order of the texts.
+
+The protocol is that of the released cards: the encoder reads the tokenized text with the
+tokenizer's special tokens, cut at 512 tokens; the decoder starts with the model's
+``decoder_start_token_id``; up to 256 tokens are written, greedily unless told otherwise.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+_LEAST = {
+    "max_input_tokens": 3,
+    "num_beams": 1,
+    "num_answers": 1,
+    "no_repeat_ngram_size": 0,
+    "top_k": 0,
+    "batch_size": 1,
+}
+WINDOW = 16
+"""This many batches are sorted by length together, so that batches hold little padding."""
+MOST_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are searched for.
+
+    Raises:
+        ValueError: a value out of range, or one that needs another.
+    """
+
+    max_new_tokens: int | None = None
+    """Longest answer; by default 256, or what the model's positions hold."""
+    max_input_tokens: int = 512
+    """Longer texts are cut on the right."""
+    num_beams: int = 1
+    num_answers: int = 1
+    """Answers per text, best first: of the beams, or samples."""
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    sample: bool = False
+    """Draw from the model's distribution instead of taking the best."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 = all."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Of sampling. The same texts, batch size and seed give the same answers."""
+    batch_size: int = 8
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least {least}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; use more than 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; use more than 0 and at most 1")
+        if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError("temperature, top_k and top_p need sampling: add --sample")
+        if self.num_answers > 1 and not self.sample and self.num_answers > self.num_beams:
+            raise ValueError(
+                f"num_answers is {self.num_answers} with num_beams {self.num_beams}: use at least "
+                "as many beams, or sampling"
+            )
+
+    def options(self, model) -> dict:
+        """Arguments for ``model.generate``."""
+        options = {
+            "max_new_tokens": self._longest_answer(model),
+            "num_beams": self.num_beams,
+            "num_return_sequences": self.num_answers,
+            "do_sample": self.sample,
+        }
+        if self.num_beams > 1:
+            options["length_penalty"] = self.length_penalty
+        if self.no_repeat_ngram_size:
+            options["no_repeat_ngram_size"] = self.no_repeat_ngram_size
+        if self.sample:
+            options |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return options
+
+    def _longest_answer(self, model) -> int:
+        positions = getattr(model.config, "max_positions", None)  # T5 has no such limit
+        if self.max_new_tokens is None:
+            return min(MOST_NEW_TOKENS, positions) if positions else MOST_NEW_TOKENS
+        if positions and self.max_new_tokens > positions:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, but the model has {positions} positions"
+            )
+        return self.max_new_tokens
+
+
+class Answered(NamedTuple):
+    """One text and what the model said."""
+
+    text: str
+    answers: list[str]
+    """Best first; ``settings.num_answers`` of them."""
+    was_cut: bool
+    """Whether the text was longer than ``settings.max_input_tokens``."""
+
+
+def answer_texts(
+    model, tokenizer, texts: Iterable[str], settings: GenerationSettings | None = None
+) -> Iterator[Answered]:
+    """The answers to ``texts``, in their order; an empty text gets empty answers, unasked."""
+    settings = settings or GenerationSettings()
+    options = settings.options(model)
+    longest = settings.max_input_tokens
+    positions = getattr(model.config, "max_positions", None)
+    longest = min(longest, positions) if positions else longest
+    texts = iter(texts)
+    devices = [model.device] if model.device.type == "cuda" else []
+    for number in itertools.count():
+        window = list(itertools.islice(texts, settings.batch_size * WINDOW))
+        if not window:
+            return
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(hash((settings.seed, number)))
+            answered = _answer_window(model, tokenizer, window, longest, options, settings)
+        yield from answered
+
+
+def _answer_window(model, tokenizer, texts, longest, options, settings) -> list[Answered]:
+    answered: list[Answered | None] = [
+        None if text.strip() else Answered(text, [""] * settings.num_answers, False)
+        for text in texts
+    ]
+    asked = [index for index, done in enumerate(answered) if done is None]
+    ids = {index: tokenizer(texts[index])["input_ids"] for index in asked}
+    asked.sort(key=lambda index: -len(ids[index]))
+    for start in range(0, len(asked), settings.batch_size):
+        batch = asked[start : start + settings.batch_size]
+        inputs = tokenizer(
+            [texts[index] for index in batch],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        ).to(model.device)
+        with torch.inference_mode():
+            sequences = model.generate(
+                inputs["input_ids"], attention_mask=inputs["attention_mask"], **options
+            )
+        decoded = tokenizer.batch_decode(
+            [without_start_and_end(ids, model.generation_config) for ids in sequences.tolist()],
+            skip_special_tokens=True,
+        )
+        for row, index in enumerate(batch):
+            first = row * settings.num_answers
+            answers = [text.strip() for text in decoded[first : first + settings.num_answers]]
+            answered[index] = Answered(texts[index], answers, len(ids[index]) > longest)
+    return answered
+
+
+def without_start_and_end(ids: list[int], generation_config) -> list[int]:
+    """The answer alone: models that are only pretrained start and end with a sentinel."""
+    ends = generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return list(itertools.takewhile(lambda index: index not in ends, ids[1:]))
