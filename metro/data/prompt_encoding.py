@@ -52,6 +52,7 @@ class PromptEncoder:
         self.end = [eos] if source_special_tokens else []
         self.eos_token_id = eos
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
+        self.num_cut_targets = 0
         self._knows_extra_ids = "<extra_id_0>" in tokenizer.get_vocab()
 
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
@@ -75,7 +76,10 @@ class PromptEncoder:
     def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
         """Decoder ids, ending with the end symbol."""
         room = self.max_target_length - 1 if truncate else None
-        return [[*ids[:room], self.eos_token_id] for ids in self.plain(texts)]
+        encoded = self.plain(texts)
+        if truncate:
+            self.num_cut_targets += sum(len(ids) > room for ids in encoded)
+        return [[*ids[:room], self.eos_token_id] for ids in encoded]
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without special tokens; sentinels are one id each."""

@@ -69,8 +69,8 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchTask:
     without = [i for i, example in enumerate(examples) if not has_choices(example)]
     if without:
         raise ValueError(
-            f"{path}: example {without[0]} has no multiple-choice targets (target_scores with a "
-            f"score of 1), nor have {len(without) - 1} others; only multiple-choice tasks can be "
+            f"{path}: example {without[0]} has no multiple-choice targets (target_scores of "
+            f"options that are not empty, one with score 1), nor have {len(without) - 1} others; only multiple-choice tasks can be "
             "evaluated by rank classification"
         )
     return BigBenchTask(
@@ -85,11 +85,11 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchTask:
 
 def has_choices(example: Any) -> bool:
     scores = example.get("target_scores") if isinstance(example, dict) else None
-    return isinstance(scores, dict) and 1 in scores.values()
+    return isinstance(scores, dict) and 1 in scores.values() and all(map(str.strip, scores))
 
 
 def scored(example: Any) -> Any:
-    """An example of BIG-Bench Hard, which lists its options behind the input, in BIG-bench's form."""
+    """BIG-Bench Hard lists the options behind the input; such an example in BIG-bench's form."""
     if not isinstance(example, dict) or "target_scores" in example or "target" not in example:
         return example
     text, mark, options = str(example.get("input", "")).rpartition("\nOptions:\n")

@@ -193,19 +193,21 @@ class PairScorer:
         self.known.clear()
 
     def score(
-        self, pairs: Sequence[Pair], *, progress: Callable[[int], None] | None = None
+        self, pairs: Sequence[Pair], *, progress: Callable[[float], None] | None = None
     ) -> list[float]:
-        """log P(target | source) of every pair; ``progress`` is told how many tokens are done."""
+        """log P(target | source) of every pair; ``progress`` is told the share that is done."""
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         batches = make_batches(new, self.batch_tokens)
         places = {pair: number for number, pair in enumerate(new)}
         scores = torch.zeros(len(new), dtype=torch.float64)
+        done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
         for number, batch in enumerate(batches):
             if number % self.num_processes == self.rank:
                 index = [places[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
                 scores[index] = score_batch(self.model, batch)
             if progress is not None:
-                progress(sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs))
+                done += sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs)
+                progress(done / size)
         if self.gather is not None:
             scores = self.gather(scores)
         self.num_computed += len(new)

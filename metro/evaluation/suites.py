@@ -28,8 +28,8 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
         split: validation
         prompts: [MNLI crowdsource, must be true]
 
-``|||`` separates prompt and answer, and options from each other. All three methods work with it, and
-so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
+``|||`` separates prompt and answer, and options from each other. All three methods work with it,
+and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
 """
 
 import difflib

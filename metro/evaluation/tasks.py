@@ -154,9 +154,8 @@ class TemplateTask(Task):
         self, template: PromptTemplate, index: int, flipped: bool
     ) -> EvaluationExample | str:
         row = self.row(index)
-        draw = zlib.crc32(
-            f"{self.sources.seed} {template.dataset} {template.name} {index}".encode()
-        )
+        key = f"{self.sources.seed} {template.dataset} {template.name} {index}"
+        draw = zlib.crc32(key.encode())
         rendered = template.render_example(row, seed=draw)
         if rendered.target is None:
             return "the template renders no answer for the row"

@@ -1,0 +1,150 @@
+"""FLIPPED on one input: what each option suggests, and which option explains an instruction best.
+
+With an instruction the winner is the option under which it is most likely. Without one there is
+nothing to rank by but the model's own guesses: of the instructions generated for the options, the
+one most likely under its own option is taken as the instruction.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from metro.data.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
+from metro.data.prompt_encoding import PromptEncoder
+from metro.evaluation.protocol import choose_protocol
+from metro.evaluation.rank_classification import Pair, PairScorer
+
+
+class OptionRow(NamedTuple):
+    """One option."""
+
+    option: str
+    score: float
+    """log P(instruction | input, option)."""
+    share: float
+    """exp(score) as a share of the options' sum."""
+    generated: str
+    """The instruction that the model writes for the option."""
+
+
+class FlipResult(NamedTuple):
+    """All options, in the order given."""
+
+    instruction: str
+    """The one that the scores are of."""
+    rows: list[OptionRow]
+    winner: str
+
+
+def flip_options(
+    model_name: str,
+    text: str,
+    options: list[str],
+    instruction: str | None = None,
+    *,
+    vocab: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    max_new_tokens: int = 64,
+) -> FlipResult:
+    """Rank options by the instruction; see the top of the module.
+
+    Raises:
+        ValueError: fewer than two options, options that read alike to the model, nothing to read.
+    """
+    check_texts(text, options, instruction)
+    from metro.conversion.loading import load
+    from metro.conversion.registry import registered_models
+
+    model, tokenizer = load(model_name, dtype=dtype, device=device, vocab=vocab)
+    sentinels_for(tokenizer)
+    registered = registered_models().get(model_name)
+    protocol = choose_protocol(registered.family if registered else None, model.config, "flipped")
+    encoder = PromptEncoder(
+        tokenizer,
+        source_special_tokens=protocol.source_special_tokens,
+        max_source_length=protocol.max_source_length,
+        max_target_length=protocol.max_target_length,
+    )
+    if not SENTINEL.search(text):  # as templates whose instruction follows the input
+        text += "<extra_id_0>"
+    sources = encoder.labelled_sources([encoder_text(text, option) for option in options])
+    check_distinct(sources, options)
+    generated = generate(model, tokenizer, sources, max_new_tokens)
+    scorer = PairScorer(model)
+    if instruction is None:
+        [own] = [scorer.score([Pair(tuple(s), tuple(g)) for s, g in zip(sources, generated)])]
+        target = generated[own.index(max(own))]
+        instruction = as_text(tokenizer, target)
+    else:
+        if not SENTINEL.search(instruction):
+            instruction = f"<extra_id_0> {instruction}"
+        [target] = encoder.targets([instruction])
+        if len(target) < 3:
+            raise ValueError(
+                f"nothing of the instruction {instruction!r} is left beside its sentinel; write "
+                "what is asked"
+            )
+    scores = scorer.score([Pair(tuple(source), tuple(target)) for source in sources])
+    best = max(scores)
+    weights = [math.exp(score - best) for score in scores]
+    rows = [
+        OptionRow(option, score, weight / sum(weights), as_text(tokenizer, ids))
+        for option, score, weight, ids in zip(options, scores, weights, generated, strict=True)
+    ]
+    return FlipResult(instruction, rows, options[scores.index(best)])
+
+
+def check_texts(text: str, options: list[str], instruction: str | None) -> None:
+    if not text.strip():
+        raise ValueError("--input is empty; give the text that the options are about")
+    if len(options) < 2:
+        raise ValueError(f"--options has {len(options)}; give at least two to choose from")
+    if instruction is not None and not SENTINEL.sub("", instruction).strip():
+        raise ValueError(
+            f"--instruction is {instruction!r}: no text beside sentinels; leave it out"
+        )
+    for option in options:
+        if not option.strip():
+            raise ValueError("one of --options is empty; give a text")
+
+
+def check_distinct(sources: list[list[int]], options: list[str]) -> None:
+    """Options that the vocabulary cannot tell apart would tie."""
+    seen: dict[tuple[int, ...], str] = {}
+    for source, option in zip(sources, options, strict=True):
+        other = seen.setdefault(tuple(source), option)
+        if other is not option:
+            raise ValueError(
+                f"options {other!r} and {option!r} are the same to the model (equal tokens); give "
+                "different ones"
+            )
+
+
+@torch.inference_mode()
+def generate(
+    model, tokenizer, sources: list[list[int]], max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """The most likely continuation for every source, ending with the end symbol."""
+    found = []
+    for source in sources:
+        ids = torch.tensor([source], device=model.device)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )[0, 1:].tolist()
+        eos = tokenizer.eos_token_id
+        out = out[: out.index(eos)] if eos in out else out
+        found.append((*out, eos))
+    return found
+
+
+def as_text(tokenizer, ids) -> str:
+    """Generated ids as text, METRO's sentinels written as ``<extra_id_k>``."""
+    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_token_id])
+    text = METRO_SENTINEL.sub(lambda match: f"<extra_id_{int(match.group(1)) - 1}>", text)
+    return text.replace("<extra_id_-1>", "<mask>")
