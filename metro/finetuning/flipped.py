@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metro.finetuning.projection import projection_input, unwrap
+from metro.finetuning.projection import ProjectionInput, projection_input, unwrap
+from metro.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 EPSILON = 0.01
 UNLIKELIHOOD_WEIGHT = 3.0
@@ -75,7 +76,7 @@ def flipped_loss(
         decoder_input_ids=shift_right(target_ids, start_token(model)).repeat(2, 1),
     )
     is_target_BT = target_ids.ne(pad_token_id)
-    nll = token_nll(projected, target_ids.repeat(2, 1), pad_token_id)
+    nll = token_losses(projected, target_ids.repeat(2, 1), pad_token_id).loss
     right_BT, wrong_BT = nll[:num_examples], nll[num_examples:]
     weight_BT = mean_weights(is_target_BT.to(nll.dtype), mean, num_items)
     likelihood = (right_BT * weight_BT).sum()
@@ -97,20 +98,22 @@ def unlikelihood(nll: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
     return -torch.log(epsilon - torch.expm1(-nll))
 
 
-def token_nll(projected, target_ids_BT: torch.Tensor, pad_token_id: int, label_smoothing=0.0):
+def token_losses(
+    projected: ProjectionInput,
+    target_ids_BT: torch.Tensor,
+    pad_token_id: int,
+    label_smoothing: float = 0.0,
+) -> LinearCrossEntropy:
     """`-log P(target)` B,T in fp32, 0 at padding, without logits of all positions in memory."""
-    from metro.ops.linear_cross_entropy import linear_cross_entropy
-
     hidden_BTD, weight_VD, bias_V = projected
-    result = linear_cross_entropy(
-        hidden_BTD.flatten(0, 1),
+    return linear_cross_entropy(
+        hidden_BTD,
         weight_VD,
-        target_ids_BT.flatten(),
+        target_ids_BT,
         bias_V=bias_V,
         ignore_index=pad_token_id,
         label_smoothing=label_smoothing,
     )
-    return result.loss.view_as(target_ids_BT)
 
 
 def mean_weights(

@@ -1,0 +1,130 @@
+"""What encoder and decoder read under each objective, and which wrong label an example gets.
+
+With prompt x, answer y, and for FLIPPED the instruction I and input instance x':
+
+==============  =======================  ==============  ====================================
+objective       encoder                  decoder         trained to
+==============  =======================  ==============  ====================================
+``direct``      x                        y               raise P(y | x)
+``channel``     y                        x               raise P(x | y)
+``flipped``     x' and y                 I               raise P(I | x', y), lower it for wrong y
+``direct+ul``   x                        y               raise P(y | x), lower it for wrong y
+==============  =======================  ==============  ====================================
+
+The wrong label is one of the example's other options, drawn uniformly by (seed, epoch, data set,
+row): the same whatever the batch, the number of processes or the order of work.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import numpy as np
+
+from metro.data.instruction import SENTINEL, encoder_text
+from metro.data.prompt_encoding import PromptEncoder
+from metro.finetuning.collation import EncodedPrompt
+
+OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
+NEEDS_WRONG_LABEL = ("flipped", "direct+ul")
+
+
+class Unusable(ValueError):
+    """This example cannot be used under the objective; the message is the reason."""
+
+
+def check_objective(objective: str) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
+
+
+def encode_example(
+    example: dict, index: int, objective: str, encoder: PromptEncoder, draw: int
+) -> EncodedPrompt:
+    """One prompted example as the model reads it.
+
+    Args:
+        example: as `metro prepare-prompts` writes it.
+        index: its number inside its task.
+        objective: one of OBJECTIVES.
+        encoder: text to ids.
+        draw: seeds the choice of the wrong label.
+
+    Raises:
+        Unusable: it has no wrong label, no instruction, or options that encode alike.
+    """
+    if objective == "direct":
+        source, target = encoder.sources([example["input"]]), encoder.targets([example["target"]])
+        return _encoded(index, source[0], target[0])
+    if objective == "channel":
+        source, target = encoder.sources([example["target"]]), encoder.targets([example["input"]])
+        return _encoded(index, source[0], target[0])
+    gold, others = gold_and_others(example)
+    random.Random(draw).shuffle(others)
+    if objective == "flipped":
+        if not (example.get("flipped_input") is not None and example.get("instruction")):
+            raise Unusable("no instruction")
+        return _flipped(example, index, encoder, gold, others)
+    return _direct_unlikelihood(example, index, encoder, others)
+
+
+def _flipped(example, index, encoder, gold, others) -> EncodedPrompt:
+    instruction = encoder.targets([example["instruction"]])[0]
+    if not SENTINEL.sub("", example["instruction"]).strip():
+        raise Unusable("instruction without text")
+    right = encoder.labelled_sources([encoder_text(example["flipped_input"], gold)])[0]
+    for label in others:
+        wrong = encoder.labelled_sources([encoder_text(example["flipped_input"], label)])[0]
+        if wrong != right:
+            return _encoded(index, right, instruction, wrong)
+    raise Unusable("options that encode alike")
+
+
+def _direct_unlikelihood(example, index, encoder, others) -> EncodedPrompt:
+    source, target = encoder.sources([example["input"]])[0], encoder.targets([example["target"]])[0]
+    for label in others:
+        wrong = encoder.targets([label])[0]
+        if wrong != target:
+            return _encoded(index, source, target, wrong)
+    raise Unusable("options that encode alike")
+
+
+def _encoded(index: int, source, target, wrong=None) -> EncodedPrompt:
+    def ids(values):
+        return None if values is None else np.array(values, dtype=np.int64)
+
+    return EncodedPrompt(index, ids(source), ids(target), ids(wrong))
+
+
+def gold_and_others(example: dict) -> tuple[str, list[str]]:
+    """The right option and the different texts among the others.
+
+    Raises:
+        Unusable: there is no right option among them, or no other one.
+    """
+    options, label = example.get("answer_choices"), example.get("label")
+    if not options or label is None:
+        raise Unusable("no options")
+    gold = options[label]
+    others = [text for text in dict.fromkeys(options) if text != gold]
+    if not others:
+        raise Unusable("a single option")
+    return gold, others
+
+
+def stable_hash(text: str) -> int:
+    """The same number for a text in every process."""
+    return zlib.crc32(text.encode("utf-8"))
+
+
+def draws(*keys: int | np.ndarray) -> np.ndarray:
+    """uint64, uniform and independent for different keys (splitmix64 over each key in turn)."""
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state

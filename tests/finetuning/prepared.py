@@ -1,0 +1,88 @@
+"""Folders of prepared prompts, written by hand as ``metro prepare-prompts`` lays them out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+GOOD, BAD = "good great fine lovely".split(), "bad awful poor sad".split()
+TOPICS = {"Sport": "match team goal".split(), "Money": "bank stock price".split()}
+TOPICS["Music"] = "song band tune".split()
+
+
+def sentiment(row: int, template: int) -> dict:
+    is_good = row % 2
+    words = [(GOOD if is_good else BAD)[(row // 2 + k) % 4] for k in range(1 + row % 3)]
+    text = f"it was {' '.join(words)}"
+    options = ["Bad", "Good"]
+    literal = [" How was it?", " Did they like it?"][template]
+    return example(f"{text}{literal}", text, literal, options, is_good)
+
+
+def topic(row: int, template: int) -> dict:
+    names = list(TOPICS)
+    label = row % 3
+    text = f"the {TOPICS[names[label]][row // 3 % 3]} of today {'and more ' * (row % 5)}"
+    return example(f"{text} What is it about?", text, " What is it about?", names, label)
+
+
+def example(prompt, text, literal, options, label) -> dict:
+    return {
+        "input": prompt,
+        "target": options[label],
+        "answer_choices": options,
+        "label": label,
+        "flipped_input": f"{text}<extra_id_0>",
+        "instruction": f"<extra_id_0> {literal}",
+    }
+
+
+TASKS = {  # name -> (data set, how a row looks, rows: all but every third for the second template)
+    "sentiment_how": ("sentiment", lambda row: sentiment(row, 0), lambda n: range(n)),
+    "sentiment_like": ("sentiment", lambda row: sentiment(row, 1), lambda n: range(0, n, 3)),
+    "topic_about": ("topic", lambda row: topic(row, 0), lambda n: range(n)),
+}
+
+
+def write_prepared(
+    folder: Path, num_rows: int = 60, mixture: str = "flipped", change=None, caps=None
+) -> Path:
+    """`change(example)` may edit an example, or return None to leave it out."""
+    splits: dict = {"train": {}, "valid": {}}
+    for split in splits:
+        first = 0 if split == "train" else num_rows
+        count = num_rows if split == "train" else max(6, num_rows // 5)
+        for name, (dataset, make, rows) in TASKS.items():
+            examples = []
+            for row in rows(count):
+                facts = {
+                    "task": name,
+                    "dataset": dataset,
+                    "subset": None,
+                    "prompt_name": name.split("_")[1],
+                    "row": row,
+                }
+                found = {**facts, **make(first + row)}
+                found = change(found) if change else found
+                if found is not None:
+                    examples.append(found)
+            write_task(folder / split / name, split, examples)
+            splits[split][name] = {
+                "dataset": dataset,
+                "subset": None,
+                "prompt_name": name.split("_")[1],
+                "num_examples": len(examples),
+                "cap": (caps or {}).get(name),
+            }
+    manifest = {"format": "jsonl", "mixture": mixture, "seed": 1, "splits": splits}
+    (folder / "prompts.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def write_task(folder: Path, split: str, examples: list[dict]) -> None:
+    folder.mkdir(parents=True)
+    lines = [json.dumps(example) + "\n" for example in examples]
+    (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    ends = np.cumsum([0, *(len(line.encode()) for line in lines)]).astype(np.int64)
+    np.save(folder / f"{split}.offsets.npy", ends)
+    np.save(folder / f"{split}.rows.npy", np.array([e["row"] for e in examples], np.int32))
