@@ -21,11 +21,12 @@ from metro.evaluation.report_tables import is_wide, percent
 
 NUM_COLOURS = 6
 SHAPES = ("circle", "square", "up", "down", "bar")
-PANEL_HEIGHT = 286
+PANEL_HEIGHT = 290
 PLOT_TOP, PLOT_BOTTOM = 46, 256
 GUTTER = 34  # left of a panel, for its axis
 RADIUS = 3.0
 MOST_ROWS = 20  # more stand in two columns
+MOST_WIDTH = 1200  # of the file with panels
 LANE = 44  # least width of a run in a panel
 
 
@@ -349,8 +350,8 @@ def standalone(section: Section) -> str:
     scale = make_scale(section)
     body: list[str] = []
     if has_panels(section):
-        columns = min(len(section.tasks), 6)
         pitch = panel_width(section) + 22
+        columns = min(len(section.tasks), MOST_WIDTH // pitch)
         width = columns * pitch - 22
         top = legend_height(section, width) + 50
         for number, task in enumerate(section.tasks):

@@ -204,10 +204,11 @@ def resample_means(
         picked += np.arange(drawn)[:, None] * len(indices)
         counts = np.bincount(picked.ravel(), minlength=picked.size).reshape(picked.shape)
         weight_RN = counts.astype(np.float32)
-        num_right, num = weight_RN @ right_NP, weight_RN @ present_NP
+        num_right = (weight_RN @ right_NP).astype(np.float64)
+        num = (weight_RN @ present_NP).astype(np.float64)
         # A prompt that was drawn no example of has no accuracy in that resample.
         accuracy_RP = np.divide(num_right, num, where=num > 0, out=np.full_like(num, np.nan))
-        means.extend(np.nanmean(accuracy_RP, axis=1, dtype=np.float64))
+        means.extend(np.nanmean(accuracy_RP, axis=1))
     return np.array(means)
 
 

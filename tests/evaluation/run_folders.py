@@ -1,0 +1,68 @@
+"""Writes run folders by hand, for tests of what reads them: summary and report."""
+
+import json
+from pathlib import Path
+
+
+def write_run(
+    folder: Path,
+    accuracies: dict[str, dict[str, float | list[bool]]],
+    *,
+    model: str = "some/model",
+    suite: str = "t0",
+    method: str = "direct",
+    registered: str | None = None,
+    listed: dict[str, list[str]] | None = None,
+    options: dict | None = None,
+    chance: float = 0.5,
+    num_examples: int = 20,
+) -> Path:
+    """A run folder in the form at the top of metro/evaluation/results.py.
+
+    Args:
+        accuracies: task -> prompt -> a fraction (no score file then), or whether each example was
+            right (with a score file).
+        listed: what the suite lists; what there is if it is not given.
+    """
+    folder.mkdir(parents=True)
+    lines = []
+    for task, prompts in accuracies.items():
+        for number, (prompt, right) in enumerate(prompts.items()):
+            line = {
+                "suite": suite,
+                "task": task,
+                "prompt": prompt,
+                "method": method,
+                "chance": chance,
+                "median_choices": round(1 / chance),
+                "seconds": 0.5,
+            }
+            if isinstance(right, list):
+                scores = folder / "scores" / task / f"{number}.jsonl"
+                scores.parent.mkdir(parents=True, exist_ok=True)
+                scores.write_text(
+                    "".join(
+                        json.dumps({"index": i, "scores": [], "prediction": int(r), "label": 1})
+                        + "\n"
+                        for i, r in enumerate(right)
+                    )
+                )
+                line |= {"num_examples": len(right), "accuracy": sum(right) / len(right)}
+                line["scores_file"] = str(scores.relative_to(folder))
+            else:
+                line |= {"num_examples": num_examples, "accuracy": right, "scores_file": None}
+            line["macro_f1"] = line["accuracy"] / 2
+            lines.append(json.dumps(line))
+    (folder / "results.jsonl").write_text("".join(line + "\n" for line in lines))
+    info = {
+        "model": model,
+        "method": method,
+        "suite": suite,
+        "registered": registered,
+        "protocol": {"max_source_length": 512},
+        "options": options or {},
+        "versions": {"metro": "0.1.0"},
+        "tasks": listed or {task: list(prompts) for task, prompts in accuracies.items()},
+    }
+    (folder / "run.json").write_text(json.dumps(info))
+    return folder
