@@ -56,9 +56,9 @@ def seed_from_torch() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def random_of(seed: int | None) -> np.random.Generator:
-    """A generator of fast random bits."""
-    return np.random.Generator(np.random.SFC64(seed))
+def random_of(*seeds: int) -> np.random.Generator:
+    """A generator of fast random bits; every tuple of seeds has a stream of its own."""
+    return np.random.Generator(np.random.SFC64(seeds))
 
 
 def drop_rate(p: float) -> float:
@@ -67,10 +67,15 @@ def drop_rate(p: float) -> float:
 
 
 def draw_kept(
-    shape: torch.Size, p: float, random: np.random.Generator, dtype: torch.dtype
+    shape: torch.Size,
+    p: float,
+    random: np.random.Generator,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """0 with probability ``drop_rate(p)`` and else 1."""
+    """0 with probability ``drop_rate(p)`` and else 1, in ``out`` if given."""
     count = shape.numel()
     words = random.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
-    return torch.ge(bits, round(p * 2**16) - 2**15, out=torch.empty(shape, dtype=dtype))
+    out = torch.empty(shape, dtype=dtype) if out is None else out
+    return torch.ge(bits, round(p * 2**16) - 2**15, out=out)

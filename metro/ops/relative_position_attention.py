@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import is_eager_cpu
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
+from metro.ops.threads import for_each
 
 CAUSAL_BLOCK = 256
 """Queries at a time in causal attention; keys after the block are not looked at."""
@@ -94,120 +96,163 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
 
 
 class CachedAttention(torch.autograd.Function):
-    """A row at a time; its weights are computed again going back."""
+    """A head of a row at a time; its weights are computed again going back."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, is_causal, query_positions, dropout):
         mask = additive_mask(q, k, key_mask, is_causal, query_positions)
-        pairs = None
-        if bias is not None:
-            pairs = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions)
-        seed = seed_from_torch() if dropout else None
-        ctx.in_blocks = is_causal and query_positions is None and q.shape[2] == k.shape[2]
-        out = empty_by_position(q)
-        random = random_of(seed)
-        for chunk in chunks(q, k, ctx.in_blocks):
-            weights = chunk_weights(chunk, q, k, pairs, mask)
-            if dropout:
-                weights.mul_(draw_kept(weights.shape, dropout, random, weights.dtype))
-            out[chunk.queries] = torch.bmm(weights, v[chunk.keys])
-        if dropout:
-            out /= 1.0 - drop_rate(dropout)
         ctx.save_for_backward(q, k, v, bias, mask, query_positions)
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.seed, ctx.dropout = seed_from_torch() if dropout else 0, dropout
+        ctx.in_blocks = is_causal and query_positions is None and q.shape[2] == k.shape[2]
+        kept_scale = 1.0 / (1.0 - drop_rate(dropout))
+        out = empty_by_position(q)
+
+        def compute(head):
+            random, buffers = random_of(ctx.seed, head), buffers_like(q, k, 2)
+            bias_SS = None if bias is None else by_distance(bias[head].expand(k.shape[2], -1))
+            for chunk in chunks(head, q, k, ctx.in_blocks):
+                weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
+                if dropout:
+                    kept = chunk.matrix(buffers[1])
+                    weights.mul_(draw_kept(weights.shape, dropout, random, weights.dtype, kept))
+                product(chunk.of_queries(out), weights, chunk.of_keys(v), kept_scale)
+
+        for_each(compute, range(q.shape[1]))
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, bias, mask, query_positions = ctx.saved_tensors
-        dropout, scale = ctx.dropout, q.shape[-1] ** -0.5
-        pairs = grad_pairs = None
-        if bias is not None:
-            with torch.enable_grad():
-                bias = bias.detach().requires_grad_()
-                differentiable = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions)
-            pairs = differentiable.detach()
-            grad_pairs = torch.zeros_like(pairs)
-        if dropout:
-            grad_out = grad_out / (1.0 - drop_rate(dropout))
+        scale, kept_scale = q.shape[-1] ** -0.5, 1.0 / (1.0 - drop_rate(ctx.dropout))
         grad_q, grad_k, grad_v = (empty_by_position(x) for x in (q, k, v))
-        if ctx.in_blocks:
-            grad_k.zero_(), grad_v.zero_()
-        random = random_of(ctx.seed)
-        for chunk in chunks(q, k, ctx.in_blocks):
-            weights = kept_weights = chunk_weights(chunk, q, k, pairs, mask)
-            grad_weights = torch.bmm(grad_out[chunk.queries], v[chunk.keys].transpose(1, 2))
-            if dropout:
-                kept = draw_kept(weights.shape, dropout, random, weights.dtype)
-                grad_weights.mul_(kept)
-                kept_weights = kept.mul_(weights)
-            chunk_grad_v = torch.bmm(kept_weights.transpose(1, 2), grad_out[chunk.queries])
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            if grad_pairs is not None:
-                chunk.of_pairs(grad_pairs).add_(grad_scores)
-            grad_q[chunk.queries] = torch.bmm(grad_scores, k[chunk.keys] * scale)
-            chunk_grad_k = torch.bmm(grad_scores.transpose(1, 2), q[chunk.queries] * scale)
-            if ctx.in_blocks:
-                grad_k[chunk.keys] += chunk_grad_k
-                grad_v[chunk.keys] += chunk_grad_v
-            else:
-                grad_k[chunk.keys] = chunk_grad_k
-                grad_v[chunk.keys] = chunk_grad_v
-        grad_bias = None
-        if bias is not None:
-            (grad_bias,) = torch.autograd.grad(differentiable, bias, grad_pairs)
+        grad_bias = None if bias is None else torch.empty_like(bias)
+
+        def compute(head):
+            random, buffers = random_of(ctx.seed, head), buffers_like(q, k, 3)
+            bias_SS = grad_SN = None
+            if bias is not None:
+                bias_SS = by_distance(bias[head].expand(k.shape[2], -1))
+                grad_SN = bias.new_zeros(k.shape[2], bias.shape[1])
+            for chunk in chunks(head, q, k, ctx.in_blocks):
+                weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
+                kept_weights, chunk_grad = weights, chunk.of_queries(grad_out)
+                grad_weights = product(
+                    chunk.matrix(buffers[1]), chunk_grad, chunk.of_keys(v).T, kept_scale
+                )
+                if ctx.dropout:
+                    kept = chunk.matrix(buffers[2])
+                    kept = draw_kept(weights.shape, ctx.dropout, random, weights.dtype, kept)
+                    grad_weights.mul_(kept)
+                    kept_weights = kept.mul_(weights)
+                # A row's first chunk has all keys: what was there before is not looked at.
+                seen = 0.0 if chunk.is_first else 1.0
+                product(chunk.of_keys(grad_v), kept_weights.T, chunk_grad, kept_scale, seen)
+                grad_scores = torch._softmax_backward_data(
+                    grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+                )
+                if grad_SN is not None:
+                    rows = chunk.positions(q, k, query_positions)
+                    grad_bias_SS = by_distance(grad_SN)[:, chunk.keys]
+                    if query_positions is None:
+                        grad_bias_SS[rows] += grad_scores
+                    else:
+                        grad_bias_SS.index_add_(0, rows, grad_scores)
+                product(chunk.of_queries(grad_q), grad_scores, chunk.of_keys(k), scale)
+                product(chunk.of_keys(grad_k), grad_scores.T, chunk.of_queries(q), scale, seen)
+            if grad_SN is not None:
+                torch.sum(grad_SN, 0, out=grad_bias[head])
+
+        for_each(compute, range(q.shape[1]))
         return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
 
 
+def by_distance(x_SN: torch.Tensor) -> torch.Tensor:
+    """S,S of which entry (query, key) is that of distance key - query in the query's row of S,N.
+
+    A view: one step down is one step of distance back.
+    """
+    num_keys, num_distances = x_SN.shape
+    size, strides = (num_keys, num_keys), (num_distances - 1, 1)
+    return x_SN.contiguous().as_strided(size, strides, num_keys - 1)
+
+
 class Chunk(NamedTuple):
-    """What is computed at a time: some queries of one row, and the keys they may see."""
+    """What is computed at a time: queries of one head of one row, and the keys they may see.
+
+    Its matrices fit in a core's cache, so that a pass over them costs little beside the products.
+    """
 
     row: int
-    first_query: int
-    end_query: int
-    num_keys: int
+    head: int
+    queries: slice
+    keys: slice
+    is_first: bool
+    """Whether it is the first of its row."""
 
-    @property
-    def queries(self):
-        """Index into B,H,T,K."""
-        return self.row, slice(None), slice(self.first_query, self.end_query)
+    def of_queries(self, x_BHTK: torch.Tensor) -> torch.Tensor:
+        return x_BHTK[self.row, self.head, self.queries]
 
-    @property
-    def keys(self):
-        """Index into B,H,S,K."""
-        return self.row, slice(None), slice(0, self.num_keys)
+    def of_keys(self, x_BHSK: torch.Tensor) -> torch.Tensor:
+        return x_BHSK[self.row, self.head, self.keys]
 
-    def of_pairs(self, x: torch.Tensor) -> torch.Tensor:
-        """This chunk's part of B,H,T,S or 1,H,T,S."""
-        row = self.row if len(x) > 1 else 0
-        return x[row, :, self.first_query : self.end_query, : self.num_keys]
+    def of_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Of B,1,T,S or 1,1,T,S."""
+        return mask[self.row if len(mask) > 1 else 0, 0, self.queries, self.keys]
+
+    def positions(self, q, k, query_positions) -> slice | torch.Tensor:
+        """Positions of the queries among the keys."""
+        if query_positions is not None:
+            return query_positions[self.row]
+        shift = k.shape[2] - q.shape[2]
+        return slice(self.queries.start + shift, self.queries.stop + shift)
+
+    def matrix(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Queries by keys, in the memory of a flat buffer."""
+        num_queries, num_keys = (part.stop - part.start for part in (self.queries, self.keys))
+        return buffer[: num_queries * num_keys].view(num_queries, num_keys)
+
+    def weights(self, q, k, bias_SS, mask, query_positions, buffer) -> torch.Tensor:
+        """The softmax weights, in the memory of a flat buffer."""
+        scores, added = self.matrix(buffer), []
+        if bias_SS is not None:
+            added.append(bias_SS[self.positions(q, k, query_positions), self.keys])
+        if mask is not None:
+            added.append(self.of_mask(mask))
+        if len(added) == 2:
+            torch.add(*added, out=scores)
+        elif added:
+            scores.copy_(added[0])
+        seen = 1.0 if added else 0.0
+        product(scores, self.of_queries(q), self.of_keys(k).T, q.shape[-1] ** -0.5, seen)
+        return torch.softmax(scores, -1, out=scores)
 
 
-def chunks(q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
-    """All chunks; ``in_blocks``, each block of queries with the keys up to its end."""
-    num_queries = q.shape[2]
+def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
+    """All chunks of a head; ``in_blocks``, each block of queries with the keys up to its end."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
     step = CAUSAL_BLOCK if in_blocks else num_queries
     for row in range(q.shape[0]):
-        for first in range(0, num_queries, step):
+        for first in reversed(range(0, num_queries, step)):
             end = min(first + step, num_queries)
-            yield Chunk(row, first, end, end if in_blocks else k.shape[2])
+            keys = slice(0, end if in_blocks else num_keys)
+            yield Chunk(row, head, slice(first, end), keys, is_first=end == num_queries)
+
+
+def buffers_like(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Flat memory for matrices of queries by keys."""
+    return [q.new_empty(q.shape[2] * k.shape[2]) for _ in range(count)]
+
+
+def product(out, a, b, scale: float, seen: float = 0.0) -> torch.Tensor:
+    """``out = seen * out + scale * a @ b`` in place: parts of the heads are read where they lie."""
+    return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
 
 
 def empty_by_position(x_BHTK: torch.Tensor) -> torch.Tensor:
     """B,H,T,K laid out in memory as B,T,H,K, so that joining the heads again copies nothing."""
     batch_size, num_heads, length, width = x_BHTK.shape
     return x_BHTK.new_empty(batch_size, length, num_heads, width).transpose(1, 2)
-
-
-def chunk_weights(chunk: Chunk, q, k, pairs, mask) -> torch.Tensor:
-    """The softmax weights of one chunk: heads, queries, keys."""
-    added = None if pairs is None else chunk.of_pairs(pairs)
-    if mask is not None:
-        added = chunk.of_pairs(mask) if added is None else added + chunk.of_pairs(mask)
-    scaled_q = q[chunk.queries] * q.shape[-1] ** -0.5
-    k_HKS = k[chunk.keys].transpose(1, 2)
-    scores = torch.bmm(scaled_q, k_HKS) if added is None else torch.baddbmm(added, scaled_q, k_HKS)
-    return torch.softmax(scores, -1, out=scores)
 
 
 def additive_mask(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | None:

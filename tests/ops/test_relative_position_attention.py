@@ -91,14 +91,15 @@ def test_dropout_equals_the_formula_on_the_same_dropped_weights(monkeypatch):
     drawn = []
 
     def recording(*args):
-        drawn.append(draw_kept(*args))
+        drawn.append(draw_kept(*args).clone())
         return drawn[-1].clone()
 
     monkeypatch.setattr(op, "draw_kept", recording)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # head after head
     q, k, v, bias, key_mask, _ = inputs(16, 16, True, True, False)
     single = [x.detach().float().requires_grad_() for x in (q, k, v, bias)]
     got = relative_position_attention(*single, key_mask=key_mask, dropout=0.25, impl="cached")
-    dropped = torch.stack(drawn) == 0
+    dropped = torch.stack(drawn).view(6, 3, 16, 16).transpose(0, 1) == 0
     assert 0.2 < dropped.float().mean() < 0.3
     want = formula(q, k, v, bias, key_mask, False, None, dropped, 0.25)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -109,6 +110,19 @@ def test_dropout_equals_the_formula_on_the_same_dropped_weights(monkeypatch):
         strict=True,
     ):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_nothing(monkeypatch):
+    """Bit for bit, dropout included."""
+    q, k, v, bias, key_mask, _ = inputs(16, 16, True, True, False)
+    single, found = [x.detach().float().requires_grad_() for x in (q, k, v, bias)], []
+    for num_threads in (1, 3, 12):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
+        torch.manual_seed(0)
+        got = relative_position_attention(*single, key_mask, dropout=0.25, impl="cached")
+        found.append((got, *torch.autograd.grad(got.square().sum(), single)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
 def test_a_seeded_run_drops_the_same_weights_and_an_unseeded_one_others():
