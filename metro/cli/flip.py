@@ -8,9 +8,7 @@ import typer
 def flip(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="Registered name, hub id, folder or checkpoint (.pt)."
-        ),
+        typer.Argument(metavar="MODEL", help="Registered name, hub id, folder or .pt file."),
     ],
     input: Annotated[
         str,

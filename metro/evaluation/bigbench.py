@@ -70,8 +70,8 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchTask:
     if without:
         raise ValueError(
             f"{path}: example {without[0]} has no multiple-choice targets (target_scores of "
-            f"options that are not empty, one with score 1), nor have {len(without) - 1} others; only multiple-choice tasks can be "
-            "evaluated by rank classification"
+            f"options that are not empty, one with score 1), nor have {len(without) - 1} others; "
+            "only multiple-choice tasks can be evaluated by ranking options"
         )
     return BigBenchTask(
         content.get("task_prefix", ""),

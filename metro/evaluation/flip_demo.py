@@ -54,9 +54,12 @@ def flip_options(
         ValueError: fewer than two options, options that read alike to the model, nothing to read.
     """
     check_texts(text, options, instruction)
+    from transformers.utils.logging import disable_progress_bar
+
     from metro.conversion.loading import load
     from metro.conversion.registry import registered_models
 
+    disable_progress_bar()
     model, tokenizer = load(model_name, dtype=dtype, device=device, vocab=vocab)
     sentinels_for(tokenizer)
     registered = registered_models().get(model_name)
@@ -74,7 +77,7 @@ def flip_options(
     generated = generate(model, tokenizer, sources, max_new_tokens)
     scorer = PairScorer(model)
     if instruction is None:
-        [own] = [scorer.score([Pair(tuple(s), tuple(g)) for s, g in zip(sources, generated)])]
+        own = scorer.score([Pair(tuple(s), g) for s, g in zip(sources, generated, strict=True)])
         target = generated[own.index(max(own))]
         instruction = as_text(tokenizer, target)
     else:
