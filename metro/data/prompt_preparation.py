@@ -1,0 +1,389 @@
+"""Data sets and prompt templates to finetuning data: the work of `metro prepare-prompts`.
+
+A part is one side (train or valid) of one data set. Parts are done one after the other, each in
+chunks of rows over all cores; after each chunk the parent appends to the files of the part's tasks.
+A killed run is continued by the same command, behind the last saved chunk. Neither the number of
+workers nor an interruption changes a byte.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.indexed_file import best_dtype
+from metro.data.instruction import INSTRUCTION_TEXTS
+from metro.data.mixtures import Mixture, find_mixture
+from metro.data.prepared_folder import describe_differences
+from metro.data.prompt_output import FairseqTaskWriter, JsonlTaskWriter, PromptFolder
+from metro.data.prompt_rendering import (
+    ChunkRenderer,
+    Dropped,
+    FairseqEncoder,
+    JsonlEncoder,
+    Part,
+    RenderingSettings,
+)
+from metro.data.prompt_sources import PartPlan, PlannedRow, PromptSources, Unavailable, estimate
+from metro.data.prompts import TemplateTree, find_templates
+from metro.data.worker_pool import map_in_order
+from metro.environment import available_cores
+from metro.modeling.text_metro_t5 import Vocabulary
+
+FORMAT_VERSION = 1
+FORMATS = ("fairseq", "jsonl")
+CHUNK_EXAMPLES = 2000
+CHECKPOINT_SECONDS = 5.0
+
+
+class PromptProgress(NamedTuple):
+    """How far the work is."""
+
+    step: str
+    """The data set."""
+    done: int
+    """Renderings (rows times templates) of all parts so far."""
+    parts_done: int
+    num_parts: int
+
+
+class PreparedPrompts(NamedTuple):
+    """What ``prepare_prompts`` made."""
+
+    folder: Path
+    manifest: dict
+    was_finished: bool
+    """The folder was complete before, and nothing was done."""
+
+
+class PromptSettings(NamedTuple):
+    """Everything that decides what is prepared; see ``prepare_prompts``."""
+
+    mixture: Mixture
+    sources: PromptSources
+    format: str
+    vocabulary: Vocabulary | None
+    rendering: RenderingSettings
+    lower: bool
+
+    def fingerprint(self) -> dict:
+        """What an interrupted run and its continuation must have in common."""
+        vocabulary = None
+        if self.vocabulary:
+            sums = "".join(self.vocabulary.checksums().values())
+            vocabulary = "sha256:" + hashlib.sha256(sums.encode()).hexdigest()[:32]
+        sources = self.sources
+        return {
+            "version": FORMAT_VERSION,
+            "format": self.format,
+            "mixture": self.mixture.name,
+            "data_sets": [name_of(*names) for names in self.mixture.data_sets],
+            "rules": _rules(self.mixture),
+            "templates": _digest(sources),
+            "source": sources.source,
+            "data_dir": str(sources.data_dir.resolve()) if sources.data_dir else None,
+            "validation": sources.validation,
+            "limits": sources.limits,
+            "seed": self.rendering.seed,
+            "instruction_text": self.rendering.instruction_text,
+            "vocab": vocabulary,
+            "lower": self.lower,
+        }
+
+
+def read_settings(
+    mixture: str,
+    *,
+    vocab: str | Path | None = None,
+    format: str | None = None,
+    templates: str | Path | TemplateTree | None = None,
+    data_dir: str | Path | None = None,
+    data_sets: list[str] | None = None,
+    source: str = "templates",
+    validation: str = "published",
+    limit: int | None = None,
+    valid_limit: int | None = None,
+    seed: int = 0,
+    instruction_text: str = "published",
+    lower: bool = True,
+) -> PromptSettings:
+    """Check the options of ``prepare_prompts`` and find what they name.
+
+    Raises:
+        ValueError: an option has no such value.
+    """
+    found = find_mixture(mixture).narrowed(data_sets)
+    is_flipped = found.cap_of == "data_set"
+    format = format or ("fairseq" if vocab and not is_flipped else "jsonl")
+    if format not in FORMATS:
+        raise ValueError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
+    if format == "fairseq" and is_flipped:
+        raise ValueError(
+            f"mixture {found.name} needs the answer choices of each example, which fairseq's "
+            "format cannot hold: leave --format out (both training routes read jsonl for it)"
+        )
+    if format == "fairseq" and not vocab:
+        raise ValueError("--format fairseq needs a vocabulary: add --vocab DIR")
+    if instruction_text not in INSTRUCTION_TEXTS:
+        raise ValueError(
+            f"--instruction-text is {instruction_text!r}, and must be one of "
+            f"{', '.join(INSTRUCTION_TEXTS)}"
+        )
+    sources = PromptSources(
+        found,
+        templates if isinstance(templates, TemplateTree) else find_templates(templates),
+        source=source,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        validation=validation,
+        limit=limit,
+        valid_limit=valid_limit,
+    )
+    rendering = RenderingSettings(
+        seed, found.fold_whitespace, found.needs_choices, instruction_text
+    )
+    vocabulary = Vocabulary.from_folder(vocab) if vocab else None
+    return PromptSettings(found, sources, format, vocabulary, rendering, lower)
+
+
+def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
+    """What ``prepare_prompts`` would do, with sizes; tokens are estimated from a few rows."""
+    if settings.vocabulary is None:
+        return list(estimate(settings.sources, settings.rendering, lambda text: len(text.split())))
+    encode = settings.vocabulary.encode
+    return list(
+        estimate(
+            settings.sources, settings.rendering, lambda text: len(encode(text, settings.lower))
+        )
+    )
+
+
+def prepare_prompts(
+    mixture: str,
+    out: str | Path,
+    *,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Callable[[PromptProgress], None] = lambda _: None,
+    **options,
+) -> PreparedPrompts:
+    """Turn data sets and templates into a folder that finetuning reads; continue a killed call.
+
+    Args:
+        mixture: name of a published mixture, or a YAML file.
+        out: folder to make. It appears when it is complete.
+        num_workers: processes; default all cores.
+        overwrite: replace an output, or an unfinished run, that was made with other settings.
+        say: receives the few lines that a user should read.
+        progress: called after each chunk.
+        options: those of ``read_settings``.
+
+    Raises:
+        ValueError: an option is wrong, or not a single example could be made.
+    """
+    settings = read_settings(mixture, **options)
+    num_workers = available_cores() if num_workers is None else num_workers
+    if num_workers < 1:
+        raise ValueError(f"--workers is {num_workers}, and must be at least 1")
+    folder = PromptFolder(Path(out), settings.fingerprint())
+    finished = folder.finished_manifest()
+    if finished and finished["settings"] == folder.settings:
+        say(f"{folder.out} is already finished; nothing to do")
+        return PreparedPrompts(folder.out, finished, True)
+    if finished and not overwrite:
+        raise ValueError(
+            f"{folder.out} is finished and was made with other settings: "
+            f"{describe_differences(finished['settings'], folder.settings)}. "
+            "Choose another --out, or replace it with --overwrite"
+        )
+    earlier = folder.open(overwrite)
+    if earlier and "files" in earlier:  # killed while the finished files were being moved
+        return PreparedPrompts(folder.out, folder.complete(), False)
+    work = _Preparation(settings, folder, earlier or {}, num_workers, say, progress)
+    return PreparedPrompts(folder.out, work.run(), False)
+
+
+class _Preparation:
+    """The run of one command."""
+
+    def __init__(self, settings, folder: PromptFolder, earlier: dict, num_workers, say, progress):
+        self.settings, self.folder, self.num_workers = settings, folder, num_workers
+        self.say, self.progress = say, progress
+        self.done: dict[str, dict] = earlier.get("done", {})
+        self.current: dict = earlier.get("current", {})
+        self.unavailable: list[Unavailable] = settings.sources.without_templates()
+        self.dtype = best_dtype(len(settings.vocabulary)) if settings.vocabulary else None
+        self.num_rendered = sum(facts["rendered"] for facts in self.done.values())
+
+    def run(self) -> dict:
+        plans = self.settings.sources.plans()
+        if self.done or self.current:
+            self.say(f"continuing after {len(self.done)} of {len(plans)} parts")
+        elif self.settings.vocabulary:
+            self.folder.place_vocabulary(self.settings.vocabulary)
+        self.folder.save_state(self._state())
+        for number, plan in enumerate(plans):
+            if plan.key in self.done:
+                continue
+            try:
+                part = self.settings.sources.load(plan)
+            except DatasetUnavailable as error:
+                name = plan.key.split("/", 1)[1]
+                self.unavailable.append(Unavailable(plan.side, name, str(error)))
+                continue
+            self._do(plan, part, number, len(plans))
+        return self._finish(plans)
+
+    def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
+        earlier = self.current if self.current.get("part") == plan.key else {}
+        if self.current and not earlier:  # a part that is gone since: its files are dropped below
+            self.current = {}
+        start = earlier.get("next", 0)
+        places = earlier.get("positions", [None] * len(plan.templates))
+        tasks = earlier.get("tasks") or [{"dropped": {}, "noted": {}} for _ in plan.templates]
+        writers = [
+            self._writer(plan, template.task_name, place)
+            for template, place in zip(plan.templates, places, strict=True)
+        ]
+        step = max(1, CHUNK_EXAMPLES // len(plan.templates))
+        bounds = [
+            (first, min(first + step, part.num_rows)) for first in range(start, part.num_rows, step)
+        ]
+        renderer = ChunkRenderer(part, self.settings.rendering, self._encoder())
+        saved, base = time.monotonic(), self.num_rendered
+        self.progress(PromptProgress(plan.key, base, number, num_parts))
+        try:
+            for (_, stop), chunk in map_in_order(_same, (renderer,), bounds, self._workers(bounds)):
+                for writer, task, encoded in zip(writers, tasks, chunk, strict=True):
+                    writer.append(encoded.payload)
+                    _merge(task["dropped"], encoded.dropped)
+                    _merge(task["noted"], encoded.noted)
+                self.num_rendered = base + stop * len(plan.templates)
+                self.progress(PromptProgress(plan.key, self.num_rendered, number, num_parts))
+                if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                    for writer in writers:
+                        writer.flush()
+                    positions = [writer.position for writer in writers]
+                    self.current = {
+                        "part": plan.key, "next": stop, "positions": positions, "tasks": tasks,
+                    }  # fmt: skip
+                    self.folder.save_state(self._state())
+                    saved = time.monotonic()
+        except BaseException:
+            for writer in writers:
+                writer.close()
+            raise
+        for writer, task in zip(writers, tasks, strict=True):
+            writer.finish()
+            task["num_examples"] = writer.num_examples
+        self.current = {}
+        self.done[plan.key] = {"rendered": part.num_rows * len(plan.templates), "tasks": tasks}
+        self.folder.save_state(self._state())
+
+    def _workers(self, bounds: list) -> int:
+        return min(self.num_workers, max(1, len(bounds)))
+
+    def _writer(self, plan: PartPlan, task: str, position: list | None):
+        folder = self.folder.task_folder(plan.side, task)
+        if self.settings.format == "jsonl":
+            return JsonlTaskWriter(folder, plan.side, position)
+        return FairseqTaskWriter(folder, plan.side, position, self.dtype)
+
+    def _encoder(self):
+        if self.settings.format == "jsonl":
+            return JsonlEncoder()
+        return FairseqEncoder(self.settings.vocabulary, self.settings.lower, self.dtype)
+
+    def _state(self) -> dict:
+        return {"done": self.done, "current": self.current}
+
+    def _finish(self, plans: list[PartPlan]) -> dict:
+        splits: dict[str, dict] = {"train": {}, "valid": {}}
+        groups: dict[str, list[str]] = {}
+        empty = []
+        for plan in plans:
+            if plan.key not in self.done:
+                for template in plan.templates:  # of a part that was begun and is gone since
+                    self.folder.drop_task(plan.side, template.task_name)
+                continue
+            for template, task in zip(plan.templates, self.done[plan.key]["tasks"], strict=True):
+                if not task["num_examples"]:
+                    self.folder.drop_task(plan.side, template.task_name)
+                    empty.append(f"{plan.side}/{template.task_name}")
+                    continue
+                splits[plan.side][template.task_name] = {
+                    "dataset": plan.dataset,
+                    "subset": plan.subset,
+                    "prompt_name": template.name,
+                    "num_examples": task["num_examples"],
+                    "cap": plan.cap,
+                }
+                if plan.side == "valid":
+                    group = "_".join(filter(None, (plan.dataset, plan.subset)))
+                    for key in (group, "valid"):
+                        groups.setdefault(key, []).append(template.task_name)
+        dropped, noted = self._counts("dropped"), self._counts("noted")
+        wanted = "valid" if self.settings.mixture.validation_only else "train"
+        if not splits[wanted]:
+            self.folder.discard()
+            raise ValueError(self._nothing(dropped))
+        if self.settings.format == "fairseq":
+            self.folder.write_fairseq_tables(splits, groups)
+        manifest = {
+            "format": self.settings.format,
+            "mixture": self.settings.mixture.name,
+            "cap_of": self.settings.mixture.cap_of,
+            "seed": self.settings.rendering.seed,
+            "instruction_text": self.settings.rendering.instruction_text,
+            "splits": splits,
+            "valid_datasets": groups,
+            "unavailable": [row._asdict() for row in self.unavailable],
+            "empty_tasks": empty,
+            "dropped": dropped,
+            "noted": noted,
+        }
+        return self.folder.complete(manifest)
+
+    def _counts(self, kind: str) -> dict[str, dict]:
+        """Reason -> how many examples, and where the first one stands."""
+        total: dict[str, dict] = {}
+        for facts in self.done.values():
+            for task in facts["tasks"]:
+                for reason, (count, first) in task[kind].items():
+                    entry = total.setdefault(reason, {"count": 0, "first": first})
+                    entry["count"] += count
+        return total
+
+    def _nothing(self, dropped: dict) -> str:
+        name = self.settings.mixture.name
+        reasons = [f"{row.name} ({row.side}): {row.reason}" for row in self.unavailable]
+        reasons += [f"{d['count']:,} dropped: {reason} ({d['first']})" for reason, d in
+                    dropped.items()]  # fmt: skip
+        shown = "".join(f"\n  {reason}" for reason in reasons[:20])
+        more = f"\n  and {len(reasons) - 20} more" if len(reasons) > 20 else ""
+        return f"mixture {name}: not a single example could be made{shown}{more}"
+
+
+def _same(renderer: ChunkRenderer) -> ChunkRenderer:
+    return renderer
+
+
+def _merge(table: dict, new: dict[str, Dropped]) -> None:
+    for reason, (count, first) in new.items():
+        earlier = table.get(reason)
+        table[reason] = [earlier[0] + count, earlier[1]] if earlier else [count, first]
+
+
+def _rules(mixture: Mixture) -> str:
+    """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
+    facts = [sorted(value) if isinstance(value, frozenset) else value for value in
+             (getattr(mixture, name) for name in mixture.__dataclass_fields__)]  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _digest(sources: PromptSources) -> str:
+    """Checksum over all templates that will be used."""
+    used = [(plan.key, template) for plan in sources.plans() for template in plan.templates]
+    return hashlib.sha256(repr(used).encode()).hexdigest()[:32]
