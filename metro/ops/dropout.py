@@ -36,19 +36,19 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
 
 
 class ByteDropout(torch.autograd.Function):
-    """Keeps which elements were kept, as bool."""
+    """Keeps which elements were kept, a byte each."""
 
     @staticmethod
     def forward(ctx, x, p):
-        kept = draw_kept(x.shape, p, random_of(seed_from_torch()), torch.bool)
+        kept = draw_kept(x.shape, p, random_of(seed_from_torch()))
         ctx.save_for_backward(kept)
         ctx.scale = 1.0 / (1.0 - drop_rate(p))
-        return kept.to(x.dtype).mul_(ctx.scale).mul_(x)
+        return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, grad):
         (kept,) = ctx.saved_tensors
-        return kept.to(grad.dtype).mul_(ctx.scale).mul_(grad), None
+        return kept.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
 
 
 def seed_from_torch() -> int:
@@ -66,16 +66,10 @@ def drop_rate(p: float) -> float:
     return round(p * 2**16) / 2**16
 
 
-def draw_kept(
-    shape: torch.Size,
-    p: float,
-    random: np.random.Generator,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """0 with probability ``drop_rate(p)`` and else 1, in ``out`` if given."""
+def draw_kept(shape: torch.Size, p: float, random: np.random.Generator) -> torch.Tensor:
+    """uint8: 0 with probability ``drop_rate(p)`` and else 1."""
     count = shape.numel()
     words = random.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
-    bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
-    out = torch.empty(shape, dtype=dtype) if out is None else out
-    return torch.ge(bits, round(p * 2**16) - 2**15, out=out)
+    # Compared by NumPy and uint8, not bool: of PyTorch's operations these are several times faster.
+    kept = words.view(np.uint16)[:count] >= round(p * 2**16)
+    return torch.from_numpy(kept.view(np.uint8)).view(shape)

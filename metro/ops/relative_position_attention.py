@@ -113,8 +113,8 @@ class CachedAttention(torch.autograd.Function):
             for chunk in chunks(head, q, k, ctx.in_blocks):
                 weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
                 if dropout:
-                    kept = chunk.matrix(buffers[1])
-                    weights.mul_(draw_kept(weights.shape, dropout, random, weights.dtype, kept))
+                    kept = draw_kept(weights.shape, dropout, random)
+                    weights.mul_(chunk.matrix(buffers[1]).copy_(kept))
                 product(chunk.of_queries(out), weights, chunk.of_keys(v), kept_scale)
 
         for_each(compute, range(q.shape[1]))
@@ -141,8 +141,8 @@ class CachedAttention(torch.autograd.Function):
                     chunk.matrix(buffers[1]), chunk_grad, chunk.of_keys(v).T, kept_scale
                 )
                 if ctx.dropout:
-                    kept = chunk.matrix(buffers[2])
-                    kept = draw_kept(weights.shape, ctx.dropout, random, weights.dtype, kept)
+                    kept = draw_kept(weights.shape, ctx.dropout, random)
+                    kept = chunk.matrix(buffers[2]).copy_(kept)
                     grad_weights.mul_(kept)
                     kept_weights = kept.mul_(weights)
                 # A row's first chunk has all keys: what was there before is not looked at.

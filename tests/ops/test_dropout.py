@@ -9,7 +9,7 @@ from metro.ops.dropout import draw_kept, dropout, random_of
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_elements_are_dropped_independently_at_the_asked_rate(p):
     """Five standard errors of the rate, and of the correlation of neighbours."""
-    kept = draw_kept(torch.Size((1001, 999)), p, random_of(0), torch.float32)
+    kept = draw_kept(torch.Size((1001, 999)), p, random_of(0)).float()
     count, variance = kept.numel(), p * (1 - p)
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     assert abs(float(kept.mean()) - (1 - p)) < 5 * (variance / count) ** 0.5 + 2**-17
