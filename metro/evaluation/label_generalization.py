@@ -1,8 +1,8 @@
 """Label generalisation (Ye et al., 2023, section 4.3): other words for the options.
 
 ``replace_words`` maps each label word to its substitute (``Yes -> Agree``); lower-cased words
-become lower-cased substitutes. Replaced are the options, in FLIPPED the last piece of the instruction, in
-DIRECT and CHANNEL the last sentence of the prompt.
+become lower-cased substitutes. Replaced are the options, in FLIPPED the last piece of the
+instruction, in DIRECT and CHANNEL the last sentence of the prompt.
 
 By default (``"words"``) whole words are replaced and nothing else changes. ``"published"`` does
 what the published numbers were computed with: any substring ("not" becomes "disagreet"), and for

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from metro.data.datasets import DatasetUnavailable, JsonlRows, load_rows
 from metro.data.instruction import NotFlippable, flip
+from metro.data.prompt_limits import MissingAnswer
 from metro.data.prompts import PromptTemplate, TemplateTree, find_templates
 from metro.evaluation import bigbench
 from metro.evaluation.examples import EvaluationExample
@@ -19,6 +20,7 @@ from metro.evaluation.suites import WHOLE_TASK, TaskSpec
 SUBTASK_STRIDE = 1_000_000
 """Row numbers of the subtasks of a BIG-bench task begin at multiples of this."""
 MAX_ROWS_SEED = 42
+NO_LABEL = "the answer is none of the options (a split without labels?)"
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,14 @@ class TemplateTask(Task):
         row = self.row(index)
         key = f"{self.sources.seed} {template.dataset} {template.name} {index}"
         draw = zlib.crc32(key.encode())
-        rendered = template.render_example(row, seed=draw)
+        try:
+            rendered = template.render_example(row, seed=draw)
+        except MissingAnswer:
+            return NO_LABEL
         if rendered.target is None:
             return "the template renders no answer for the row"
         if rendered.label is None:
-            return "the answer is none of the options (a split without labels?)"
+            return NO_LABEL
         parts = {}
         if flipped:
             try:

@@ -1,0 +1,80 @@
+"""A suite and a model small enough to evaluate in a blink."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from metro.evaluation.processes import Processes
+from metro.evaluation.protocol import choose_protocol
+from metro.evaluation.run_folder import RunFolder
+from metro.evaluation.runner import Settings, evaluate, load_tasks, run_info
+from metro.evaluation.suites import read_suite
+from metro.evaluation.tasks import Sources
+
+SUITE = """
+title: Toys
+tasks:
+  colour:
+    data: colour.jsonl
+    prompts:
+      plain: &plain
+        jinja: "What colour is {{thing}}? ||| {{answer_choices[answer]}}"
+        answer_choices: "{{colours | join('|||')}}"
+      again: *plain
+      listed:
+        jinja: "{{colours | join(' or ')}} {{thing}}: which? ||| {{answer_choices[answer]}}"
+        answer_choices: "{{colours | join('|||')}}"
+  truth:
+    data: truth.jsonl
+    prompts:
+      ask:
+        jinja: "Is it true that {{text}}? ||| {{answer_choices[label]}}"
+        answer_choices: yes ||| no
+  gone:
+    dataset: nowhere
+    split: validation
+    prompts: [none]
+"""
+
+
+def write_suite(folder: Path) -> Path:
+    """The suite with its rows; the task "gone" has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = [
+        {"thing": f"thing {n}", "colours": ["red", "dark green", "blue"][: 2 + n % 2],
+         "answer": n % 2} for n in range(14)
+    ]  # fmt: skip
+    truths = [{"text": f"{n} is {n % 7}", "label": int(n >= 7)} for n in range(17)]
+    for name, rows in (("colour", colours), ("truth", truths)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "toys.yaml").write_text(SUITE)
+    return folder / "toys.yaml"
+
+
+def run(
+    folder: Path,
+    suite_file: Path,
+    model: PreTrainedModel,
+    tokenizer,
+    *,
+    method: str = "direct",
+    listener=None,
+    **sources,
+):
+    """Evaluate the suite in this process, as the command does."""
+    suite = read_suite(suite_file)
+    data = Sources(data_dir=suite_file.parent, **sources)
+    tasks, missing = load_tasks(suite, data)
+    settings = Settings(method, batch_tokens=300)
+    protocol = choose_protocol(None, model.config, method)
+    info = run_info("toy", None, model, suite, data, protocol, settings, {})
+    alone = Processes(0, 1, torch.device("cpu"))
+    outcome = evaluate(
+        model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, settings, alone,
+        listener,
+    )  # fmt: skip
+    outcome.missing = missing
+    return outcome
