@@ -32,15 +32,11 @@ def report(
     paths = write_report(sections, out, title)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for section in sections:
-        for report_run in section.runs:
-            average = next(
-                row for row in section.rows if row.kind == "run" and row.label == report_run.label
-            )
-            value = "no task whole" if average.average is None else f"{100 * average.average:.2f}"
-            console.print(
-                f"{section.title}: {report_run.label} ({report_run.run.method}) {value} over "
-                f"{average.num_averaged} tasks"
-            )
+        for row in section.rows:
+            if row.kind == "run":
+                value = "no task is whole" if row.average is None else f"{100 * row.average:.2f}"
+                over = f"{row.num_averaged} of {len(section.tasks)} tasks"
+                console.print(f"{section.title}: {row.label} ({row.detail}) {value}, over {over}")
         for note in section.notes:
             console.print(f"note: {note}")
     console.print("wrote " + ", ".join(str(path) for path in paths))

@@ -33,7 +33,8 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
             raise ValueError(f"--published {' '.join(names)}: all and none stand alone")
         models = list(registered_models().values()) if names == ["all"] else []
     else:
-        models = list(dict.fromkeys(map(registered_model, names)))
+        found = [registered_model(name) for name in names]
+        models = list({model.name: model for model in found}.values())
     rows = []
     for model in models:
         found = [

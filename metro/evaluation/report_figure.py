@@ -278,7 +278,7 @@ def at(scale: Scale, value: float, height: float, drawn: str) -> str:
 def mark(index: int, x: float, y: float, r: float, hint: str) -> str:
     """A prompt of a run: shape and colour say which run."""
     shape = SHAPES[index % len(SHAPES)]
-    inside = f"<title>{escape(hint)}</title>"
+    inside = title(hint)
     if shape == "circle":
         return f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}">{inside}</circle>'
     corners = {
@@ -293,13 +293,18 @@ def mark(index: int, x: float, y: float, r: float, hint: str) -> str:
 
 def diamond(x: float, y: float, r: float, name: str, hint: str) -> str:
     points = f"{x:.1f},{y - r:.1f} {x + r:.1f},{y:.1f} {x:.1f},{y + r:.1f} {x - r:.1f},{y:.1f}"
-    return f'<polygon class="{name}" points="{points}"><title>{escape(hint)}</title></polygon>'
+    return f'<polygon class="{name}" points="{points}">{title(hint)}</polygon>'
 
 
 def line(x1, y1, x2, y2, name: str, hint: str = "") -> str:
     ends = [value if isinstance(value, str) else f"{value:.1f}" for value in (x1, y1, x2, y2)]
-    inside = f"<title>{escape(hint)}</title>" if hint else ""
-    return '<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}">{}</line>'.format(name, *ends, inside)
+    shape = '<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}">{}</line>'
+    return shape.format(name, *ends, title(hint))
+
+
+def title(hint: str) -> str:
+    """What a browser shows under the pointer."""
+    return f"<title>{escape(hint)}</title>" if hint else ""
 
 
 def text(x, y: float, content: str, name: str) -> str:
@@ -325,9 +330,7 @@ def legend(section: Section) -> list[tuple[str, str]]:
     """(drawing of 22 x 14, words) of everything the figure holds."""
     items = []
     for index, report_run in enumerate(section.runs):
-        drawn = (
-            f'<g class="run-{index % NUM_COLOURS}">{mark(index, 11, 7, 3.8, report_run.label)}</g>'
-        )
+        drawn = f'<g class="run-{index % NUM_COLOURS}">{mark(index, 11, 7, 3.8, "")}</g>'
         items.append((drawn, report_run.label))
     if not section.one_prompt:
         items.append((line(2, 7, 20, 7, "median key"), "median of the prompts, each a point"))
