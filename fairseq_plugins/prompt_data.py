@@ -17,7 +17,9 @@ from fairseq.data import FairseqDataset
 from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import CappedMixture, order_by_lengths
+from metro.data.prompted_examples import MANIFEST
 from metro.finetuning.collation import EncodedPrompt, truncate
+from metro.finetuning.data import PromptData
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
 
@@ -43,8 +45,9 @@ class EpochDataset(FairseqDataset):
         """Set `source_sizes` and `target_sizes` of this epoch's examples."""
         raise NotImplementedError
 
-    def collater(self, examples: list[EncodedPrompt]) -> dict:
-        return self.collate(examples) if examples else {}
+    def collater(self, examples: list[EncodedPrompt | None]) -> dict:
+        usable = [example for example in examples if example is not None]
+        return self.collate(usable) if usable else {}
 
     def size(self, index: int) -> tuple[int, int]:
         return int(self.source_sizes[index]), int(self.target_sizes[index])
@@ -143,6 +146,34 @@ class BinarisedPrompts(EpochDataset):
         return EncodedPrompt(row, np.insert(source, 0, self.bos), target)
 
 
+class TextPrompts(EpochDataset):
+    """Prompts kept as text (`metro prepare-prompts --format jsonl`), encoded when they are read.
+
+    Lengths are estimates, source and target together. Validation (`is_train` false) reads the same
+    examples with the same wrong labels every time.
+    """
+
+    def __init__(self, data: PromptData, *, is_train: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.data, self.is_train = data, is_train
+        self.measure()
+
+    @property
+    def data_epoch(self) -> int:
+        return self.epoch if self.is_train else 0
+
+    def measure(self) -> None:
+        lengths = self.data.lengths(self.data_epoch)
+        self.source_sizes = np.minimum(lengths, self.data.encoder.max_source_length)
+        self.target_sizes = np.minimum(lengths, self.data.encoder.max_target_length)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> EncodedPrompt | None:
+        return self.data.encode(int(index), self.data_epoch)
+
+
 def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
     """Tasks of a split and their caps.
 
@@ -171,6 +202,12 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
         for side in ("src", "tgt"):
             check_files(str(where / name / f"{kind}.src-tgt.{side}"))
     return names, [caps[name] for name in names]
+
+
+def is_text(folder: str | Path) -> bool:
+    """Whether a folder of prepared prompts is of the jsonl form."""
+    manifest = Path(folder) / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("format") == "jsonl"
 
 
 def read_json(path: str | os.PathLike) -> dict:

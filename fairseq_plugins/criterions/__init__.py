@@ -1,3 +1,3 @@
-"""Criterion `t5_metro`."""
+"""Criteria `t5_metro` and `flipped`."""
 
-from fairseq_plugins.criterions import t5_metro  # noqa: F401
+from fairseq_plugins.criterions import flipped, t5_metro  # noqa: F401

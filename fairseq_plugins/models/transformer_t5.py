@@ -11,6 +11,7 @@ from fairseq_plugins.models._options import (
     metro_t5_config,
 )
 from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.finetuning.losses import LossOptions, batch_loss
 from metro.fuse import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 
@@ -37,8 +38,24 @@ class TransformerT5Model(BaseFairseqModel):
         )
         return cls(fuse(MetroT5ForConditionalGeneration(config)))
 
-    def forward(self, src_tokens, src_lengths, prev_output_tokens, has_padding: bool | None = None):
-        """Logits (B, T, V); without padding attention needs no mask."""
+    def forward(
+        self,
+        src_tokens,
+        src_lengths,
+        prev_output_tokens,
+        has_padding: bool | None = None,
+        wrong_ids=None,
+        target_ids=None,
+        loss_options: LossOptions | None = None,
+    ):
+        """Logits (B, T, V), or with `loss_options` the sums of `metro.finetuning.losses`.
+
+        Without padding attention needs no mask.
+        """
+        if loss_options is not None:
+            return batch_loss(
+                self.model, loss_options, src_tokens, target_ids, wrong_ids, num_items=1.0
+            )
         mask = None if has_padding is False else src_tokens.ne(self.model.config.pad_token_id)
         output = self.model(
             input_ids=src_tokens,

@@ -1,4 +1,7 @@
-"""Task `t5_prompt_finetuning`: (prompt, answer) pairs of many tasks, each up to its cap."""
+"""Task `t5_prompt_finetuning`: (prompt, answer) pairs of many tasks, each up to its cap.
+
+Binarised as published, or kept as text (jsonl), which FLIPPED and CHANNEL need.
+"""
 
 import logging
 import os
@@ -11,9 +14,12 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from omegaconf import II, MISSING
 
-from fairseq_plugins.prompt_data import BinarisedPrompts, task_names
+from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, task_names
 from fairseq_plugins.tasks._common import SentinelTask
+from metro.conversion.vocabulary_folder import build_tokenizer
+from metro.data.prompt_encoding import PromptEncoder
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
+from metro.finetuning.data import PromptData
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,23 @@ class T5PromptFinetuningConfig(FairseqDataclass):
     max_target_tokens: Optional[int] = field(  # noqa: UP045
         default=None, metadata={"help": "longest target; default: tokens-per-sample"}
     )
+    vocab: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "folder with dict.txt and sp.model; default: the data folder. Needed where the "
+            "data is text (jsonl)"
+        },
+    )
+    objective: str = field(
+        default="direct",
+        metadata={
+            "help": "direct (answers to prompts) or channel (prompts to answers), where the data "
+            "is text; the criterion flipped brings its own"
+        },
+    )
+    limit: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "at most so many examples per task, where the data is text"}
+    )
     seed: int = II("common.seed")
 
 
@@ -57,18 +80,46 @@ class T5PromptFinetuningTask(SentinelTask):
                 )
         if cfg.dataset_impl is not None:
             logger.warning("dataset_impl=%s is ignored: files say what they are", cfg.dataset_impl)
+        if cfg.objective not in ("direct", "channel"):
+            raise ValueError(
+                f"task.objective is {cfg.objective!r}; use direct or channel, or the criterion "
+                "flipped"
+            )
+        self.objective = cfg.objective
+        self.is_text = is_text(cfg.data)
+        if cfg.objective == "channel" and not self.is_text:
+            raise ValueError(
+                f"task.objective is channel but {cfg.data} is binarised; prepare it with "
+                "metro prepare-prompts --format jsonl"
+            )
         self.max_source = cfg.max_source_tokens or cfg.tokens_per_sample
         self.max_target = cfg.max_target_tokens or cfg.tokens_per_sample
 
     @classmethod
     def setup_task(cls, cfg: T5PromptFinetuningConfig, **kwargs):
-        path = os.path.join(cfg.data, "dict.txt")
-        if not os.path.exists(path):
-            raise ValueError(
-                f"no dict.txt in {cfg.data}; it is written by metro prepare-prompts --vocab: check "
-                "task.data, or copy the dict.txt that the data was binarised with"
-            )
-        return cls(cfg, Dictionary.load(path))
+        folder = cfg.vocab or cfg.data
+        needed = ["dict.txt", "sp.model"] if is_text(cfg.data) else ["dict.txt"]
+        for name in needed:
+            if not os.path.exists(os.path.join(folder, name)):
+                raise ValueError(
+                    f"no {name} in {folder}; give the folder of the model's vocabulary as "
+                    "task.vocab (--vocab), or check task.data"
+                )
+        return cls(cfg, Dictionary.load(os.path.join(folder, "dict.txt")))
+
+    def build_criterion(self, cfg):
+        criterion = super().build_criterion(cfg)
+        # Which ids an example has depends on the loss: flipped needs a wrong label as well.
+        wanted = getattr(criterion, "objective", None)
+        if wanted is not None:
+            if not self.is_text:
+                raise ValueError(
+                    f"the criterion {wanted} needs prompts kept as text, but {self.cfg.data} is "
+                    "binarised; prepare it with metro prepare-prompts --format jsonl and give "
+                    "--vocab DIR to fairseq-train"
+                )
+            self.objective = wanted
+        return criterion
 
     @property
     def decoder_start(self) -> int:
@@ -77,6 +128,31 @@ class T5PromptFinetuningTask(SentinelTask):
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
         """Open the tasks of a split, memory-mapped."""
+        dataset = self._text(split) if self.is_text else self._binarised(split)
+        dataset.set_epoch(epoch)
+        self.datasets[split] = dataset
+        logger.info("%s: %d examples of %s", split, len(dataset), self.cfg.data)
+
+    def _text(self, split: str) -> TextPrompts:
+        is_train = split == "train"
+        tokenizer = build_tokenizer(
+            self.cfg.vocab or self.cfg.data, len(self.dictionary), self.cfg.tokens_per_sample
+        )
+        data = PromptData(
+            self.cfg.data,
+            split,
+            self.objective,
+            PromptEncoder(
+                tokenizer, max_source_length=self.max_source, max_target_length=self.max_target
+            ),
+            seed=self.cfg.seed,
+            sampling=None if is_train else "capped",
+            limit=self.cfg.limit,
+            replace=is_train,
+        )
+        return TextPrompts(data, is_train=is_train, collate=self.collate, seed=self.cfg.seed)
+
+    def _binarised(self, split: str) -> BinarisedPrompts:
         folder = Path(self.cfg.data)
         names, caps = task_names(folder, split)
         kind = split.partition("_")[0]
@@ -85,7 +161,7 @@ class T5PromptFinetuningTask(SentinelTask):
             prefix = folder / kind / name / f"{kind}.src-tgt.{side}"
             return data_utils.load_indexed_dataset(str(prefix), self.dictionary)
 
-        self.datasets[split] = BinarisedPrompts(
+        return BinarisedPrompts(
             [load(name, "src") for name in names],
             [load(name, "tgt") for name in names],
             caps,
@@ -98,13 +174,11 @@ class T5PromptFinetuningTask(SentinelTask):
             collate=self.collate,
             seed=self.cfg.seed,
         )
-        self.datasets[split].set_epoch(epoch)
-        logger.info("%s: %d tasks, %d examples", split, len(names), len(self.datasets[split]))
 
     def collate(self, examples: list[EncodedPrompt]) -> dict:
         dictionary = self.dictionary
         batch = collate_prompts(examples, dictionary.pad(), self.decoder_start, self.max_width)
-        return {
+        sample = {
             "id": batch.indices,
             "nsentences": len(examples),
             "ntokens": batch.num_target_tokens,
@@ -115,7 +189,11 @@ class T5PromptFinetuningTask(SentinelTask):
                 "has_padding": batch.has_padding,
             },
             "target": batch.target_ids,
+            "num_skipped": batch.num_skipped,
         }
+        if batch.wrong_ids is not None:
+            sample["net_input"]["wrong_ids"] = batch.wrong_ids
+        return sample
 
     def max_positions(self) -> tuple[int, int]:
         return self.max_source, self.max_target
