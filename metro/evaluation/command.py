@@ -132,7 +132,9 @@ class EvaluationCommand:
             attn_implementation=self.attention,
             vocab=self.vocab,
         )
-        batch_tokens = self.batch_tokens or (65536 if processes.device.type == "cuda" else 8192)
+        batch_tokens = self.batch_tokens
+        if batch_tokens is None:
+            batch_tokens = 65536 if processes.device.type == "cuda" else 8192
         settings = Settings(method, self.normalization, batch_tokens)
         protocol = choose_protocol(
             registered.family if registered else None,

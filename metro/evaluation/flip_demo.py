@@ -106,7 +106,7 @@ def check_texts(text: str, options: list[str], instruction: str | None) -> None:
         raise ValueError(f"--options has {len(options)}; give at least two to choose from")
     if instruction is not None and not SENTINEL.sub("", instruction).strip():
         raise ValueError(
-            f"--instruction is {instruction!r}: no text beside sentinels; leave it out"
+            f"--instruction is {instruction!r}: without text beside sentinels; leave it out"
         )
     for option in options:
         if not option.strip():

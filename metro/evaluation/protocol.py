@@ -107,11 +107,15 @@ def choose_protocol(
     if method == "channel":
         longest = protocol.max_source_length
         protocol = replace(protocol, max_target_length=longest, task_lengths={})
-    if max_source_length or max_target_length:
+    if max_source_length is not None or max_target_length is not None:
         protocol = replace(
             protocol,
-            max_source_length=max_source_length or protocol.max_source_length,
-            max_target_length=max_target_length or protocol.max_target_length,
+            max_source_length=(
+                protocol.max_source_length if max_source_length is None else max_source_length
+            ),
+            max_target_length=(
+                protocol.max_target_length if max_target_length is None else max_target_length
+            ),
             task_lengths={},
         )
     table = longest_sequence(model_config)

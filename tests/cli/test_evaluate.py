@@ -1,0 +1,166 @@
+"""`metro evaluate` as a user calls it.
+
+Oracles: exit statuses and files; a run of one process; a run that nobody killed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from metro.cli.main import app
+from metro.evaluation.results import read_run
+from tests.conftest import ROOT
+from tests.evaluation.test_runner import all_scores, without_times
+from tests.evaluation.toy import write_suite
+
+METRO = [sys.executable, "-m", "metro.cli.main"]
+
+
+@pytest.fixture(scope="module")
+def model(testdata):
+    return str(testdata / "golden" / "hf_export" / "t5_prompt_tiny_f")
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    return write_suite(tmp_path_factory.mktemp("toys"))
+
+
+def call(*arguments):
+    """In this process: status, what was printed, the exception."""
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def options(toys, out):
+    return ["--suite", toys, "--data-dir", toys.parent, "--out", out, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, model, toys):
+    out = tmp_path_factory.mktemp("whole")
+    done = call(model, *options(toys, out), "--allow-missing")
+    return out / "t5_prompt_tiny_f-direct-toys", done
+
+
+def test_a_run_leaves_results_summary_and_what_was_run(whole_run, model):
+    """Oracle: the form of a run folder; the suite's own list of tasks."""
+    folder, done = whole_run
+    assert done.exit_code == 0, done.output
+    info = json.loads((folder / "run.json").read_text())
+    assert (info["model"], info["method"], info["suite"]) == (model, "direct", "toys")
+    assert info["registered"] is None
+    assert info["protocol"]["family"] == "metro"
+    assert list(info["tasks"]) == ["colour", "truth", "gone"]
+    assert info["options"]["dtype"] == "float32"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["missing"] == ["gone"]
+    for word in ("protocol metro", "colour / plain:", "average of 2", "1 tasks were left out"):
+        assert word in done.output
+
+
+def test_missing_data_fail_the_command_unless_allowed(tmp_path, model, toys):
+    """Oracle: status 3, the rest of the suite evaluated and kept."""
+    done = call(model, *options(toys, tmp_path))
+    assert done.exit_code == 3
+    assert "gone: nowhere is not in" in done.output
+    assert len(read_run(tmp_path / "t5_prompt_tiny_f-direct-toys").results) == 4
+
+
+def test_narrowed_runs_grow_into_the_whole(tmp_path, model, toys, whole_run):
+    """Oracle: the run of everything at once; results may be in another order."""
+    for more in (["--task", "truth"], ["--prompt", "plain"], ["--allow-missing"]):
+        assert call(model, *options(toys, tmp_path), *more).exit_code == 0
+    folder = tmp_path / "t5_prompt_tiny_f-direct-toys"
+    key = lambda line: (line["task"], line["prompt"])  # noqa: E731
+    assert sorted(without_times(folder), key=key) == sorted(without_times(whole_run[0]), key=key)
+    assert all_scores(folder) == all_scores(whole_run[0])
+
+
+def test_several_models_and_methods_make_a_folder_each(tmp_path, model, toys, testdata):
+    """Oracle: the names of the folders."""
+    other = testdata / "golden" / "hf_export" / "metro_tiny_a"
+    arguments = [*options(toys, tmp_path), "--task", "truth", "--method", "channel"]
+    assert call(model, other, *arguments).exit_code == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["metro_tiny_a-channel-toys", "t5_prompt_tiny_f-channel-toys"]
+
+
+def test_overwrite_starts_again(tmp_path, model, toys):
+    """Oracle: the same run with another limit is refused, then replaced."""
+    arguments = [*options(toys, tmp_path), "--task", "truth"]
+    assert call(model, *arguments).exit_code == 0
+    refused = call(model, *arguments, "--limit", 5)
+    assert "or --overwrite" in str(refused.exception)
+    assert call(model, *arguments, "--limit", 5, "--overwrite").exit_code == 0
+    assert read_run(tmp_path / "t5_prompt_tiny_f-direct-toys").results[0].num_examples == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--suite", "t1"], "no suite 't1': did you mean 't0'"),
+        (["--task", "colours"], "no task 'colours': did you mean 'colour'"),
+        (["--prompt", "plane"], "no task here has a prompt 'plane': did you mean 'plain'"),
+        (["--method", "reverse"], "--method is 'reverse'; use one of direct, channel, flipped"),
+        (["--normalization", "max"], "--normalization is 'max'; use one of sum"),
+        (["--method", "channel", "--normalization", "calibrated"], "use sum or mean"),
+        (["--limit", "0"], "limit is 0"),
+        (["--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
+        (["--check-published"], "is no registered model"),
+        (["--run-name", "a/b"], "use a name without slashes"),
+        (["--task", "gone"], "no task of toys can be evaluated: nowhere is not in"),
+        (["--device", "toaster"], "use cpu, cuda"),
+        (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--batch-tokens", "0"], "batch_tokens is 0"),
+        (["--max-target-length", "2"], "max_target_length is 2"),
+        (["--max-source-length", "-5"], "max_source_length is -5"),
+    ],
+)
+def test_bad_options_are_one_clear_message(tmp_path, model, toys, extra, message):
+    """Oracle: the message; no run folder is left that could be taken for a run."""
+    done = call(model, *options(toys, tmp_path), *extra)
+    assert isinstance(done.exception, ValueError), done.output
+    assert message in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not list(tmp_path.rglob("results.jsonl"))
+
+
+def test_a_killed_run_goes_on(tmp_path, model, toys, whole_run):
+    """Oracle: the run that nobody killed. SIGKILL hits in the middle of the suite."""
+    command = [*METRO, "evaluate", model, *map(str, options(toys, tmp_path)), "--allow-missing"]
+    folder = tmp_path / "t5_prompt_tiny_f-direct-toys"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    listed = folder / "results.jsonl"
+    while process.poll() is None and not listed.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 1 <= len(read_run(folder).results) <= 4
+    assert call(*command[4:]).exit_code == 0
+    assert without_times(folder) == without_times(whole_run[0])
+    assert all_scores(folder) == all_scores(whole_run[0])
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["direct", "flipped"])
+def test_two_processes_write_what_one_writes(tmp_path, model, toys, method):
+    """Oracle: one process, bit for bit but for times."""
+    arguments = ["--allow-missing", "--method", method]
+    alone = call(model, *options(toys, tmp_path / "alone"), *arguments)
+    assert alone.exit_code == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+              "--master_port", str(29000 + os.getpid() % 900), *METRO[1:]]  # fmt: skip
+    command = [*launch, "evaluate", model, *map(str, options(toys, tmp_path / "two")), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    name = f"t5_prompt_tiny_f-{method}-toys"
+    assert without_times(tmp_path / "two" / name) == without_times(tmp_path / "alone" / name)
+    assert all_scores(tmp_path / "two" / name) == all_scores(tmp_path / "alone" / name)
+    assert done.stderr.count("protocol metro") == 1

@@ -1,0 +1,76 @@
+"""`metro flip` as a user calls it.
+
+Oracles: the scores of the plain computation, and the message that names what is wrong.
+"""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from metro.cli.main import app
+from metro.data.prompt_encoding import PromptEncoder
+from metro.evaluation.flip_demo import flip_options
+from tests.evaluation.golden import load_exported
+
+
+@pytest.fixture(scope="module")
+def model(testdata):
+    return str(testdata / "golden" / "hf_export" / "t5_prompt_tiny_f")
+
+
+def test_scores_are_log_probabilities_of_the_instruction(testdata, model):
+    """Oracle: all logits, log_softmax, summed over the instruction's tokens."""
+    text, instruction = "<extra_id_0> so it is<extra_id_1>", "<extra_id_0> say <extra_id_1> of it"
+    shown = flip_options(model, text, ["yes", "no"], instruction, max_new_tokens=5)
+    network, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    encoder = PromptEncoder(tokenizer)
+    [target] = encoder.targets([instruction])
+    start = network.config.decoder_start_token_id
+    for row in shown.rows:
+        [source] = encoder.sources([f"input: {text}\n output: {row.option}"])
+        with torch.no_grad():
+            logits = network(
+                input_ids=torch.tensor([source]),
+                decoder_input_ids=torch.tensor([[start, *target[:-1]]]),
+            ).logits[0]
+        log_p = logits.double().log_softmax(-1)[range(len(target)), target].sum().item()
+        assert row.score == pytest.approx(log_p, abs=1e-4)
+    assert shown.winner == max(shown.rows, key=lambda row: row.score).option
+    assert sum(row.share for row in shown.rows) == pytest.approx(1)
+
+
+def test_without_an_instruction_the_likeliest_suggestion_is_taken(model):
+    """Oracle: the instruction is one of those generated; the winner has the best score."""
+    shown = flip_options(model, "so it is", ["yes", "no"], max_new_tokens=6)
+    assert shown.instruction in [row.generated for row in shown.rows]
+    assert shown.winner == max(shown.rows, key=lambda row: row.score).option
+
+
+def test_the_command_prints_options_and_winner(model):
+    """Oracle: the winner computed by the library."""
+    arguments = ["--input", "so it is", "--options", "yes", "no", "--instruction", "true ?"]
+    done = CliRunner().invoke(app, ["flip", model, *arguments])
+    assert done.exit_code == 0, done.output
+    winner = flip_options(model, "so it is", ["yes", "no"], "true ?").winner
+    assert f"answer: {winner}" in done.output
+    assert "instruction: <extra_id_0> true ?" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", " ", "--options", "a", "b"], "--input is empty"),
+        (["--input", "x", "--options", "a"], "give at least two"),
+        (["--input", "x", "--options", "a", " "], "one of --options is empty"),
+        (["--input", "x", "--options", "Yes", "yes"], "are the same to the model"),
+        (
+            ["--input", "x", "--options", "a", "b", "--instruction", "<extra_id_0> "],
+            "without text beside sentinels",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_message(model, arguments, message):
+    """Oracle: the message."""
+    done = CliRunner().invoke(app, ["flip", model, *arguments])
+    assert isinstance(done.exception, ValueError), done.output
+    assert message in str(done.exception)

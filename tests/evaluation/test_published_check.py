@@ -1,0 +1,54 @@
+"""Measured beside published numbers.
+
+Oracle: by hand; a run of known accuracies and a model registered with others.
+"""
+
+import pytest
+
+from metro.conversion.registry import RegisteredModel
+from metro.evaluation.published_check import check_published, compare_with_published
+from metro.evaluation.results import read_run
+from metro.evaluation.summary import summarize
+from tests.evaluation.run_folders import write_run
+
+
+def registered(method: str = "direct", suite: str = "t0", **results) -> RegisteredModel:
+    return RegisteredModel(
+        name="toy_base", title="Toy", hub_id="a/toy", family="metro", parameters=1, vocabulary="",
+        pretraining="", finetuning="", method=method, paper="", licence="mit",
+        published=({"suite": suite, "source": "card", "results": results},),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def summary(tmp_path):
+    accuracies = {"rte": {"a": 0.6, "b": 0.7}, "cb": {"a": 0.4}, "wsc": {"a": 0.5}}
+    listed = {"rte": ["a", "b"], "cb": ["a"], "wsc": ["a", "b"]}
+    return summarize(read_run(write_run(tmp_path / "run", accuracies, listed=listed)))
+
+
+def test_numbers_within_the_tolerance_pass(summary):
+    """Oracle: rte is 65 %, cb 40 %; wsc is partial and has no say."""
+    text = check_published(summary, registered(rte=65.9, cb=39.2, wsc=99.0, copa=10.0), 1.0)
+    assert "all 2 within 1.0 points" in text
+    found = compare_with_published(summary, registered(rte=64.5))
+    assert [(d.task, round(d.points, 6)) for d in found] == [("rte", 0.5)]
+
+
+def test_a_missed_number_fails_and_is_named(summary):
+    """Oracle: cb is 2.5 points below."""
+    with pytest.raises(ValueError, match=r"more than 1.0 points on 1 of 2 tasks: cb -2.50"):
+        check_published(summary, registered(rte=65.0, cb=42.5), 1.0)
+
+
+def test_what_cannot_be_compared_is_refused(summary):
+    """Oracle: the message says why."""
+    with pytest.raises(ValueError, match="with method flipped, the run used direct"):
+        check_published(summary, registered("flipped", rte=65.0), 1.0)
+    with pytest.raises(ValueError, match="on suite t0 are registered; it has mmlu"):
+        check_published(summary, registered(suite="mmlu", anatomy=30.0), 1.0)
+    with pytest.raises(ValueError, match="no task of toy_base"):
+        check_published(summary, registered(copa=30.0), 1.0)
+    summary.limit = 10
+    with pytest.raises(ValueError, match="leave --limit out"):
+        check_published(summary, registered(rte=65.0), 1.0)
