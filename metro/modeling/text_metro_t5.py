@@ -32,6 +32,7 @@ _CONTRACTIONS = tuple(
         (r"' VE\b", "'VE "),
     )
 )
+_ANY_CONTRACTION = re.compile(r"' (?:[smdSMDtT]|ll|re|ve|LL|RE|VE)\b")
 
 
 def is_punctuation(char: str) -> bool:
@@ -87,7 +88,7 @@ def normalize_text(text: str, lower: bool) -> str:
         for char, plain in _PLAIN_FORMS:
             text = text.replace(char, plain)
     text = " ".join(map(_split_tokens.__getitem__, text.split()))
-    if "' " in text:
+    if "' " in text and _ANY_CONTRACTION.search(text):
         for pattern, replacement in _CONTRACTIONS:
             text = pattern.sub(replacement, text)
         text = " ".join(text.split())

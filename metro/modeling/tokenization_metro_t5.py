@@ -92,6 +92,41 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         pieces = self.vocabulary.processor.encode(normalize_text(text, self.lower), out_type=str)
         return pieces or [""]  # of blanks alone; as in training it counts as one unknown token
 
+    def tokenize(self, text: str, **kwargs) -> list[str]:
+        if kwargs or not self._is_plain(text):
+            return super().tokenize(text, **kwargs)
+        return self._tokenize(text) if text else []
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether no token that is matched as a whole occurs: most texts, and the fast way."""
+        for token in self._added_tokens_encoder:  # a loop, as any() costs more than the search
+            if token in text:
+                return False
+        return True
+
+    def _encode_plus(self, text, text_pair=None, **kwargs):
+        """With ids in the place of plain texts, which saves their way through strings of pieces."""
+        unusual = ("is_split_into_words", "split_special_tokens", "sanitize_control_tokens")
+        if not any(kwargs.get(name) for name in unusual):
+            text, text_pair = self._ids_of_plain(text), self._ids_of_plain(text_pair)
+        return super()._encode_plus(text, text_pair, **kwargs)
+
+    def _ids_of_plain(self, text):
+        """SentencePiece's ids of a text, or of each text of a batch; what is not plain stays."""
+        if isinstance(text, list) and all(isinstance(one, str) for one in text):
+            return [self._ids_of_plain(one) for one in text]
+        if not isinstance(text, str) or not text or not self._is_plain(text):
+            return text
+        if len(self._added_tokens_encoder) > NUM_SPECIAL_IDS:
+            return self.convert_tokens_to_ids(self._tokenize(text))  # a piece may be an added token
+        return self.vocabulary.processor.encode(normalize_text(text, self.lower)) or [UNK_ID]
+
+    def convert_tokens_to_ids(self, tokens):
+        if not isinstance(tokens, list):
+            return super().convert_tokens_to_ids(tokens)
+        added, ids = self._added_tokens_encoder, self._ids
+        return [added[t] if t in added else ids.get(t, UNK_ID) for t in tokens]
+
     def _convert_token_to_id(self, token: str) -> int:
         return self._ids.get(token, UNK_ID)
 

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+from transformers import AddedToken, DataCollatorForSeq2Seq, PreTrainedTokenizer
 
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 
@@ -70,11 +71,199 @@ def test_sizes_pairs_truncation_and_padding_equal_recorded_ones(tokenizer_and_re
     assert cut["input_ids"] == recorded["truncated_to_8"]
 
 
-def test_padding_on_the_left(testdata):
-    tokenizer = load(testdata, "32k", padding_side="left")
-    batch = tokenizer(["a", "a a a"], padding=True, return_tensors="pt")
-    assert batch["input_ids"].tolist() == [[1, 1, 0, 10, 2], [0, 10, 10, 10, 2]]
-    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+A = 10
+"""The id of `a` in the vocabulary of 32,768 pieces, in the tests by hand below."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(testdata):
+    return load(testdata, "32k")
+
+
+def test_padding_on_either_side(testdata, tokenizer):
+    """Oracle: by hand."""
+    batch = load(testdata, "32k", padding_side="left")(["a", "a a a"], padding=True)
+    assert batch["input_ids"] == [[1, 1, 0, A, 2], [0, A, A, A, 2]]
+    assert batch["attention_mask"] == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    batch = tokenizer(["a", "a a a"], padding="max_length", max_length=6, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[0, A, 2, 1, 1, 1], [0, A, A, A, 2, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
+    batch = tokenizer(["a", "a a a"], padding=True, pad_to_multiple_of=8)
+    assert [len(row) for row in batch["input_ids"]] == [8, 8]
+    with_ids = tokenizer.pad({"input_ids": [[0, 2], [0, A, 2]]})
+    assert with_ids["attention_mask"] == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_truncation_of_texts_and_pairs(testdata, tokenizer):
+    """Oracle: by hand; the special tokens stay, the longer text gives way."""
+    b, c = (
+        tokenizer.encode("b", add_special_tokens=False),
+        tokenizer.encode("c", add_special_tokens=False),
+    )
+    assert len(b) == len(c) == 1
+    (b,), (c,) = b, c
+    cut = {"truncation": True, "max_length": 4}
+    assert tokenizer("a b c", **cut)["input_ids"] == [0, A, b, 2]
+    assert tokenizer(["a b c", "b"], **cut)["input_ids"] == [[0, A, b, 2], [0, b, 2]]
+    left = load(testdata, "32k", truncation_side="left")
+    assert left("a b c", **cut)["input_ids"] == [0, b, c, 2]
+    texts = ("a a a a", "b c")
+    assert tokenizer(*texts, truncation=True, max_length=8)["input_ids"] == [0, A, A, 2, 2, b, c, 2]
+    first = tokenizer(*texts, truncation="only_first", max_length=7)["input_ids"]
+    second = tokenizer(*texts, truncation="only_second", max_length=9)["input_ids"]
+    assert first == [0, A, 2, 2, b, c, 2] and second == [0, A, A, A, A, 2, 2, b, 2]
+    plain = tokenizer("a b c", add_special_tokens=False, truncation=True, max_length=2)
+    assert plain["input_ids"] == [A, b]
+    assert tokenizer("a b c")["input_ids"] == [0, A, b, c, 2]
+
+
+def test_pairs_and_masks_of_special_tokens(tokenizer):
+    """Oracle: by hand."""
+    pairs = tokenizer([("a", "a a"), ("a a", "a")], return_special_tokens_mask=True)
+    assert pairs["input_ids"] == [[0, A, 2, 2, A, A, 2], [0, A, A, 2, 2, A, 2]]
+    assert pairs["special_tokens_mask"] == [[1, 0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0, 1]]
+    assert tokenizer(["a", "a a"], ["a a", "a"])["input_ids"] == pairs["input_ids"]
+    assert "token_type_ids" not in pairs
+    made = tokenizer("a", "a", return_token_type_ids=True)
+    assert made["token_type_ids"] == [0] * 6
+    single = tokenizer("a a", return_special_tokens_mask=True, return_length=True)
+    assert single["special_tokens_mask"] == [1, 0, 0, 1]
+    ids = [0, A, 3, 2, 1]
+    assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [
+        1,
+        0,
+        1,
+        1,
+        1,
+    ]
+    assert tokenizer.num_special_tokens_to_add() == 2
+    assert tokenizer.num_special_tokens_to_add(pair=True) == 4
+
+
+def test_sentinels_are_entries_that_no_text_gives(tokenizer):
+    """Oracle: training, where sentinels come from the corruption alone."""
+    first = tokenizer.convert_tokens_to_ids("<sen000>")
+    assert first == 32768 and tokenizer.convert_ids_to_tokens(first + 511) == "<sen511>"
+    assert first not in tokenizer("<sen000>")["input_ids"]
+    assert tokenizer.decode([0, A, first, A, 2], skip_special_tokens=True) == "a<sen000> a"
+    assert tokenizer.convert_tokens_to_ids(["<sen001>", "▁a"]) == [first + 1, A]
+
+
+def test_sentinels_of_t5_are_no_entries_until_they_are_added(testdata):
+    tokenizer = load(testdata, "32k")
+    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokenizer.unk_token_id
+    assert len(tokenizer("<extra_id_0>")["input_ids"]) > 3
+    tokenizer.add_tokens([AddedToken("<extra_id_0>", special=True)])
+    assert len(tokenizer) == 33281
+    ids = tokenizer("a <extra_id_0> a zebra")["input_ids"]
+    assert ids[:4] == [0, A, 33280, A] and ids[-1] == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a a zebra"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Hello, world! It's 5 o'clock.", "hello, world! it's 5 o'clock."),
+        ("I don't know; we're late.", "i don't know ; we're late."),
+        ("The quick brown fox.\nJumps?", "the quick brown fox. jumps?"),
+        ("e-mail to a@b.com", "e-mail to a@b.com"),
+    ],
+)
+def test_decoded_text_reads_naturally(tokenizer, text, expected):
+    """Oracle: the text itself, folded; blanks around brackets and colons are the splitter's."""
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == expected
+    assert tokenizer.batch_decode([ids, ids], skip_special_tokens=True) == [expected] * 2
+    assert tokenizer.decode(ids).startswith("<s>") and tokenizer.decode(ids).endswith("</s>")
+    raw = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert raw.replace(" ", "") == expected.replace(" ", "")
+
+
+class PlainWay(MetroT5Tokenizer):
+    """The base class does everything: no way around strings of pieces."""
+
+    tokenize = PreTrainedTokenizer.tokenize
+    _encode_plus = PreTrainedTokenizer._encode_plus
+    convert_tokens_to_ids = PreTrainedTokenizer.convert_tokens_to_ids
+
+
+ADDED = ["<extra_id_0>", "zebra", "ell", "▁h"]
+
+
+@pytest.mark.parametrize("added", [[], ADDED], ids=["as released", "with added tokens"])
+def test_the_fast_way_gives_what_the_base_class_gives(testdata, added):
+    """Oracle: the way of the base class, on the recorded strings and on what surrounds them."""
+    fast, folder = load(testdata, "64k"), testdata / "vocab/vocab_64k"
+    plain = PlainWay(str(folder / "sp.model"), str(folder / "dict.txt"))
+    for tokenizer in (fast, plain):
+        tokenizer.add_tokens(added)
+    recorded = json.loads((testdata / "golden/hf_tokenizer.json").read_text(encoding="utf-8"))
+    texts = [item["text"] for item in recorded["tokenizers"]["64k"]["items"]]
+    texts += [f"{text}</s> {text}" for text in texts[:50]] + [
+        "",
+        " ",
+        "<s>",
+        "<",
+        "<unk>hello<pad>",
+    ]
+    texts += ["a zebra, hello <extra_id_0> ZEBRA", "<extra_id_0>", "▁hello"]
+    options = {"truncation": True, "max_length": 12, "padding": True}
+    assert dict(fast(texts)) == dict(plain(texts))
+    assert dict(fast(texts, texts[::-1], **options)) == dict(plain(texts, texts[::-1], **options))
+    for text in texts:
+        assert fast.tokenize(text) == plain.tokenize(text), text
+        assert fast(text)["input_ids"] == plain(text)["input_ids"], text
+    words = [text.split() for text in texts if text.split()]
+    split = {"is_split_into_words": True}
+    assert fast(words, **split)["input_ids"] == plain(words, **split)["input_ids"]
+    whole = {"split_special_tokens": True}
+    assert fast(texts, **whole)["input_ids"] == plain(texts, **whole)["input_ids"]
+
+
+def test_targets_and_the_collator_for_sequence_to_sequence(tokenizer):
+    """Oracle: by hand; labels are padded with -100."""
+    rows = [tokenizer(text, text_target=target) for text, target in (("a", "a a"), ("a a", "a"))]
+    assert rows[0]["labels"] == [0, A, A, 2]
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [[0, A, 2, 1], [0, A, A, 2]]
+    assert batch["labels"].tolist() == [[0, A, A, 2], [0, A, 2, -100]]
+    assert tokenizer(text_target="a")["input_ids"] == [0, A, 2]
+
+
+def test_added_tokens_and_settings_survive_saving(testdata, tmp_path):
+    tokenizer = load(testdata, "32k", lower=False, n_sentinel_tokens=7, model_max_length=64)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = MetroT5Tokenizer.from_pretrained(tmp_path)
+    assert (loaded.lower, loaded.n_sentinel_tokens, loaded.model_max_length) == (False, 7, 64)
+    assert len(loaded) == len(tokenizer) == 32768 + 7 + 1
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded("a zebra A")["input_ids"] == tokenizer("a zebra A")["input_ids"]
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again("a zebra A")["input_ids"] == tokenizer("a zebra A")["input_ids"]
+
+
+def test_a_data_set_is_mapped_by_several_processes(tokenizer):
+    """Oracle: one process."""
+    datasets = pytest.importorskip("datasets")
+    texts = [f"{i} lobsters, it's {'very ' * (i % 5)}late." for i in range(40)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    mapped = rows.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=12),
+        batched=True, num_proc=2, load_from_cache_file=False,
+    )  # fmt: skip
+    expected = tokenizer(texts, truncation=True, max_length=12)
+    assert list(mapped["input_ids"]) == expected["input_ids"]
+
+
+def test_vocabulary_files_of_two_folders_are_refused(testdata, tmp_path):
+    (tmp_path / "dict.txt").write_bytes((testdata / "vocab/vocab_64k/dict.txt").read_bytes())
+    model = testdata / "vocab/vocab_32k/sp.model"
+    with pytest.raises(ValueError, match="must lie in one folder"):
+        MetroT5Tokenizer(str(model), str(tmp_path / "dict.txt"))
+    (tmp_path / "sp.model").write_bytes(model.read_bytes())
+    with pytest.raises(ValueError, match="dict.txt and sp.model differ first at line"):
+        MetroT5Tokenizer(str(tmp_path / "sp.model"), str(tmp_path / "dict.txt"))
 
 
 def test_cased_text_keeps_its_capitals(testdata):
