@@ -26,6 +26,7 @@ from metro.evaluation.report_tables import (
 )
 from metro.evaluation.results import PromptResult
 from metro.evaluation.summary import interval_text, percent
+from metro.evaluation.svg_marks import mark
 
 
 class PromptLine(NamedTuple):
@@ -101,7 +102,7 @@ def slug(text: str) -> str:
 
 def key_mark(index: int) -> Markup:
     return Markup(
-        f'<svg width="14" height="14" aria-hidden="true">{figure.mark(index, 7, 7, 4.6, "")}</svg>'
+        f'<svg width="14" height="14" aria-hidden="true">{mark(index, 7, 7, 4.6, "")}</svg>'
     )
 
 

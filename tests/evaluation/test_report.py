@@ -18,10 +18,11 @@ from metro.conversion.registry import registered_models
 from metro.evaluation.comparison import compare, labels, short_model_name
 from metro.evaluation.published import PublishedRow, merge_agreeing, published_rows
 from metro.evaluation.report import build_sections, find_runs, write_report
-from metro.evaluation.report_figure import make_scale, spread, standalone
+from metro.evaluation.report_figure import make_scale, standalone
 from metro.evaluation.report_page import page
 from metro.evaluation.report_tables import latex, markdown, prompts_csv, signed, tasks_csv
 from metro.evaluation.results import Run, read_run
+from metro.evaluation.svg_marks import spread
 from tests.evaluation.run_folders import write_run
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -7,7 +7,8 @@ const number = (text) => {
 for (const table of document.querySelectorAll("table.sortable")) {
   const buttons = [...table.querySelectorAll("thead button")];
   buttons.forEach((button, column) => button.addEventListener("click", () => {
-    const order = button.dataset.order === "-1" ? 1 : button.dataset.order === "1" ? -1 : column < 1 ? 1 : -1;
+    const first = isNaN(number(table.tBodies[0].rows[0].cells[column].textContent.trim())) ? 1 : -1;
+    const order = button.dataset.order ? -button.dataset.order : first; // numbers: highest first
     buttons.forEach((other) => { delete other.dataset.order; other.parentElement.removeAttribute("aria-sort"); });
     button.dataset.order = order;
     button.parentElement.setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
