@@ -33,7 +33,7 @@ EXTRAS = {
     "eval": [REQUIREMENTS["datasets"]],
     # A lower bound only: every CUDA build of torch brings the triton that belongs to it.
     "triton": [REQUIREMENTS["triton"]],
-    "dev": ["hypothesis", REQUIREMENTS["pytest"], "pytest-xdist", "ruff"],
+    "dev": ["hypothesis", REQUIREMENTS["peft"], REQUIREMENTS["pytest"], "pytest-xdist", "ruff"],
 }
 
 

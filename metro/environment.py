@@ -64,6 +64,7 @@ PARTS = [
     Part("fairseq", FAIRSEQ, "pretraining: extra [fairseq]", False, FAIRSEQ_INSTALL),
     Part("accelerate", "accelerate>=1.1", "finetuning: extra [train]"),
     Part("datasets", "datasets>=3", "hf: inputs: extra [train], [eval]"),
+    Part("peft", "peft>=0.17", "LoRA adapters: extra [dev]"),
     Part("triton", "triton>=3.2", "GPU kernels: extra [triton]"),
     Part("liger_kernel", "liger-kernel", "alternative GPU kernels"),
     Part("tensorboard", "tensorboard", "training curves, live"),
