@@ -9,6 +9,8 @@ The helpers are promptsource's: filters ``choice`` and ``most_frequent``, functi
 ``choice`` come from the seed of the rendering, never from a global generator.
 """
 
+import copy
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +18,7 @@ from metro.data.prompt_limits import (
     CONCAT,
     LOOP,
     MAX_DEPTH,
+    MAX_LIST_ITEMS,
     MAX_SOURCE_CHARS,
     MissingAnswer,
     TemplateRefused,
@@ -35,12 +38,15 @@ _METHODS = frozenset(
     "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
     "values".split()
 )
+_CHANGES = frozenset({"append", "extend", "pop", "update"})
+"""Methods that change a list or dict: templates that call one get a row of their own."""
 _FUNCTIONS = frozenset({"range", "zip", "namespace"})
 _TAGS = "If For Assign AssignBlock Output With".split()
 _EXPRESSIONS = (
     "TemplateData Const Name NSRef List Tuple Dict Pair Keyword Slice Getattr Getitem Call Filter "
     "Test Concat Compare Operand CondExpr And Or Not Add Sub Mul Div FloorDiv Mod Pow Neg Pos"
 ).split()
+_CHANGE = re.compile(r"\.\s*(?:" + "|".join(sorted(_CHANGES)) + r")\b")
 _PIPE, _PIPE_STAND_IN = "|||", "\uf8f0\uf8f1\uf8f0"
 
 
@@ -64,7 +70,8 @@ def _check_and_meter(tree, source_name: str):
                 raise TemplateRefused(f"reads the attribute {node.arg.value!r}")
         if isinstance(node, nodes.Call):
             name = getattr(node.node, "attr", None) or getattr(node.node, "name", None)
-            known = _METHODS if isinstance(node.node, nodes.Getattr) else _FUNCTIONS
+            is_method = isinstance(node.node, nodes.Getattr)
+            known = _METHODS | _CHANGES if is_method else _FUNCTIONS
             if not isinstance(node.node, (nodes.Getattr, nodes.Name)) or name not in known:
                 raise TemplateRefused(f"calls `{name or kind}`, which prompt templates may not")
         if (
@@ -104,7 +111,7 @@ def _as_concat(nodes, concat):
 @lru_cache(maxsize=1)
 def _environment():
     from jinja2 import Undefined, pass_context
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import SandboxedEnvironment
 
     class Missing(Undefined):
         """An absent field renders as nothing, as usual, and is noted."""
@@ -130,7 +137,7 @@ def _environment():
             self._note()
             return 0
 
-    class Environment(ImmutableSandboxedEnvironment):
+    class Environment(SandboxedEnvironment):
         intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
         def _parse(self, source, name, filename):
@@ -152,14 +159,17 @@ def _environment():
                 return __function(*args, **kwargs)
             owner = getattr(__function, "__self__", None)
             name = getattr(__function, "__name__", None)
-            if not isinstance(owner, (str, list, tuple, dict)) or name not in _METHODS:
+            known = name in _METHODS or name in _CHANGES
+            if not known or not isinstance(owner, (str, list, tuple, dict)):
                 raise TemplateRefused(f"calls `{name}`, which prompt templates may not")
-            now.charge(1 + len(owner))
+            now.charge(1 if name in _CHANGES else 1 + len(owner))
             if name == "join":
                 return join_texts(owner, *args, **kwargs)
             if name == "replace":
                 return replace_text(owner, *args, **kwargs)
             result = __function(*args, **kwargs)
+            if name in _CHANGES and len(owner) > MAX_LIST_ITEMS:
+                raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
             if isinstance(result, (str, list, tuple)):
                 now.charge(weigh(result))
             return result
@@ -244,6 +254,8 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
         ValueError: it fails on this row; the message says how.
     """
     template = compile_source(source)
+    if _CHANGE.search(source):
+        values = copy.deepcopy(values)
     from jinja2 import TemplateError
     from jinja2.sandbox import SecurityError
 

@@ -177,6 +177,13 @@ def test_label_is_the_option_that_the_answer_came_from():
     assert other.render_example({"t": "t", "word": "b"}).label == 1
 
 
+def test_a_template_that_changes_a_list_leaves_the_row_alone():
+    row = {"words": ["a", "b"]}
+    one = template("{% if words.append('c') %}{% endif %}{{ words | join(' ') }} ||| x")
+    assert [one.render(row).input for _ in range(2)] == ["a b c", "a b c"]
+    assert row == {"words": ["a", "b"]}
+
+
 def test_missing_fields_are_named():
     made = template("{{text}} {{other}} ||| {{row.inner}}").render_example({"text": "t", "row": {}})
     assert made.missing == ("other", "inner")
@@ -202,7 +209,11 @@ HOSTILE = {
     "import": "{% import 'x' as y %}",
     "macro recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive loop": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
-    "mutation": "{{ items.append(1) }}",
+    "endless growth": "{% for x in items %}{% if items.append(1) %}{% endif %}{% endfor %}",
+    "endless growth of a dict": "{% for x in range(99999) %}{% if d.update({x: text * 999}) %}"
+    "{% endif %}{% endfor %}",
+    "other mutation": "{{ items.clear() }}",
+    "list in itself": "{% if items.append(items) %}{% endif %}{{ items }}",
     "repeat a text": "{{ 'a' * 10**9 }}",
     "repeat twice": "{{ 'a' * 900000 * 900000 }}",
     "repeat a list": "{{ ([0] * 10**9) | length }}",
@@ -247,7 +258,7 @@ def test_hostile_template_is_refused_within_time_and_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     with pytest.raises(ValueError, match="template 'made' of toy"):
-        template(HOSTILE[name]).render({"text": "some text", "items": [1]})
+        template(HOSTILE[name]).render({"text": "some text", "items": [1], "d": {}})
     assert time.perf_counter() - start < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 

@@ -1,0 +1,218 @@
+"""`metro prepare-prompts`: data sets and prompt templates to finetuning data."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare_prompts(
+    mixture: Annotated[
+        str,
+        typer.Option(
+            "--mixture", "-m", help="t0, t0p, t0pp, t0_train_eval, flipped, or a FILE.yaml."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="Folder with sp.model and dict.txt: makes ids, for fairseq.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="fairseq or jsonl; default: fairseq if there is a --vocab."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Local rows, DIR/DATASET/SUBSET/SPLIT.jsonl, in place of the hub."),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option(help="promptsource tree; default: METRO_TEMPLATES, else the fetched one."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this data set of the mixture, as super_glue/rte; repeatable."),
+    ] = None,
+    source: Annotated[
+        str, typer.Option(help="templates, or p3: prompts that bigscience/P3 has rendered.")
+    ] = "templates",
+    validation: Annotated[
+        str,
+        typer.Option(help="Tasks to validate on: published, all of the mixture, or none."),
+    ] = "published",
+    limit: Annotated[
+        int | None, typer.Option(help="At most N rows of a data set and side, spread evenly.")
+    ] = None,
+    valid_limit: Annotated[
+        int | None, typer.Option(help="The same for validation; default: --limit.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of templates that draw at random.")] = 0,
+    instruction_text: Annotated[
+        str,
+        typer.Option(help="FLIPPED: published, or rendered (without branches not taken)."),
+    ] = "published",
+    cased: Annotated[
+        bool, typer.Option("--cased/--uncased", help="Keep capitals, or fold them (fairseq).")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its sizes; write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a result made with other settings.")
+    ] = False,
+) -> None:
+    """Turn data sets and prompt templates into finetuning data.
+
+    Data sets that cannot be had are listed at the end; the exit code is 0 as long as there is
+    something to train on.
+
+    Run the same command again to continue after an interruption.
+    """
+    from rich.console import Console
+
+    from metro.data import prompt_preparation as preparation
+
+    console = Console(stderr=True, highlight=False)
+    options = dict(
+        vocab=vocab,
+        format=format,
+        templates=templates,
+        data_dir=data_dir,
+        data_sets=dataset,
+        source=source,
+        validation=validation,
+        limit=limit,
+        valid_limit=valid_limit,
+        seed=seed,
+        instruction_text=instruction_text,
+        lower=not cased,
+    )
+    if dry_run:
+        settings = preparation.read_settings(mixture, **options)
+        _print_plan(preparation.plan_prompts(settings), settings)
+        return
+    if out is None:
+        raise ValueError("--out is missing: name the folder to make (or add --dry-run)")
+    bar, show = _progress_bar(console)
+    try:
+        with bar:
+            result = preparation.prepare_prompts(
+                mixture,
+                out,
+                num_workers=workers,
+                overwrite=overwrite,
+                say=lambda line: console.print(line, markup=False, soft_wrap=True),
+                progress=show,
+                **options,
+            )
+    except KeyboardInterrupt:
+        console.print("interrupted: run the same command again to continue")
+        raise typer.Exit(130) from None
+    except RuntimeError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    _print_result(console, result)
+
+
+def _progress_bar(console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("parts"),
+        TextColumn("{task.fields[rendered]:,} prompts"),
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,  # no thread: worker processes are forked while the bar stands
+    )
+    task = bar.add_task("starting", total=None, rendered=0)
+    last_shown = 0.0
+
+    def show(now) -> None:
+        nonlocal last_shown
+        is_due = time.monotonic() - last_shown > 0.1
+        last_shown = time.monotonic() if is_due else last_shown
+        bar.update(
+            task,
+            description=now.step,
+            completed=now.parts_done,
+            total=now.num_parts,
+            rendered=now.done,
+            refresh=is_due,
+        )
+
+    return bar, show
+
+
+def _print_plan(lines, settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from metro.data.prompt_sources import Unavailable
+
+    unit = "tokens" if settings.vocabulary else "words"
+    table = Table(title=f"mixture {settings.mixture.name}, as {settings.format}")
+    for column in ("side", "data set"):
+        table.add_column(column)
+    per = "data set" if settings.mixture.cap_of == "data_set" else "template"
+    for column in ("templates", "rows", "examples", f"cap/{per}", "an epoch reads", f"~{unit}"):
+        table.add_column(column, justify="right")
+    rows = [line for line in lines if not isinstance(line, Unavailable)]
+    totals: dict[str, list[int]] = {}
+    for row in rows:
+        table.add_row(row.side, row.data_set, *(f"{value:,}" for value in row[2:]))
+        total = totals.setdefault(row.side, [0, 0, 0, 0, 0])
+        for i, value in enumerate((row.templates, row.rows, row.examples, row.per_epoch,
+                                   row.tokens)):  # fmt: skip
+            total[i] += value
+    for side, total in totals.items():
+        shown = [f"{value:,}" for value in total]
+        table.add_row(side, "all", *shown[:3], "", *shown[3:], style="bold")
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table)
+    _print_unavailable(console, [line for line in lines if isinstance(line, Unavailable)])
+    if not rows:
+        raise ValueError(f"mixture {settings.mixture.name}: none of its data sets can be had")
+
+
+def _print_unavailable(console, rows) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title="not to be had")
+    for column in ("side", "data set", "why"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row.side, row.name, Text(row.reason))
+    console.print(table)
+
+
+def _print_result(console, result) -> None:
+    from metro.data.prompt_sources import Unavailable
+
+    manifest = result.manifest
+    _print_unavailable(console, [Unavailable(**row) for row in manifest["unavailable"]])
+    for kind in ("dropped", "noted"):
+        for reason, facts in manifest[kind].items():
+            console.print(
+                f"{kind} {facts['count']:,}: {reason} (first: {facts['first']})",
+                markup=False,
+                soft_wrap=True,
+            )
+    if empty := manifest["empty_tasks"]:
+        console.print(
+            f"tasks without a single example, left out: {', '.join(empty)}",
+            markup=False,
+            soft_wrap=True,
+        )
+    parts = []
+    for side, tasks in manifest["splits"].items():
+        examples = sum(facts["num_examples"] for facts in tasks.values())
+        parts.append(f"{side} {len(tasks):,} tasks, {examples:,} examples")
+    print(f"{result.folder}: {'; '.join(parts)}; format {manifest['format']}")

@@ -1,0 +1,143 @@
+"""`metro prompts`: what templates there are, and what a model will read and be asked for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="List prompt templates; show what a model will read and be asked for.",
+)
+
+Templates = Annotated[
+    Path | None,
+    typer.Option(help="promptsource tree; default: METRO_TEMPLATES, else the fetched one."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+@app.command("list")
+def list_prompts(
+    dataset: Annotated[
+        str | None, typer.Option(help="Only of this data set, as super_glue/rte.")
+    ] = None,
+    mixture: Annotated[
+        str | None, typer.Option(help="Only of this mixture: t0, t0p, t0pp, flipped, ...")
+    ] = None,
+    templates: Templates = None,
+    json: AsJson = False,
+) -> None:
+    """List templates with their metrics; --json prints everything."""
+    from metro.data.datasets import name_of
+    from metro.data.mixtures import find_mixture, split_dataset_name
+    from metro.data.prompts import find_templates
+
+    tree = find_templates(templates)
+    names = tree.datasets()
+    if mixture:
+        chosen = find_mixture(mixture)
+        names = list(chosen.data_sets)
+    if dataset:
+        names = [name for name in names if name == split_dataset_name(dataset, tree)]
+        if not names:
+            raise ValueError(f"mixture {mixture} has no data set {dataset!r}")
+    absent = []
+    for name in names:
+        try:
+            found = tree.templates(*name) if not mixture else chosen.templates(tree, *name)
+        except ValueError:
+            if dataset:
+                raise
+            absent.append(name_of(*name))
+            continue
+        if not json:
+            typer.echo(f"{name_of(*name)}: {len(found)} templates")
+        for template in found:
+            _print_template(template, json)
+    if absent:
+        typer.echo(f"no templates in {tree.path} for: {', '.join(absent)}", err=True)
+
+
+def _print_template(template, as_json: bool) -> None:
+    import json
+
+    if as_json:
+        fields = {key: getattr(template, key) for key in template.__dataclass_fields__}
+        typer.echo(json.dumps({"task": template.task_name, **fields}, ensure_ascii=False))
+        return
+    facts = [", ".join(template.metrics) or "no metric"]
+    facts += ["answer choices"] if template.answer_choices else []
+    facts += ["original task"] if template.original_task else []
+    typer.echo(f"  {template.name}  [{'; '.join(facts)}]")
+
+
+@app.command("show")
+def show_prompts(
+    dataset: Annotated[str, typer.Option(help="Data set, as super_glue/rte or imdb.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Name of one template; default: all of the data set.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Local rows: DIR/DATASET/SUBSET/SPLIT.jsonl; default: the hub."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation split, else the first.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of the split.")] = 1,
+    objective: Annotated[str, typer.Option(help="direct, channel or flipped.")] = "direct",
+    instruction_text: Annotated[
+        str, typer.Option(help="published, or rendered: without branches that are not taken.")
+    ] = "published",
+    templates: Templates = None,
+    seed: Annotated[int, typer.Option(help="Of templates that draw at random.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Show prompts, answers and options of a data set's rows.
+
+    Rows that give no example are named on the error output.
+    """
+    from metro.data.mixtures import split_dataset_name
+    from metro.data.prompt_view import Refused, view_rows
+    from metro.data.prompts import find_templates
+
+    tree = find_templates(templates)
+    name = split_dataset_name(dataset, tree)
+    chosen = [tree.template(*name, prompt)] if prompt else tree.templates(*name)
+    shown = 0
+    for view in view_rows(
+        chosen,
+        split=split,
+        data_dir=data_dir,
+        limit=limit,
+        objective=objective,
+        instruction_text=instruction_text,
+        seed=seed,
+    ):
+        if isinstance(view, Refused):
+            typer.echo(f"{view.prompt_name!r}, row {view.row}: {view.reason}", err=True)
+            continue
+        shown += 1
+        _print_view(view, json)
+    if not shown:
+        typer.echo("no example to show", err=True)
+        raise typer.Exit(1)
+
+
+def _print_view(view: dict, as_json: bool) -> None:
+    import json
+
+    if as_json:
+        typer.echo(json.dumps(view, ensure_ascii=False))
+        return
+    typer.secho(f"{view['task']}, {view['split']} row {view['row']}", bold=True)
+    # What all options share is printed once.
+    for part in ("encoder", "decoder"):
+        texts = view[f"{part}_texts"]
+        for i, text in enumerate(texts[:1] if len(set(texts)) == 1 else texts):
+            option = f" of option {i}" if len(set(texts)) > 1 else ""
+            answer = " (the answer)" if option and view["label"] == i else ""
+            typer.echo(f"--- {part}{option}{answer}\n{text}")
+    typer.echo("")
