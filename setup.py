@@ -61,7 +61,10 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["metro", "metro.*", "fairseq_plugins", "fairseq_plugins.*"]),
-    package_data={"fairseq_plugins": ["configs/**/*.yaml"]},
+    package_data={
+        "metro": [f"**/*.{kind}" for kind in ("yaml", "json", "csv", "html", "css", "js")],
+        "fairseq_plugins": ["configs/**/*.yaml"],
+    },
     install_requires=[part.requirement for part in PARTS if part.required],
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithRegistry},

@@ -165,8 +165,8 @@ def test_one_hub_id_for_two_models_is_refused(tmp_path):
         registry.read_registry(path)
 
 
-def test_an_installed_package_carries_the_registry(tmp_path):
-    """Oracle: what setup.py builds, imported from a place without the checkout."""
+def test_an_installed_package_carries_the_registry_and_every_data_file(tmp_path):
+    """Oracle: what setup.py builds, imported from a place without the checkout; the tree."""
     pytest.importorskip("setuptools")
     build = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path / "b")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
@@ -182,3 +182,9 @@ def test_an_installed_package_carries_the_registry(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.split() == ["13", str(library / "metro/checkpoints")], done.stderr
+    for package in ("metro", "fairseq_plugins"):
+        for path in (ROOT / package).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc":
+                assert (library / path.relative_to(ROOT)).is_file(), (
+                    f"add it to package_data: {path}"
+                )
