@@ -5,6 +5,7 @@ What an example is depends on its row, its template and the seed alone, never on
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ FIRST_EXAMPLES = 1
 """Of a reason to drop examples, so many are described."""
 _MAX_REASON_CHARS = 160
 _CACHED_TARGETS = 4096
+_DRAWS = re.compile(r"\|\s*(?:choice|random)\b")
 
 
 class RenderingSettings(NamedTuple):
@@ -186,7 +188,7 @@ def _not_among(rendered: RenderedExample) -> str:
 
 def example_seed(seed: int, template: PromptTemplate, split: str, number: int) -> int:
     """Of Jinja's ``choice`` in one example: other examples have other draws."""
-    if "choice" not in template.jinja and "random" not in template.jinja:
+    if not _DRAWS.search(template.jinja):
         return 0  # nothing is drawn
     name = (seed, template.dataset, template.subset, template.name, split, number)
     return int.from_bytes(hashlib.blake2b(repr(name).encode(), digest_size=8).digest(), "little")
