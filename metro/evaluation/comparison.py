@@ -5,45 +5,17 @@ followed by the difference to the published row of the same model, then the publ
 accuracy of guessing. Values are fractions here; percent is a matter of printing.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from metro.evaluation.naming import SUITE_TITLES, colours, labels, model_name, title_case
 from metro.evaluation.published import PublishedRow
 from metro.evaluation.results import Run
 from metro.evaluation.summary import Summary, TaskSummary, notes, summarize
 
-SUITE_TITLES = {
-    "t0": "T0 Eval",
-    "flipped14": "FLIPPED’s 14 sets",
-    "bigbench": "BIG-bench",
-    "label_generalization": "Label generalisation",
-    "mmlu": "MMLU",
-}
-TASK_TITLES = {
-    "rte": "RTE",
-    "cb": "CB",
-    "anli_r1": "ANLI R1",
-    "anli_r2": "ANLI R2",
-    "anli_r3": "ANLI R3",
-    "wsc": "WSC",
-    "winogrande": "Winogrande",
-    "copa": "COPA",
-    "story_cloze": "StoryCloze",
-    "hellaswag": "HellaSwag",
-    "wic": "WiC",
-    "piqa": "PIQA",
-    "arc_challenge": "ARC-C",
-    "openbookqa": "OpenbookQA",
-    "paws": "PAWS",
-    "strategyqa": "StrategyQA",
-    "winowhy": "WinoWhy",
-    "vitaminc_fact_verification": "VitaminC fact verification",
-    "imdb": "IMDB",
-}
 # What the papers print for a suite; accuracy where it is not named.
 SUITE_METRICS = {"label_generalization": "macro_f1"}
 METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -56,8 +28,12 @@ class ReportRun:
     run: Run
     summary: Summary
     label: str
+    model: str
+    """The model alone, as the report calls it."""
+    colour: int
+    """Number of its colour and shape, the same in every section for the same model and method."""
     published: PublishedRow | None = None
-    """What it is compared with: the published row of the same model, the first that is listed."""
+    """What it is compared with: the first published row of the same model and method."""
 
 
 @dataclass
@@ -76,6 +52,8 @@ class Row:
     """Tasks whose value is of a part of the prompts."""
     run_index: int | None = None
     """Which run of the section it belongs to."""
+    colour: int | None = None
+    """As of its run."""
     best: frozenset[str] = frozenset()
     """Tasks (and "average") where this run is the best of several."""
     compared: bool = False
@@ -139,39 +117,33 @@ def source_parts(source: str) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def task_title(task: str) -> str:
-    return TASK_TITLES.get(task, title_case(task))
-
-
-def title_case(name: str) -> str:
-    text = re.sub(r"\bus\b", "US", name.replace("_", " ").strip())
-    return text[:1].upper() + text[1:]
-
-
 def compare(
     runs: Sequence[Run],
     published: Sequence[PublishedRow] = (),
     titles: Mapping[str, str] | None = None,
 ) -> list[Section]:
-    """Sections, one per suite, in the order in which the suites first appear.
+    """Sections, one per suite, in the order of SUITE_TITLES, suites of the user's last.
 
     Args:
         runs: at least one; each with at least one result; no folder twice.
         published: rows to show, in this order; a run of one of these models is compared with the
-            first row of it.
+            first row of it, if it was evaluated by the same method.
         titles: what registered models are called.
     """
     check_runs(runs)
-    suites = list(dict.fromkeys(run.suite for run in runs))
-    return [
-        make_section(
-            suite,
-            [run for run in runs if run.suite == suite],
-            [row for row in published if row.suite == suite],
-            titles or {},
-        )
-        for suite in suites
-    ]
+    models = [model_name(run, titles or {}) for run in runs]
+    known = [*SUITE_TITLES, *(run.suite for run in runs)]
+    sections = []
+    for suite in sorted({run.suite for run in runs}, key=known.index):
+        members = [number for number, run in enumerate(runs) if run.suite == suite]
+        report_runs = [
+            ReportRun(runs[number], summarize(runs[number]), label, models[number], colour)
+            for number, label, colour in zip(
+                members, labels(runs, models, members), colours(runs, models, members), strict=True
+            )
+        ]
+        sections.append(make_section(suite, report_runs, published))
+    return sections
 
 
 def check_runs(runs: Sequence[Run]) -> None:
@@ -190,24 +162,26 @@ def check_runs(runs: Sequence[Run]) -> None:
         seen[real] = run.folder
 
 
-def make_section(
-    suite: str, runs: list[Run], published: list[PublishedRow], titles: Mapping[str, str]
-) -> Section:
+def make_section(suite: str, runs: list[ReportRun], published: Sequence[PublishedRow]) -> Section:
     metric = SUITE_METRICS.get(suite, "accuracy")
-    own: dict[str, PublishedRow] = {}
-    for row in published:
-        own.setdefault(row.model, row)
-    report_runs = [
-        ReportRun(run, summarize(run), label, own.get(run.registered or ""))
-        for run, label in zip(runs, labels(runs, titles), strict=True)
-    ]
-    listed = list(dict.fromkeys(task for run in runs for task in [*run.tasks, *run.by_task()]))
-    with_result = {task for report_run in report_runs for task in report_run.summary.tasks}
+    published = [row for row in published if row.suite == suite]
+    for report_run in runs:
+        key = report_run.run.registered, report_run.run.method
+        own = [row for row in published if (row.model, row.method or key[1]) == key]
+        report_run.published = own[0] if own else None
+    listed = list(
+        dict.fromkeys(
+            task
+            for report_run in runs
+            for task in [*report_run.run.tasks, *report_run.run.by_task()]
+        )
+    )
+    with_result = {task for report_run in runs for task in report_run.summary.tasks}
     section = Section(
         suite=suite,
         metric=metric,
         tasks=[task for task in listed if task in with_result],
-        runs=report_runs,
+        runs=runs,
         published=published,
         rows=[],
         notes=[],
@@ -263,6 +237,7 @@ def run_row(section: Section, report_run: ReportRun, index: int) -> Row:
         num_averaged=len(whole),
         partial=frozenset(name for name, task in tasks.items() if not task.complete),
         run_index=index,
+        colour=report_run.colour,
     )
 
 
@@ -283,6 +258,7 @@ def difference_row(row: Row, published: PublishedRow) -> Row:
         num_averaged=len(whole),
         partial=row.partial & values.keys(),
         run_index=row.run_index,
+        colour=row.colour,
     )
 
 
@@ -312,39 +288,15 @@ def make_notes(section: Section, listed: list[str]) -> list[str]:
             f"averages, published ones too, are over the {len(section.tasks)} tasks shown; the "
             f"suite lists {len(listed)}"
         )
-    several = len(section.runs) > 1
+    said: dict[str, list[str]] = {}
     for report_run in section.runs:
-        prefix = f"{report_run.label}: " if several else ""
-        found += [prefix + note for note in notes(report_run.summary)]
+        for note in notes(report_run.summary):
+            said.setdefault(note, []).append(report_run.label)
+    for note, names in said.items():
+        everyone = len(names) == len(section.runs)
+        found.append(note if everyone else f"{'; '.join(names)}: {note}")
     for option in ("split", "limit"):
         values = {str(report_run.run.options.get(option)) for report_run in section.runs}
         if len(values) > 1:
             found.append(f"runs differ in --{option}: {', '.join(sorted(values))}")
     return found
-
-
-def labels(runs: Sequence[Run], titles: Mapping[str, str]) -> list[str]:
-    """Short and different names: the model, then its method, then its folder."""
-    names = [
-        titles.get(run.registered or "") or run.registered or short_model_name(run.model)
-        for run in runs
-    ]
-    for extra in (lambda run: run.method, lambda run: run.folder.name, lambda run: run.folder):
-        twice = {name for name in names if names.count(name) > 1}
-        names = [
-            f"{name}, {extra(run)}" if name in twice else name
-            for name, run in zip(names, runs, strict=True)
-        ]
-    return names
-
-
-def short_model_name(model: str) -> str:
-    """The last part of a path or hub id, with the one before it where it says little alone."""
-    path = Path(model.rstrip("/") or model)
-    if path.suffix in (".pt", ".bin", ".safetensors") and path.parent.name:
-        path = path.parent
-    if re.fullmatch(
-        r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|(checkpoint.*)", path.name
-    ):
-        return f"{path.parent.name}/{path.name}".lstrip("/")
-    return path.name

@@ -17,6 +17,8 @@ class PublishedRow:
     source: str
     values: dict[str, float]
     """Fraction of every task."""
+    method: str = ""
+    """How it was evaluated; empty where any method may be compared with it."""
 
 
 def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
@@ -44,6 +46,7 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
                 table["suite"],
                 table["source"],
                 {task: accuracy / 100 for task, accuracy in table["results"].items()},
+                model.method,
             )
             for table in model.published
         ]

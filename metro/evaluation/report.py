@@ -63,11 +63,16 @@ def build_sections(
 
 def default_title(sections: Sequence[Section]) -> str:
     """Models and suites, as far as they fit a heading."""
-    models = list(dict.fromkeys(run.label for section in sections for run in section.runs))
-    suites = ", ".join(section.title for section in sections)
+    models = list(dict.fromkeys(run.model for section in sections for run in section.runs))
+    suites = listing([section.title for section in sections])
     if len(models) > 3:
         return f"{len(models)} models on {suites}"
-    return f"{', '.join(models)} on {suites}"
+    return f"{listing(models)} on {suites}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def write_report(

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metro.evaluation.comparison import PublishedRow, ReportRun, Section, task_title
+from metro.evaluation.comparison import PublishedRow, ReportRun, Section
+from metro.evaluation.naming import task_title
 from metro.evaluation.report_tables import is_wide, percent
 from metro.evaluation.svg_marks import RADIUS, diamond, line, mark, spread, text
 
@@ -124,7 +125,7 @@ def lane(
     values = section.values_per_prompt(summary) if summary else {}
     if not values:
         return ""
-    parts = [f'<g class="run-{index % NUM_COLOURS}">']
+    parts = [f'<g class="run-{report_run.colour % NUM_COLOURS}">']
     # Points left of the published value, which would cover them otherwise.
     half = min(20.0, pitch / 2 - 7)
     middle = centre - 5
@@ -134,7 +135,7 @@ def lane(
     heights = {prompt: y(value) for prompt, value in values.items()}
     for prompt, (dx, height) in spread(heights, half - RADIUS).items():
         hint = f"{report_run.label} · {prompt}: {percent(values[prompt])}"
-        parts.append(mark(index, middle + dx, height, RADIUS, hint))
+        parts.append(mark(report_run.colour, middle + dx, height, RADIUS, hint))
     parts.append(text(middle, PANEL_HEIGHT - 12, percent(median, 1), "value middle"))
     row = report_run.published
     if row and task in row.values:
@@ -212,14 +213,19 @@ def row_marks(
     """A run's points, median and published value in a row."""
     summary = report_run.summary.tasks[task]
     values = section.values_per_prompt(summary)
-    yield f'<g class="run-{index % NUM_COLOURS}">'
+    yield f'<g class="run-{report_run.colour % NUM_COLOURS}">'
     if len(values) > 1:
         median = section.median(summary)
         drawn = line(0, -6, 0, 6, "median", f"{report_run.label}: median {percent(median)}")
         yield at(scale, median, height, drawn)
     for prompt, value in values.items():
         hint = f"{report_run.label} · {prompt}: {percent(value)}"
-        yield at(scale, value, height, mark(index, 0, 0, 4 if len(values) == 1 else RADIUS, hint))
+        yield at(
+            scale,
+            value,
+            height,
+            mark(report_run.colour, 0, 0, 4 if len(values) == 1 else RADIUS, hint),
+        )
     own = report_run.published
     if own and task in own.values:
         drawn = diamond(0, 0, 4.6, "own", published_text(own, task))
@@ -265,8 +271,9 @@ def chance_of(section: Section, task: str) -> float | None:
 def legend(section: Section) -> list[tuple[str, str]]:
     """(drawing of 22 x 14, words) of everything the figure holds."""
     items = []
-    for index, report_run in enumerate(section.runs):
-        drawn = f'<g class="run-{index % NUM_COLOURS}">{mark(index, 11, 7, 3.8, "")}</g>'
+    for report_run in section.runs:
+        number = report_run.colour
+        drawn = f'<g class="run-{number % NUM_COLOURS}">{mark(number, 11, 7, 3.8, "")}</g>'
         items.append((drawn, report_run.label))
     if not section.one_prompt:
         items.append((line(2, 7, 20, 7, "median key"), "median of the prompts, each a point"))

@@ -14,7 +14,8 @@ from markupsafe import Markup, escape
 
 import metro
 from metro.evaluation import report_figure as figure
-from metro.evaluation.comparison import ReportRun, Row, Section, task_title
+from metro.evaluation.comparison import ReportRun, Row, Section
+from metro.evaluation.naming import task_title
 from metro.evaluation.report_tables import (
     PARTIAL,
     average_cell,
@@ -100,9 +101,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "suite"
 
 
-def key_mark(index: int) -> Markup:
+def key_mark(colour: int) -> Markup:
     return Markup(
-        f'<svg width="14" height="14" aria-hidden="true">{mark(index, 7, 7, 4.6, "")}</svg>'
+        f'<svg width="14" height="14" aria-hidden="true">{mark(colour, 7, 7, 4.6, "")}</svg>'
     )
 
 
@@ -121,8 +122,8 @@ def row_groups(section: Section) -> list[tuple[str, list[Row]]]:
 def row_name(section: Section, row: Row) -> Markup:
     name = escape(row.label)
     if row.kind == "run":
-        colour = f"run-{row.run_index % figure.NUM_COLOURS}"
-        return Markup(f'<span class="dot {colour}">{key_mark(row.run_index)}</span>') + name
+        colour = f"run-{row.colour % figure.NUM_COLOURS}"
+        return Markup(f'<span class="dot {colour}">{key_mark(row.colour)}</span>') + name
     if row.kind == "published":
         return name + Markup("<sup> ") + section.letters(row) + Markup("</sup>")
     return name

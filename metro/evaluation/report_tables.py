@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from metro.evaluation.comparison import Row, Section, task_title
+from metro.evaluation.comparison import Row, Section
+from metro.evaluation.naming import task_title
 from metro.evaluation.summary import Summary, interval_text, percent
 
 MOST_COLUMNS = 14  # tasks side by side; more, or long names, go down the page
@@ -56,7 +57,7 @@ def name_of(row: Row, section: Section) -> str:
     if row.kind == "published":
         return f"{row.label}, published ({section.letters(row)})"
     methods = {report_run.run.method for report_run in section.runs}
-    if row.kind == "run" and len(methods) > 1 and not row.label.endswith(f", {row.detail}"):
+    if row.kind == "run" and len(methods) > 1 and f", {row.detail}" not in row.label:
         return f"{row.label}, {row.detail}"
     return row.label
 

@@ -15,13 +15,14 @@ from xml.etree import ElementTree
 import pytest
 
 from metro.conversion.registry import registered_models
-from metro.evaluation.comparison import compare, labels, short_model_name
+from metro.evaluation.comparison import compare
+from metro.evaluation.naming import short_model_name
 from metro.evaluation.published import PublishedRow, merge_agreeing, published_rows
 from metro.evaluation.report import build_sections, find_runs, write_report
 from metro.evaluation.report_figure import make_scale, standalone
 from metro.evaluation.report_page import page
 from metro.evaluation.report_tables import latex, markdown, prompts_csv, signed, tasks_csv
-from metro.evaluation.results import Run, read_run
+from metro.evaluation.results import PromptResult, Run, read_run
 from metro.evaluation.svg_marks import spread
 from tests.evaluation.run_folders import write_run
 
@@ -432,19 +433,51 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
         build_sections([run])
 
 
-def test_labels_tell_runs_apart(tmp_path):
-    """Oracle: by hand: model, then method, then folder."""
+def test_labels_and_colours_tell_runs_apart(tmp_path):
+    """Oracle: by hand: model, then method where the report has several of it, then folder; a model
+    and method keep their colour from section to section."""
 
-    def run(folder, model, method="direct", registered=None):
-        return Run(tmp_path / folder, model, method, "t0", registered)
+    def run(folder, model, method="direct", suite="t0", registered=None):
+        results = [PromptResult(suite, "rte", "p", method, 10, 0.5)]
+        return Run(tmp_path / folder, model, method, suite, registered, results=results)
 
-    assert labels([run("a", "x/one"), run("b", "two")], {}) == ["one", "two"]
-    assert labels([run("a", "x/one"), run("b", "x/one", "flipped")], {}) == [
-        "one, direct",
-        "one, flipped",
+    def labels(*runs):
+        sections = compare(runs, (), {"m": "Model M"})
+        return [[(each.label, each.colour) for each in section.runs] for section in sections]
+
+    assert labels(run("a", "x/one"), run("b", "two")) == [[("one", 0), ("two", 1)]]
+    assert labels(run("a", "x/one"), run("b", "x/one", "flipped"), run("c", "two")) == [
+        [("one, direct", 0), ("one, flipped", 1), ("two", 2)]
     ]
-    assert labels([run("a", "one"), run("b", "one")], {}) == ["one, direct, a", "one, direct, b"]
-    assert labels([run("a", "hub", registered="m")], {"m": "Model M"}) == ["Model M"]
+    assert labels(run("a", "x"), run("b", "two", suite="mmlu"), run("c", "x", suite="mmlu")) == [
+        [("x", 0)],
+        [("two", 1), ("x", 0)],
+    ]
+    assert labels(run("a", "one"), run("b", "one")) == [[("one, a", 0), ("one, b", 1)]]
+    assert labels(run("a", "hub", registered="m")) == [[("Model M", 0)]]
     assert short_model_name("runs/mine/checkpoint_last.pt") == "mine"
     assert short_model_name("runs/mine/direct/") == "mine/direct"
     assert short_model_name("google/t5-small") == "t5-small"
+
+
+def test_a_model_is_compared_with_rows_of_its_method_only(tmp_path):
+    """Oracle: flipped_3b is published by method flipped; evaluated directly it is another thing."""
+    rows = published_rows(["flipped_3b"])
+    for method, compared in [("flipped", True), ("direct", False)]:
+        folder = write_run(
+            tmp_path / method, {"rte": {"p": 0.5}}, method=method, registered="flipped_3b"
+        )
+        (section,) = compare([read_run(folder)], rows)
+        assert ("difference" in [row.kind for row in section.rows]) == compared
+
+
+def test_what_is_true_of_all_runs_is_said_once(tmp_path):
+    """Oracle: by hand: both limited, one partial."""
+    both = {"options": {"limit": 8}}
+    one = write_run(tmp_path / "one", {"rte": {"a": 0.5}}, model="one", **both)
+    two = write_run(
+        tmp_path / "two", {"rte": {"a": 0.5}}, model="two", listed={"rte": ["a", "b"]}, **both
+    )
+    (section,) = compare([read_run(one), read_run(two)])
+    assert len([note for note in section.notes if note.startswith("limited to 8")]) == 1
+    assert any(note.startswith("two: partial, ") for note in section.notes)
