@@ -77,6 +77,7 @@ def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = (
         "signed": signed,
         "statistics_grid": statistics_grid,
         "task_title": task_title,
+        "under_average": under_average,
     }
     return environment.from_string(read("page.html")).render(
         title=title,
@@ -109,6 +110,19 @@ def key_mark(colour: int) -> Markup:
 
 def differences(section: Section) -> dict[int, Row]:
     return {row.run_index: row for row in section.rows if row.kind == "difference"}
+
+
+def under_average(section: Section, report_run: ReportRun, row: Row) -> list[str]:
+    """What is said below the average on a run's card."""
+    parts = []
+    if f", {report_run.run.method}" not in report_run.label:
+        parts.append(report_run.run.method)
+    interval = report_run.summary.average_interval
+    if interval and section.metric == "accuracy":
+        parts.append(f"95 % interval {interval_text(interval)}")
+    if row.average is not None and row.num_averaged < len(section.tasks):
+        parts.append(f"over {row.num_averaged} of {len(section.tasks)} tasks")
+    return parts
 
 
 def row_groups(section: Section) -> list[tuple[str, list[Row]]]:
