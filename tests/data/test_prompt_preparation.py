@@ -402,7 +402,7 @@ def test_flipped_mixture_on_real_rows(testdata, tmp_path):
     tree = TemplateTree(testdata / "prompts")
     tasks = result.manifest["splits"]["train"]
     assert len(tasks) > 110 and {facts["cap"] for facts in tasks.values()} == {500_000}
-    checked = 0
+    checked, lines = 0, {}
     for task, facts in tasks.items():
         template = tree.template(facts["dataset"], facts["subset"], facts["prompt_name"])
         for example in PromptedExamples(result.folder / "train" / task):
@@ -410,7 +410,9 @@ def test_flipped_mixture_on_real_rows(testdata, tmp_path):
             if "| choice" not in template.jinja:
                 folder = testdata / "data" / facts["dataset"]
                 file = next(folder.glob(f"{facts['subset'] or '*'}/{example['split']}.jsonl"))
-                row = json.loads(file.read_text().split("\n")[example["row"]])
+                if file not in lines:
+                    lines[file] = file.read_text().split("\n")
+                row = json.loads(lines[file][example["row"]])
                 assert (example["flipped_input"], example["instruction"]) == flip(template, row)
                 rendered = template.render(row)
                 assert (example["input"], example["target"]) == rendered

@@ -1,0 +1,161 @@
+"""Rows come from local jsonl or through the package datasets, under the templates' field names."""
+
+import json
+import pickle
+
+import pytest
+
+from metro.data import datasets
+from metro.data.datasets import (
+    DatasetEntry,
+    DatasetUnavailable,
+    JsonlRows,
+    available_splits,
+    dataset_table,
+    load_rows,
+)
+from metro.data.mixtures import find_mixture
+from tests.data.prompt_toys import write_rows
+
+ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of invented data sets in place of the published one."""
+    entries: dict[str, DatasetEntry] = {}
+    monkeypatch.setattr(datasets, "dataset_table", lambda: entries)
+    return entries
+
+
+def test_jsonl_rows_equal_reading_line_by_line(tmp_path):
+    """Oracle: json on each line; blank lines, no final newline, and a BOM-free UTF-8 text."""
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"n": i, "t": "ü\n" * i}, ensure_ascii=False) for i in range(5)]
+    file.write_text("\n" + lines[0] + "\n\n  \n" + "\n".join(lines[1:]), encoding="utf-8")
+    rows = JsonlRows(file)
+    assert [*rows] == [json.loads(line) for line in lines] and len(rows) == 5
+    assert rows[-1] == rows[4] and rows[1:4] == [rows[1], rows[2], rows[3]]
+    assert [*rows.read(2, 4)] and pickle.loads(pickle.dumps(rows))[3] == rows[3]
+    assert len(JsonlRows(file, limit=2)) == 2 and len(JsonlRows(file, limit=99)) == 5
+    with pytest.raises(IndexError):
+        rows[5]
+    file.write_text("")
+    assert len(JsonlRows(file)) == 0
+
+
+def test_broken_row_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"a": \n[1]\n')
+    rows = JsonlRows(file)
+    with pytest.raises(ValueError, match="rows.jsonl, row 1: not JSON"):
+        rows[1]
+    with pytest.raises(ValueError, match="row 2: a row is an object"):
+        rows[2]
+
+
+def test_local_folder_is_found_by_subset_default_or_configuration(tmp_path, table):
+    table["named"] = DatasetEntry(config="plain_text", splits=("train", "validation"))
+    write_rows(tmp_path, "plain", "train", ROWS)
+    write_rows(tmp_path, "sub", "train", ROWS, "s1")
+    write_rows(tmp_path, "sub", "train", ROWS[:2], "s2")
+    write_rows(tmp_path, "named", "validation", ROWS, "plain_text")
+    write_rows(tmp_path, "named", "notes", ROWS, "plain_text")
+    write_rows(tmp_path, "only", "dev", ROWS, "some_name")
+    assert load_rows("plain", None, "train", data_dir=tmp_path)[2] == ROWS[2]
+    assert len(load_rows("sub", "s2", "train", data_dir=tmp_path)) == 2
+    assert len(load_rows("named", None, "validation", data_dir=tmp_path, limit=3)) == 3
+    assert available_splits("named", None, data_dir=tmp_path) == ["validation"]
+    assert available_splits("only", None, data_dir=tmp_path) == ["dev"]
+    for name, subset, message in (
+        ("other", None, "write its rows as other/default/<split>.jsonl"),
+        ("sub", "s3", "write its rows as sub/s3/<split>.jsonl"),
+        ("sub", None, "write its rows as sub/default/<split>.jsonl"),
+    ):
+        with pytest.raises(DatasetUnavailable, match=message):
+            load_rows(name, subset, "train", data_dir=tmp_path)
+    with pytest.raises(DatasetUnavailable, match="no split 'test' in .* it has train"):
+        load_rows("plain", None, "test", data_dir=tmp_path)
+    with pytest.raises(DatasetUnavailable, match="is not a folder"):
+        load_rows("plain", None, "train", data_dir=tmp_path / "none")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A data set as on the hub: parquet files with a configuration, loaded by the real package."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"
+    (folder / "conf").mkdir(parents=True)
+    for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
+        package.Dataset.from_list(rows).to_parquet(folder / f"conf/{split}-0.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: conf\n  data_files:\n"
+        "  - {split: train, path: conf/train-*}\n"
+        "  - {split: validation, path: conf/validation-*}\n---\n"
+    )
+    return folder
+
+
+def test_hub_rows_come_with_renamed_fields(repository, table):
+    """Oracle: the rows that were written."""
+    table["toy/sub"] = DatasetEntry(
+        hub=str(repository), config="conf", splits=("train", "validation"), rename={"words": "text"}
+    )
+    expected = [{"label": r["label"], "nested": r["nested"], "words": r["text"]} for r in ROWS]
+    rows = load_rows("toy", "sub", "train")
+    assert [*rows] == expected and rows[2:5] == expected[2:5] and rows[0:0] == []
+    assert len(load_rows("toy", "sub", "train", limit=2)) == 2
+    assert available_splits("toy", "sub") == ["train", "validation"]
+    with pytest.raises(DatasetUnavailable, match="no split 'test' with labels: it has train, val"):
+        load_rows("toy", "sub", "test")
+    assert available_splits(str(repository), "conf") == ["train", "validation"]  # not in the table
+
+
+def test_repository_with_a_script_falls_back_to_its_parquet_copy(repository, table, monkeypatch):
+    """The main revision refuses as the package does for scripts; the copy is the real loading."""
+    import datasets as package
+
+    real, tried = package.load_dataset, []
+
+    def load_dataset(path, name=None, *, split, revision=None):
+        tried.append((name, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found toy.py")
+        return real(path, "conf" if name == "default" else name, split=split)
+
+    monkeypatch.setattr(package, "load_dataset", load_dataset)
+    table["toy"] = DatasetEntry(hub=str(repository), config="other", splits=("train",))
+    with pytest.raises(DatasetUnavailable, match="RuntimeError: Dataset scripts are no longer"):
+        load_rows("toy", None, "train")
+    table["toy"] = DatasetEntry(hub=str(repository), config="old", splits=("train",), script=True)
+    assert len(load_rows("toy", None, "train")) == 7
+    assert tried[-2:] == [("old", "refs/convert/parquet"), ("default", "refs/convert/parquet")]
+
+
+def test_unavailable_data_set_is_one_line_with_a_remedy(table, monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    table["toy"] = DatasetEntry(hub=str(tmp_path / "none"), splits=("train",), unsure=True)
+    with pytest.raises(DatasetUnavailable) as caught:
+        load_rows("toy", None, "train")
+    message = str(caught.value)
+    assert "\n" not in message and "--data-dir" in message and "could not be verified" in message
+    table["story"] = DatasetEntry(hub="a/b", splits=("validation",), manual="ask for it")
+    with pytest.raises(DatasetUnavailable, match="cannot be downloaded: ask for it"):
+        load_rows("story", None, "validation")
+
+
+def test_table_knows_every_data_set_of_every_mixture(testdata):
+    """Oracle: the published list, and the mixtures."""
+    table = dataset_table()
+    listed = (testdata / "mixtures/t0_datasets.csv").read_text().splitlines()[1:]
+    names = {datasets.name_of(*(line.split(",")[:2])) for line in listed}
+    assert names <= set(table)
+    for mixture in ("t0pp", "flipped"):
+        for data_set in find_mixture(mixture).data_sets:
+            entry = table[datasets.name_of(*data_set)]
+            assert entry.hub.count("/") == 1 and "train" in entry.splits, data_set
+    for name, entry in table.items():
+        assert entry.manual or (entry.hub and entry.splits and entry.config), name
