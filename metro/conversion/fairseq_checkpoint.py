@@ -232,7 +232,8 @@ def generation_config(checkpoint: FairseqCheckpoint) -> GenerationConfig:
     config = checkpoint.config
     end = [EOS_ID]
     if checkpoint.is_pretrained_only and checkpoint.first_sentinel is not None:
-        end = [checkpoint.first_sentinel] + ([EOS_ID] if checkpoint.auxiliary else [])
+        end = [checkpoint.first_sentinel]
+        end += [EOS_ID] if checkpoint.task["_name"] == "t5_metro" else []
     return GenerationConfig(
         bos_token_id=BOS_ID,
         pad_token_id=PAD_ID,

@@ -1,0 +1,331 @@
+"""An exported folder stands alone, and is complete or not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import metro
+import metro.modeling
+from metro.conversion.atomic_output import _exchange, new_file, new_folder
+from metro.conversion.export import EXPORTED_CODE, export_model
+from metro.conversion.fairseq_to_hf import to_hf
+
+ALONE = """
+import socket, sys
+from importlib.abc import MetaPathFinder
+
+class NoMetro(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "metro":
+            raise ModuleNotFoundError("metro is not installed here", name="metro")
+
+sys.meta_path.insert(0, NoMetro())
+
+def refuse(*args, **kwargs):
+    raise OSError("the network is refused")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder, text, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "MetroT5Config"
+inputs = tokenizer(text.split("|"), padding=True, return_tensors="pt")
+labels = tokenizer(["yes , it is"] * len(inputs["input_ids"]), return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    output = model(**inputs, labels=labels)
+    states = encoder(**inputs).last_hidden_state
+sequences = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+try:
+    import metro
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("metro was there")
+assert not any(name == "metro" or name.startswith("metro.") for name in sys.modules)
+torch.save(
+    {
+        "input_ids": inputs["input_ids"], "logits": output.logits, "loss": output.loss,
+        "states": states, "sequences": sequences,
+        "decoded": tokenizer.batch_decode(sequences, skip_special_tokens=True),
+    },
+    out,
+)
+"""
+
+
+@torch.no_grad()
+def test_an_export_works_where_neither_metro_nor_a_network_is(exported, tmp_path):
+    """Oracle: the same folder in this process, with the classes of ``metro.modeling``."""
+    folder = exported("t5_prompt_tiny_f")
+    texts = ["Is this good? Review: I loved it!", "The lobster is blue."]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(folder), "|".join(texts), str(tmp_path / "out.pt")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "out.pt", weights_only=True)
+
+    model, tokenizer = metro.load(folder)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    assert torch.equal(alone["input_ids"], inputs["input_ids"])
+    labels = tokenizer(["yes , it is"] * 2, return_tensors="pt")["input_ids"]
+    output = model(**inputs, labels=labels)
+    assert torch.equal(alone["logits"], output.logits) and torch.equal(alone["loss"], output.loss)
+    sequences = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert torch.equal(alone["sequences"], sequences)
+    assert alone["decoded"] == tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    assert torch.equal(alone["states"], model.encoder(**inputs).last_hidden_state)
+
+
+def test_code_is_copied_byte_for_byte_and_completely(exported):
+    """Oracle: ``metro/modeling``, all of it but the package marker."""
+    source, folder = Path(metro.modeling.__file__).parent, exported("metro_tiny_a")
+    files = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    assert files == set(EXPORTED_CODE) == {path.name for path in folder.glob("*.py")}
+    for name in files:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    maps = {
+        **json.loads((folder / "config.json").read_text())["auto_map"],
+        "AutoTokenizer": json.loads((folder / "tokenizer_config.json").read_text())["auto_map"][
+            "AutoTokenizer"
+        ][0],
+    }
+    assert set(maps) >= {"AutoConfig", "AutoModelForSeq2SeqLM", "AutoModel", "AutoTokenizer"}
+    for reference in maps.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (folder / f"{module}.py").read_text()
+
+
+def test_a_model_in_memory_is_exported_with_its_changes(exported, tmp_path):
+    """Oracle: the weights and settings that were changed after loading."""
+    model, tokenizer = metro.load(exported("t5_prompt_tiny_f"))
+    with torch.no_grad():
+        model.shared.weight.add_(1)
+    model.config.dropout_rate = 0.25
+    export_model(model, tokenizer, tmp_path / "out", summary="A test.", training={"updates": 7})
+    again = metro.load(tmp_path / "out").model
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert again.config.dropout_rate == 0.25
+    card = (tmp_path / "out/README.md").read_text()
+    assert "A test." in card and "| updates | 7 |" in card
+    with pytest.raises(ValueError, match="exists"):
+        export_model(model, tokenizer, tmp_path / "out")
+    with pytest.raises(ValueError, match="Linear is not METRO-T5"):
+        export_model(torch.nn.Linear(1, 1), tokenizer, tmp_path / "other")
+
+
+# Complete, or not there.
+
+
+def convert(testdata, out, name="t5_tiny_c", **options):
+    checkpoint = testdata / "golden/checkpoints" / f"{name}.pt"
+    return to_hf(checkpoint, out, vocab=testdata / "golden/tiny_vocab", **options)
+
+
+def test_a_folder_that_exists_is_replaced_only_when_asked(testdata, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="out exists.*--overwrite"):
+        convert(testdata, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    convert(testdata, out, overwrite=True)
+    assert (out / "config.json").exists() and not (out / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_takes_no_more_than_an_export_away(testdata, tmp_path, monkeypatch):
+    """A folder with folders in it, the working directory, the vocabulary that is read: kept."""
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    with pytest.raises(ValueError, match="the folder src lies in it"):
+        convert(testdata, project, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(project / "src")
+        with pytest.raises(ValueError, match="lies in it"):
+            convert(testdata, project / "src", overwrite=True)
+    vocab = tmp_path / "vocab"
+    vocab.mkdir()
+    for name in ("sp.model", "dict.txt"):
+        (vocab / name).write_bytes((testdata / "golden/tiny_vocab" / name).read_bytes())
+    checkpoint = testdata / "golden/checkpoints/t5_tiny_c.pt"
+    with pytest.raises(ValueError, match="lies in it"):
+        to_hf(checkpoint, vocab, vocab=vocab, overwrite=True)
+    assert sorted(path.name for path in vocab.iterdir()) == ["dict.txt", "sp.model"]
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(testdata, tmp_path, monkeypatch):
+    """Oracle: a disk that is full when the weights are written."""
+    convert(testdata, tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metro.conversion.export.save_file", full)
+    for out, overwrite in (("new", False), ("old", True)):
+        with pytest.raises(OSError, match="No space"):
+            convert(testdata, tmp_path / out, "t5_prompt_tiny_f", overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+KILLER = """
+import os, signal, sys, time
+import metro.conversion.atomic_output as atomic_output
+from metro.conversion.fairseq_to_hf import to_hf
+
+checkpoint, vocab = sys.argv[1:]
+make_folder = atomic_output.tempfile.mkdtemp
+for line in sys.stdin:  # forked from here, where no other thread is: seconds faster than a start
+    out, delay, overwrite = line.split()
+    started, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        def make_and_tell(*args, **kwargs):
+            folder = make_folder(*args, **kwargs)
+            os.write(tell, b"x")
+            return folder
+        atomic_output.tempfile.mkdtemp = make_and_tell
+        try:
+            to_hf(checkpoint, out, vocab=vocab, overwrite=overwrite == "True")
+        finally:
+            os._exit(0)
+    os.close(tell)
+    os.read(started, 1)
+    time.sleep(float(delay))
+    os.kill(child, signal.SIGKILL)
+    print(os.WIFSIGNALED(os.waitpid(child, 0)[1]), flush=True)
+    os.close(started)
+"""
+
+
+@pytest.fixture
+def kill_while_converting(testdata):
+    """Convert in another process and SIGKILL it ``delay`` seconds after it began to write.
+
+    Returns whether it was still at it.
+    """
+    checkpoint = testdata / "golden/checkpoints/t5_prompt_tiny_f.pt"
+    arguments = [str(checkpoint), str(testdata / "golden/tiny_vocab")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLER, *arguments],
+        cwd=Path(metro.__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+
+    def kill(out: Path, delay: float, overwrite: bool) -> bool:
+        process.stdin.write(f"{out} {delay} {overwrite}\n")
+        return process.stdout.readline().strip() == "True"
+
+    yield kill
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+def test_a_killed_export_leaves_nothing_that_looks_complete(
+    testdata, tmp_path, kill_while_converting
+):
+    """Oracle: the files of an export that was not killed, and of the one before."""
+    convert(testdata, tmp_path / "done", "t5_prompt_tiny_f")
+    new = load_file(tmp_path / "done/model.safetensors")
+    convert(testdata, tmp_path / "before", "t5_tiny_c")
+    old = load_file(tmp_path / "before/model.safetensors")
+    complete = {path.name for path in (tmp_path / "done").iterdir()}
+    convert(testdata, tmp_path / "replaced", "t5_tiny_c")
+    num_killed = 0
+    for step in range(6):
+        delay = step * 0.004
+        fresh = tmp_path / f"fresh{step}"
+        num_killed += kill_while_converting(fresh, delay, overwrite=False)
+        num_killed += kill_while_converting(tmp_path / "replaced", delay, overwrite=True)
+        if fresh.exists():  # moved into place before the kill
+            assert {path.name for path in fresh.iterdir()} == complete
+            tensors = load_file(fresh / "model.safetensors")
+            assert all(torch.equal(tensor, new[name]) for name, tensor in tensors.items())
+        assert {path.name for path in (tmp_path / "replaced").iterdir()} == complete
+        tensors = load_file(tmp_path / "replaced/model.safetensors")
+        key = "encoder.block.0.layer.0.SelfAttention.q.weight"
+        assert any(torch.equal(tensors[key], source[key]) for source in (old, new))
+    assert num_killed >= 4
+    hidden = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert all(".incomplete-" in path.name for path in hidden)
+
+    # The next export for the same places removes what the killed ones have left.
+    convert(testdata, tmp_path / "replaced", "t5_prompt_tiny_f", overwrite=True)
+    for step in range(6):
+        convert(testdata, tmp_path / f"fresh{step}", "t5_prompt_tiny_f", overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_incomplete_folder_has_no_config_until_the_end(testdata, tmp_path, monkeypatch):
+    """Oracle: what lies in the hidden folder when the model card, the last but one, is written."""
+    seen = []
+    real = Path.write_text
+
+    def look(path, *args, **kwargs):
+        if path.name == "README.md":
+            seen.extend(other.name for other in path.parent.iterdir())
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", look)
+    convert(testdata, tmp_path / "out")
+    assert "model.safetensors" in seen and "config.json" not in seen
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_an_export_in_progress_is_not_taken_for_abandoned(tmp_path):
+    """Oracle: two writers of the same place at the same time; the second finds it taken."""
+    with pytest.raises(ValueError, match="exists"), new_folder(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        with new_folder(tmp_path / "out") as second:
+            assert first.exists() and second != first
+            (second / "a").write_text("second")
+    assert (tmp_path / "out/a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_are_swapped_where_the_system_cannot_do_it_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new/a").write_text("new")
+    (tmp_path / "old/a").write_text("old")
+    monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
+    _exchange(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old/a").read_text() == "new" and (tmp_path / "new/a").read_text() == "old"
+
+
+def test_a_file_is_complete_or_not_there(tmp_path):
+    out = tmp_path / "model.pt"
+    with pytest.raises(RuntimeError), new_file(out) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_file(out) as temporary:
+        temporary.write_text("whole")
+    with pytest.raises(ValueError, match="exists"), new_file(out):
+        pass
+    assert out.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="what is read"), new_file(out, True, (out,)):
+        pass
