@@ -10,7 +10,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from metro.finetuning.settings import FinetuningSettings, combine
+from metro.finetuning.settings import SHIPPED, FinetuningSettings, combine
 
 
 def finetune(config: Path | None = None, **given) -> None:
@@ -36,7 +36,11 @@ def finetune(config: Path | None = None, **given) -> None:
 def _parameters() -> list[inspect.Parameter]:
     """--config and one option per field; what is not given is None."""
     kinds = get_type_hints(FinetuningSettings)
-    about = "YAML file with options of this list (with _ for -); the command line comes first."
+    about = (
+        "YAML file with options of this list (with _ for -), or the name of one that METRO has: "
+        f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}. The command line "
+        "comes first."
+    )
     options = {"config": Annotated[Path | None, typer.Option(help=about)]}
     for part in fields(FinetuningSettings):
         default = part.default if part.default is not MISSING else None

@@ -303,4 +303,14 @@ def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
 
 
 def _prepare(settings: FinetuningSettings, folder: Path) -> None:
-    raise NotImplementedError
+    from metro.data.prompt_preparation import prepare_prompts
+
+    print(f"preparing the mixture {settings.data} in {folder}", flush=True)
+    prepare_prompts(
+        settings.data,
+        folder,
+        format="jsonl",
+        templates=settings.templates,
+        data_dir=settings.data_dir,
+        data_sets=settings.dataset,
+    )

@@ -182,9 +182,25 @@ def read_settings(path: str | Path) -> dict:
     return content
 
 
+SHIPPED = Path(__file__).parent / "configs"
+
+
+def find_config(config: str | Path) -> Path:
+    """A file, or a configuration that comes with METRO, by its name."""
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if Path(config).is_file():
+        return Path(config)
+    if str(config) not in shipped:
+        raise ValueError(
+            f"there is no file {config}, nor a configuration of that name; METRO has "
+            f"{', '.join(shipped)}"
+        )
+    return shipped[str(config)]
+
+
 def combine(config: str | Path | None, given: dict) -> FinetuningSettings:
     """Options from a file, overridden by those `given` (None = not given)."""
-    options = read_settings(config) if config else {}
+    options = read_settings(find_config(config)) if config else {}
     options |= {name: value for name, value in given.items() if value is not None}
     missing = [name for name in REQUIRED if options.get(name) is None]
     if missing:

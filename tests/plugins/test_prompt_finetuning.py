@@ -8,16 +8,20 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
+from fairseq_plugins.models._options import metro_t5_config
 from metro.conversion.fairseq_names import metro_name
-from tests.plugins.conftest import ROOT
+from metro.finetuning.losses import LossOptions, batch_loss
+from tests.finetuning.prepared import write_prepared
+from tests.plugins import test_models
+from tests.plugins.conftest import ROOT, Result, assert_equal_runs, load
 
 TINY = [
     "--task t5_prompt_finetuning --arch transformer_t5_base_rpe --tokens-per-sample 128",
-    "--criterion label_smoothed_cross_entropy --report-accuracy",
     "--encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-layers 2",
     "--encoder-attention-heads 4 --max-positions 1024 --dropout 0 --attention-dropout 0",
     "--truncate-source --truncate-target --max-tokens 512 --required-batch-size-multiple 1",
@@ -26,13 +30,16 @@ TINY = [
     "--seed 1 --num-workers 0 --cpu --no-epoch-checkpoints --log-format json --log-interval 1",
     f"--user-dir {ROOT / 'fairseq_plugins'}",
 ]
+DIRECT = "--criterion label_smoothed_cross_entropy --report-accuracy"
 MODELS = {"metro_tiny_a": "--clip-norm 0", "metro_tiny_r": "--clip-norm 1.0 --update-freq 2"}
 
 
 def configure(data, *arguments: str):
     import fairseq_plugins  # noqa: F401
 
-    parts = [part for argument in [*TINY, *arguments] for part in argument.split()]
+    has_criterion = any("--criterion" in argument for argument in arguments)
+    arguments = [*TINY, *([] if has_criterion else [DIRECT]), *arguments]
+    parts = [part for argument in arguments for part in argument.split()]
     args = options.parse_args_and_arch(options.get_training_parser(), [str(data), *parts])
     return convert_namespace_to_omegaconf(args)
 
@@ -179,3 +186,160 @@ def check_weights(trainer, recorded: dict) -> None:
         assert float(weight.norm()) == pytest.approx(norm, rel=1e-4), name
         scale = float(weight.abs().sum())
         assert float(weight.sum()) == pytest.approx(total, abs=2e-5 * scale), name
+
+
+# --- whole runs ---
+
+SMALL = "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --encoder-layers 1 --max-positions 128"
+
+
+@pytest.fixture
+def train(caplog):
+    """fairseq-train inside this process; returns what it logged."""
+    import fairseq_cli.train
+
+    def run_here(data, save, *arguments: str) -> Result:
+        cfg = configure(data, f"--save-dir {save}", *arguments)
+        for function in (checkpoint_utils.save_checkpoint, fairseq_cli.train.should_stop_early):
+            vars(getattr(function, "__wrapped__", function)).pop("best", None)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fairseq_cli.train.main(cfg)
+        records = caplog.get_records("call")
+        return Result(0, "\n".join(f"| {r.name} | {r.getMessage()}" for r in records))
+
+    return run_here
+
+
+def test_a_resumed_run_over_epochs_is_bit_exact(train, data, tmp_path):
+    """11 updates; five or six batches an epoch, another window in each; validation by groups."""
+    options = [SMALL, "--dropout 0.1", "--valid-subset valid_yesno,valid_both"]
+    whole = train(data, tmp_path / "whole", *options, "--max-update 11")
+    train(data, tmp_path / "halves", *options, "--max-update 7")
+    train(data, tmp_path / "halves", *options, "--max-update 11")
+    last = "checkpoint_last.pt"
+    assert_equal_runs(load(tmp_path / "whole" / last), load(tmp_path / "halves" / last))
+    assert [line["epoch"] for line in whole.logged("train_inner")] == [1] * 5 + [2] * 6
+    assert whole.logged("valid_yesno") and whole.logged("valid_both")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 40)
+
+
+def flipped(testdata) -> list[str]:
+    checkpoint = testdata / "golden/checkpoints/metro_tiny_b.pt"
+    return [
+        f"--criterion flipped --vocab {testdata / 'golden/tiny_vocab'} --batch-size 8",
+        f"--finetune-from-model {checkpoint} --lr 0.003 --warmup-updates 3 --total-num-update 400",
+    ]
+
+
+def test_flipped_trains_on_prompts_kept_as_text(train, prompts, testdata, tmp_path):
+    """The loss falls; all it is made of is logged; a resumed run is bit exact."""
+    common = [*flipped(testdata), "--dropout 0.1"]
+    whole = train(prompts, tmp_path / "whole", *common, "--max-update 16")
+    lines = whole.logged("train_inner")
+    assert float(lines[-1]["loss"]) < 0.7 * float(lines[0]["loss"])
+    for line in lines:
+        total = float(line["likelihood"]) + 3 * float(line["unlikelihood"])
+        assert float(line["loss"]) == pytest.approx(total, abs=3e-4)
+    names = "right_prob wrong_prob right_log_prob wrong_log_prob ranked_right skipped_examples"
+    assert set(names.split()) <= lines[0].keys()
+    assert whole.logged("valid")
+    train(prompts, tmp_path / "halves", *common, "--max-update 7")
+    train(prompts, tmp_path / "halves", *common, "--max-update 16")
+    last = "checkpoint_last.pt"
+    assert_equal_runs(load(tmp_path / "whole" / last), load(tmp_path / "halves" / last))
+
+
+@pytest.mark.parametrize("mean", ["tokens", "examples"])
+def test_the_flipped_criterion_is_the_librarys_loss(prompts, testdata, mean):
+    """Oracle: `batch_loss` on the same batch, which is a mean where the criterion gives a sum."""
+    task, trainer, iterator = build(
+        prompts, testdata, "metro_tiny_r", *flipped(testdata)[:1], f"--loss-mean {mean}"
+    )
+    batch = next(iterator.next_epoch_itr(shuffle=True))
+    trainer.model.eval()
+    loss, sample_size, _ = trainer.criterion(trainer.model, batch)
+    want = batch_loss(
+        trainer.model.model,
+        LossOptions("flipped", 1, mean),
+        batch["net_input"]["src_tokens"],
+        batch["target"],
+        batch["net_input"]["wrong_ids"],
+    )
+    assert float(loss.detach()) / sample_size == pytest.approx(float(want.total.detach()), rel=1e-5)
+
+
+def test_the_channel_objective_turns_prompt_and_answer_round(prompts, testdata):
+    options = f"--vocab {testdata / 'golden/tiny_vocab'} --objective"
+    sizes = []
+    for objective in ("direct", "channel"):
+        task = tasks.setup_task(configure(prompts, options, objective).task)
+        task.load_dataset("train")
+        example = task.dataset("train")[0]
+        sizes.append((len(example.source_ids) - 2, len(example.target_ids) - 1))
+    assert sizes[0] == sizes[1][::-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--objective flipped", "use direct or channel, or the criterion flipped"),
+        ("--objective channel", "is binarised; prepare it with"),
+        ("--max-source-tokens 129", "max_source_tokens is 129; use 3 to tokens_per_sample .128."),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.setup_task(configure(data, options).task)
+
+
+def test_the_flipped_criterion_refuses_binarised_data(data):
+    cfg = configure(data, "--criterion flipped")
+    with pytest.raises(ValueError, match="the criterion flipped needs prompts kept as text"):
+        tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
+
+
+def test_folders_without_what_is_needed_are_refused(data, prompts, tmp_path):
+    with pytest.raises(ValueError, match="no dict.txt in"):
+        tasks.setup_task(configure(tmp_path).task)
+    with pytest.raises(ValueError, match="give the folder of the model's vocabulary"):
+        tasks.setup_task(configure(prompts).task)
+    task = tasks.setup_task(configure(data).task)
+    with pytest.raises(ValueError, match="no group 'maybe' .*use one of valid_yesno, valid_both"):
+        task.load_dataset("valid_maybe")
+    with pytest.raises(FileNotFoundError, match="data_cap.json"):
+        task.load_dataset("test")
+
+
+# --- configurations ---
+
+CONFIGS = ROOT / "fairseq_plugins/configs/finetuning"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_one_that_fairseq_takes(path, monkeypatch):
+    """Every key is known, task, model and criterion exist; an update has the stated examples."""
+    monkeypatch.setattr(test_models, "CONFIGS", CONFIGS)
+    cfg = test_models.from_yaml(
+        path.stem,
+        "task.data=d",
+        "checkpoint.finetune_from_model=m",
+        *(["task.vocab=v"] if "flipped" in path.stem else []),
+    )
+    task = test_models.TinyDictionaryTask.build()
+    config = metro_t5_config(cfg.model, task.source_dictionary)
+    assert cfg.task.tokens_per_sample <= config.max_positions
+    assert cfg.task._name == "t5_prompt_finetuning"
+    text = yaml.safe_load(path.read_text())
+    assert cfg.checkpoint.save_dir == f"runs/{path.stem}" == text["checkpoint"]["save_dir"]
+    gpus = path.stem.rpartition("_")[2].removesuffix("gpus")
+    if gpus.isdigit():
+        examples = cfg.dataset.batch_size * cfg.optimization.update_freq[0] * int(gpus)
+        assert examples == (240 if "flipped" in path.stem else 1024)
+        assert (config.d_model, config.num_layers) == (
+            (1024, 24) if "large" in path.stem else (768, 12)
+        )

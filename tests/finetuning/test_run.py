@@ -1,0 +1,238 @@
+"""Whole finetuning runs of tiny models."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import metro
+from metro.finetuning.run import complete_checkpoints, finetune
+from metro.finetuning.settings import FinetuningSettings
+from tests.finetuning.prepared import write_prepared
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 120)
+
+
+@pytest.fixture
+def settings(t5_folder, folder, tmp_path):
+    def make(name: str = "out", **options) -> FinetuningSettings:
+        common = dict(
+            model=str(t5_folder),
+            data=str(folder),
+            output_dir=str(tmp_path / name),
+            batch_size=16,
+            max_steps=12,
+            learning_rate=1e-2,
+            logging_steps=4,
+            save_steps=0,
+            use_cpu=True,
+            report_to="none",
+        )
+        return FinetuningSettings(**{**common, **options})
+
+    return make
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same(one, other, **tolerance) -> None:
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "least"),
+    [
+        ("direct", "eval_exact_match", 0.9),  # chance 0.5 and 0.33
+        ("flipped", "eval_ranked_right", 0.8),  # chance 0.5
+        ("direct+ul", "eval_ranked_right", 0.9),
+        ("channel", "token_nll", None),
+    ],
+)
+def test_every_objective_learns_and_saves_a_model(settings, objective, metric, least):
+    """Held-out rows well above chance after a few seconds; the folder loads as it is."""
+    chosen = settings(objective=objective, max_steps=120, dropout=0.0, eval_steps=120)
+    result = finetune(chosen)
+    assert result.num_updates == 120
+    assert least is None or result.metrics[metric] > least
+    assert result.metrics[metric] < 1.0001 if least else result.metrics[metric] < 0.6
+    assert 0 <= result.metrics["padding_share"] < 0.6
+    model, tokenizer = metro.load(result.folder)
+    ids = tokenizer("it was lovely How was it?", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**ids, max_new_tokens=4)[0], skip_special_tokens=True)
+    assert objective != "direct" or answer == "Good"
+    assert not list(Path(result.folder).glob(".model*"))
+
+
+@pytest.mark.parametrize("objective", ["direct", "flipped"])
+def test_a_resumed_run_is_bit_exact(settings, objective):
+    """With dropout and across the end of an epoch (15 updates), stopped in the middle of one."""
+    common = dict(objective=objective, save_steps=7, dropout=0.1, save_total_limit=None)
+    whole = finetune(settings("whole", **common, max_steps=22))
+    finetune(settings("halves", **common, max_steps=7))
+    resumed = finetune(settings("halves", **common, max_steps=22))
+    assert_same(whole.folder, resumed.folder)
+    assert whole.metrics["likelihood" if objective == "flipped" else "token_nll"] == pytest.approx(
+        resumed.metrics["likelihood" if objective == "flipped" else "token_nll"], abs=1e-6
+    )
+
+
+def test_a_run_that_was_cut_off_while_saving_goes_on_from_the_checkpoint_before(settings):
+    chosen = settings(save_steps=4, save_total_limit=None)
+    first = finetune(chosen)
+    expected = weights(first.folder)
+    out = Path(chosen.output_dir)
+    (out / "checkpoint-12" / "trainer_state.json").unlink()  # written last
+    (out / "config.json").unlink()
+    assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
+    again = finetune(chosen)
+    assert again.num_updates == 12
+    for name, tensor in weights(again.folder).items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_other_settings_do_not_continue_a_run(settings):
+    finetune(settings(save_steps=6))
+    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.5"):
+        finetune(settings(save_steps=6, learning_rate=0.5))
+    with pytest.raises(ValueError, match="holds a run already"):
+        finetune(settings(resume="never"))
+    with pytest.raises(ValueError, match="no complete checkpoint-N folder"):
+        finetune(settings(resume="nowhere"))
+
+
+def test_a_folder_of_something_else_is_left_alone(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and not of metro finetune"):
+        finetune(settings())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_accumulated_micro_batches_are_one_batch(settings):
+    """Oracle: the same examples in one batch. The loss is a mean over all of an update's tokens."""
+    common = dict(objective="flipped", dropout=0.0, batching="random", max_steps=5)
+    one = finetune(settings("one", **common, batch_size=16))
+    four = finetune(settings("four", **common, batch_size=4, gradient_accumulation_steps=4))
+    assert_same(one.folder, four.folder, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mean", ["tokens", "examples"])
+def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
+    """Oracle: one process that accumulates what the two do; torchrun on the CPU."""
+    common = dict(
+        objective="flipped", dropout=0.0, batching="random", max_steps=6, mean=mean, eval_steps=6
+    )
+    one = finetune(settings("one", **common, batch_size=4, gradient_accumulation_steps=2))
+    options = settings("two", **common, batch_size=4).as_dict()
+    (tmp_path / "two.yaml").write_text(
+        "".join(f"{k}: {v}\n" for k, v in options.items() if v is not None and k != "adam_betas")
+    )
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    command += ["-m", "metro.cli.main", "finetune", "--config", str(tmp_path / "two.yaml")]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(one.folder, tmp_path / "two", rtol=1e-3, atol=2e-4)
+    shown = [line for line in done.stdout.splitlines() if "eval_loss" in line]
+    assert len(shown) == 1  # one process speaks
+    value = float(shown[0].split("eval_loss ")[1].split()[0])
+    assert value == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
+
+
+def test_bf16_and_gradient_checkpointing_run(settings):
+    for name, objective in (("a", "flipped"), ("b", "direct+ul")):
+        chosen = settings(
+            name, objective=objective, precision="bf16", gradient_checkpointing=True, max_steps=3
+        )
+        result = finetune(chosen)
+        assert result.num_updates == 3
+        assert all(t.dtype == torch.float32 for t in weights(result.folder).values())
+
+
+def test_gradient_checkpointing_changes_no_number(settings):
+    common = dict(objective="flipped", dropout=0.0, max_steps=4)
+    plain = finetune(settings("plain", **common))
+    saving = finetune(settings("saving", **common, gradient_checkpointing=True))
+    assert_same(plain.folder, saving.folder, rtol=1e-5, atol=1e-6)
+
+
+def test_tensorboard_has_the_logged_numbers(settings):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = finetune(settings(objective="flipped", report_to="tensorboard", eval_steps=12))
+    (events,) = result.folder.glob("runs/*/events*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    names = "loss likelihood unlikelihood right_prob wrong_prob ranked_right padding_share"
+    assert {f"train/{name}" for name in names.split()} <= tags
+    assert {"eval/loss", "eval/ranked_right"} <= tags
+
+
+def test_a_pretraining_checkpoint_of_the_original_becomes_a_prompted_model(settings, testdata):
+    """The decoder starts with </s>, the auxiliary model is gone, the folder carries its code."""
+    result = finetune(
+        settings(
+            model=str(testdata / "golden/checkpoints/metro_tiny_a.pt"),
+            vocab=str(testdata / "golden/tiny_vocab"),
+            objective="flipped",
+            max_steps=4,
+            learning_rate=1e-3,
+        )
+    )
+    assert (result.folder / "modeling_metro_t5.py").is_file()
+    model, tokenizer = metro.load(result.folder)
+    assert (
+        model.config.decoder_start_token_id == model.generation_config.decoder_start_token_id == 2
+    )
+    assert not [name for name in weights(result.folder) if "auxiliary" in name or "rtd" in name]
+
+
+def test_binarised_prompts_are_refused_with_the_remedy(settings, tmp_path):
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "ids/prompts.json").write_text('{"format": "fairseq", "splits": {"train": {}}}')
+    with pytest.raises(ValueError, match="prepare them with metro prepare-prompts --format jsonl"):
+        finetune(settings(data=str(tmp_path / "ids")))
+
+
+def test_evaluation_without_an_example_of_use_says_so(settings, tmp_path):
+    """Validation examples without options under flipped."""
+
+    def no_options(example):
+        return {**example, "answer_choices": None} if example["input"] in held_out else example
+
+    plain = write_prepared(tmp_path / "plain", 60)
+    from metro.data.prompted_examples import PromptedExamples
+
+    held_out = {
+        example["input"]
+        for path in plain.glob("valid/*")
+        for example in PromptedExamples(path / "valid.jsonl")
+    }
+    shutil.rmtree(plain)
+    folder = write_prepared(tmp_path / "data", 60, change=no_options)
+    with pytest.raises(ValueError, match="no validation example of"):
+        finetune(settings(data=str(folder), objective="flipped", eval_steps=2, sampling="capped"))

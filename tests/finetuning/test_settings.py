@@ -1,0 +1,92 @@
+"""Options from files and command line: what is given is what the run has."""
+
+import pytest
+
+from metro.finetuning.settings import SHIPPED, FinetuningSettings, combine, read_settings
+
+NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
+
+
+def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\noutput_dir: o\nlearning_rate: 5e-5\nbatch_size: 4\n")
+    settings = combine(path, {"batch_size": 2, "objective": None})
+    assert (settings.learning_rate, settings.batch_size, settings.objective) == (5e-5, 2, "direct")
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rte: 1\n")
+    with pytest.raises(ValueError, match="'learning_rte'; did you mean learning_rate?"):
+        read_settings(path)
+    path.write_text("zzz: 1\n")
+    with pytest.raises(ValueError, match="options are model, data, output_dir"):
+        read_settings(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1\n", "holds no options"), ("a: [", "not YAML")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(path)
+
+
+def test_missing_options_are_named_as_flags():
+    with pytest.raises(ValueError, match="missing: --data, --output-dir"):
+        combine(None, {"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "flip"}, "'flip'; use one of direct, channel, flipped, direct.ul"),
+        ({"unlikelihood_weight": -1}, "unlikelihood_weight is -1.0; use 0 or more"),
+        ({"unlikelihood_weight": float("nan")}, "unlikelihood_weight is nan"),
+        ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
+        ({"batch_size": "many"}, "batch_size is 'many'; it has to be of the kind int"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"dropout": 1.0}, "use 0 up to less than 1"),
+        ({"learning_rate": 0}, "use more than 0"),
+        ({"max_steps": 0}, "use 1 or more, or -1"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"gradient_checkpointing": "yes please"}, "of the kind bool"),
+        ({"objective": "flipped", "label_smoothing": 0.1}, "which flipped does not have"),
+        ({"seed": None}, "seed is empty"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuningSettings(**NEEDED, **options)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_every_shipped_configuration_is_complete(name):
+    """All but output_dir; tiny also wants a model and data."""
+    settings = combine(name, {"output_dir": "o", **(NEEDED if name == "tiny" else {})})
+    assert settings.max_steps > 0
+
+
+def test_published_facts_of_the_configurations():
+    """What the papers state: examples an update on so many GPUs, lengths, rates, clipping."""
+    facts = {
+        "flipped_3b": (12, 240, 512, 128, 5e-5, 0.5, "flipped", "google/t5-v1_1-xl"),
+        "flipped_11b": (12, 240, 384, 64, 5e-5, 0.5, "flipped", "google/t5-v1_1-xxl"),
+        "direct_3b": (12, 240, 512, 128, 1e-4, 0.5, "direct", "google/t5-xl-lm-adapt"),
+        "channel_3b": (12, 240, 128, 512, 1e-4, 0.5, "channel", "google/t5-xl-lm-adapt"),
+        "direct_ul_3b": (12, 240, 512, 128, 1e-4, 0.5, "direct+ul", "google/t5-xl-lm-adapt"),
+        "t0_3b": (8, 1024, 512, 256, 1e-3, 1.0, "direct", "google/t5-xl-lm-adapt"),
+    }
+    for name, (gpus, examples, source, target, rate, clip, objective, model) in facts.items():
+        found = combine(name, {"output_dir": "o"})
+        assert found.batch_size * found.gradient_accumulation_steps * gpus == examples, name
+        assert (found.max_input_length, found.max_target_length) == (source, target), name
+        assert (found.learning_rate, found.max_grad_norm, found.dropout) == (rate, clip, 0.1)
+        assert (found.objective, found.model, found.optimizer) == (objective, model, "adafactor")
+        assert found.max_steps == (12200 if name == "t0_3b" else 5000)
+        assert found.unlikelihood_weight == 3 and found.lr_scheduler == "constant"
+
+
+def test_an_unknown_configuration_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="no file flipped_4b, .*; METRO has .*flipped_3b"):
+        combine("flipped_4b", {})
