@@ -277,16 +277,27 @@ def print_summary(summary: Summary, console: Any = None) -> None:
 def notes(summary: Summary) -> list[str]:
     """What a reader has to know before using the numbers."""
     found = []
-    partial = [f"{t.task} ({t.num_prompts} of {t.num_listed} prompts)"
-               for t in summary.tasks.values() if not t.complete]  # fmt: skip
+    partial = [
+        f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"
+        for task in summary.tasks.values()
+        if not task.complete
+    ]
     if partial:
-        found.append(f"partial, not in the average: {', '.join(partial)}")
+        found.append(f"partial, not in the average: {some(partial)}")
     if summary.missing:
-        found.append(f"without results, not in the average: {', '.join(summary.missing)}")
+        found.append(f"without results, not in the average: {some(summary.missing)}")
     if summary.limit is not None:
-        found.append(f"limited to {summary.limit} examples per prompt: not comparable with numbers "
-                     "over all examples")  # fmt: skip
+        found.append(
+            f"limited to {summary.limit} examples per prompt: not comparable with numbers over all "
+            "examples"
+        )
     return found
+
+
+def some(names: list[str], most: int = 8) -> str:
+    """The names, the first of them where there are many."""
+    rest = len(names) - most
+    return ", ".join(names) if rest < 2 else f"{', '.join(names[:most])} and {rest} more"
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:

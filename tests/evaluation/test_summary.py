@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from metro.evaluation.results import PromptResult, Run, read_run
-from metro.evaluation.summary import print_summary, summarize, write_summary
+from metro.evaluation.summary import notes, print_summary, summarize, write_summary
 from tests.evaluation.run_folders import write_run
 
 T0_TASKS = "rte cb anli_r1 anli_r2 anli_r3 wsc winogrande copa story_cloze hellaswag wic".split()
@@ -189,6 +189,14 @@ def test_limited_runs_say_so(tmp_path):
     console = Console(width=200, record=True)
     print_summary(summarize(read_run(folder)), console)
     assert "limited to 8 examples per prompt" in console.export_text()
+
+
+def test_many_missing_tasks_are_counted(tmp_path):
+    """Oracle: 56 of 57 subjects without results: eight names and 48 more."""
+    subjects = {f"s{i:02d}": ["p"] for i in range(57)}
+    run = read_run(write_run(tmp_path / "run", {"s00": {"p": 0.5}}, listed=subjects))
+    (note,) = notes(summarize(run))
+    assert note.endswith("average: s01, s02, s03, s04, s05, s06, s07, s08 and 48 more")
 
 
 def broken_json(folder):
