@@ -179,17 +179,25 @@ class MetroT5Stack(nn.Module):
         num_layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.block = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
 
-    def position_ids(self, mask_BS: torch.Tensor | None, length: int, past: int) -> torch.Tensor:
+    def position_ids(
+        self,
+        mask_BS: torch.Tensor | None,
+        length: int,
+        past: int | torch.Tensor,
+        static_length: int | None = None,
+    ) -> torch.Tensor:
         """Rows of the position table for the last ``length`` of ``past + length`` positions."""
         pad = self.config.pad_token_id
-        if past + length > self.config.max_positions:
+        # A static cache is measured as a whole: to look at the tensor `past` would wait for it.
+        longest = past + length if static_length is None else static_length
+        if longest > self.config.max_positions:
             raise ValueError(
-                f"a sequence of {past + length} tokens is longer than max_positions "
+                f"a sequence of {longest} tokens is longer than max_positions "
                 f"({self.config.max_positions}); truncate the input"
             )
         if mask_BS is None:
-            device = self.pos_embed.weight.device
-            return torch.arange(pad + 1 + past, pad + 1 + past + length, device=device).unsqueeze(0)
+            positions = torch.arange(length, device=self.pos_embed.weight.device)
+            return (positions + (pad + 1 + past)).unsqueeze(0)
         return (mask_BS.cumsum(1) * mask_BS + pad)[:, -length:]
 
     def forward(
@@ -201,7 +209,8 @@ class MetroT5Stack(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         layer_caches: list | None = None,
-        past_length: int = 0,
+        past_length: int | torch.Tensor = 0,
+        static_length: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> StackOutput:
@@ -215,17 +224,26 @@ class MetroT5Stack(nn.Module):
             positions: B,M, outputs of the last layer wanted; all by default.
             layer_caches: per layer a pair (self, cross) of caches, see :class:`Attention`.
             past_length: tokens already in the caches.
+            static_length: how many keys caches of a fixed size return, unwritten ones included;
+                ``None`` for caches that grow.
         """
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = embeds.shape[1]
         mask_BS = None if attention_mask is None else attention_mask.ne(0)
-        rows = self.position_ids(mask_BS, length, past_length)
+        rows = self.position_ids(mask_BS, length, past_length, static_length)
         hidden = self.first_layer_norm(embeds + self.pos_embed(rows))
         hidden = F.dropout(hidden, self.config.dropout_rate, self.training)
         if mask_BS is not None and not self.is_decoder:
             hidden = hidden * mask_BS.unsqueeze(-1)
 
         visibility = Visibility(mask_BS, is_causal=self.is_decoder)
+        if static_length is not None:
+            queries = torch.arange(length, device=hidden.device) + past_length
+            if mask_BS is not None:
+                mask_BS = F.pad(mask_BS, (0, static_length - mask_BS.shape[1]))
+            visibility = Visibility(
+                mask_BS, is_causal=True, query_positions=queries.expand(len(hidden), -1)
+            )
         encoder_visibility = Visibility(
             None if encoder_attention_mask is None else encoder_attention_mask.ne(0)
         )

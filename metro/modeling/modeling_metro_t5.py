@@ -17,15 +17,19 @@ from .layers_metro_t5 import MetroT5Stack, initialize_weights
 
 
 class SelfAttentionCache:
-    """Grows by the keys and values of each step; never complete."""
+    """Takes the keys and values of each step; never complete.
+
+    ``positions``: where a cache of a fixed size writes them, which transformers 5 knows by itself.
+    """
 
     is_complete = False
 
-    def __init__(self, cache: EncoderDecoderCache, layer: int):
+    def __init__(self, cache: EncoderDecoderCache, layer: int, positions: torch.Tensor | None):
         self.cache, self.layer = cache.self_attention_cache, layer
+        self.options = {"cache_position": positions}
 
     def update(self, keys, values):
-        return self.cache.update(keys, values, self.layer)
+        return self.cache.update(keys, values, self.layer, self.options)
 
 
 class CrossAttentionCache:
@@ -152,6 +156,11 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, projection: nn.Linear) -> None:
         self.lm_head = projection
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs) -> torch.Tensor | None:
+        """No mask of pairs for caches of a fixed size: the decoder makes its own."""
+        return attention_mask
+
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels shifted right: ``decoder_start_token_id`` first, ignored labels (-100) as
         padding."""
@@ -199,11 +208,20 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         use_cache = use_cache and labels is None and not self.decoder.gradient_checkpointing
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        layer_caches, past_length = None, 0
+        layer_caches, past_length, static_length, positions = None, 0, None, None
         if past_key_values is not None:
-            past_length = int(past_key_values.get_seq_length())
+            past_length = past_key_values.get_seq_length()
+            if past_key_values.is_compileable:
+                static_length = past_key_values.self_attention_cache.layers[0].max_cache_len
+                steps = (
+                    decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+                )
+                positions = torch.arange(steps.shape[1], device=steps.device) + past_length
             layer_caches = [
-                (SelfAttentionCache(past_key_values, i), CrossAttentionCache(past_key_values, i))
+                (
+                    SelfAttentionCache(past_key_values, i, positions),
+                    CrossAttentionCache(past_key_values, i),
+                )
                 for i in range(self.config.num_decoder_layers)
             ]
         decoded = self.decoder(
@@ -214,6 +232,7 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
             inputs_embeds=decoder_inputs_embeds,
             layer_caches=layer_caches,
             past_length=past_length,
+            static_length=static_length,
             output_attentions=bool(output_attentions),
             output_hidden_states=bool(output_hidden_states),
         )

@@ -103,6 +103,52 @@ def test_cached_scores_equal_those_of_one_pass(model_and_inputs):
         torch.testing.assert_close(scores[alive], logits[alive, step], atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_a_cache_of_a_fixed_size_gives_the_same(model_and_inputs, options):
+    model, ids, mask = model_and_inputs
+    options |= {"disable_compile": True}
+    fixed = answers(model, ids, mask, cache_implementation="static", **options)
+    assert torch.equal(fixed, answers(model, ids, mask, **options))
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic", None])
+def test_an_answer_whose_beginning_is_padded_is_continued(cache):
+    """Oracle: each row alone, without padding and without a cache."""
+    model = tiny()
+    begun = torch.tensor([[PAD, EOS, 5], [EOS, 6, 7]])
+    options = {"eos_token_id": -1, "max_new_tokens": 6}
+    how = {"use_cache": False} if cache is None else {"cache_implementation": cache}
+    found = answers(
+        model, IDS[:2], MASK[:2], decoder_input_ids=begun,
+        decoder_attention_mask=begun.ne(PAD).long(), **how, **options,
+    )  # fmt: skip
+    for row in range(2):
+        start = begun[row : row + 1, 1 - row :]
+        alone = answers(model, IDS[row : row + 1], MASK[row : row + 1], decoder_input_ids=start,
+                        use_cache=False, **options)  # fmt: skip
+        assert torch.equal(found[row, 1 - row :], alone[0])
+
+
+def test_compiled_decoding_is_one_graph_and_gives_the_same():
+    from torch._dynamo.utils import counters
+    from transformers.generation import CompileConfig
+
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True  # by itself transformers compiles on GPUs alone
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny()
+    found = answers(model, IDS, MASK, cache_implementation="static", compile_config=config)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert torch.equal(found, answers(model, IDS, MASK))
+
+
+def test_a_fixed_cache_longer_than_the_positions_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="longer than max_positions \\(64\\)"):
+        answers(model, IDS, MASK, cache_implementation="static", max_new_tokens=70)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_batch_equals_its_single_rows(model_and_inputs, side):
     model, ids, mask = model_and_inputs
@@ -233,7 +279,7 @@ def run_compiled(backend: str):
 
 
 def test_compiled_in_one_graph_it_computes_the_same():
-    run_compiled("aot_eager")
+    run_compiled("eager")
 
 
 @pytest.mark.slow
