@@ -18,7 +18,8 @@ from metro.data.prompted_examples import MANIFEST
 from metro.modeling.text_metro_t5 import Vocabulary
 
 SIDES = ("train", "valid")
-_RAW = (".offsets.raw", ".rows.raw", ".sizes")  # of the work in progress
+_RAW = ".sizes"  # of the work in progress
+_HEADER_BYTES = 128
 _INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
 
 
@@ -29,18 +30,15 @@ class JsonlTaskWriter:
 
     def __init__(self, folder: Path, side: str, position: list | None):
         self.num_examples, self.num_bytes = position or self.START
-        self.prefix = folder / side
+        prefix = folder / side
         self._files = [
-            _open_at(self._path(suffix), size)
+            _open_at(prefix.with_name(prefix.name + suffix), size, not position)
             for suffix, size in (
                 (".jsonl", self.num_bytes),
-                (".offsets.raw", self.num_examples * _INT64.itemsize),
-                (".rows.raw", self.num_examples * _INT32.itemsize),
+                (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
+                (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
             )
         ]
-
-    def _path(self, suffix: str) -> Path:
-        return self.prefix.with_name(self.prefix.name + suffix)
 
     @property
     def position(self) -> list:
@@ -68,11 +66,13 @@ class JsonlTaskWriter:
             file.close()
 
     def finish(self) -> None:
+        _, offsets, rows = self._files
+        offsets.write(np.array([self.num_bytes], _INT64).tobytes())
+        for file, dtype, count in ((offsets, _INT64, 1), (rows, _INT32, 0)):
+            file.seek(0)
+            file.write(_npy_header(dtype, self.num_examples + count))
         self.flush()
         self.close()
-        starts = np.fromfile(self._path(".offsets.raw"), _INT64)
-        np.save(self._path(".offsets.npy"), np.append(starts, _INT64.type(self.num_bytes)))
-        np.save(self._path(".rows.npy"), np.fromfile(self._path(".rows.raw"), _INT32))
 
 
 class FairseqTaskWriter:
@@ -112,9 +112,18 @@ class FairseqTaskWriter:
             writer.finish()
 
 
-def _open_at(path: Path, num_bytes: int):
-    """Open for writing with exactly the first ``num_bytes`` kept."""
-    file = path.open("r+b" if path.exists() else "w+b")
+def _npy_header(dtype: np.dtype, count: int) -> bytes:
+    """The beginning of an array file, of one length whatever the count."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    text = text.ljust(_HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _open_at(path: Path, num_bytes: int, is_new: bool):
+    """Open for writing behind the first ``num_bytes``, which are kept."""
+    if is_new:
+        path.write_bytes(b"\0" * num_bytes)  # room for a header
+    file = path.open("r+b")
     if file.seek(0, os.SEEK_END) < num_bytes:
         file.close()
         raise ValueError(
