@@ -27,7 +27,7 @@ PLOT_TOP, PLOT_BOTTOM = 46, 256
 GUTTER = 34  # left of a panel, for its axis
 MOST_ROWS = 20  # more stand in two columns
 MOST_WIDTH = 1200  # of the file with panels
-LANE = 44  # least width of a run in a panel
+LANE, NARROW_LANE = 44, 34  # least width of a run in a panel; where there are many
 
 
 class Scale(NamedTuple):
@@ -75,7 +75,8 @@ def others(section: Section) -> list[PublishedRow]:
 
 
 def panel_width(section: Section) -> int:
-    return max(172, GUTTER + 4 + LANE * num_lanes(section))
+    lanes = num_lanes(section)
+    return max(172, GUTTER + 4 + lanes * (LANE if lanes <= 5 else NARROW_LANE))
 
 
 def num_lanes(section: Section) -> int:
@@ -97,7 +98,8 @@ def panel(section: Section, task: str, scale: Scale) -> str:
         height = y(tick / 100)
         parts.append(line(GUTTER, height, width, height, "grid"))
         parts.append(text(GUTTER - 6, height + 3.5, str(tick), "tick end"))
-    parts.append(text(0, PANEL_HEIGHT - 12, "median", "sub"))
+    if lanes <= 5:  # else the first median stands where the word would
+        parts.append(text(0, PANEL_HEIGHT - 12, "median", "sub"))
     chance = chance_of(section, task)
     if chance is not None:
         parts.append(
@@ -278,9 +280,9 @@ def legend(section: Section) -> list[tuple[str, str]]:
     if not section.one_prompt:
         items.append((line(2, 7, 20, 7, "median key"), "median of the prompts, each a point"))
     if any(report_run.published for report_run in section.runs):
-        items.append((diamond(11, 7, 4.6, "own key", ""), "published, same model"))
+        items.append((diamond(11, 7, 4.6, "own key", ""), "published mean, same model"))
     if others(section):
-        items.append((diamond(11, 7, 3.2, "other", ""), "published, other models"))
+        items.append((diamond(11, 7, 3.2, "other", ""), "published mean, other models"))
     if any(row.kind == "chance" for row in section.rows):
         drawn = (
             line(1, 7, 21, 7, "chance")
