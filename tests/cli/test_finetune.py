@@ -1,0 +1,102 @@
+"""`metro finetune` as a user types it."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import metro
+from metro.cli import finetune as module
+from metro.finetuning.settings import FinetuningSettings
+from tests.finetuning.conftest import t5_folder  # noqa: F401
+from tests.finetuning.prepared import write_prepared
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 60)
+
+
+def run(*arguments: str):
+    app = typer.Typer(add_completion=False)
+    app.command("finetune")(module.finetune)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_every_setting_is_an_option_and_explained(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("--help").output
+    for part in fields(FinetuningSettings):
+        assert "--" + part.name.replace("_", "-") in text
+        assert part.metadata["help"].split(",")[0][:30] in text
+    assert "flipped_3b" in text
+
+
+def test_options_reach_the_run_and_the_command_line_comes_first(tmp_path, monkeypatch):
+    """Oracle: what is written on the command line and in the file."""
+    seen = []
+    monkeypatch.setattr(module, "combine", lambda *given: seen.append(given) or 1 / 0)
+    run("--config", "c.yaml", "--batch-size", "3", "--dataset", "a", "--dataset", "b/c",
+        "--gradient-checkpointing", "--adam-betas", "0.9", "--adam-betas", "0.98")  # fmt: skip
+    (config, given), *_ = seen
+    assert config == Path("c.yaml")
+    assert {name: value for name, value in given.items() if value is not None} == {
+        "batch_size": 3,
+        "dataset": ["a", "b/c"],
+        "gradient_checkpointing": True,
+        "adam_betas": [0.9, 0.98],
+    }
+
+
+def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path):  # noqa: F811
+    options = {
+        "model": str(t5_folder),
+        "data": str(prepared),
+        "output_dir": str(tmp_path / "wrong"),
+        "objective": "flipped",
+        "max_steps": 3,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    out = tmp_path / "out"
+    done = run("--config", str(tmp_path / "run.yaml"), "--output-dir", str(out))
+    assert done.exit_code == 0, done.output
+    assert "update 3/3" in done.output and "ranked_right" in done.output
+    assert f"{out}: the model after 3 updates" in done.output
+    assert not (tmp_path / "wrong").exists()
+    assert metro.load(out).model.config.vocab_size > 0
+    kept = yaml.safe_load((out / "finetune.yaml").read_text())
+    assert kept["objective"] == "flipped" and kept["unlikelihood_weight"] == 3.0
+
+
+def test_a_mixture_is_prepared_first(testdata, t5_folder, tmp_path):  # noqa: F811
+    """Real rows and templates; oracle: the number of rows of the one data set that is named."""
+    if not (testdata / "data/quarel").is_dir():
+        pytest.skip("no rows of quarel in the test data")
+    done = run(
+        *f"--model {t5_folder} --data flipped --dataset quarel --data-dir {testdata}/data".split(),
+        *f"--templates {testdata}/prompts/templates --output-dir {tmp_path / 'out'}".split(),
+        *"--objective flipped --max-steps 2 --use-cpu --report-to none --batch-size 2".split(),
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert (tmp_path / "out/data/prompts.json").is_file()
+    assert len(list((tmp_path / "out/data/train").iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model m --data d", "missing: --output-dir"),
+        ("--model m --data d --output-dir o --objective flip", "use one of direct, channel"),
+        ("--config nowhere.yaml", "no file nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    done = run(*arguments.split())
+    assert done.exit_code == 1 and isinstance(done.exception, ValueError)
+    assert message in str(done.exception) and "\n" not in str(done.exception)
