@@ -20,8 +20,11 @@ MAX_WORK = 20_000_000
 """Characters made, plus nodes run in loops, in one rendering."""
 MAX_SECONDS = 10.0
 """Last resort; checked at loop steps and calls."""
+_WORK_BETWEEN_LOOKS = 20_000
 
 LOOP, CONCAT = "\0loop", "\0concat"  # filters that no template can name
+CUT = "cut_to_2048_characters"  # one that stands for `string | truncate(2048)`
+_CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
 
 
 class TemplateRefused(ValueError):
@@ -37,16 +40,19 @@ class _Rendering(threading.local):
 
     def start(self, seed: int | None) -> None:
         self.seed, self.generator = seed, None
-        self.work, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.work, self.next_look = 0, _WORK_BETWEEN_LOOKS
+        self.deadline = time.monotonic() + MAX_SECONDS
         self.missing: list[str] = []
         self.used_choices: list[int] = []
 
     def charge(self, amount: int) -> None:
-        self.work += amount
-        if self.work > MAX_WORK:
-            raise TemplateRefused(f"does more than {MAX_WORK:,} units of work in one rendering")
-        if time.monotonic() > self.deadline:
-            raise TemplateRefused(f"takes longer than {MAX_SECONDS:g} seconds for one rendering")
+        self.work = work = self.work + amount
+        if work > self.next_look:
+            self.next_look = work + _WORK_BETWEEN_LOOKS
+            if work > MAX_WORK:
+                raise TemplateRefused(f"does more than {MAX_WORK:,} units of work in one rendering")
+            if time.monotonic() > self.deadline:
+                raise TemplateRefused(f"takes longer than {MAX_SECONDS:g} seconds to render")
 
     def draw(self, items: list) -> Any:
         if self.seed is None:
@@ -237,6 +243,12 @@ def make_filters() -> dict:
         assert attribute is None
         return join_texts(as_text(d), value)
 
+    def cut(context, value):
+        text = value if type(value) is str else as_text(value)
+        if len(text) <= _CUT_CHARS + _CUT_LEEWAY:
+            return text
+        return jinja.do_truncate(context.environment, as_text(text), _CUT_CHARS)
+
     def length(value):
         return len(value)
 
@@ -291,6 +303,7 @@ def make_filters() -> dict:
     }
     for name, function in sorts.items():
         found[name] = pass_context(_sorted(function))
+    found[CUT] = pass_context(cut)
     found[LOOP] = pass_context(lambda context, value, size: _metered_loop(value, size))
     found[CONCAT] = pass_context(lambda context, values: join_texts("", values))
     return found

@@ -143,7 +143,7 @@ def read_settings(
         valid_limit=valid_limit,
     )
     rendering = RenderingSettings(
-        seed, found.fold_whitespace, found.needs_choices, instruction_text
+        seed, found.fold_whitespace, found.needs_choices, instruction_text, format == "jsonl"
     )
     vocabulary = Vocabulary.from_folder(vocab) if vocab else None
     return PromptSettings(found, sources, format, vocabulary, rendering, lower)

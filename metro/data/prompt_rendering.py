@@ -15,6 +15,7 @@ import numpy as np
 from metro.data.datasets import JsonlRows, name_of
 from metro.data.instruction import flip
 from metro.data.prompt_limits import MissingAnswer
+from metro.data.prompt_sandbox import ProtectedRow
 from metro.data.prompts import PromptTemplate, RenderedExample
 from metro.modeling.text_metro_t5 import EOS_ID, Vocabulary, normalize_text
 
@@ -33,6 +34,8 @@ class RenderingSettings(NamedTuple):
     needs_choices: bool
     """Examples whose answer is not one of at least two options are dropped."""
     instruction_text: str
+    with_instruction: bool = True
+    """Examples get the fields of FLIPPED, too."""
 
 
 class SplitRows(NamedTuple):
@@ -139,7 +142,7 @@ def make_example(
     _check(rendered, settings)
     choices, label = rendered.choices, rendered.label
     flipped_input = instruction = None
-    if label is not None:
+    if label is not None and settings.with_instruction:
         try:
             flipped = flip(template, row, instruction_text=settings.instruction_text, seed=seed)
             flipped_input, instruction = flipped.input, flipped.instruction
@@ -219,6 +222,8 @@ class ChunkRenderer:
         dropped: list[dict[str, Dropped]] = [{} for _ in templates]
         noted: list[dict[str, Dropped]] = [{} for _ in templates]
         for number, split, row, problem in self.part.rows(*bounds):
+            if row is not None and "answer_choices" not in row:
+                row = ProtectedRow(row)
             for i, template in enumerate(templates):
                 try:
                     if row is None:

@@ -184,7 +184,7 @@ def _environment():
 
     @pass_context
     def finalize(context, value):
-        text = as_text(value)
+        text = value if type(value) is str else as_text(value)
         now.charge(len(text))
         return text
 
@@ -211,6 +211,27 @@ def compile_source(source: str):
         raise TemplateRefused(f"is no template: {error}") from None
     except (RecursionError, MemoryError, OverflowError, ValueError) as error:
         raise TemplateRefused(f"is no template: {type(error).__name__}: {error}") from None
+
+
+@lru_cache(maxsize=8192)
+def _compiled(source: str) -> tuple:
+    """The template, what rendering may raise, and whether it changes lists."""
+    template = compile_source(source)
+    from jinja2 import TemplateError
+    from jinja2.sandbox import SecurityError
+
+    errors = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
+    return template, errors, SecurityError, bool(_CHANGE.search(source))
+
+
+class ProtectedRow(dict):
+    """A row after ``protect``, for rendering it with many templates; remembers its options."""
+
+    __slots__ = ("choices",)
+
+    def __init__(self, row: dict):
+        super().__init__(protect(row))
+        self.choices: dict[tuple, list[str]] = {}
 
 
 def protect(value: Any) -> Any:
@@ -253,22 +274,19 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
         MissingAnswer: it asks for an answer choice that is not there.
         ValueError: it fails on this row; the message says how.
     """
-    template = compile_source(source)
-    if _CHANGE.search(source):
+    template, errors, security_error, changes = _compiled(source)
+    if changes:
         values = copy.deepcopy(values)
-    from jinja2 import TemplateError
-    from jinja2.sandbox import SecurityError
-
     now.start(seed)
     try:
         text = template.render(values)
     except (TemplateRefused, MissingAnswer):
         raise
-    except SecurityError as error:
+    except security_error as error:
         raise TemplateRefused(f"reaches outside its row: {error}") from None
     except (RecursionError, MemoryError) as error:
         raise TemplateRefused(f"needs too much memory: {type(error).__name__}") from None
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except errors as error:
         raise ValueError(f"fails on this row: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"fails on this row: {error}") from None

@@ -15,12 +15,18 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metro.data.prompt_limits import AnswerChoices
-from metro.data.prompt_sandbox import compile_source, protect, render_source, unprotect
+from metro.data.prompt_limits import CUT, AnswerChoices
+from metro.data.prompt_sandbox import (
+    ProtectedRow,
+    compile_source,
+    protect,
+    render_source,
+    unprotect,
+)
 
 MAX_VALUE_CHARS = 2048
 """Of a value that ``{{ ... }}`` prints."""
-_CUT = f" | string | truncate({MAX_VALUE_CHARS}) }}}}"
+_CUT = f" | {CUT} }}}}"
 _HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
 
 
@@ -117,20 +123,26 @@ class PromptTemplate:
             if self.answer_choices:
                 compile_source(self.answer_choices)
 
-    def _fields(self, row: dict) -> dict:
+    def _fields(self, row: dict) -> ProtectedRow:
+        if type(row) is ProtectedRow:
+            return row
         if "answer_choices" in row:
             raise ValueError(
                 f"a row of {dataset_label(self.dataset, self.subset)} has a field "
                 "'answer_choices', which is the templates' word for the options: rename it"
             )
-        return protect(row)
+        return ProtectedRow(row)
 
-    def _choices(self, fields: dict, seed: int | None) -> list[str] | None:
-        if not self.answer_choices:
+    def _choices(self, fields: ProtectedRow, seed: int | None) -> list[str] | None:
+        source = self.answer_choices
+        if not source:
             return None
-        with self._named():
-            text = render_source(self.answer_choices, fields, seed).text
-        return [unprotect(part).strip() for part in text.split("|||")]
+        key = (source, seed)  # templates of a data set mostly share their options
+        if key not in fields.choices:
+            with self._named():
+                text = source if "{" not in source else render_source(source, fields, seed).text
+            fields.choices[key] = [unprotect(part).strip() for part in text.split("|||")]
+        return list(fields.choices[key])
 
     @staticmethod
     def _with_choices(fields: dict, choices: list[str] | None) -> dict:
