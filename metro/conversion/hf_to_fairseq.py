@@ -33,6 +33,12 @@ from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
 
 NAMES = ("original", "metro")
+NO_HISTORY = {  # fairseq wants an entry, and reads nothing but the updates of it
+    "criterion_name": "LabelSmoothedCrossEntropyCriterion",
+    "optimizer_name": "FairseqAdam",
+    "lr_scheduler_state": {"best": None},
+    "num_updates": 0,
+}
 
 
 @dataclass
@@ -107,7 +113,7 @@ def to_fairseq(
         "cfg": settings,
         "model": renamed,
         "criterion": None,
-        "optimizer_history": training.get("history") or [],
+        "optimizer_history": training.get("history") or [NO_HISTORY],
         "task_state": {},
         "extra_state": {
             "train_iterator": {

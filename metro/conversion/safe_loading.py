@@ -68,25 +68,27 @@ def load_tensors_and_settings(path: str | Path):
     except Exception as error:  # RuntimeError, EOFError, BadZipFile, KeyError, UnicodeDecodeError
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
-            f"{_first_line(error)}): it is cut off or another kind of file; copy it again"
+            f"{_first_sentence(error)}): it is cut off or another kind of file; copy it again"
         ) from error
 
 
 def _explain(path: Path, error: pickle.UnpicklingError) -> str:
-    """One line: which class was refused, or that this is no pickle at all."""
+    """One line: which class was refused, or that this is no pickle, or a damaged one."""
     reasons = [line.strip() for line in str(error).splitlines() if "nsupported" in line]
+    reason = (reasons or [_first_sentence(error)])[0]
     with path.open("rb") as file:
         start = file.read(2)
-    if start not in (b"PK", b"\x80\x02"):  # torch's files: zip archives, and pickles of protocol 2
+    # torch's files are zip archives, and long ago pickles of protocol 2.
+    if start not in (b"PK", b"\x80\x02") or "nsupported operand" in reason:
         return (
-            f"{path} cannot be read as a checkpoint (torch.save did not write it): it is another "
-            "kind of file, or damaged"
+            f"{path} cannot be read as a checkpoint ({reason}): it is another kind of file, or "
+            "damaged; nothing in it was run"
         )
     remedy = "Use a checkpoint whose origin you know"
     if "omegaconf" in str(error):
         remedy = "Its settings are omegaconf objects: pip install omegaconf==2.3.0, then try again"
-    return f"{path} {NO_CODE} ({(reasons or [_first_line(error)])[0]}). {remedy}"
+    return f"{path} {NO_CODE} ({reason}). {remedy}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(": ")
+def _first_sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(": ")

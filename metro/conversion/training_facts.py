@@ -103,7 +103,7 @@ def training_rows(checkpoint: FairseqCheckpoint, data: Path | None) -> dict[str,
     rows |= _counts(data)
     rows["tokens per example, at most"] = task.get("tokens_per_sample")
     updates = [run.get("num_updates") for run in checkpoint.history]
-    rows["updates"] = " + ".join(f"{number:,}" for number in updates if number is not None)
+    rows["updates"] = " + ".join(f"{number:,}" for number in updates if number)
     rows["tokens per update, at most"] = _tokens_per_update(settings, dataset, optimization)
     rates = optimization.get("lr") or scheduler.get("lr")
     rows["learning rate"] = ", ".join(f"{rate:g}" for rate in rates) if rates else None

@@ -1,0 +1,74 @@
+"""What comes back from a Hugging Face folder is trained further by fairseq."""
+
+import pytest
+import torch
+
+from metro.conversion.hf_to_fairseq import to_fairseq
+
+pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
+
+from tests.plugins import conftest as plugins  # noqa: E402
+from tests.plugins.conftest import METRO, NO_DROPOUT, T5, assert_equal_runs, load  # noqa: E402
+
+corpus, train = plugins.corpus, plugins.train  # fixtures
+
+SIZES = [
+    "--encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-layers 2 --max-update 2",
+    "--encoder-attention-heads 4 --max-positions 1024 --tokens-per-sample 128",
+    "--max-tokens 1024 --disable-validation",
+    NO_DROPOUT,
+]
+
+
+@pytest.mark.parametrize("names", ["original", "metro"])
+def test_training_from_a_round_trip_equals_training_from_the_original(
+    exported, testdata, tmp_path, train, names
+):
+    """Oracle: two updates from the original's own checkpoint, weights and Adam state."""
+    to_fairseq(exported("metro_tiny_a"), tmp_path / "back.pt", names=names)
+    sources = {
+        "original": testdata / "golden/checkpoints/metro_tiny_a.pt",
+        "back": tmp_path / "back.pt",
+    }
+    runs = []
+    for name, source in sources.items():
+        options = [*SIZES, "--weighted-lm-loss", f"--finetune-from-model {source}"]
+        train(tmp_path / name, *options, kind=METRO, data=testdata / "golden/wiki2tiny-bin")
+        runs.append(load(tmp_path / name / "checkpoint_last.pt"))
+    assert_equal_runs(*runs)
+
+
+def test_a_released_folder_is_restored_and_trained(testdata, tmp_path, train):
+    """Oracle: the released weights, one step of Adam away (at most the learning rate)."""
+    to_fairseq(testdata / "golden/hf_export/t5_tiny_c", tmp_path / "c.pt", dtype=torch.float32)
+    options = [*SIZES, f"--restore-file {tmp_path / 'c.pt'} --weight-decay 0"]
+    log = train(tmp_path / "run", *options, kind=T5, data=testdata / "golden/wiki2tiny-bin")
+    losses = [float(line["loss"]) for line in log.logged("train_inner")]
+    assert len(losses) == 2 and all(4 < loss < 8 for loss in losses)  # bits; random is 10
+    released = torch.load(
+        testdata / "golden/hf_export/t5_tiny_c/pytorch_model.bin", weights_only=True
+    )
+    trained = load(tmp_path / "run/checkpoint_last.pt")["model"]
+    change = [
+        (trained[f"model.{name}"] - tensor.float()).abs().max().item()
+        for name, tensor in released.items()
+    ]
+    assert 0 < max(change) < 2 * 0.003 + 1e-4
+
+
+def test_fairseq_loads_it_by_itself(exported, testdata, tmp_path):
+    """Oracle: the tensors; settings of plain values are enough to build task and model."""
+    from fairseq import checkpoint_utils
+
+    import fairseq_plugins  # noqa: F401
+
+    for name in ("metro_tiny_b", "t5_tiny_c"):
+        path = tmp_path / f"{name}.pt"
+        to_fairseq(exported(name), path)
+        data = {"data": str(testdata / "golden/wiki2tiny-bin")}
+        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], data)
+        state = models[0].model.state_dict()
+        prefix = "main." if name.startswith("metro") else ""
+        original = load(testdata / "golden/checkpoints" / f"{name}.pt")["model"]
+        key = f"{prefix}decoder.block.1.layer.2.DenseReluDense.wo.weight"
+        assert torch.equal(state[key], original["decoder.layers.1.fc2.weight"])
