@@ -7,8 +7,9 @@ normaliser). Seconds are processor time, so that other processes on the machine 
 
 A rebuild with the Rust library `tokenizers` is measured as well: SentencePiece's model, its table
 of characters and its blanks, behind our normaliser, which that library cannot express. It is no
-alternative: slower, and it gives other ids for some texts. `hostile texts that differ` counts them
-on lines made of combining marks, repeated characters, and symbols of the vocabulary.
+alternative: slower, and it gives other ids for letters with combining marks (the library applies
+the table to whole graphemes, so that it does not compose them) and for runs of one character (of
+equally good cuts it takes another one). `hostile texts that differ` counts lines made of these.
 
     python -m benchmarks.tokenizer [--vocab DIR] [FILE...]
 

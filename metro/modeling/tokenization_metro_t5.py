@@ -3,6 +3,11 @@
 Text -> ``<s> ids </s>``; two texts -> ``<s> a </s></s> b </s>``. Behind the ids of ``dict.txt``
 come the sentinels ``<sen000>``, ``<sen001>``, ...; they are part of the vocabulary, and like any
 other text when they are written out in an input, as they were in training.
+
+Not built on the Rust library ``tokenizers``: it cannot express the normaliser, and its rebuild of
+the SentencePiece model is slower and gives other ids for letters with combining marks (it does not
+compose them), for runs of one character (of equally good cuts it takes another one), and for a
+literal ``[MASK]`` in cased text. ``benchmarks/tokenizer.py`` measures both.
 """
 
 import shutil

@@ -6,6 +6,7 @@ import pickle
 import pytest
 from transformers import AddedToken, DataCollatorForSeq2Seq, PreTrainedTokenizer
 
+from metro.modeling.text_metro_t5 import Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 
 VOCABULARIES = {"32k": "vocab_32k", "64k": "vocab_64k"}
@@ -218,6 +219,21 @@ def test_the_fast_way_gives_what_the_base_class_gives(testdata, added):
     assert fast(words, **split)["input_ids"] == plain(words, **split)["input_ids"]
     whole = {"split_special_tokens": True}
     assert fast(texts, **whole)["input_ids"] == plain(texts, **whole)["input_ids"]
+
+
+def test_the_rust_library_differs_where_it_is_said_to(testdata):
+    """Oracle: SentencePiece itself; the docstring of the tokenizer names the three cases."""
+    pytest.importorskip("google.protobuf")
+    from benchmarks.tokenizer import rust_rebuild
+
+    folder = testdata / "vocab/vocab_32k"
+    vocabulary, rust = Vocabulary.from_folder(folder), rust_rebuild(folder)
+
+    def same(text):
+        return vocabulary.processor.encode(text) == rust.encode(text, add_special_tokens=False).ids
+
+    assert all(same(text) for text in ("the lobster is blue .", "\u00bd \ufb01 \u1e9e", "[mask]"))
+    assert not any(same(text) for text in ("e\u0301\u0323", "zzaaaaaaa", "[MASK] x"))
 
 
 def test_targets_and_the_collator_for_sequence_to_sequence(tokenizer):
