@@ -19,7 +19,7 @@ from metro.ops.dispatch import is_eager_cpu
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
 from metro.ops.threads import for_each
 
-CAUSAL_BLOCK = 256
+CAUSAL_BLOCK = 128
 """Queries at a time in causal attention; keys after the block are not looked at."""
 
 
@@ -229,13 +229,16 @@ class Chunk(NamedTuple):
 
 
 def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
-    """All chunks of a head; ``in_blocks``, each block of queries with the keys up to its end."""
+    """All chunks of a head; ``in_blocks``, each block of queries with the keys up to its end.
+
+    Rows change fastest, so that a block's bias is used while it is in the cache.
+    """
     num_queries, num_keys = q.shape[2], k.shape[2]
     step = CAUSAL_BLOCK if in_blocks else num_queries
-    for row in range(q.shape[0]):
-        for first in reversed(range(0, num_queries, step)):
-            end = min(first + step, num_queries)
-            keys = slice(0, end if in_blocks else num_keys)
+    for first in reversed(range(0, num_queries, step)):
+        end = min(first + step, num_queries)
+        keys = slice(0, end if in_blocks else num_keys)
+        for row in range(q.shape[0]):
             yield Chunk(row, head, slice(first, end), keys, is_first=end == num_queries)
 
 
