@@ -108,14 +108,18 @@ def write_card(model: RegisteredModel) -> str:
 
 
 def _commands(model: RegisteredModel) -> list[str]:
-    evaluate = f"metro evaluate {model.name} --suite {{}} --method {model.method} --out results"
     if model.family == "flipped":
-        text = "input: this is the best cast iron skillet you will ever buy\\n output: Positive"
+        review = "this is the best cast iron skillet you will ever buy"
         return [
-            f"metro generate {model.name} $'{text}'   # the instruction that fits",
-            evaluate.format("flipped14"),
+            f'metro flip {model.name} --input "<extra_id_0> {review}<extra_id_1>" \\',
+            '  --instruction "<extra_id_0> Title: <extra_id_1> Review:" --options Positive Negative',
+            f'metro generate {model.name} "input: {review} output: Positive"',
+            f"metro evaluate {model.name} --suite flipped14 --out results",
         ]
-    return [f'metro generate {model.name} "{EXAMPLE}"', evaluate.format("t0")]
+    return [
+        f'metro generate {model.name} "{EXAMPLE}"',
+        f"metro evaluate {model.name} --suite t0 --out results",
+    ]
 
 
 def write_cards(folder: str | Path) -> list[Path]:

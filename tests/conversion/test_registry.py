@@ -1,6 +1,7 @@
 """The registry of released checkpoints says what was published, and the cards say the same."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_every_entry_has_a_card_that_agrees():
             assert table["source"] in text
             for accuracy in table["results"].values():
                 assert f" {accuracy:.2f} |" in text
+
+
+@pytest.mark.parametrize("name", ["metro_t0_base", "t0_11b", "flipped_3b"])
+def test_the_commands_of_a_card_are_commands(name):
+    """Oracle: the parsers of the command line, which do not run them."""
+    from metro.cli.main import load_command
+
+    text = registry_cards.write_card(registered_model(name))
+    commands = text.split("```sh\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
+    assert len(commands) >= 2
+    for line in commands:
+        metro, subcommand, *arguments = shlex.split(line)
+        assert metro == "metro"
+        context = load_command(subcommand).make_context(subcommand, arguments)
+        assert name in str(context.params)
 
 
 @pytest.mark.parametrize(
