@@ -112,7 +112,8 @@ def _commands(model: RegisteredModel) -> list[str]:
         review = "this is the best cast iron skillet you will ever buy"
         return [
             f'metro flip {model.name} --input "<extra_id_0> {review}<extra_id_1>" \\',
-            '  --instruction "<extra_id_0> Title: <extra_id_1> Review:" --options Positive Negative',
+            '  --instruction "<extra_id_0> Title: <extra_id_1> Review:" \\',
+            "  --options Positive Negative",
             f'metro generate {model.name} "input: {review} output: Positive"',
             f"metro evaluate {model.name} --suite flipped14 --out results",
         ]
