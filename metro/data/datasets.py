@@ -230,12 +230,12 @@ class HubRows(Sequence):
             columns = self.rows[index]
             names = list(columns)
             return [
-                self._renamed(dict(zip(names, values, strict=True)))
+                self.with_names(dict(zip(names, values, strict=True)))
                 for values in zip(*(columns[name] for name in names), strict=True)
             ]
-        return self._renamed(self.rows[index])
+        return self.with_names(self.rows[index])
 
-    def _renamed(self, row: dict) -> dict:
+    def with_names(self, row: dict) -> dict:
         for name, name_there in self.rename.items():
             if name_there in row and name not in row:
                 row[name] = row.pop(name_there)
@@ -243,6 +243,29 @@ class HubRows(Sequence):
 
 
 def _load_from_hub(dataset: str, subset: str | None, split: str, limit: int | None) -> HubRows:
+    rows, entry = _open_on_hub(dataset, subset, split, streaming=False)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    return HubRows(rows, entry.rename)
+
+
+def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list[dict], int]:
+    """The first rows of a split on the hub, and how many it has, without downloading it all.
+
+    Raises:
+        DatasetUnavailable: the data set or the split cannot be had.
+    """
+    rows, entry = _open_on_hub(dataset, subset, split, streaming=True)
+    splits = rows.info.splits or {}
+    renamed = HubRows([], entry.rename)
+    first = [renamed.with_names(dict(row)) for row in rows.take(count)]
+    if split in splits and splits[split].num_examples:
+        return first, splits[split].num_examples
+    return first, len(_load_from_hub(dataset, subset, split, None))  # nowhere written: count
+
+
+def _open_on_hub(dataset: str, subset: str | None, split: str, streaming: bool):
+    """A split as the package ``datasets`` has it, from the first place that works."""
     name = name_of(dataset, subset)
     entry = dataset_table().get(name) or DatasetEntry(hub=dataset, config=subset)
     _refuse_manual(name, entry)
@@ -252,26 +275,16 @@ def _load_from_hub(dataset: str, subset: str | None, split: str, limit: int | No
             + (f" ({entry.trap})" if entry.trap else "")
         )
     hub = _datasets_package(name)
-    attempts = [{"name": entry.config}, {"name": None}]
-    if entry.script:
-        attempts = [
-            {"name": config, "revision": _PARQUET_COPY} for config in (entry.config, "default")
-        ] + attempts
-    else:
-        attempts += [{"name": entry.config, "revision": _PARQUET_COPY}]
+    places = [{"name": entry.config}, {"name": None}]
+    copies = [{"name": config, "revision": _PARQUET_COPY} for config in (entry.config, "default")]
     errors = []
-    for attempt in attempts:
-        if attempt in attempts[: len(errors)]:
-            continue
+    for place in copies + places if entry.script else places + copies[:1]:
         try:
-            rows = hub.load_dataset(entry.hub, split=split, **attempt)
+            return hub.load_dataset(entry.hub, split=split, streaming=streaming, **place), entry
         except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
             errors.append(error)
             if isinstance(error, ConnectionError) or type(error).__name__ == "OfflineModeIsEnabled":
                 break
-        else:
-            return HubRows(rows if limit is None else rows.select(range(min(limit, len(rows)))),
-                           entry.rename)  # fmt: skip
     raise _unavailable(name, entry.hub, errors[0], entry.unsure)
 
 

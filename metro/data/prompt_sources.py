@@ -173,6 +173,28 @@ class PromptSources:
             raise DatasetUnavailable(f"{name_of(*names)} has no rows")
         return part
 
+    def sample(self, plan: PartPlan) -> tuple[Part, int]:
+        """The part with a few of its rows, and how many it really has.
+
+        Data sets of the hub are not downloaded for it.
+
+        Raises:
+            DatasetUnavailable: they cannot be had.
+        """
+        if self.data_dir is not None:
+            part = self.load(plan)
+            return part._replace(limit=min(_SAMPLED_ROWS, part.num_rows)), part.num_rows
+        names, splits, total = self._names(plan), [], 0
+        for split in self.splits(plan):
+            rows, num_rows = datasets.peek(*names, split, _SAMPLED_ROWS)
+            splits.append(SplitRows(split, rows))
+            total += num_rows
+        limit = self.limits[plan.side]
+        part = Part(
+            plan.dataset, plan.subset, plan.side, tuple(splits), plan.templates, _SAMPLED_ROWS
+        )
+        return part, total if limit is None else min(total, limit)
+
     def _names(self, plan: PartPlan) -> tuple[str, str | None]:
         if self.source != "p3":
             return plan.dataset, plan.subset
@@ -206,13 +228,12 @@ def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[Planned
     yield from sources.without_templates()
     for plan in sources.plans():
         try:
-            part = sources.load(plan)
+            part, num_rows = sources.sample(plan)
         except DatasetUnavailable as error:
             yield Unavailable(plan.side, plan.key.split("/", 1)[1], str(error))
             continue
-        sampled = part._replace(limit=min(_SAMPLED_ROWS, part.num_rows))
         tried, lengths = 0, []
-        for number, split, row, _ in sampled.rows(0, sampled.num_rows):
+        for number, split, row, _ in part.rows(0, part.num_rows):
             for template in part.templates:
                 tried += 1
                 if row is None:
@@ -222,13 +243,13 @@ def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[Planned
                 except Problem:
                     continue
                 lengths.append(count_tokens(example["input"]) + count_tokens(example["target"]))
-        total = part.num_rows * len(part.templates)
+        total = num_rows * len(part.templates)
         examples = round(total * len(lengths) / max(1, tried))
-        capped = min(examples, per_epoch(sources.mixture, plan, part.num_rows))
+        capped = min(examples, per_epoch(sources.mixture, plan, num_rows))
         mean = sum(lengths) / max(1, len(lengths))
         name = plan.key.split("/", 1)[1]
         yield PlannedRow(
-            plan.side, name, len(plan.templates), part.num_rows, examples, plan.cap, capped,
+            plan.side, name, len(plan.templates), num_rows, examples, plan.cap, capped,
             round(capped * mean),
         )  # fmt: skip
 

@@ -15,7 +15,8 @@ from metro.data.datasets import (
     load_rows,
 )
 from metro.data.mixtures import find_mixture
-from tests.data.prompt_toys import write_rows
+from metro.data.prompt_preparation import plan_prompts, read_settings
+from tests.data.prompt_toys import YES_NO, files_of, prepare, write_rows, write_templates
 
 ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
 
@@ -110,7 +111,26 @@ def test_hub_rows_come_with_renamed_fields(repository, table):
     assert available_splits("toy", "sub") == ["train", "validation"]
     with pytest.raises(DatasetUnavailable, match="no split 'test' with labels: it has train, val"):
         load_rows("toy", "sub", "test")
+    first, total = datasets.peek("toy", "sub", "train", 2)
+    assert (first, total) == (expected[:2], 7)
     assert available_splits(str(repository), "conf") == ["train", "validation"]  # not in the table
+
+
+def test_mixture_from_the_hub_is_planned_and_prepared(repository, table, tmp_path):
+    """Oracle: the same rows from a local folder."""
+    entry = DatasetEntry(hub=str(repository), config="conf", splits=("train", "validation"))
+    table["one"] = entry
+    write_templates(tmp_path / "templates", "one", YES_NO)
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
+        write_rows(tmp_path / "data", "one", split, rows)
+    local, _ = prepare(tmp_path, tmp_path / "local")
+    remote, _ = prepare(tmp_path, tmp_path / "remote", data_dir=None, num_workers=2)
+    assert files_of(local.folder) == files_of(remote.folder)
+    settings = read_settings(str(tmp_path / "mix.yaml"), templates=tmp_path / "templates")
+    assert [(line.side, line.rows, line.examples) for line in plan_prompts(settings)] == [
+        ("train", 7, 21), ("valid", 3, 9),
+    ]  # fmt: skip
 
 
 def test_repository_with_a_script_falls_back_to_its_parquet_copy(repository, table, monkeypatch):
@@ -119,7 +139,7 @@ def test_repository_with_a_script_falls_back_to_its_parquet_copy(repository, tab
 
     real, tried = package.load_dataset, []
 
-    def load_dataset(path, name=None, *, split, revision=None):
+    def load_dataset(path, name=None, *, split, revision=None, streaming=False):
         tried.append((name, revision))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found toy.py")
