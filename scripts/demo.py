@@ -1,8 +1,9 @@
 """Pretrain a small METRO model on this machine: `make demo`.
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
--> `fairseq-hydra-train` -> curves. Every step prints its command, as one would type it. Stopped at
-any moment and started again, it goes on where it was; everything lies in one folder, demo/.
+-> `fairseq-hydra-train` -> curves -> `metro convert to-hf` -> `metro generate`. Every step prints
+its command, as one would type it. Stopped at any moment and started again, it goes on where it was;
+everything lies in one folder, demo/.
 """
 
 import argparse
@@ -28,6 +29,7 @@ CONFIGS = "fairseq_plugins/configs/pretraining"
 TEXT_BYTES = 6_000_000
 VOCAB_SIZE = 4000
 NUM_UPDATES = 300
+TEXT = "The function returns a list of all the files in the folder."
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -65,21 +67,23 @@ def run(folder: Path, texts: list[str], num_updates: int) -> None:
     folder.mkdir(exist_ok=True)
     remember_inputs(folder, texts)
 
-    step("1/4 text")
+    step("1/5 text")
     texts = texts or [make_text(folder / "english.txt")]
-    step("2/4 text to data")
+    step("2/5 text to data")
     inputs = [part for text in texts for part in ("--input", text)]
     sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
     subprocess.run(
         command("metro", "prepare-text", *inputs, "--out", str(data), *sizes), check=True
     )
-    step("3/4 pretraining")
+    step("3/5 pretraining")
     pretrain(data, folder / "checkpoints", log, num_updates)
-    step("4/4 curves")
+    step("4/5 curves")
     curves = read_log(log)
     picture = folder / "losses.png"
     draw(curves, picture)
     console.print(f"drawn: {picture}")
+    step("5/5 a Hugging Face model, and what it makes of a text")
+    export(folder / "checkpoints/checkpoint_last.pt", data, folder / "model")
     step("done")
     report(curves, folder, time.time() - start)
 
@@ -152,6 +156,22 @@ def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None
         raise subprocess.CalledProcessError(process.returncode, argv)
 
 
+def export(checkpoint: Path, data: Path, model: Path) -> None:
+    """The last checkpoint as a folder that loads anywhere, and its answer to one text."""
+    options = ("--vocab", str(data), "--overwrite")
+    subprocess.run(
+        command("metro", "convert", "to-hf", str(checkpoint), "--out", str(model), *options),
+        check=True,
+    )
+    answer = command("metro", "generate", str(model), TEXT, "--max-new-tokens", "20")
+    subprocess.run(answer, check=True)
+    console.print(
+        "(METRO learns to write a text back as it was. After so few updates on so little text it "
+        "knows\nthe commonest tokens; answers to questions come with prompt finetuning.)",
+        markup=False,
+    )
+
+
 def follow(process: subprocess.Popen, log: Path, position: int, num_updates: int) -> None:
     """Show progress until the training ends."""
     columns = [TextColumn("update"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()]
@@ -202,6 +222,8 @@ def report(curves, folder: Path, seconds: float) -> None:
     console.print(
         "\nNext:\n"
         f"  look at the curves      {folder}/losses.png\n"
+        f"  ask the model           .venv/bin/metro generate {folder}/model 'A text of yours.'\n"
+        f"  read its card           {folder}/model/README.md\n"
         "  train longer            make demo ARGS='--updates 1000'\n"
         f"  take your own text      rm -r {folder}; make demo DEMO_TEXT=my.txt\n"
         "  see what is installed   .venv/bin/metro doctor\n"

@@ -67,6 +67,7 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     assert first.returncode == 0, output
     assert "2 updates of METRO on" in output
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert_model_is_exported(folder, output)
 
     second = start(1000)
     wait_for(log, '"num_updates": "10"', second)
@@ -84,6 +85,26 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     assert third.returncode == 0, output
     assert re.search(rf"Loaded checkpoint .*@ {updates} updates\)", log.read_text()[before:])
     assert f"{updates + 2} updates of METRO on" in output
+
+
+def assert_model_is_exported(folder: Path, output: str) -> None:
+    """The folder holds the weights of the last checkpoint, and the answer was printed."""
+    import torch
+
+    import metro
+
+    model, tokenizer = metro.load(folder / "model")
+    checkpoint = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(checkpoint["model"][f"model.main.{name}"], tensor), name
+    assert "| updates | 2 |" in (folder / "model/README.md").read_text()
+    text = re.search(r"\$ metro generate \S+ '([^']+)'", output)[1]
+    start = torch.tensor([[model.generation_config.decoder_start_token_id]])
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = model.generate(**inputs, decoder_input_ids=start, max_new_tokens=20, do_sample=False)
+    answer = tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix("<sen000>").strip()
+    printed = output.split(f"'{text}' --max-new-tokens 20\n")[1]
+    assert printed.startswith(" ".join(answer.split())[:40])
 
 
 def environment_of_child(pid: int) -> dict[str, str]:
