@@ -11,14 +11,17 @@ the source, a pair of source and target that turns up again. Pairs are batched b
 budget of tokens, so that the result does not depend on their order. The vocabulary's logits exist
 for a chunk of rows only.
 
-Letters: U sources, P pairs, S source tokens, T target tokens, D width, N rows of the projection.
+Letters: U sources, P pairs, S source tokens, T target tokens, D width, V vocabulary, R rows of the
+projection, C rows of a chunk of them, N target tokens of all pairs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -26,7 +29,6 @@ from metro.data.instruction import encoder_text
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.examples import EvaluationExample
 from metro.finetuning.projection import projection_input
-from metro.ops.linear_cross_entropy import linear_cross_entropy
 
 METHODS = ("direct", "channel", "flipped")
 NORMALIZATIONS = ("sum", "mean", "calibrated")
@@ -79,15 +81,81 @@ def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
     return batches
 
 
+def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[list[Batch]]:
+    """Neighbouring batches that are projected to the vocabulary together."""
+    groups: list[list[Batch]] = []
+    size = 0
+    for batch in batches:
+        if not groups or size >= target_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(batch)
+        size += sum(len(target) for _, target in batch.pairs)
+    return groups
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
     """Rows of ids as one tensor, filled up on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
+class DecodedRows(NamedTuple):
+    """What a batch leaves for the projection: some hidden states, and what is asked of each."""
+
+    hidden_RD: torch.Tensor
+    row_N: torch.Tensor
+    """Which hidden state predicts the token; several tokens may share one."""
+    target_N: torch.Tensor
+    """The token."""
+    pair_N: torch.Tensor
+    """Whose log-probability it is part of: index into the batch's pairs."""
+
+
+class Projector:
+    """Sums log P of target tokens per pair, projecting the rows of several batches at once.
+
+    A product with a large vocabulary is slow for a few rows, and its logits (R, V) should never be
+    many: rows are collected, then projected in chunks.
+    """
+
+    chunk_logits = 2**24
+
+    def __init__(self, scores: torch.Tensor):
+        self.scores, self.waiting = scores, []
+
+    def add(self, rows: DecodedRows, index: list[int], weight, bias) -> None:
+        """``index``: places of the batch's pairs in the scores."""
+        self.projection = weight, bias
+        self.waiting.append((rows, torch.tensor(index, device=rows.pair_N.device)))
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        weight_VD, bias_V = self.projection
+        hidden_RD = torch.cat([rows.hidden_RD for rows, _ in self.waiting])
+        starts = itertools.accumulate([len(rows.hidden_RD) for rows, _ in self.waiting], initial=0)
+        row_N = torch.cat(
+            [rows.row_N + start for (rows, _), start in zip(self.waiting, starts, strict=False)]
+        )
+        target_N = torch.cat([rows.target_N for rows, _ in self.waiting])
+        pair_N = torch.cat([index[rows.pair_N] for rows, index in self.waiting])
+        log_p_N = torch.empty_like(target_N, dtype=torch.float32)
+        step = max(1, self.chunk_logits // len(weight_VD))
+        for first in range(0, len(hidden_RD), step):
+            logits_CV = F.linear(hidden_RD[first : first + step], weight_VD, bias_V).float()
+            normalizer_C = logits_CV.logsumexp(-1)
+            here = ((row_N >= first) & (row_N < first + step)).nonzero().squeeze(-1)
+            local_row = row_N[here] - first
+            log_p_N[here] = logits_CV[local_row, target_N[here]] - normalizer_C[local_row]
+        self.scores.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
+        self.waiting = []
+
+
 @torch.inference_mode()
-def score_batch(model, batch: Batch) -> torch.Tensor:
-    """Log-probabilities P (float64, on the CPU) of a batch's pairs."""
+def decode_batch(model, batch: Batch):
+    """Hidden states that predict the targets of a batch, and the projection's weight and bias."""
     device, config = model.device, model.config
     start, filler = config.decoder_start_token_id, config.pad_token_id
     source_ids_US = pad(batch.sources, filler, device)
@@ -98,33 +166,32 @@ def score_batch(model, batch: Batch) -> torch.Tensor:
     owner_P = torch.tensor([owner for owner, _ in batch.pairs], device=device)
     targets = [target for _, target in batch.pairs]
     target_ids_PT = pad(targets, IGNORED, device)
-    if len(batch.pairs) == len(batch.sources):
-        # Nothing to share behind the encoder. One row of ids serves all where they are alike.
-        rows = targets[:1] if len(set(targets)) == 1 else targets
-        input_ids = pad([[start, *row[:-1]] for row in rows], filler, device)
-        hidden, weight, bias = projection_input(
-            model,
-            encoder_outputs=encoded,
-            attention_mask=mask_US,
-            decoder_input_ids=input_ids.expand(len(targets), -1),
-        )
-        loss_PT = token_losses(hidden, weight, bias, target_ids_PT)
-    else:
-        loss_PT = score_against_shared_sources(
-            model, encoded, mask_US, owner_P, targets, target_ids_PT
-        )
-    return -loss_PT.sum(1, dtype=torch.float64).cpu()
+    if len(batch.pairs) > len(batch.sources):
+        return decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT)
+    # Nothing to share behind the encoder. One row of ids serves all where they are alike.
+    rows = targets[:1] if len(set(targets)) == 1 else targets
+    input_ids_PT = pad([[start, *row[:-1]] for row in rows], filler, device)
+    hidden_PTD, weight, bias = projection_input(
+        model,
+        encoder_outputs=encoded,
+        attention_mask=mask_US,
+        decoder_input_ids=input_ids_PT.expand(len(targets), -1),
+    )
+    pair_N, place_N = (target_ids_PT != IGNORED).nonzero(as_tuple=True)
+    row_N = torch.arange(len(pair_N), device=device)
+    rows = DecodedRows(hidden_PTD[pair_N, place_N], row_N, target_ids_PT[pair_N, place_N], pair_N)
+    return rows, weight, bias
 
 
-def score_against_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT):
-    """Token losses P,T where sources have several targets each.
+def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT):
+    """:func:`decode_batch` where sources have several targets each.
 
     The first decoder step, which reads the start symbol, is run once per source and leaves the keys
     and values of the source behind; the other steps take copies of them.
     """
     num_sources, start = len(mask_US), model.config.decoder_start_token_id
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    first, weight, bias = projection_input(
+    first_U1D, weight, bias = projection_input(
         model,
         encoder_outputs=encoded,
         attention_mask=mask_US,
@@ -132,11 +199,12 @@ def score_against_shared_sources(model, encoded, mask_US, owner_P, targets, targ
         past_key_values=cache,
         use_cache=True,
     )
-    first_loss = token_losses(first[owner_P], weight, bias, target_ids_PT[:, :1])
+    pair_P = torch.arange(len(targets), device=mask_US.device)
+    first = DecodedRows(first_U1D[:, 0], owner_P, target_ids_PT[:, 0], pair_P)
     if target_ids_PT.shape[1] == 1:
-        return first_loss
+        return first, weight, bias
     cache.batch_select_indices(owner_P)
-    hidden, weight, bias = projection_input(
+    hidden_PTD, weight, bias = projection_input(
         model,
         encoder_outputs=BaseModelOutput(encoded[0][owner_P]),
         attention_mask=mask_US[owner_P],
@@ -146,16 +214,16 @@ def score_against_shared_sources(model, encoded, mask_US, owner_P, targets, targ
         past_key_values=cache,
         use_cache=True,
     )
-    return torch.cat([first_loss, token_losses(hidden, weight, bias, target_ids_PT[:, 1:])], 1)
-
-
-def token_losses(hidden, weight, bias, target_ids_PT: torch.Tensor) -> torch.Tensor:
-    """-log P of every target token, 0 where there is none; projects nothing else."""
-    kept_PT = target_ids_PT != IGNORED
-    loss_N = linear_cross_entropy(
-        hidden[:, : target_ids_PT.shape[1]][kept_PT], weight, target_ids_PT[kept_PT], bias_V=bias
-    ).loss
-    return loss_N.new_zeros(target_ids_PT.shape).masked_scatter_(kept_PT, loss_N)
+    pair_N, place_N = (target_ids_PT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    hidden_ND = hidden_PTD[pair_N, place_N]
+    row_N = num_sources + torch.arange(len(pair_N), device=mask_US.device)
+    rows = DecodedRows(
+        torch.cat([first.hidden_RD, hidden_ND]),
+        torch.cat([first.row_N, row_N]),
+        torch.cat([first.target_N, target_ids_PT[pair_N, place_N + 1]]),
+        torch.cat([first.pair_N, pair_N]),
+    )
+    return rows, weight, bias
 
 
 class PairScorer:
@@ -197,17 +265,23 @@ class PairScorer:
     ) -> list[float]:
         """log P(target | source) of every pair; ``progress`` is told the share that is done."""
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        batches = make_batches(new, self.batch_tokens)
+        # Shared out by groups, which do not depend on the number of processes: nor do the scores,
+        # to the last bit.
+        groups = group_batches(make_batches(new, self.batch_tokens))
         places = {pair: number for number, pair in enumerate(new)}
         scores = torch.zeros(len(new), dtype=torch.float64)
         done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
-        for number, batch in enumerate(batches):
-            if number % self.num_processes == self.rank:
-                index = [places[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
-                scores[index] = score_batch(self.model, batch)
-            if progress is not None:
-                done += sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs)
-                progress(done / size)
+        for number, group in enumerate(groups):
+            projector = Projector(scores)
+            for batch in group:
+                if number % self.num_processes == self.rank:
+                    index = [places[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
+                    rows, weight, bias = decode_batch(self.model, batch)
+                    projector.add(rows, index, weight, bias)
+                if progress is not None:
+                    done += sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs)
+                    progress(done / size)
+            projector.flush()
         if self.gather is not None:
             scores = self.gather(scores)
         self.num_computed += len(new)

@@ -119,6 +119,24 @@ def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, mon
     assert scorer.num_computed == 4
 
 
+def test_processes_that_share_the_work_get_the_same_bits(tiny_t5, flipped_golden):
+    """Oracle: one process. The processes' shares are added up."""
+    pairs = [p for e in flipped_golden for method in METHODS for p in golden_pairs(e, method)]
+    alone = PairScorer(tiny_t5, batch_tokens=300).score(pairs)
+    shares = []
+    for rank in range(3):
+        PairScorer(
+            tiny_t5,
+            batch_tokens=300,
+            rank=rank,
+            num_processes=3,
+            gather=lambda share: shares.append(share) or share,
+        ).score(pairs)
+    assert all((share != 0).any() for share in shares)
+    together = dict(zip(dict.fromkeys(pairs), sum(shares).tolist(), strict=True))
+    assert [together[pair] for pair in pairs] == alone
+
+
 def test_batches_hold_every_pair_once_within_the_budget():
     """Oracle: counting. Padded size = pairs * (longest source + longest target)."""
     draw = random.Random(1)
