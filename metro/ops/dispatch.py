@@ -4,6 +4,7 @@ import torch
 
 
 def is_eager_cpu(x: torch.Tensor) -> bool:
-    """Whether the CPU paths written here apply: float32, on the CPU, not in ``torch.compile``."""
+    """Whether the CPU paths written here apply: float32 (no autocast), not in ``torch.compile``."""
     is_float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return is_float32_on_cpu and not torch.compiler.is_compiling()
+    is_traced = torch.compiler.is_compiling()
+    return is_float32_on_cpu and not is_traced and not torch.is_autocast_enabled("cpu")

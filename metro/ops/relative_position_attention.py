@@ -1,9 +1,9 @@
 """Attention with a relative position bias, without B,H,T,S tensors kept for the backward pass.
 
-On the CPU one row is computed at a time, and the backward pass computes its weights (and which of
-them were dropped) again, as Dao et al. (2022) do on GPUs. Only the inputs are kept. One more q k^T
-is 1/7 of the arithmetic of attention, which is itself about a tenth of a layer's at 512 tokens;
-causal attention skips a quarter of the pairs.
+On the CPU a head of one row is computed at a time, each core at its own, and the backward pass
+computes the weights (and which of them were dropped) again, as Dao et al. (2022) do on GPUs. Only
+the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is itself about a
+tenth of a layer's at 512 tokens; causal attention skips 3/8 of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """

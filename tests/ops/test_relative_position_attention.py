@@ -5,6 +5,7 @@ import torch
 
 from metro.fuse import fuse, fused_attend
 from metro.modeling.attention_metro_t5 import Attention
+from metro.modeling.layers_metro_t5 import FeedForward
 from metro.ops import relative_position_attention as op
 from metro.ops.dropout import draw_kept
 from metro.ops.relative_position_attention import relative_position_attention
@@ -161,6 +162,31 @@ def test_fuse_reaches_every_attention():
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     assert len(attentions) == 7  # auxiliary 1, encoder 2, decoder 2 x 2
     assert all(module.attend is fused_attend for module in attentions)
+
+
+def test_fused_feed_forward_leaves_replaced_layers_to_pytorch():
+    """An adapter's layer in the place of a linear one is called, not looked into."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain = FeedForward(build().config)
+    plain.wo = Doubled(plain.wo.in_features, plain.wo.out_features)
+    x = torch.randn(2, 3, plain.wi.in_features)
+    want = plain(x)
+    torch.testing.assert_close(fuse(plain)(x), want)
+
+
+def test_a_fused_model_trains_under_autocast():
+    """Oracle: the plain model under autocast, which rounds at the same places."""
+    losses = []
+    for model in (build(), fuse(build())):
+        randomize(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(**batch(), objective=MetroObjective()).total)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_a_fused_model_compiles_in_one_graph():
