@@ -134,7 +134,7 @@ class EvaluationCommand:
         )
         batch_tokens = self.batch_tokens
         if batch_tokens is None:
-            batch_tokens = 65536 if processes.device.type == "cuda" else 8192
+            batch_tokens = 65536 if processes.device.type == "cuda" else 4096
         settings = Settings(method, self.normalization, batch_tokens)
         protocol = choose_protocol(
             registered.family if registered else None,

@@ -240,7 +240,7 @@ class PairScorer:
         self,
         model,
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
         rank: int = 0,
         num_processes: int = 1,
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,

@@ -30,7 +30,7 @@ class Settings:
 
     method: str = "direct"
     normalization: str = "sum"
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Tokens of a batch; changes speed, not results."""
 
 
