@@ -54,6 +54,8 @@ class TaskSpec:
     dataset: str | None = None
     subset: str | None = None
     split: str | None = None
+    hub: str | None = None
+    """Where the data set is on the hub, if not where ``metro.data.datasets`` knows it."""
     data: Path | None = None
     """A jsonl file instead of a data set."""
     inline: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -165,7 +167,7 @@ def _read_task(name: str, kind: str, entry: Any, suite: dict, path: Path) -> Tas
     if kind == "mmlu":
         template = dict(suite["template"])
         return TaskSpec(name, kind, (template["name"],), "mmlu", name, suite["split"],
-                        template=template)  # fmt: skip
+                        hub=suite["hub"], template=template)  # fmt: skip
     if kind == "label_generalization":
         return TaskSpec(
             name, kind, (entry["template"],), entry["dataset"], entry.get("subset"), entry["split"],

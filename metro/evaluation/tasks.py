@@ -116,7 +116,8 @@ class TemplateTask(Task):
             self.rows: Sequence[dict] = JsonlRows(spec.data)
         else:
             split = sources.split or spec.split
-            self.rows = load_rows(spec.dataset, spec.subset, split, data_dir=sources.data_dir)
+            name = spec.dataset if sources.data_dir is not None else spec.hub or spec.dataset
+            self.rows = load_rows(name, spec.subset, split, data_dir=sources.data_dir)
         self.templates = {prompt: self.find_template(prompt) for prompt in self.prompts}
         self.indices = choose_rows(len(self.rows), spec.max_rows, sources.limit)
 
