@@ -129,11 +129,12 @@ def _progress_bar(console):
         console=console,
         auto_refresh=False,  # no thread: worker processes are forked while the bar stands
     )
-    task = bar.add_task("starting", total=None, rendered=0)
-    last_shown = 0.0
+    task, last_shown = None, 0.0
 
     def show(now) -> None:
-        nonlocal last_shown
+        nonlocal task, last_shown
+        if task is None:
+            task = bar.add_task(now.step, rendered=0)
         is_due = time.monotonic() - last_shown > 0.1
         last_shown = time.monotonic() if is_due else last_shown
         bar.update(
