@@ -97,22 +97,23 @@ def prepare_prompts(
         raise ValueError("--out is missing: name the folder to make (or add --dry-run)")
     bar, show = _progress_bar(console)
     try:
-        with bar:
-            result = preparation.prepare_prompts(
-                mixture,
-                out,
-                num_workers=workers,
-                overwrite=overwrite,
-                say=lambda line: console.print(line, markup=False, soft_wrap=True),
-                progress=show,
-                **options,
-            )
+        result = preparation.prepare_prompts(
+            mixture,
+            out,
+            num_workers=workers,
+            overwrite=overwrite,
+            say=lambda line: console.print(line, markup=False, soft_wrap=True),
+            progress=show,
+            **options,
+        )
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to continue")
         raise typer.Exit(130) from None
     except RuntimeError as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
+    finally:
+        bar.stop()
     _print_result(console, result)
 
 
@@ -133,7 +134,8 @@ def _progress_bar(console):
 
     def show(now) -> None:
         nonlocal task, last_shown
-        if task is None:
+        if task is None:  # not before: a refused option would leave an empty bar behind
+            bar.start()
             task = bar.add_task(now.step, rendered=0)
         is_due = time.monotonic() - last_shown > 0.1
         last_shown = time.monotonic() if is_due else last_shown
