@@ -113,7 +113,8 @@ def prepare_prompts(
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
     _print_result(console, result)
 
 
