@@ -224,4 +224,5 @@ class PromptData:
 
 def default_sampling(manifest: dict) -> str:
     """How a mixture is sampled where nothing else is asked for."""
-    return "proportional" if manifest.get("mixture") == "flipped" else "capped"
+    by_data_set = manifest.get("cap_of", "template") == "data_set"
+    return "proportional" if by_data_set or manifest.get("mixture") == "flipped" else "capped"

@@ -1,0 +1,176 @@
+"""FLIPPED training beside the published way of it: examples a second, memory, loss.
+
+The published way: one example per micro-batch, its two encoder inputs padded to 512 and the
+instruction to 128 tokens, log-probabilities over the whole vocabulary in float32 at all positions,
+gradients accumulated. Ours: all examples of an update in one batch padded to the longest, the
+vocabulary in chunks and at real tokens only. Both compute the same mean over examples with the same
+weights and without dropout, so that loss and gradient can be compared; both take the same Adafactor
+step.
+
+Lengths are drawn like those of FLIPPED's mixture, its data sets in their published shares, in
+METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512), instructions of
+21 (a tenth above 40). Batches are those of `metro finetune`: 64 are sorted by length together.
+"""
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.common import measure_isolated, print_table, write_results
+
+PAD, START, NUM_WORDS = 1, 2, 32_000
+GROUP = 64  # batches sorted together
+SOURCE, TARGET = 512, 128
+
+
+def build_model(kind: str):
+    """A small model: width 256, 4 + 4 layers, 32,000 words."""
+    torch.manual_seed(0)
+    sizes = dict(d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, vocab_size=NUM_WORDS)
+    ids = dict(pad_token_id=PAD, eos_token_id=START, decoder_start_token_id=START, dropout_rate=0.0)
+    if kind == "METRO-T5":
+        from metro.fuse import fuse
+        from metro.modeling.configuration_metro_t5 import MetroT5Config
+        from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+
+        return MetroT5ForConditionalGeneration(MetroT5Config(**sizes, **ids)), fuse
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(**sizes, **ids, feed_forward_proj="gated-gelu")
+    return T5ForConditionalGeneration(config), lambda model: model
+
+
+def draw_examples(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(right, wrong, target) ids; the two encoder inputs differ in their last tokens."""
+    random = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(4, NUM_WORDS, (length,), generator=random)
+
+    examples = []
+    for _ in range(count):
+        source = int(torch.empty(1).log_normal_(4.39, 0.6, generator=random).clamp(16, SOURCE - 2))
+        right = ids(source)
+        wrong = torch.cat([right[:-2], ids(2)])
+        target = int(torch.empty(1).log_normal_(3.04, 0.5, generator=random).clamp(6, TARGET - 1))
+        examples.append((right, wrong, ids(target)))
+    return examples
+
+
+def padded(rows: list[torch.Tensor], width: int | None = None) -> torch.Tensor:
+    width = width or max(map(len, rows))
+    batch = torch.full((len(rows), width), PAD)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = ids
+    return batch
+
+
+def published_backward(model, examples) -> float:
+    """Gradients of an update, one example after the other; returns the loss."""
+    total = 0.0
+    for right, wrong, target in examples:
+        encoder = padded([right, wrong], SOURCE)
+        target = padded([target], TARGET)
+        decoder = torch.cat([torch.full((1, 1), START), target[:, :-1]], 1)
+        logits = model(
+            input_ids=encoder,
+            attention_mask=encoder.ne(PAD),
+            decoder_input_ids=decoder.repeat(2, 1),
+            use_cache=False,
+        ).logits
+        log_p = logits.float().log_softmax(-1)
+        log_p = log_p.gather(-1, target.repeat(2, 1).unsqueeze(-1)).squeeze(-1)
+        is_token = target[0].ne(PAD)
+        likelihood = -(log_p[0] * is_token).sum() / is_token.sum()
+        unlikelihood = -((1 - log_p[1].exp() + 0.01).log() * is_token).sum() / is_token.sum()
+        loss = (likelihood + 3 * unlikelihood) / len(examples)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def our_backward(model, examples) -> float:
+    from metro.finetuning.flipped import flipped_loss
+
+    right, wrong, target = (padded(list(column)) for column in zip(*examples, strict=True))
+    loss = flipped_loss(model, right, wrong, target, pad_token_id=PAD, mean="examples")
+    loss.total.backward()
+    return float(loss.total.detach())
+
+
+def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) -> dict:
+    """Updates of one way: losses, the gradient norm of the first one, and seconds of the rest."""
+    from transformers.optimization import Adafactor
+
+    torch.set_num_threads(threads)
+    model, fuse = build_model(kind)
+    model.train()
+    backward = published_backward
+    if way == "ours":
+        fuse(model)
+        backward = our_backward
+    optimizer = Adafactor(
+        model.parameters(), lr=5e-5, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+    examples = sorted(draw_examples(batch_size * GROUP), key=lambda example: len(example[0]))
+    starts = torch.randperm(GROUP, generator=torch.Generator().manual_seed(2))[:num_updates]
+    batches = [examples[i * batch_size :][:batch_size] for i in starts.tolist()]
+    losses, norm, seconds, cpu_seconds = [], 0.0, 0.0, 0.0
+    for number, batch in enumerate([batches[0], *batches]):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        optimizer.zero_grad()
+        losses.append(backward(model, batch))
+        gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        if number == 0:  # warm-up, and what is compared
+            norm = float(torch.stack(gradients).norm())
+            continue
+        optimizer.step()
+        seconds += time.perf_counter() - start
+        cpu_seconds += time.process_time() - cpu_start
+    return {
+        "losses": losses,
+        "gradient_norm": norm,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=16, help="examples of an update")
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--models", nargs="+", default=["METRO-T5", "T5 v1.1"])
+    options = parser.parse_args()
+    rows = []
+    for kind in options.models:
+        speeds, results = {}, {}
+        for way in ("published", "ours"):
+            arguments = (way, kind, options.batch_size, options.updates, options.threads)
+            measured = measure_isolated(train, *arguments)
+            result = results[way] = measured.value
+            num_examples = options.batch_size * options.updates
+            speeds[way] = num_examples / result["seconds"]
+            rows.append(
+                {
+                    "model": kind,
+                    "way": way,
+                    "examples/s": speeds[way],
+                    "times as fast": speeds[way] / speeds["published"],
+                    "CPU s/example": result["cpu_seconds"] / num_examples,
+                    "peak MiB": measured.peak_bytes / 2**20,
+                    "loss": result["losses"][0],
+                    "gradient norm": result["gradient_norm"],
+                }
+            )
+        for one, other in zip(*(results[way]["losses"] for way in results), strict=True):
+            assert abs(one - other) < 1e-4 * abs(one), f"{kind}: losses {one} and {other} differ"
+        norms = [results[way]["gradient_norm"] for way in results]
+        assert abs(norms[0] - norms[1]) < 1e-3 * norms[0], f"{kind}: gradients {norms} differ"
+    print_table(rows, f"FLIPPED training, {options.batch_size} examples an update, float32")
+    write_results("flipped_training", rows, batch_size=options.batch_size, threads=options.threads)
+
+
+if __name__ == "__main__":
+    main()

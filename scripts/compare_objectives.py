@@ -1,0 +1,125 @@
+"""FLIPPED, DIRECT, CHANNEL and FLIPPED without unlikelihood from one model, same budget: a table.
+
+    python scripts/compare_objectives.py --model MODEL.pt --vocab DIR --data-dir ROWS \\
+        --templates TREE --out runs/compare
+
+Prepares FLIPPED's mixture (only the data sets named by --dataset) and, unprepared for training, the
+data sets of --unseen; trains each objective for the same number of updates on the same examples an
+update; ranks the options of held-out rows. Run again, it goes on where it was stopped. The table is
+printed and written to OUT/table.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from evaluate_prompts import evaluate, print_rows
+
+VARIANTS = {  # name -> (objective, lambda, scored as)
+    "FLIPPED": ("flipped", 3.0, "flipped"),
+    "FLIPPED without unlikelihood": ("flipped", 0.0, "flipped"),
+    "DIRECT": ("direct", 3.0, "direct"),
+    "CHANNEL": ("channel", 3.0, "channel"),
+}
+TRAINED = (
+    "ag_news", "imdb", "rotten_tomatoes", "glue/qqp", "paws/labeled_final", "quartz", "quarel",
+    "sciq", "social_i_qa",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="where all start")
+    parser.add_argument("--vocab", help="folder with sp.model and dict.txt, for a fairseq .pt")
+    parser.add_argument("--data-dir", help="local rows; default: the hub")
+    parser.add_argument("--templates", help="template tree; default: the fetched one")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dataset", action="append", help="of the mixture; default: nine")
+    parser.add_argument("--unseen", action="append", help="of T0's mixture; default: trec")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="not all variants")
+    parser.add_argument("--max-steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--max-input-length", type=int, default=96)
+    parser.add_argument("--eval-limit", type=int, default=40, help="held-out rows per template")
+    parser.add_argument("--use-cpu", action="store_true")
+    options = parser.parse_args()
+
+    trained = prepare(options, "flipped", options.dataset or TRAINED, "trained")
+    unseen = prepare(options, "t0", options.unseen or ["trec"], "unseen")
+    table: dict[str, dict] = {}
+    for name in options.only or VARIANTS:
+        objective, weight, method = VARIANTS[name]
+        folder = options.out / name.lower().replace(" ", "_")
+        table[name] = train_and_evaluate(
+            options, folder, objective, weight, method, {"trained": trained, "unseen": unseen}
+        )
+        for part, rows in table[name].items():
+            print_rows(rows, f"{name}: {part} tasks, held-out rows")
+    (options.out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+def prepare(options, mixture: str, datasets, name: str) -> Path:
+    from metro.data.prompt_preparation import prepare_prompts
+
+    folder = options.out / f"data_{name}"
+    prepare_prompts(
+        mixture,
+        folder,
+        format="jsonl",
+        data_sets=list(datasets),
+        data_dir=options.data_dir,
+        templates=options.templates,
+        validation="all",
+        valid_limit=200,
+    )
+    return folder
+
+
+def train_and_evaluate(options, folder: Path, objective, weight, method, data: dict) -> dict:
+    """Rows of `evaluate` for each part of `data`; kept in the folder once they are there."""
+    import metro
+    from metro.finetuning.run import finetune
+    from metro.finetuning.settings import combine
+
+    kept = folder / "accuracy.json"
+    # CHANNEL writes what the others read
+    longest_target = options.max_input_length if objective == "channel" else 64
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    if not (folder / "config.json").is_file():
+        given = dict(
+            model=options.model,
+            vocab=options.vocab,
+            data=str(data["trained"]),
+            output_dir=str(folder),
+            objective=objective,
+            unlikelihood_weight=weight,
+            max_steps=options.max_steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            max_input_length=options.max_input_length,
+            max_target_length=longest_target,
+            warmup_steps=options.max_steps // 10,
+            eval_steps=options.max_steps,
+            eval_limit=10,
+            logging_steps=20,
+            use_cpu=options.use_cpu,
+            report_to="none",
+        )
+        finetune(combine("tiny", given))
+    model, tokenizer = metro.load(folder)
+    rows = {
+        part: evaluate(
+            model, tokenizer, where, method, options.eval_limit, options.max_input_length
+        )
+        for part, where in data.items()
+    }
+    kept.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
