@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from metro.ops.sampling import sample_tokens, uniform_of
+
 CHUNK_LOGITS = 2**24
 """Logits at a time: 64 MiB in float32, 512 rows of a vocabulary of 32k."""
 
@@ -68,90 +70,115 @@ def linear_cross_entropy(
         label_smoothing: probability taken from the target and given to the others in equal shares.
         unlikelihood_epsilon: the loss of Welleck et al. (2020) instead, which makes the target less
             likely; 0.01 in FLIPPED (Ye et al., 2023, equation 4).
-        impl: ``reference`` (described above), or ``auto``, the best that the device has.
+        impl: ``reference`` (described above), ``triton`` (one kernel projects and reduces, so that
+            forward no logits exist at all), or ``auto``: so far ``reference``.
 
     Raises:
         ValueError: shapes or types that do not fit, a target outside the vocabulary (on the CPU),
             an unknown ``impl``.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl is {impl!r}; use 'auto' or 'reference'")
-    check_options(label_smoothing, unlikelihood_epsilon)
-    hidden_ND, weight_VD, bias_V = cast_for_autocast(hidden_ND, weight_VD, bias_V)
-    check_inputs(hidden_ND, weight_VD, target_ids_N, bias_V, token_weight_N)
+    loss, correct, _ = token_losses(
+        hidden_ND,
+        weight_VD,
+        target_ids_N,
+        bias_V,
+        ignore_index,
+        label_smoothing,
+        unlikelihood_epsilon,
+        streams_N=None,
+        impl=impl,
+    )
+    if token_weight_N is not None:
+        if token_weight_N.shape != target_ids_N.shape:
+            raise ValueError(
+                f"token_weight has shape {tuple(token_weight_N.shape)}; use that of the targets, "
+                f"{tuple(target_ids_N.shape)}"
+            )
+        loss = loss * token_weight_N.to(loss.dtype)
+    return LinearCrossEntropy(loss, correct)
 
-    shape, on_cpu = target_ids_N.shape, hidden_ND.device.type == "cpu"
-    hidden_ND, targets_N = hidden_ND.flatten(0, -2), target_ids_N.flatten()
-    kept_N = targets_N != ignore_index
-    # Looking which rows are kept would wait for other devices.
-    rows = None if not on_cpu or kept_N.all() else kept_N.nonzero().squeeze(-1)
-    if rows is not None:
-        hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
-    elif not on_cpu:
-        targets_N = targets_N.where(kept_N, 0)
-    if on_cpu:
-        check_targets(targets_N, len(weight_VD), ignore_index)
 
-    loss, correct = ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, targets_N, label_smoothing, unlikelihood_epsilon
+def token_losses(
+    hidden, weight, targets, bias, ignore_index, label_smoothing, epsilon, streams_N, impl
+):
+    """Loss, correctness and, with ``streams_N``, a sample for each token."""
+    if impl == "auto":
+        impl = "reference"
+    if impl not in ("reference", "triton"):
+        raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'triton'")
+    check_options(label_smoothing, epsilon)
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    check_inputs(hidden, weight, targets, bias)
+    shape, on_cpu = targets.shape, hidden.device.type == "cpu"
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    kept_N, rows = targets != ignore_index, None
+    if on_cpu:  # looking which rows are kept would wait for other devices
+        rows = kept_N.nonzero().squeeze(-1) if not kept_N.all() else None
+        check_targets(targets[kept_N], len(weight), ignore_index)
+    if rows is not None and streams_N is None:
+        hidden, targets = hidden[rows], targets[rows]
+    else:
+        rows, targets = None, targets.where(kept_N, 0)
+
+    options = Options(label_smoothing, epsilon, impl)
+    loss, correct, samples = ChunkedCrossEntropy.apply(
+        hidden, weight, bias, targets, streams_N, options
     )
     if rows is not None:
         loss = loss.new_zeros(len(kept_N)).index_copy(0, rows, loss)
         correct = torch.zeros_like(kept_N).index_copy(0, rows, correct)
-    elif not on_cpu:
-        loss, correct = loss.where(kept_N, 0.0), correct & kept_N
-    if token_weight_N is not None:
-        loss = loss * token_weight_N.flatten().to(loss.dtype)
-    return LinearCrossEntropy(loss.view(shape), correct.view(shape))
+    loss, correct = loss.where(kept_N, 0.0).view(shape), (correct & kept_N).view(shape)
+    return loss, correct, None if samples is None else samples.view(shape)
+
+
+class Options(NamedTuple):
+    """Which loss, computed how."""
+
+    smoothing: float
+    epsilon: float | None
+    impl: str
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and correctness of N rows; of each row its normaliser is kept, and the last chunk."""
+    """Loss and correctness of N rows; a few sums of each row are kept, and the last chunk."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, smoothing, epsilon):
-        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        loss_N, normaliser_N = (torch.empty_like(targets_N, dtype=dtype) for _ in range(2))
-        others_N = None if epsilon is None else torch.empty_like(loss_N)
-        correct_N, logits_CV = torch.empty_like(targets_N, dtype=torch.bool), None
-        for chunk in chunks(len(targets_N), len(weight_VD)):
-            logits_CV = project(hidden_ND[chunk], weight_VD, bias_V)
-            sums = reduce_rows(logits_CV, targets_N[chunk], smoothing, epsilon)
-            loss_N[chunk], normaliser_N[chunk] = sums.loss, sums.normaliser
-            correct_N[chunk] = sums.correct
-            if others_N is not None:
-                others_N[chunk] = sums.others
-        ctx.save_for_backward(
-            hidden_ND, weight_VD, bias_V, targets_N, normaliser_N, others_N, logits_CV
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
+        reduce_rows = kernels().reduce_rows if options.impl == "triton" else reduce_in_chunks
+        rows, samples_N, last_CV = reduce_rows(
+            hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum=bool(options.smoothing)
         )
-        ctx.smoothing, ctx.epsilon = smoothing, epsilon
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, last_CV, *rows[:4])
+        ctx.options = options
+        correct_N = rows.likeliest == targets_N
         ctx.mark_non_differentiable(correct_N)
-        return loss_N, correct_N
+        if samples_N is not None:
+            ctx.mark_non_differentiable(samples_N)
+        return loss_of(rows, len(weight_VD), options), correct_N, samples_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N, _):
-        hidden_ND, weight_VD, bias_V, targets_N, normaliser_N, others_N, last_CV = ctx.saved_tensors
-        num_rows, dtype = len(targets_N), normaliser_N.dtype
+    def backward(ctx, grad_N, *_):
+        hidden_ND, weight_VD, bias_V, targets_N, last_CV, *rows = ctx.saved_tensors
+        num_rows, vocab_size, dtype = len(targets_N), len(weight_VD), grad_N.dtype
+        coefficients = gradient_coefficients(
+            RowSums(*rows, likeliest=None), grad_N, vocab_size, ctx.options
+        )
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed over chunks in float32: half precision would round once for each of them.
         grad_weight = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
-        for chunk in chunks(num_rows, len(weight_VD)):
-            is_last = chunk.stop >= num_rows
-            logits_CV = last_CV if is_last else project(hidden_ND[chunk], weight_VD, bias_V)
-            others_C = None if others_N is None else others_N[chunk]
-            grad_CV = logits_gradient(
-                logits_CV,
-                targets_N[chunk],
-                normaliser_N[chunk],
-                others_C,
-                ctx.smoothing,
-                ctx.epsilon,
-            ).mul_(grad_N[chunk].unsqueeze(-1))
+        for chunk in chunks(num_rows, vocab_size):
+            given = (hidden_ND[chunk], weight_VD, bias_V, targets_N[chunk])
+            of_chunk = Coefficients(*(x[chunk] for x in coefficients))
+            if ctx.options.impl == "triton":
+                grad_CV = kernels().logits_gradient(*given, of_chunk)
+            else:
+                logits_CV = last_CV if chunk.stop >= num_rows else project(*given[:3])
+                grad_CV = logits_gradient(logits_CV, targets_N[chunk], of_chunk)
             if needs_bias:
-                grad_bias += grad_CV.sum(0)
+                grad_bias += grad_CV.sum(0, dtype=dtype)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if needs_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
@@ -165,54 +192,103 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class RowSums(NamedTuple):
-    """What is known of each row of a chunk once its logits have been seen."""
+    """What is known of each row once its logits have been seen: the losses and gradients follow."""
 
-    loss: torch.Tensor
-    correct: torch.Tensor
+    target_logit: torch.Tensor
     normaliser: torch.Tensor
     """log of the sum of the exponentials."""
-    others: torch.Tensor | None
-    """``1 - p_target``, the share of the other tokens; the unlikelihood's alone."""
+    others: torch.Tensor
+    """``1 - p_target``, the share of the other tokens, as the sum of theirs."""
+    logit_sum: torch.Tensor | None
+    """Of all logits, where asked for."""
+    likeliest: torch.Tensor | None
+    """Token id of the highest logit; the gradient does not need it."""
 
 
-def reduce_rows(logits_CV, targets_C, smoothing, epsilon) -> RowSums:
-    """Loss, correctness, and what the backward pass needs, of one chunk."""
-    targets_C1 = targets_C.unsqueeze(-1)
-    target_logits_C1 = logits_CV.gather(-1, targets_C1)
-    correct_C = logits_CV.argmax(-1) == targets_C
-    if epsilon is not None:
-        log_others_C = logits_CV.scatter_(-1, targets_C1, -torch.inf).logsumexp(-1)
-        logits_CV.scatter_(-1, targets_C1, target_logits_C1)
-        normaliser_C = torch.logaddexp(log_others_C, target_logits_C1.squeeze(-1))
-        others_C = (log_others_C - normaliser_C).exp()
-        return RowSums(-(others_C + epsilon).log(), correct_C, normaliser_C, others_C)
-    normaliser_C = logits_CV.logsumexp(-1)
-    loss_C = normaliser_C - target_logits_C1.squeeze(-1)
-    if smoothing:
-        vocab_size = logits_CV.shape[-1]
-        share = smoothing / (vocab_size - 1)
-        loss_C = (1.0 - smoothing - share) * loss_C
-        loss_C += share * (vocab_size * normaliser_C - logits_CV.sum(-1))
-    return RowSums(loss_C, correct_C, normaliser_C, None)
+class Coefficients(NamedTuple):
+    """A row's gradient of the logits: ``scale * p + shift``, and ``at_target`` at the target."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    at_target: torch.Tensor
+    normaliser: torch.Tensor
 
 
-def logits_gradient(logits_CV, targets_C, normaliser_C, others_C, smoothing, epsilon):
-    """Gradient of each row's loss, with ``p`` the softmax and ``1`` the target's indicator.
+def loss_of(rows: RowSums, vocab_size: int, options: Options) -> torch.Tensor:
+    """The formula of :func:`linear_cross_entropy`, before weights."""
+    if options.epsilon is not None:
+        return -(rows.others + options.epsilon).log()
+    loss_N = rows.normaliser - rows.target_logit
+    if options.smoothing:
+        share = options.smoothing / (vocab_size - 1)
+        to_all_N = vocab_size * rows.normaliser - rows.logit_sum
+        loss_N = (1.0 - options.smoothing - share) * loss_N + share * to_all_N
+    return loss_N
+
+
+def gradient_coefficients(
+    rows: RowSums, grad_N: torch.Tensor, vocab_size: int, options: Options
+) -> Coefficients:
+    """With ``p`` the softmax and ``1`` the target's indicator, the gradient of each row's loss is
 
     ``p - (1 - e - s) 1 - s`` for the smoothed loss (see :func:`linear_cross_entropy`), and
     ``p_target / (1 - p_target + epsilon) * (1 - p)`` for the unlikelihood.
     """
+    log_p_N = rows.target_logit - rows.normaliser
+    if options.epsilon is not None:
+        slope_N = grad_N * log_p_N.exp() / (rows.others + options.epsilon)
+        zeros = torch.zeros_like(grad_N)
+        return Coefficients(-slope_N, zeros, slope_N * rows.others, rows.normaliser)
+    share = options.smoothing / (vocab_size - 1) if options.smoothing else 0.0
+    at_target_N = grad_N * (options.smoothing - rows.others)
+    return Coefficients(grad_N, -share * grad_N, at_target_N, rows.normaliser)
+
+
+def reduce_in_chunks(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum):
+    """Sums and samples of all rows, and the last chunk's logits."""
+    parts, samples, logits_CV = [], [], None
+    for chunk in chunks(len(targets_N), len(weight_VD)):
+        logits_CV = project(hidden_ND[chunk], weight_VD, bias_V)
+        parts.append(sums_of(logits_CV, targets_N[chunk], needs_sum))
+        if streams_N is not None:
+            samples.append(sample_tokens(logits_CV, uniform_of(streams_N[chunk])))
+    rows = RowSums(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    )
+    return rows, torch.cat(samples) if samples else None, logits_CV
+
+
+def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -> RowSums:
+    """Of one chunk, whose target logits are taken out and put back."""
     targets_C1 = targets_C.unsqueeze(-1)
-    grad_CV = (logits_CV - normaliser_C.unsqueeze(-1)).exp_()
-    if epsilon is not None:
-        others_C1 = others_C.unsqueeze(-1)
-        slope_C1 = grad_CV.gather(-1, targets_C1) / (others_C1 + epsilon)
-        return grad_CV.mul_(-slope_C1).scatter_(-1, targets_C1, slope_C1 * others_C1)
-    share = smoothing / (logits_CV.shape[-1] - 1) if smoothing else 0.0
-    if smoothing:
-        grad_CV.sub_(share)
-    to_target_C1 = torch.full_like(targets_C1, share + smoothing - 1.0, dtype=grad_CV.dtype)
-    return grad_CV.scatter_add_(-1, targets_C1, to_target_C1)
+    target_logits_C1 = logits_CV.gather(-1, targets_C1)
+    target_logits_C, likeliest_C = target_logits_C1.squeeze(-1), logits_CV.argmax(-1)
+    logit_sum_C = logits_CV.sum(-1) if needs_sum else None
+    log_others_C = logits_CV.scatter_(-1, targets_C1, -torch.inf).logsumexp(-1)
+    logits_CV.scatter_(-1, targets_C1, target_logits_C1)
+    normaliser_C = torch.logaddexp(log_others_C, target_logits_C)
+    others_C = (log_others_C - normaliser_C).exp()
+    return RowSums(target_logits_C, normaliser_C, others_C, logit_sum_C, likeliest_C)
+
+
+def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
+    """See :class:`Coefficients`."""
+    grad_CV = (logits_CV - row.normaliser.unsqueeze(-1)).exp_()
+    torch.addcmul(row.shift.unsqueeze(-1), grad_CV, row.scale.unsqueeze(-1), out=grad_CV)
+    return grad_CV.scatter_(-1, targets_C.unsqueeze(-1), row.at_target.unsqueeze(-1))
+
+
+def kernels():
+    """The Triton kernels, imported when first asked for."""
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError(
+            "impl is 'triton', which is not installed: pip install 'metro[triton]'"
+        ) from None
+    from metro.ops import linear_cross_entropy_kernels
+
+    return linear_cross_entropy_kernels
 
 
 def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:
@@ -222,9 +298,9 @@ def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:
 
 
 def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of as many rows as have ``CHUNK_LOGITS`` logits, and at least one."""
+    """Slices of as many rows as have ``CHUNK_LOGITS`` logits, and at least one; one at least."""
     step = max(1, CHUNK_LOGITS // vocab_size)
-    return (slice(first, first + step) for first in range(0, num_rows, step))
+    return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
 
 
 def cast_for_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -252,7 +328,7 @@ def check_options(label_smoothing: float, unlikelihood_epsilon: float | None) ->
         )
 
 
-def check_inputs(hidden, weight, targets, bias, token_weight) -> None:
+def check_inputs(hidden, weight, targets, bias) -> None:
     """Shapes and types that fit each other."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
@@ -264,11 +340,6 @@ def check_inputs(hidden, weight, targets, bias, token_weight) -> None:
         raise ValueError(f"hidden, weight and bias are {', '.join(types)}; cast them to one type")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; use ({len(weight)},)")
-    if token_weight is not None and token_weight.shape != targets.shape:
-        raise ValueError(
-            f"token_weight has shape {tuple(token_weight.shape)}; use that of the targets, "
-            f"{tuple(targets.shape)}"
-        )
 
 
 def check_targets(targets_N: torch.Tensor, vocab_size: int, ignore_index: int) -> None:

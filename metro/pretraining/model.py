@@ -10,13 +10,8 @@ from torch import nn
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from metro.pretraining.auxiliary import (
-    AuxiliaryConfig,
-    AuxiliaryModel,
-    PredictionHead,
-    counter_uniform,
-    sample_tokens,
-)
+from metro.ops.sampling import counter_uniform, sample_tokens
+from metro.pretraining.auxiliary import AuxiliaryConfig, AuxiliaryModel, PredictionHead
 from metro.pretraining.losses import MetroLosses, MetroObjective, metro_losses
 
 

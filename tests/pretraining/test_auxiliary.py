@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metro.pretraining.auxiliary import AuxiliaryConfig, counter_uniform, sample_tokens
+from metro.ops.sampling import counter_uniform, sample_tokens
+from metro.pretraining.auxiliary import AuxiliaryConfig
 
 
 def chi_square(counts, expected):
