@@ -72,7 +72,8 @@ def prepare_prompts(
     """
     from rich.console import Console
 
-    from metro.data import prompt_preparation as preparation
+    from metro.data.prompt_preparation import prepare_prompts as prepare
+    from metro.data.prompt_settings import plan_prompts, read_settings
 
     console = Console(stderr=True, highlight=False)
     options = dict(
@@ -90,14 +91,14 @@ def prepare_prompts(
         lower=not cased,
     )
     if dry_run:
-        settings = preparation.read_settings(mixture, **options)
-        _print_plan(preparation.plan_prompts(settings), settings)
+        settings = read_settings(mixture, **options)
+        _print_plan(plan_prompts(settings), settings)
         return
     if out is None:
         raise ValueError("--out is missing: name the folder to make (or add --dry-run)")
     bar, show = _progress_bar(console)
     try:
-        result = preparation.prepare_prompts(
+        result = prepare(
             mixture,
             out,
             num_workers=workers,
@@ -202,6 +203,9 @@ def _print_result(console, result) -> None:
 
     manifest = result.manifest
     _print_unavailable(console, [Unavailable(**row) for row in manifest["unavailable"]])
+    for reason in sorted(set(manifest["left_out"].values())):
+        count = sum(found == reason for found in manifest["left_out"].values())
+        console.print(f"templates left out by the mixture's rules: {count} ({reason})")
     for kind in ("dropped", "noted"):
         for reason, facts in manifest[kind].items():
             console.print(

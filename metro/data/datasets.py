@@ -30,6 +30,7 @@ class DatasetEntry(NamedTuple):
     splits: tuple[str, ...] = ()
     script: bool = False
     rename: dict[str, str] = {}
+    derive: dict[str, dict] = {}
     manual: str | None = None
     trap: str | None = None
     unsure: bool = False
@@ -70,7 +71,9 @@ def load_rows(
         DatasetUnavailable: the data set or the split cannot be had.
     """
     if data_dir is not None:
-        return JsonlRows(_local_file(Path(data_dir), dataset, subset, split), limit)
+        entry = dataset_table().get(name_of(dataset, subset))
+        file = _local_file(Path(data_dir), dataset, subset, split)
+        return JsonlRows(file, limit, entry.derive if entry else {})
     return _load_from_hub(dataset, subset, split, limit)
 
 
@@ -141,8 +144,8 @@ class JsonlRows(Sequence):
     Pickled, it is the file's name and those places: a worker opens the file itself.
     """
 
-    def __init__(self, path: str | Path, limit: int | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, limit: int | None = None, derive: dict | None = None):
+        self.path, self.derive = Path(path), derive or {}
         self.starts = _line_starts(self.path)
         if limit is not None:
             self.starts = self.starts[: max(0, limit) + 1]
@@ -182,10 +185,10 @@ class JsonlRows(Sequence):
             raise ValueError(f"{self.path}, row {index}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, row {index}: a row is an object with fields")
-        return row
+        return _with_derived(row, self.derive) if self.derive else row
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "starts": self.starts, "_file": None}
+        return {**self.__dict__, "_file": None}
 
 
 def _line_starts(path: Path):
@@ -219,8 +222,8 @@ def _without_blank_lines(path: Path, starts):
 class HubRows(Sequence):
     """Rows of a split that the package ``datasets`` holds, under the templates' field names."""
 
-    def __init__(self, rows, rename: dict[str, str]):
-        self.rows, self.rename = rows, rename
+    def __init__(self, rows, entry: DatasetEntry):
+        self.rows, self.rename, self.derive = rows, entry.rename, entry.derive
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -239,14 +242,23 @@ class HubRows(Sequence):
         for name, name_there in self.rename.items():
             if name_there in row and name not in row:
                 row[name] = row.pop(name_there)
-        return row
+        return _with_derived(row, self.derive) if self.derive else row
+
+
+def _with_derived(row: dict, derive: dict[str, dict]) -> dict:
+    """Fields that a label's other numbering has in other versions of the templates."""
+    for name, rule in derive.items():
+        value = row.get(rule["from"])
+        if name not in row and isinstance(value, int) and 0 <= value < len(rule["values"]):
+            row[name] = rule["values"][value]
+    return row
 
 
 def _load_from_hub(dataset: str, subset: str | None, split: str, limit: int | None) -> HubRows:
     rows, entry = _open_on_hub(dataset, subset, split, streaming=False)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    return HubRows(rows, entry.rename)
+    return HubRows(rows, entry)
 
 
 def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list[dict], int]:
@@ -257,7 +269,7 @@ def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list
     """
     rows, entry = _open_on_hub(dataset, subset, split, streaming=True)
     splits = rows.info.splits or {}
-    renamed = HubRows([], entry.rename)
+    renamed = HubRows([], entry)
     first = [renamed.with_names(dict(row)) for row in rows.take(count)]
     if split in splits and splits[split].num_examples:
         return first, splits[split].num_examples

@@ -6,17 +6,14 @@ A killed run is continued by the same command, behind the last saved chunk. Neit
 workers nor an interruption changes a byte.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.datasets import DatasetUnavailable
 from metro.data.indexed_file import best_dtype
-from metro.data.instruction import INSTRUCTION_TEXTS
-from metro.data.mixtures import Mixture, find_mixture
 from metro.data.prepared_folder import describe_differences
 from metro.data.prompt_output import FairseqTaskWriter, JsonlTaskWriter, PromptFolder
 from metro.data.prompt_rendering import (
@@ -25,16 +22,12 @@ from metro.data.prompt_rendering import (
     FairseqEncoder,
     JsonlEncoder,
     Part,
-    RenderingSettings,
 )
-from metro.data.prompt_sources import PartPlan, PlannedRow, PromptSources, Unavailable, estimate
-from metro.data.prompts import TemplateTree, find_templates
+from metro.data.prompt_settings import read_settings
+from metro.data.prompt_sources import PartPlan, Unavailable
 from metro.data.worker_pool import map_in_order
 from metro.environment import available_cores
-from metro.modeling.text_metro_t5 import Vocabulary
 
-FORMAT_VERSION = 1
-FORMATS = ("fairseq", "jsonl")
 CHUNK_EXAMPLES = 2000
 CHECKPOINT_SECONDS = 5.0
 _SYNC_THREADS = 32
@@ -58,107 +51,6 @@ class PreparedPrompts(NamedTuple):
     manifest: dict
     was_finished: bool
     """The folder was complete before, and nothing was done."""
-
-
-class PromptSettings(NamedTuple):
-    """Everything that decides what is prepared; see ``prepare_prompts``."""
-
-    mixture: Mixture
-    sources: PromptSources
-    format: str
-    vocabulary: Vocabulary | None
-    rendering: RenderingSettings
-    lower: bool
-
-    def fingerprint(self) -> dict:
-        """What an interrupted run and its continuation must have in common."""
-        vocabulary = None
-        if self.vocabulary:
-            sums = "".join(self.vocabulary.checksums().values())
-            vocabulary = "sha256:" + hashlib.sha256(sums.encode()).hexdigest()[:32]
-        sources = self.sources
-        return {
-            "version": FORMAT_VERSION,
-            "format": self.format,
-            "mixture": self.mixture.name,
-            "data_sets": [name_of(*names) for names in self.mixture.data_sets],
-            "rules": _rules(self.mixture),
-            "templates": _digest(sources),
-            "source": sources.source,
-            "data_dir": str(sources.data_dir.resolve()) if sources.data_dir else None,
-            "validation": sources.validation,
-            "limits": sources.limits,
-            "seed": self.rendering.seed,
-            "instruction_text": self.rendering.instruction_text,
-            "vocab": vocabulary,
-            "lower": self.lower,
-        }
-
-
-def read_settings(
-    mixture: str,
-    *,
-    vocab: str | Path | None = None,
-    format: str | None = None,
-    templates: str | Path | TemplateTree | None = None,
-    data_dir: str | Path | None = None,
-    data_sets: list[str] | None = None,
-    source: str = "templates",
-    validation: str = "published",
-    limit: int | None = None,
-    valid_limit: int | None = None,
-    seed: int = 0,
-    instruction_text: str = "published",
-    lower: bool = True,
-) -> PromptSettings:
-    """Check the options of ``prepare_prompts`` and find what they name.
-
-    Raises:
-        ValueError: an option has no such value.
-    """
-    found = find_mixture(mixture).narrowed(data_sets)
-    is_flipped = found.cap_of == "data_set"
-    format = format or ("fairseq" if vocab and not is_flipped else "jsonl")
-    if format not in FORMATS:
-        raise ValueError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
-    if format == "fairseq" and is_flipped:
-        raise ValueError(
-            f"mixture {found.name} needs the answer choices of each example, which fairseq's "
-            "format cannot hold: leave --format out (both training routes read jsonl for it)"
-        )
-    if format == "fairseq" and not vocab:
-        raise ValueError("--format fairseq needs a vocabulary: add --vocab DIR")
-    if instruction_text not in INSTRUCTION_TEXTS:
-        raise ValueError(
-            f"--instruction-text is {instruction_text!r}, and must be one of "
-            f"{', '.join(INSTRUCTION_TEXTS)}"
-        )
-    sources = PromptSources(
-        found,
-        templates if isinstance(templates, TemplateTree) else find_templates(templates),
-        source=source,
-        data_dir=Path(data_dir) if data_dir is not None else None,
-        validation=validation,
-        limit=limit,
-        valid_limit=valid_limit,
-    )
-    rendering = RenderingSettings(
-        seed, found.fold_whitespace, found.needs_choices, instruction_text, format == "jsonl"
-    )
-    vocabulary = Vocabulary.from_folder(vocab) if vocab else None
-    return PromptSettings(found, sources, format, vocabulary, rendering, lower)
-
-
-def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
-    """What ``prepare_prompts`` would do, with sizes; tokens are estimated from a few rows."""
-    if settings.vocabulary is None:
-        return list(estimate(settings.sources, settings.rendering, lambda text: len(text.split())))
-    encode = settings.vocabulary.encode
-    return list(
-        estimate(
-            settings.sources, settings.rendering, lambda text: len(encode(text, settings.lower))
-        )
-    )
 
 
 def prepare_prompts(
@@ -240,6 +132,11 @@ class _Preparation:
 
     def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
         earlier = self.current if self.current.get("part") == plan.key else {}
+        if earlier and earlier["rows"] != part.num_rows:
+            raise ValueError(
+                f"{plan.key} had {earlier['rows']:,} rows before the interruption and has "
+                f"{part.num_rows:,} now: start again with --overwrite"
+            )
         if self.current and not earlier:  # a part that is gone since: its files are dropped below
             self.current = {}
         start = earlier.get("next", 0)
@@ -268,8 +165,12 @@ class _Preparation:
                     _together(writers, "flush")
                     positions = [writer.position for writer in writers]
                     self.current = {
-                        "part": plan.key, "next": stop, "positions": positions, "tasks": tasks,
-                    }  # fmt: skip
+                        "part": plan.key,
+                        "rows": part.num_rows,
+                        "next": stop,
+                        "positions": positions,
+                        "tasks": tasks,
+                    }
                     self.folder.save_state(self._state())
                     saved = time.monotonic()
         except BaseException:
@@ -341,6 +242,7 @@ class _Preparation:
             "splits": splits,
             "valid_datasets": groups,
             "unavailable": [row._asdict() for row in self.unavailable],
+            "left_out": self.settings.sources.left_out(),
             "empty_tasks": empty,
             "dropped": dropped,
             "noted": noted,
@@ -382,16 +284,3 @@ def _merge(table: dict, new: dict[str, Dropped]) -> None:
     for reason, (count, first) in new.items():
         earlier = table.get(reason)
         table[reason] = [earlier[0] + count, earlier[1]] if earlier else [count, first]
-
-
-def _rules(mixture: Mixture) -> str:
-    """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
-    facts = [sorted(value) if isinstance(value, frozenset) else value for value in
-             (getattr(mixture, name) for name in mixture.__dataclass_fields__)]  # fmt: skip
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _digest(sources: PromptSources) -> str:
-    """Checksum over all templates that will be used."""
-    used = [(plan.key, template) for plan in sources.plans() for template in plan.templates]
-    return hashlib.sha256(repr(used).encode()).hexdigest()[:32]

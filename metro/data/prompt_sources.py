@@ -132,6 +132,19 @@ class PromptSources:
         """The parts, in the mixture's order; no rows are loaded."""
         return self._plan[0]
 
+    def left_out(self) -> dict[str, str]:
+        """Tasks that the mixture's own rules leave out, and why."""
+        found = {}
+        for dataset, subset in self.mixture.data_sets:
+            try:
+                templates = self.tree.templates(dataset, subset)
+            except ValueError:
+                continue  # listed as unavailable
+            for template in templates:
+                if reason := self.mixture.reason_to_leave_out(template):
+                    found[template.task_name] = reason
+        return found
+
     def without_templates(self) -> list[Unavailable]:
         return self._plan[1]
 

@@ -15,7 +15,7 @@ from metro.data.datasets import (
     load_rows,
 )
 from metro.data.mixtures import find_mixture
-from metro.data.prompt_preparation import plan_prompts, read_settings
+from metro.data.prompt_settings import plan_prompts, read_settings
 from tests.data.prompt_toys import YES_NO, files_of, prepare, write_rows, write_templates
 
 ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
@@ -179,3 +179,19 @@ def test_table_knows_every_data_set_of_every_mixture(testdata):
             assert entry.hub.count("/") == 1 and "train" in entry.splits, data_set
     for name, entry in table.items():
         assert entry.manual or (entry.hub and entry.splits and entry.config), name
+
+
+def test_trec_rows_have_the_labels_of_older_templates_too(tmp_path):
+    """Oracle: the old numbering, in which manner is 0, city 21 and Location the last of six."""
+    rows = [
+        {"text": "How ?", "coarse_label": 2, "fine_label": 26},
+        {"text": "Which city ?", "coarse_label": 4, "fine_label": 32},
+        {"text": "old", "label_coarse": 1, "label_fine": 2},
+    ]
+    write_rows(tmp_path, "trec", "train", rows)
+    found = load_rows("trec", None, "train", data_dir=tmp_path)
+    labels = [(row["label_coarse"], row["label_fine"]) for row in found]
+    assert labels == [(0, 0), (5, 21), (1, 2)] and found[2] == rows[2]
+    derive = dataset_table()["trec"].derive
+    assert len(derive["label_fine"]["values"]) == 50
+    assert set(derive["label_fine"]["values"]) == set(range(47))

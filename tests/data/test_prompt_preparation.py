@@ -14,7 +14,7 @@ import pytest
 
 from metro.data import prompt_preparation
 from metro.data.instruction import flip
-from metro.data.prompt_preparation import plan_prompts, read_settings
+from metro.data.prompt_settings import plan_prompts, read_settings
 from metro.data.prompt_sources import Unavailable
 from metro.data.prompted_examples import PromptedExamples, read_manifest
 from metro.data.prompts import TemplateTree
@@ -205,6 +205,29 @@ def test_random_draws_depend_on_seed_template_and_row_alone(world, tmp_path):
     assert whole != other
 
 
+def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypatch):
+    world = make_world(tmp_path)
+    monkeypatch.setattr(prompt_preparation, "CHUNK_EXAMPLES", 30)
+    monkeypatch.setattr(prompt_preparation, "CHECKPOINT_SECONDS", 0)
+
+    def stop(now):
+        if now.done > 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world, tmp_path / "out", progress=stop)
+    file = world / "data/one/default/train.jsonl"
+    rows = file.read_bytes()
+    file.write_bytes(rows + b'{"text": "more", "label": 0}\n')
+    with pytest.raises(ValueError, match="train/one had 300 rows .* and has 301 now"):
+        prepare(world, tmp_path / "out")
+    file.write_bytes(rows)
+    result, said = prepare(world, tmp_path / "out")
+    assert "continuing after 0 of 4 parts" in said[0]
+    expected, _ = prepare(world, tmp_path / "expected")
+    assert files_of(result.folder) == files_of(expected.folder)
+
+
 def test_limit_spreads_over_the_rows(world, tmp_path):
     """Data sets sorted by label would otherwise lose a label."""
     result, _ = prepare(world, tmp_path / "out", limit=10, valid_limit=4)
@@ -278,6 +301,7 @@ def test_flipped_rules_drop_what_has_no_wrong_answer(tmp_path):
         "no instruction to guess": 1,
     }
     assert set(result.manifest["splits"]["train"]) == {"bad_two", "bad_silent"}
+    assert result.manifest["left_out"] == {"bad_none": "no answer choices"}
     assert result.manifest["cap_of"] == "data_set"
     assert {facts["cap"] for facts in result.manifest["splits"]["train"].values()} == {7}
 

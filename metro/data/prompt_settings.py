@@ -1,0 +1,130 @@
+"""What is to be prepared: the options of `metro prepare-prompts`, checked and put together."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from metro.data.datasets import name_of
+from metro.data.instruction import INSTRUCTION_TEXTS
+from metro.data.mixtures import Mixture, find_mixture
+from metro.data.prompt_rendering import RenderingSettings
+from metro.data.prompt_sources import PlannedRow, PromptSources, Unavailable, estimate
+from metro.data.prompts import TemplateTree, find_templates
+from metro.modeling.text_metro_t5 import Vocabulary
+
+FORMAT_VERSION = 1
+FORMATS = ("fairseq", "jsonl")
+
+
+class PromptSettings(NamedTuple):
+    """Everything that decides what is prepared; see ``prepare_prompts``."""
+
+    mixture: Mixture
+    sources: PromptSources
+    format: str
+    vocabulary: Vocabulary | None
+    rendering: RenderingSettings
+    lower: bool
+
+    def fingerprint(self) -> dict:
+        """What an interrupted run and its continuation must have in common."""
+        vocabulary = None
+        if self.vocabulary:
+            sums = "".join(self.vocabulary.checksums().values())
+            vocabulary = "sha256:" + hashlib.sha256(sums.encode()).hexdigest()[:32]
+        sources = self.sources
+        return {
+            "version": FORMAT_VERSION,
+            "format": self.format,
+            "mixture": self.mixture.name,
+            "data_sets": [name_of(*names) for names in self.mixture.data_sets],
+            "rules": _rules(self.mixture),
+            "templates": _digest(sources),
+            "source": sources.source,
+            "data_dir": str(sources.data_dir.resolve()) if sources.data_dir else None,
+            "validation": sources.validation,
+            "limits": sources.limits,
+            "seed": self.rendering.seed,
+            "instruction_text": self.rendering.instruction_text,
+            "vocab": vocabulary,
+            "lower": self.lower,
+        }
+
+
+def read_settings(
+    mixture: str,
+    *,
+    vocab: str | Path | None = None,
+    format: str | None = None,
+    templates: str | Path | TemplateTree | None = None,
+    data_dir: str | Path | None = None,
+    data_sets: list[str] | None = None,
+    source: str = "templates",
+    validation: str = "published",
+    limit: int | None = None,
+    valid_limit: int | None = None,
+    seed: int = 0,
+    instruction_text: str = "published",
+    lower: bool = True,
+) -> PromptSettings:
+    """Check the options of ``prepare_prompts`` and find what they name.
+
+    Raises:
+        ValueError: an option has no such value.
+    """
+    found = find_mixture(mixture).narrowed(data_sets)
+    is_flipped = found.cap_of == "data_set"
+    format = format or ("fairseq" if vocab and not is_flipped else "jsonl")
+    if format not in FORMATS:
+        raise ValueError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
+    if format == "fairseq" and is_flipped:
+        raise ValueError(
+            f"mixture {found.name} needs the answer choices of each example, which fairseq's "
+            "format cannot hold: leave --format out (both training routes read jsonl for it)"
+        )
+    if format == "fairseq" and not vocab:
+        raise ValueError("--format fairseq needs a vocabulary: add --vocab DIR")
+    if instruction_text not in INSTRUCTION_TEXTS:
+        raise ValueError(
+            f"--instruction-text is {instruction_text!r}, and must be one of "
+            f"{', '.join(INSTRUCTION_TEXTS)}"
+        )
+    sources = PromptSources(
+        found,
+        templates if isinstance(templates, TemplateTree) else find_templates(templates),
+        source=source,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        validation=validation,
+        limit=limit,
+        valid_limit=valid_limit,
+    )
+    rendering = RenderingSettings(
+        seed, found.fold_whitespace, found.needs_choices, instruction_text, format == "jsonl"
+    )
+    vocabulary = Vocabulary.from_folder(vocab) if vocab else None
+    return PromptSettings(found, sources, format, vocabulary, rendering, lower)
+
+
+def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
+    """What ``prepare_prompts`` would do, with sizes; tokens are estimated from a few rows."""
+    if settings.vocabulary is None:
+        return list(estimate(settings.sources, settings.rendering, lambda text: len(text.split())))
+    encode = settings.vocabulary.encode
+    return list(
+        estimate(
+            settings.sources, settings.rendering, lambda text: len(encode(text, settings.lower))
+        )
+    )
+
+
+def _rules(mixture: Mixture) -> str:
+    """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
+    facts = [sorted(value) if isinstance(value, frozenset) else value for value in
+             (getattr(mixture, name) for name in mixture.__dataclass_fields__)]  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _digest(sources: PromptSources) -> str:
+    """Checksum over all templates that will be used."""
+    used = [(plan.key, template) for plan in sources.plans() for template in plan.templates]
+    return hashlib.sha256(repr(used).encode()).hexdigest()[:32]
