@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from metro.conversion.auto_classes import register
 from metro.conversion.fairseq_checkpoint import generation_config, read_checkpoint, untied
+from metro.conversion.folder_weights import read_folder
 from metro.conversion.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.conversion.weights_check import complain
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -150,11 +151,6 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"the weights of {source} are refused, and nothing in them was run: they do not "
-            "consist of tensors alone. Use weights whose origin you know"
-        ) from error
     except Exception as error:  # transformers raises nearly every class for a bad folder
         raise ValueError(_explain(source, error)) from error
     finally:
@@ -163,16 +159,25 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
     complain(
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(info["unexpected_keys"]) if is_metro else [],
-        wrong_shapes=[
-            f"{name} {tuple(found)} instead of {tuple(needed)}"
-            for name, found, needed in sorted(info["mismatched_keys"])
-        ],
+        wrong_shapes=_wrong_shapes(source, model, info["mismatched_keys"]),
         source=source,
         model="the model that its config.json describes",
     )
     if is_metro:
         _check_vocabulary(source, config.vocab_size, len(tokenizer))
     return LoadedModel(model, tokenizer)
+
+
+def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
+    """What transformers reports: names and both shapes, names alone before version 5."""
+    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in mismatched)
+    found = read_folder(source) if names and Path(source).is_dir() else {}
+    needed = model.state_dict()
+    return [
+        f"{name} {tuple(found[name].shape) if name in found else ''} instead of "
+        f"{tuple(needed[name].shape)}"
+        for name in names
+    ]
 
 
 def _check_vocabulary(source: str, rows: int, entries: int) -> None:
@@ -188,6 +193,14 @@ def _check_vocabulary(source: str, rows: int, entries: int) -> None:
 
 def _explain(source: str, error: Exception) -> str:
     """One line for what transformers, safetensors or torch say about a folder."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, pickle.UnpicklingError):
+            return (
+                f"the weights of {source} are refused, and nothing in them was run: they do not "
+                "consist of tensors alone. Use weights whose origin you know"
+            )
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
     if Path(source).is_dir():
         return f"{source} cannot be loaded ({type(error).__name__}: {text[:600]})"

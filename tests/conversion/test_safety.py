@@ -250,11 +250,11 @@ def test_a_tokenizer_of_another_model_is_refused(folder, testdata):
 def test_damaged_files_of_a_folder_are_named(folder):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    both_refuse(folder, "folder")
+    both_refuse(folder, "folder.*(Error while|incomplete|deserializ)")
     (folder / "model.safetensors").unlink()
-    both_refuse(folder, "(?s)folder.*model.safetensors")
+    both_refuse(folder, "folder.*model.safetensors")
     (folder / "config.json").write_text("{")
-    both_refuse(folder, "folder")
+    both_refuse(folder, "config.json.*not a valid JSON")
 
 
 def test_only_the_named_containers_are_allowed(testdata):
