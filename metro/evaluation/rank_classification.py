@@ -330,10 +330,12 @@ class RankClassifier:
             )
         self.scorer, self.encoder = scorer, encoder
         self.method, self.normalization = method, normalization
+        self.num_alike = 0  # examples with different options that are the same to the model
 
     def rank(self, examples: Sequence[EvaluationExample], *, progress=None) -> list[Ranking]:
         """Scores and predictions, in the order of the examples."""
         pairs, counts = self.pairs(examples)
+        num_alike = self.num_alike
         scores = self.scorer.score(pairs, progress=progress)
         if self.normalization == "mean":
             scores = [score / len(pair.target) for score, pair in zip(scores, pairs, strict=True)]
@@ -341,6 +343,7 @@ class RankClassifier:
             empty = self.pairs([without_input(example) for example in examples])[0]
             reference = self.scorer.score(empty)
             scores = [score - other for score, other in zip(scores, reference, strict=True)]
+        self.num_alike = num_alike
         rankings, end = [], 0
         for count in counts:
             mine = scores[end : end + count]
@@ -364,10 +367,14 @@ class RankClassifier:
                 self.encoder.labelled_sources,
             )
             targets = self.encode_once([e.instruction for e in owners], self.encoder.targets)
-        return (
-            [Pair(s, t) for s, t in zip(sources, targets, strict=True)],
-            [len(example.choices) for example in examples],
+        pairs = [Pair(s, t) for s, t in zip(sources, targets, strict=True)]
+        counts = [len(example.choices) for example in examples]
+        ends = itertools.accumulate(counts)
+        self.num_alike = sum(
+            len(set(pairs[end - count : end])) < example.num_distinct_choices
+            for example, count, end in zip(examples, counts, ends, strict=True)
         )
+        return pairs, counts
 
     @staticmethod
     def encode_once(texts: Sequence[str], encode) -> list[tuple[int, ...]]:

@@ -203,6 +203,11 @@ def describe_skipped(
     alike = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
     if alike:
         found.append(f"{where}: {alike} rows have options that read alike; they count as one")
+    if classifier.num_alike:
+        found.append(
+            f"{where}: {classifier.num_alike} rows have different options that are the same tokens "
+            "to the model: the first of them wins"
+        )
     cut = classifier.encoder.num_cut_targets
     if cut:
         limit = classifier.encoder.max_target_length

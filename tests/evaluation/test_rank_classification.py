@@ -190,3 +190,18 @@ def test_examples_that_cannot_be_asked_are_refused():
         EvaluationExample(3, "x", ["a", " "], 0)
     with pytest.raises(ValueError, match="label 2 of row 3 is none of its 2 choices"):
         EvaluationExample(3, "x", ["a", "b"], 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05)])
+def test_gpu_scores_like_the_cpu(tiny_t5, flipped_golden, method, dtype, tolerance):
+    """Oracle: the CPU in float32; tolerances per token."""
+    import copy
+
+    pairs = [pair for example in flipped_golden for pair in golden_pairs(example, method)]
+    expected = PairScorer(tiny_t5).score(pairs)
+    model = copy.deepcopy(tiny_t5).to("cuda", dtype)
+    for pair, score, truth in zip(pairs, PairScorer(model).score(pairs), expected, strict=True):
+        assert score == pytest.approx(truth, abs=tolerance * len(pair.target))

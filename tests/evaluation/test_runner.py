@@ -199,3 +199,14 @@ def test_rows_are_chosen_evenly_and_repeatably():
         Sources(limit=0)
     with pytest.raises(ValueError, match="'swapped'; use one of words, published, original"):
         Sources(label_words="swapped")
+
+
+def test_options_of_equal_tokens_are_noted(tmp_path, loaded):
+    """Oracle: an uncased vocabulary cannot tell "Red" from "red"."""
+    suite_file = write_suite(tmp_path)
+    row = {"thing": "a", "colours": ["Red", "red"], "answer": 1}
+    (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
+    outcome = run(tmp_path / "run", suite_file, *loaded)
+    note = "1 rows have different options that are the same tokens"
+    assert any(note in text for text in outcome.notes)
+    assert read_run(tmp_path / "run").results[0].accuracy == 0.0
