@@ -62,7 +62,7 @@ def to_hf(
     path, out = Path(checkpoint_path), Path(out)
     check_output(out, overwrite, (path,))
     checkpoint = read_checkpoint(path)
-    folder = Path(vocab) if vocab else find_vocabulary(checkpoint.task.get("data"), path)
+    folder = Path(vocab) if vocab else find_vocabulary(checkpoint.task, path)
     count = checkpoint.task.get("tokens_per_sample")
     tokenizer = build_tokenizer(folder, checkpoint.config.vocab_size, count, lower)
 

@@ -89,7 +89,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _from_checkpoint(path: Path, dtype, attn_implementation, vocab) -> LoadedModel:
     checkpoint = read_checkpoint(path)
-    folder = vocab or find_vocabulary(checkpoint.task.get("data"), path)
+    folder = vocab or find_vocabulary(checkpoint.task, path)
     count = checkpoint.task.get("tokens_per_sample")
     tokenizer = build_tokenizer(folder, checkpoint.config.vocab_size, count)
     # Copied, as the checkpoint's tensors are views of the file, which may be written anew.

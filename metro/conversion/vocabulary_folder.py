@@ -1,7 +1,9 @@
 """The vocabulary that belongs to a fairseq checkpoint: where it lies, and whether it fits."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
@@ -9,44 +11,45 @@ from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 FILES = ("sp.model", "dict.txt")
 
 
-def find_vocabulary(data: str | None, checkpoint: Path) -> Path:
-    """The folder with ``sp.model`` and ``dict.txt`` of a checkpoint that was trained on ``data``.
+def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
+    """The folder with ``sp.model`` and ``dict.txt`` of a checkpoint.
 
-    Looked for in the data folder (the first of several), as it is written and below each folder
-    above the checkpoint, then beside the checkpoint.
+    Looked for in the folders that its task names (``vocab``, then the first of ``data``), as they
+    are written and below each folder above the checkpoint, then beside the checkpoint.
 
     Raises:
         ValueError: in none of these places, naming them.
     """
     here = checkpoint.resolve().parent
+    named = [str(task[name]).split(":")[0] for name in ("vocab", "data") if task.get(name)]
     places = []
-    if data:
-        first = Path(str(data).split(":")[0])
-        places += [first, first / "train"]
-        if not first.is_absolute():
-            places += [folder / first for folder in (here, *here.parents)]
+    for folder in map(Path, named):
+        places += [folder, folder / "train"]
+        if not folder.is_absolute():
+            places += [above / folder for above in (here, *here.parents)]
     places.append(here)
     for place in places:
         if all((place / name).is_file() for name in FILES):
             return place
-    looked = [str(data).split(":")[0]] if data else []
     raise ValueError(
         f"no vocabulary for {checkpoint}: sp.model and dict.txt lie neither in "
-        f"{' nor in '.join([*looked, str(here)])}; name their folder (--vocab DIR, or vocab= in "
+        f"{' nor in '.join([*named, str(here)])}; name their folder (--vocab DIR, or vocab= in "
         "Python)"
     )
 
 
 def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
-    """Whether texts are folded to lower case, as ``metro prepare-text`` has noted it down.
+    """Whether texts are folded to lower case, as METRO's preparation of the data has noted it down.
 
     Folders of others have no such note: there the pieces tell, which hold capitals or do not.
     """
-    try:
-        settings = json.loads((folder / "prepare_text.json").read_text(encoding="utf-8"))
-        return bool(settings["settings"]["lower"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return not vocabulary.is_cased
+    for name in ("prepare_text.json", "prompts.json"):
+        try:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))["settings"]
+            return bool(settings["lower"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return not vocabulary.is_cased
 
 
 def build_tokenizer(

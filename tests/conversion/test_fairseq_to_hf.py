@@ -229,7 +229,7 @@ def test_files_name_no_path_of_the_machine_that_trained(tmp_path, testdata):
     assert "| data | books:web |" in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize("where", ["data", "beside", "relative"])
+@pytest.mark.parametrize("where", ["data", "beside", "relative", "vocab"])
 def test_vocabulary_is_found_through_the_checkpoint(tmp_path, testdata, where, monkeypatch):
     """Oracle: the folder that the settings name, wherever the command is started."""
     source = testdata / "golden/tiny_vocab"
@@ -239,8 +239,8 @@ def test_vocabulary_is_found_through_the_checkpoint(tmp_path, testdata, where, m
         folder.mkdir(exist_ok=True)
     for name in ("sp.model", "dict.txt"):
         (place / name).write_bytes((source / name).read_bytes())
-    data = {"data": str(place), "beside": "gone", "relative": "text"}[where]
-    content["cfg"]["task"]["data"] = data
+    data = {"data": str(place), "beside": "gone", "relative": "text", "vocab": "gone"}[where]
+    content["cfg"]["task"] |= {"data": data, "vocab": str(place) if where == "vocab" else None}
     torch.save(content, tmp_path / "run/c.pt")
     monkeypatch.chdir("/")
     assert to_hf(tmp_path / "run/c.pt", tmp_path / "out").vocabulary.resolve() == place
@@ -256,5 +256,7 @@ def test_a_vocabulary_made_uncased_stays_so(tmp_path, testdata):
     size = data.count(b"\n") + 4 + 512
     assert build_tokenizer(tmp_path, size).lower is False  # its pieces hold capitals
     assert build_tokenizer(tmp_path, size, lower=True).lower is True
-    (tmp_path / "prepare_text.json").write_text('{"settings": {"lower": true}}')
-    assert build_tokenizer(tmp_path, size).lower is True
+    for note in ("prepare_text.json", "prompts.json"):
+        (tmp_path / note).write_text('{"settings": {"lower": true}}')
+        assert build_tokenizer(tmp_path, size).lower is True
+        (tmp_path / note).unlink()
