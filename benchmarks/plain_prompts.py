@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import sys
 from multiprocessing import Pool
 from pathlib import Path
@@ -52,8 +53,6 @@ def render(template, row):
 def make_task(job):
     """Render, encode line by line, binarise: one task."""
     dataset, subset, template, rows_file, vocab, out = job
-    from fairseq import options
-    from fairseq_cli import preprocess
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=str(Path(vocab) / "sp.model"))
@@ -74,9 +73,9 @@ def make_task(job):
                 count += 1
     arguments = ["--source-lang", "src", "--target-lang", "tgt", "--trainpref", str(folder)]
     arguments += ["--srcdict", f"{vocab}/dict.txt", "--tgtdict", f"{vocab}/dict.txt"]
-    parser = options.get_preprocessing_parser()
+    sys.argv = ["fairseq-preprocess", *arguments, "--destdir", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()):
-        preprocess.main(parser.parse_args([*arguments, "--destdir", str(folder)]))
+        runpy.run_module("fairseq_cli.preprocess", run_name="__main__")
     return count
 
 
