@@ -13,10 +13,9 @@ Sentinels count as one token. METRO's tokenizer reads a ``<sen001>`` that is wri
 as ordinary characters, as pretraining did; here the text is cut there and the ids joined.
 """
 
-import re
 from collections.abc import Sequence
 
-from metro.data.instruction import METRO_SENTINEL, SENTINEL, adapt_sentinels, sentinels_for
+from metro.data.instruction import SENTINEL, sentinels_for
 
 
 class PromptEncoder:
@@ -54,6 +53,7 @@ class PromptEncoder:
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         self.num_cut_targets = 0
         self._knows_extra_ids = "<extra_id_0>" in tokenizer.get_vocab()
+        self._sentinel_ids: list[int] | None = None
 
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Encoder ids."""
@@ -83,31 +83,32 @@ class PromptEncoder:
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without special tokens; sentinels are one id each."""
-        whole = [text for text in texts if self._knows_extra_ids or not SENTINEL.search(text)]
-        encoded = (
-            iter(self.tokenizer(whole, add_special_tokens=False)["input_ids"])
-            if whole
-            else iter(())
-        )
-        return [
-            next(encoded)
-            if self._knows_extra_ids or not SENTINEL.search(text)
-            else self._cut_at_sentinels(text)
-            for text in texts
-        ]
+        if self._knows_extra_ids or not any(map(SENTINEL.search, texts)):
+            return self._encode(texts)
+        cut = [SENTINEL.split(text) for text in texts]  # text, number, text, number, ..., text
+        # Options of one example share most pieces.
+        pieces = list(dict.fromkeys(x for parts in cut for x in parts[::2] if x.strip()))
+        ids = dict(zip(pieces, self._encode(pieces), strict=True))
+        found = []
+        for parts in cut:
+            row = list(ids[parts[0]]) if parts[0] in ids else []
+            for number, piece in zip(parts[1::2], parts[2::2], strict=True):
+                row.append(self._sentinel_id(int(number)))
+                row += ids.get(piece, [])
+            # Blanks alone, without a sentinel, are read as the tokenizer reads them.
+            found.append(row if len(parts) > 1 or row else self._encode(parts)[0])
+        return found
 
-    def _cut_at_sentinels(self, text: str) -> list[int]:
-        ids: list[int] = []
-        cuts = re.split(f"({METRO_SENTINEL.pattern.replace('(', '(?:')})", self._adapt(text))
-        for number, piece in enumerate(cuts):
-            if number % 2:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-            elif piece.strip():
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-        return ids
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
-    def _adapt(self, text: str) -> str:
-        return adapt_sentinels(text, self.tokenizer)
-
-
-__all__ = ["PromptEncoder", "sentinels_for"]
+    def _sentinel_id(self, number: int) -> int:
+        if self._sentinel_ids is None:
+            tokens = sentinels_for(self.tokenizer)
+            self._sentinel_ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        if number >= len(self._sentinel_ids):
+            raise ValueError(
+                f"<extra_id_{number}> is in the text, but the vocabulary has "
+                f"{len(self._sentinel_ids)} sentinels; use a shorter template or another vocabulary"
+            )
+        return self._sentinel_ids[number]
