@@ -5,8 +5,10 @@ of the hub's version. Hub: the table ``datasets.yaml`` says where each data set 
 package ``datasets`` loads it; no loading script is ever run.
 """
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -103,7 +105,8 @@ def available_splits(
         return list(entry.splits)
     hub = _datasets_package(name_of(dataset, subset))
     try:
-        return list(hub.get_dataset_split_names(dataset, subset))
+        with _without_waiting(hub):
+            return list(hub.get_dataset_split_names(dataset, subset))
     except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
         raise _unavailable(name_of(dataset, subset), dataset, error) from None
 
@@ -292,12 +295,45 @@ def _open_on_hub(dataset: str, subset: str | None, split: str, streaming: bool):
     errors = []
     for place in copies + places if entry.script else places + copies[:1]:
         try:
-            return hub.load_dataset(entry.hub, split=split, streaming=streaming, **place), entry
+            with _without_waiting(hub):
+                rows = hub.load_dataset(entry.hub, split=split, streaming=streaming, **place)
+            return rows, entry
         except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
             errors.append(error)
-            if isinstance(error, ConnectionError) or type(error).__name__ == "OfflineModeIsEnabled":
+            if isinstance(error, ConnectionError):
                 break
     raise _unavailable(name, entry.hub, errors[0], entry.unsure)
+
+
+_OFFLINE_SECONDS = 300
+_unreachable_since = -_OFFLINE_SECONDS - 1.0  # when this process last failed to reach the hub
+
+
+@contextlib.contextmanager
+def _without_waiting(hub) -> Iterator[None]:
+    """Once the hub was not reached, look into the local cache alone.
+
+    Every attempt costs half a minute of retries otherwise, and a mixture has dozens of data sets.
+    """
+    global _unreachable_since
+    import huggingface_hub.constants
+
+    places = (hub.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        if time.monotonic() - _unreachable_since < _OFFLINE_SECONDS:
+            for place in places:
+                place.HF_HUB_OFFLINE = True
+            yield
+        else:
+            try:
+                yield
+            except ConnectionError:
+                _unreachable_since = time.monotonic()
+                raise
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _refuse_manual(name: str, entry: DatasetEntry) -> None:

@@ -83,8 +83,14 @@ def prepare_prompts(
         raise ValueError(f"--workers is {num_workers}, and must be at least 1")
     folder = PromptFolder(Path(out), settings.fingerprint())
     finished = folder.finished_manifest()
-    if finished and finished["settings"] == folder.settings:
-        say(f"{folder.out} is already finished; nothing to do")
+    if (
+        finished
+        and finished["settings"] == folder.settings
+        and not (overwrite and finished["unavailable"])
+    ):
+        missing = len(finished["unavailable"])
+        again = f" ({missing} parts could not be had; --overwrite tries again)" if missing else ""
+        say(f"{folder.out} is already finished; nothing to do{again}")
         return PreparedPrompts(folder.out, finished, True)
     if finished and not overwrite:
         raise ValueError(

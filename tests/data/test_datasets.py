@@ -195,3 +195,22 @@ def test_trec_rows_have_the_labels_of_older_templates_too(tmp_path):
     derive = dataset_table()["trec"].derive
     assert len(derive["label_fine"]["values"]) == 50
     assert set(derive["label_fine"]["values"]) == set(range(47))
+
+
+def test_an_unreachable_hub_is_waited_for_once(table, monkeypatch):
+    """Then the package is told to look into its cache alone, and told otherwise afterwards."""
+    package = pytest.importorskip("datasets")
+    offline = []
+
+    def load_dataset(*args, **kwargs):
+        offline.append(package.config.HF_HUB_OFFLINE)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(package, "load_dataset", load_dataset)
+    monkeypatch.setattr(package.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "_unreachable_since", -1e9)
+    table["toy"] = DatasetEntry(hub="a/b", splits=("train",))
+    for _ in range(3):
+        with pytest.raises(DatasetUnavailable, match="no route"):
+            load_rows("toy", None, "train")
+    assert offline == [False, True, True] and package.config.HF_HUB_OFFLINE is False

@@ -313,6 +313,9 @@ def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_
     assert [(row["side"], row["name"]) for row in result.manifest["unavailable"]] == [
         ("train", "absent"), ("train", "two/other"),
     ]  # fmt: skip
+    again, said = prepare(world, tmp_path / "out", **options)
+    assert again.was_finished and "2 parts could not be had; --overwrite tries again" in said[0]
+    assert not prepare(world, tmp_path / "out", overwrite=True, **options)[0].was_finished
     write_templates(tmp_path / "templates", "absent", YES_NO)
     options["templates"] = tmp_path / "templates"
     with pytest.raises(ValueError, match="(?s)not a single example.*absent .train.: absent is not"):
