@@ -1,5 +1,6 @@
 """``metro.load``: a model and its tokenizer from a name, a folder, or a fairseq checkpoint."""
 
+import contextlib
 import difflib
 import os
 import pickle
@@ -58,14 +59,16 @@ def load(
     dtype = resolve_dtype(dtype)
     path = Path(path_or_name)
     if path.is_file():
-        loaded = _from_checkpoint(path, dtype, attn_implementation, vocab)
+        with _quiet():
+            loaded = _from_checkpoint(path, dtype, attn_implementation, vocab)
     else:
         if vocab is not None:
             raise ValueError(
                 f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is no checkpoint of fairseq: "
                 "other models bring their own vocabulary; leave vocab out"
             )
-        loaded = _from_pretrained(_resolve(path_or_name), dtype, attn_implementation)
+        with _quiet():
+            loaded = _from_pretrained(_resolve(path_or_name), dtype, attn_implementation)
     model = loaded.model.eval()
     if device is not None:
         model = model.to(device)
@@ -85,6 +88,21 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
     return found
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' bars and tables: complaints come from here, all at once."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _from_checkpoint(path: Path, dtype, attn_implementation, vocab) -> LoadedModel:
@@ -137,11 +155,9 @@ def _resolve(path_or_name: str | os.PathLike) -> str:
 
 def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    # Complaints come all at once from here, not one table per model from there.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    never = {"trust_remote_code": False}  # said aloud, as transformers would ask at the terminal
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **never)
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             source,
             config=config,
@@ -149,12 +165,11 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
+            **never,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **never)
     except Exception as error:  # transformers raises nearly every class for a bad folder
         raise ValueError(_explain(source, error)) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     is_metro = isinstance(config, MetroT5Config)
     complain(
         missing=sorted(info["missing_keys"]),
@@ -205,6 +220,6 @@ def _explain(source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"{source} cannot be loaded ({type(error).__name__}: {text[:600]})"
     return (
-        f"{source} cannot be loaded from the Hugging Face hub ({type(error).__name__}: "
-        f"{text[:300]}); without a network, copy its folder here and give the folder"
+        f"{source} is no folder here, and cannot be loaded from the Hugging Face hub "
+        f"({type(error).__name__}: {text[:300]}); without a network, copy its folder here and give the folder"
     )

@@ -99,6 +99,14 @@ def test_auto_classes_load_a_released_folder_without_its_code(hub_folder):
     assert type(AutoTokenizer.from_pretrained(folder)) is MetroT5Tokenizer
 
 
+def test_a_model_that_only_its_own_code_can_load_is_refused(hub_folder):
+    """Oracle: a model type that nobody has registered, and the traps of ``hub_folder``."""
+    folder = hub_folder("metro_tiny_a")
+    change_json(folder / "config.json", model_type="somebodys_own")
+    with pytest.raises(ValueError, match="custom code"):
+        metro.load(folder)
+
+
 def test_a_released_folder_saved_again_is_an_ordinary_metro_t5(hub_folder, tmp_path):
     """Oracle: model type and classes in the files, equal weights after another load."""
     model, tokenizer = metro.load(hub_folder("metro_tiny_b"))
