@@ -221,5 +221,6 @@ def _explain(source: str, error: Exception) -> str:
         return f"{source} cannot be loaded ({type(error).__name__}: {text[:600]})"
     return (
         f"{source} is no folder here, and cannot be loaded from the Hugging Face hub "
-        f"({type(error).__name__}: {text[:300]}); without a network, copy its folder here and give the folder"
+        f"({type(error).__name__}: {text[:300]}); without a network, copy its folder "
+        "here and give the folder"
     )
