@@ -16,9 +16,10 @@ from fairseq.data import FairseqDataset
 
 from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
-from metro.data.capped_mixture import CappedMixture, order_by_lengths
+from metro.data.capped_mixture import order_by_lengths
 from metro.data.prompted_examples import MANIFEST
-from metro.finetuning.collation import EncodedPrompt, truncate
+from metro.finetuning.binarised import BinarisedTasks, longer
+from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
@@ -57,7 +58,7 @@ class EpochDataset(FairseqDataset):
 
     def num_tokens_vec(self, indices) -> np.ndarray:
         """The longer of both; as published, one place more is counted for a target."""
-        return np.maximum(self.source_sizes[indices], self.target_sizes[indices] + 1)
+        return longer(self.source_sizes[indices], self.target_sizes[indices] + 1)
 
     def ordered_indices(self) -> np.ndarray:
         return order_by_lengths(self.source_sizes, self.target_sizes, self.seed)
@@ -81,69 +82,21 @@ class EpochDataset(FairseqDataset):
 
 
 class BinarisedPrompts(EpochDataset):
-    """Tasks written by `metro prepare-prompts --vocab`, each up to its cap.
+    """Tasks written by `metro prepare-prompts --vocab`, each up to its cap."""
 
-    `sources[k]` and `targets[k]` are the stored sequences of task k: without `<s>`, with `</s>`.
-    `max_source` and `max_target` cut sequences (special tokens included); None leaves them.
-    """
-
-    def __init__(
-        self,
-        sources: list,
-        targets: list,
-        caps: list[int | None],
-        *,
-        max_source: int | None,
-        max_target: int | None,
-        bos: int,
-        eos: int,
-        num_words: int,
-        name: str,
-        **kwargs,
-    ):
+    def __init__(self, tasks: BinarisedTasks, **kwargs):
         super().__init__(**kwargs)
-        for task, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if len(source) != len(target):
-                raise ValueError(
-                    f"task {task} of {name} has {len(source)} sources but {len(target)} targets; "
-                    "prepare it again with metro prepare-prompts"
-                )
-        self.sources, self.targets, self.name = sources, targets, name
-        self.max_source, self.max_target = max_source, max_target
-        self.bos, self.eos, self.num_words = bos, eos, num_words
-        self.mixture = CappedMixture([len(source) for source in sources], caps, self.seed)
+        self.tasks = tasks
         self.measure()
 
     def measure(self) -> None:
-        rows = [self.mixture.rows(task, self.epoch) for task in range(len(self.sources))]
-
-        def sizes(parts, num_added: int, limit: int | None) -> np.ndarray:
-            found = [
-                np.asarray(part.sizes)[chosen] for part, chosen in zip(parts, rows, strict=True)
-            ]
-            together = np.concatenate(found) + num_added
-            return together if limit is None else np.minimum(together, limit)
-
-        self.source_sizes = sizes(self.sources, 1, self.max_source)  # <s>
-        self.target_sizes = sizes(self.targets, 0, self.max_target)
+        self.source_sizes, self.target_sizes = self.tasks.sizes(self.epoch)
 
     def __len__(self) -> int:
-        return len(self.mixture)
+        return len(self.tasks)
 
     def __getitem__(self, index: int) -> EncodedPrompt:
-        task, row = self.mixture.locate(int(index), self.epoch)
-        source, target = self.sources[task][row].numpy(), self.targets[task][row].numpy()
-        if max(source.max(), target.max()) >= self.num_words:
-            raise ValueError(
-                f"{self.name} holds id {max(source.max(), target.max())} (example {row} of task "
-                f"{task}), but dict.txt ends at id {self.num_words - 1}; use the dict.txt that the "
-                "data was binarised with"
-            )
-        if self.max_source is not None:
-            source = truncate(source, self.max_source - 1, self.eos)
-        if self.max_target is not None:
-            target = truncate(target, self.max_target, self.eos)
-        return EncodedPrompt(row, np.insert(source, 0, self.bos), target)
+        return self.tasks.encode(int(index), self.epoch)
 
 
 class TextPrompts(EpochDataset):
@@ -164,8 +117,8 @@ class TextPrompts(EpochDataset):
 
     def measure(self) -> None:
         lengths = self.data.lengths(self.data_epoch)
-        self.source_sizes = np.minimum(lengths, self.data.encoder.max_source_length)
-        self.target_sizes = np.minimum(lengths, self.data.encoder.max_target_length)
+        self.source_sizes = lengths.clip(max=self.data.encoder.max_source_length)
+        self.target_sizes = lengths.clip(max=self.data.encoder.max_target_length)
 
     def __len__(self) -> int:
         return len(self.data)

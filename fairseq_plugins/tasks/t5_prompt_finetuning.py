@@ -18,6 +18,7 @@ from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, 
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.conversion.vocabulary_folder import build_tokenizer
 from metro.data.prompt_encoding import PromptEncoder
+from metro.finetuning.binarised import BinarisedTasks
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 
@@ -161,7 +162,7 @@ class T5PromptFinetuningTask(SentinelTask):
             prefix = folder / kind / name / f"{kind}.src-tgt.{side}"
             return data_utils.load_indexed_dataset(str(prefix), self.dictionary)
 
-        return BinarisedPrompts(
+        tasks = BinarisedTasks(
             [load(name, "src") for name in names],
             [load(name, "tgt") for name in names],
             caps,
@@ -170,10 +171,10 @@ class T5PromptFinetuningTask(SentinelTask):
             bos=self.dictionary.bos(),
             eos=self.dictionary.eos(),
             num_words=self.first_sentinel,
-            name=str(folder / kind),
-            collate=self.collate,
             seed=self.cfg.seed,
+            name=str(folder / kind),
         )
+        return BinarisedPrompts(tasks, collate=self.collate, seed=self.cfg.seed)
 
     def collate(self, examples: list[EncodedPrompt]) -> dict:
         dictionary = self.dictionary

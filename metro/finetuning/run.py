@@ -78,7 +78,7 @@ def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, fol
 
     from metro.data.prompt_encoding import PromptEncoder
     from metro.finetuning.progress import ConsoleCallback
-    from metro.finetuning.trainer import FinetuningTrainer
+    from metro.finetuning.trainer import trainer_class
 
     longest = getattr(model.config, "max_positions", None)  # T5 has no such limit
     lengths = [settings.max_input_length, settings.max_target_length]
@@ -95,7 +95,7 @@ def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, fol
         valid_data = PromptData(
             folder, "valid", sampling="capped", limit=settings.eval_limit, replace=False, **common
         )
-    trainer = FinetuningTrainer(
+    trainer = trainer_class()(
         model,
         arguments,
         loss_options=LossOptions(

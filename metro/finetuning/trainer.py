@@ -10,7 +10,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from transformers import Seq2SeqTrainer
 
 from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import PromptBatch, collate_prompts
@@ -32,8 +31,15 @@ MEANS = {
 }
 
 
-class FinetuningTrainer(Seq2SeqTrainer):
-    """Trains on `PromptData` under one objective.
+def trainer_class() -> type:
+    """The Trainer with METRO's data and losses; made here, as importing theirs needs accelerate."""
+    from transformers import Seq2SeqTrainer
+
+    return type("FinetuningTrainer", (FinetuningLogic, Seq2SeqTrainer), {})
+
+
+class FinetuningLogic:
+    """What is mixed into the Trainer: trains on `PromptData` under one objective.
 
     Logged beside the loss: both terms of FLIPPED (`likelihood`, `unlikelihood`), the probability of
     the instruction under the right and a wrong label (`right_prob`, `wrong_prob` and their
