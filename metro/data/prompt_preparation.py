@@ -134,6 +134,7 @@ class _Preparation:
                 self.unavailable.append(Unavailable(plan.side, name, str(error)))
                 continue
             self._do(plan, part, number, len(plans))
+        self.progress(PromptProgress("all", self.num_rendered, len(plans), len(plans)))
         return self._finish(plans)
 
     def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
