@@ -11,6 +11,7 @@ all); memory one chunk of logits and the gradients of the inputs.
 Shapes: N rows (tokens), D width, V vocabulary, C rows of a chunk.
 """
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -109,6 +110,8 @@ def token_losses(
     check_options(label_smoothing, epsilon)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_inputs(hidden, weight, targets, bias)
+    if impl == "triton":
+        check_triton(hidden)
     shape, on_cpu = targets.shape, hidden.device.type == "cpu"
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     kept_N, rows = targets != ignore_index, None
@@ -289,6 +292,14 @@ def kernels():
     from metro.ops import linear_cross_entropy_kernels
 
     return linear_cross_entropy_kernels
+
+
+def check_triton(hidden: torch.Tensor) -> None:
+    """Kernels need a GPU, or Triton's interpreter, which runs them on the CPU to test them."""
+    if hidden.dtype == torch.float64:
+        raise ValueError("impl 'triton' sums in float32, hidden is torch.float64; use 'reference'")
+    if hidden.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("impl 'triton' needs a GPU, hidden is on the CPU; use 'auto'")
 
 
 def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:
