@@ -125,10 +125,10 @@ def test_a_folder_of_something_else_is_left_alone(settings, tmp_path):
 
 def test_accumulated_micro_batches_are_one_batch(settings):
     """Oracle: the same examples in one batch. The loss is a mean over all of an update's tokens."""
-    common = dict(objective="flipped", dropout=0.0, batching="random", max_steps=5)
+    common = dict(objective="flipped", dropout=0.0, batching="random", max_steps=5, optimizer="sgd")
     one = finetune(settings("one", **common, batch_size=16))
     four = finetune(settings("four", **common, batch_size=4, gradient_accumulation_steps=4))
-    assert_same(one.folder, four.folder, rtol=1e-3, atol=2e-4)
+    assert_same(one.folder, four.folder, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -136,7 +136,14 @@ def test_accumulated_micro_batches_are_one_batch(settings):
 def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
     """Oracle: one process that accumulates what the two do; torchrun on the CPU."""
     common = dict(
-        objective="flipped", dropout=0.0, batching="random", max_steps=6, mean=mean, eval_steps=6
+        objective="flipped",
+        dropout=0.0,
+        batching="random",
+        max_steps=6,
+        mean=mean,
+        eval_steps=6,
+        optimizer="sgd",
+        learning_rate=0.1,
     )
     one = finetune(settings("one", **common, batch_size=4, gradient_accumulation_steps=2))
     options = settings("two", **common, batch_size=4).as_dict()
@@ -154,7 +161,7 @@ def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(one.folder, tmp_path / "two", rtol=1e-3, atol=2e-4)
+    assert_same(one.folder, tmp_path / "two", rtol=1e-4, atol=1e-5)
     shown = [line for line in done.stdout.splitlines() if "eval_loss" in line]
     assert len(shown) == 1  # one process speaks
     value = float(shown[0].split("eval_loss ")[1].split()[0])
@@ -172,7 +179,8 @@ def test_bf16_and_gradient_checkpointing_run(settings):
 
 
 def test_gradient_checkpointing_changes_no_number(settings):
-    common = dict(objective="flipped", dropout=0.0, max_steps=4)
+    # not Adafactor, whose steps have one size however small a gradient and its rounding are
+    common = dict(objective="flipped", dropout=0.0, max_steps=4, optimizer="sgd")
     plain = finetune(settings("plain", **common))
     saving = finetune(settings("saving", **common, gradient_checkpointing=True))
     assert_same(plain.folder, saving.folder, rtol=1e-5, atol=1e-6)
