@@ -137,7 +137,9 @@ print([finder for finder in sys.meta_path if "metro" in type(finder).__module__]
     "imports, has_torch",
     [
         ("import metro", False),
-        ("import transformers.models.auto.modeling_auto, metro", True),
+        pytest.param(
+            "import transformers.models.auto.modeling_auto, metro", True, marks=pytest.mark.slow
+        ),
         pytest.param("import metro.modeling.modeling_metro_t5", True, marks=pytest.mark.slow),
         pytest.param(
             "import metro\nfrom transformers import GenerationMixin, AutoModel, Trainer",

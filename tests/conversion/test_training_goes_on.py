@@ -72,3 +72,32 @@ def test_fairseq_loads_it_by_itself(exported, testdata, tmp_path):
         original = load(testdata / "golden/checkpoints" / f"{name}.pt")["model"]
         key = f"{prefix}decoder.block.1.layer.2.DenseReluDense.wo.weight"
         assert torch.equal(state[key], original["decoder.layers.1.fc2.weight"])
+
+
+def test_pretraining_then_prompt_finetuning_then_a_folder(testdata, tmp_path):
+    """Oracle: the weights that fairseq saved; a finetuned model starts and ends with </s>."""
+    import fairseq_cli.train
+
+    import metro
+    from metro.conversion.fairseq_to_hf import to_hf
+
+    options = [
+        f"--user-dir {plugins.ROOT / 'fairseq_plugins'} --task t5_prompt_finetuning --cpu",
+        "--arch transformer_t5_base_rpe --criterion label_smoothed_cross_entropy",
+        "--optimizer adam --lr 0.001 --lr-scheduler polynomial_decay --total-num-update 10",
+        "--truncate-source --truncate-target --required-batch-size-multiple 1 --num-workers 0",
+        f"--no-epoch-checkpoints --save-dir {tmp_path / 'run'}",
+        f"--finetune-from-model {testdata / 'golden/checkpoints/metro_tiny_a.pt'}",
+    ]
+    data = testdata / "golden/prompt_T0-bin"
+    fairseq_cli.train.main(plugins.configure(data, *SIZES, *options))
+    checkpoint = tmp_path / "run/checkpoint_last.pt"
+    done = to_hf(checkpoint, tmp_path / "model", vocab=testdata / "golden/tiny_vocab")
+    assert done.dropped == ["the optimizer's state"]
+    model, _ = metro.load(tmp_path / "model")
+    state = load(checkpoint)["model"]
+    assert all(torch.equal(state[f"model.{n}"], t) for n, t in model.state_dict().items())
+    assert model.generation_config.decoder_start_token_id == 2
+    assert model.generation_config.eos_token_id == 2
+    card = (tmp_path / "model/README.md").read_text()
+    assert "prompt finetuning" in card and "| updates | 300 + 2 |" in card
