@@ -12,8 +12,8 @@ import torch
 
 from metro.data.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
 from metro.data.prompt_encoding import PromptEncoder
+from metro.evaluation.pair_scoring import Pair, PairScorer
 from metro.evaluation.protocol import choose_protocol
-from metro.evaluation.rank_classification import Pair, PairScorer
 
 
 class OptionRow(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.metrics import first_alike, measure
+from metro.evaluation.pair_scoring import PairScorer
 from metro.evaluation.processes import Processes
 from metro.evaluation.protocol import Protocol
-from metro.evaluation.rank_classification import PairScorer, RankClassifier, Ranking
+from metro.evaluation.rank_classification import RankClassifier, Ranking
 from metro.evaluation.results import PromptResult
 from metro.evaluation.run_folder import RunFolder
 from metro.evaluation.suites import Suite

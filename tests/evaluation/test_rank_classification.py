@@ -13,7 +13,8 @@ import torch
 
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.examples import EvaluationExample
-from metro.evaluation.rank_classification import Pair, PairScorer, RankClassifier, make_batches
+from metro.evaluation.pair_scoring import Pair, PairScorer, make_batches
+from metro.evaluation.rank_classification import RankClassifier
 from tests.evaluation.golden import load_exported, load_tiny_t5
 
 METHODS = ("flipped", "direct", "channel")

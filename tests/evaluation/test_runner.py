@@ -8,7 +8,8 @@ import json
 import pytest
 
 from metro.data.prompt_encoding import PromptEncoder
-from metro.evaluation.rank_classification import PairScorer, RankClassifier
+from metro.evaluation.pair_scoring import PairScorer
+from metro.evaluation.rank_classification import RankClassifier
 from metro.evaluation.results import read_run
 from metro.evaluation.runner import Listener
 from metro.evaluation.suites import read_suite

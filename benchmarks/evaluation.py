@@ -1,0 +1,169 @@
+"""Speed of rank classification beside the published way, in one run on the same cores.
+
+The published way (METRO-T0's and T0's scripts): examples in random order, 8 at a time, the input
+encoded anew for every choice, everything padded to the longest of the batch, attention with all its
+weights written out, log-probabilities of the whole vocabulary at every position. Ours:
+`metro.evaluation`. Both use the same weights in the same process, take turns prompt by prompt, and
+begin with the same rendered texts; predictions have to be equal. Left out although it favours us:
+the published scripts load the model anew for every prompt.
+
+    python -m benchmarks.evaluation [--data-dir DIR] [--templates DIR] [--rows N] [--prompts N]
+
+By default the T0 sets of the folder of recorded data, 16 rows and 1 prompt of each, and a METRO
+model of base size with random weights. Seconds are processor time of the process, which other
+processes on the machine disturb least.
+"""
+
+import argparse
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import ROOT, print_table, write_results
+from metro.data.prompt_encoding import PromptEncoder
+from metro.evaluation.pair_scoring import PairScorer
+from metro.evaluation.rank_classification import METHODS, RankClassifier
+from metro.evaluation.runner import load_tasks
+from metro.evaluation.suites import find_suite
+from metro.evaluation.tasks import Sources
+
+SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
+BATCH = 8
+
+
+def make_model(vocabulary: Path, layers: int):
+    """A METRO model of base width with random weights, the same as published, its tokenizer."""
+    from metro.modeling.configuration_metro_t5 import MetroT5Config
+    from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+    from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+
+    tokenizer = MetroT5Tokenizer(vocabulary / "sp.model", vocabulary / "dict.txt")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tokenizer.vocab_size, num_layers=layers, initializer_factor=3)
+    model = MetroT5ForConditionalGeneration(MetroT5Config(**sizes)).eval()
+    plain = MetroT5ForConditionalGeneration._from_config(
+        MetroT5Config(**sizes), attn_implementation="eager"
+    ).eval()
+    plain.load_state_dict(model.state_dict())
+    return model, plain, tokenizer
+
+
+def pad(rows, value):
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+@torch.inference_mode()
+def published_way(model, encoder, examples, method):
+    """Scores of all examples, computed as the published scripts do."""
+    classifier = RankClassifier(PairScorer(model), encoder, method)
+    pairs, counts = classifier.pairs(examples)
+    start, filler = model.config.decoder_start_token_id, model.config.pad_token_id
+    scores, end = [], 0
+    for first in range(0, len(examples), BATCH):
+        size = sum(counts[first : first + BATCH])
+        batch, end = pairs[end : end + size], end + size
+        sources = pad([pair.source for pair in batch], filler)
+        targets = pad([pair.target for pair in batch], filler)
+        starts = torch.full_like(targets[:, :1], start)
+        logits = model(
+            input_ids=sources,
+            attention_mask=sources.ne(filler).long(),
+            decoder_input_ids=torch.cat([starts, targets[:, :-1]], 1),
+            use_cache=False,
+        ).logits
+        log_p = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        scores += log_p.masked_fill(targets == filler, 0.0).sum(1).tolist()
+    return split(scores, counts)
+
+
+def our_way(model, encoder, examples, method):
+    """Scores of all examples by `metro.evaluation`."""
+    rankings = RankClassifier(PairScorer(model), encoder, method).rank(examples)
+    return [ranking.scores for ranking in rankings]
+
+
+def split(values, counts):
+    found, end = [], 0
+    for count in counts:
+        found.append(values[end : end + count])
+        end += count
+    return found
+
+
+def compare_on_task(model, plain, tokenizer, task, prompts, method):
+    """Processor seconds of both ways on some prompts of a task; predictions have to agree."""
+    lengths = {"max_target_length": 512} if method == "channel" else {}
+    encoder = PromptEncoder(tokenizer, **lengths)
+    seconds, count, farthest = {published_way: 0.0, our_way: 0.0}, 0, 0.0
+    for prompt in prompts:
+        examples = task.examples(prompt, flipped=method == "flipped").examples
+        random.Random(0).shuffle(examples)
+        scores = {}
+        for way, network in ((published_way, plain), (our_way, model)):
+            started = time.process_time()
+            scores[way] = way(network, encoder, examples, method)
+            seconds[way] += time.process_time() - started
+        count += len(examples)
+        for theirs, ours in zip(scores[published_way], scores[our_way], strict=True):
+            if theirs.index(max(theirs)) != ours.index(max(ours)):
+                raise SystemExit(f"{task.name} / {prompt}: predictions differ: {theirs} {ours}")
+            farthest = max(farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True)))
+    return count, seconds[published_way], seconds[our_way], farthest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, default=SHARED / "data")
+    parser.add_argument("--templates", type=Path, default=SHARED / "prompts")
+    parser.add_argument("--vocab", type=Path, default=SHARED / "vocab" / "vocab_32k")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["direct"])
+    options = parser.parse_args()
+    if not options.data_dir.is_dir():
+        print(f"no data in {options.data_dir}: give --data-dir, --templates and --vocab")
+        return
+    model, plain, tokenizer = make_model(options.vocab, options.layers)
+    sources = Sources(options.data_dir, options.templates, limit=options.rows)
+    tasks, _ = load_tasks(find_suite("t0"), sources)
+    rows = []
+    for method in options.methods:
+        # Warm up, and fill the tokenizer's memory of words for both.
+        compare_on_task(model, plain, tokenizer, tasks[0], tasks[0].prompts[:1], method)
+        mine = []
+        for task in tasks:
+            count, theirs, ours, farthest = compare_on_task(
+                model, plain, tokenizer, task, task.prompts[: options.prompts], method
+            )
+            mine.append(
+                {
+                    "method": method, "task": task.name, "examples": count,
+                    "published_per_s": count / theirs, "ours_per_s": count / ours,
+                    "speedup": theirs / ours, "largest_difference": farthest,
+                    "published_s": theirs, "ours_s": ours,
+                }
+            )  # fmt: skip
+        total = {
+            "method": method, "task": "all", "examples": sum(row["examples"] for row in mine),
+            "largest_difference": max(row["largest_difference"] for row in mine),
+            "published_s": sum(row["published_s"] for row in mine),
+            "ours_s": sum(row["ours_s"] for row in mine),
+        }  # fmt: skip
+        total["published_per_s"] = total["examples"] / total["published_s"]
+        total["ours_per_s"] = total["examples"] / total["ours_s"]
+        total["speedup"] = total["published_s"] / total["ours_s"]
+        rows += [*mine, {key: total[key] for key in mine[0]}]
+    print_table(rows, "rank classification, equal predictions")
+    write_results(
+        "evaluation", rows, layers=options.layers, rows_per_task=options.rows,
+        prompts_per_task=options.prompts, threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
