@@ -8,6 +8,7 @@ complete.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from metro.finetuning.settings import FinetuningSettings
 
 logger = logging.getLogger(__name__)
 
-SETTINGS, PARTIAL = "finetune.yaml", ".model.partial"
+SETTINGS, STATE, PARTIAL = "finetune.yaml", "trainer_state.json", ".model.partial"
 # May differ between a run and its continuation: they change nothing of what was trained so far.
 MAY_CHANGE = {
     "output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu",
@@ -57,19 +58,39 @@ def finetune(settings: FinetuningSettings) -> FinetuneResult:
     out = Path(settings.output_dir)
     arguments = training_arguments(settings)  # joins the other processes
     checkpoint = _starting_point(settings, out, arguments)
+    done = finished_run(settings, out)
+    if done is not None:
+        print(f"nothing to do: {out} is finished after {done.num_updates} updates", flush=True)
+        return done
     set_seed(settings.seed)
     model, tokenizer = load_for_training(settings)
     folder = _data_folder(settings, out, arguments)
     trainer = build_trainer(settings, arguments, model, tokenizer, folder)
-    if arguments.process_index == 0:
-        (out / SETTINGS).write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
     trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.process_index == 0:
         save(model, tokenizer, out, settings)
+    trainer.save_state()
+    return FinetuneResult(out, trainer.state.global_step, _last_numbers(trainer.state.log_history))
+
+
+def _last_numbers(log_history: list[dict]) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for line in trainer.state.log_history:
+    for line in log_history:
         numbers |= {name: value for name, value in line.items() if name != "step"}
-    return FinetuneResult(out, trainer.state.global_step, numbers)
+    return numbers
+
+
+def finished_run(settings: FinetuningSettings, out: Path) -> FinetuneResult | None:
+    """The result of an earlier run that went as far as these settings ask for."""
+    path = out / STATE
+    if not (path.is_file() and (out / "config.json").is_file()):
+        return None
+    state = json.loads(path.read_text(encoding="utf-8"))
+    by_steps = settings.max_steps > 0
+    reached = state["global_step"] if by_steps else state["epoch"] + 1e-6
+    if reached < (settings.max_steps if by_steps else settings.num_train_epochs):
+        return None
+    return FinetuneResult(out, state["global_step"], _last_numbers(state["log_history"]))
 
 
 def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, folder: Path):
@@ -240,13 +261,13 @@ def save(model, tokenizer, out: Path, settings: FinetuningSettings) -> None:
 def _starting_point(settings: FinetuningSettings, out: Path, arguments) -> str | None:
     """The checkpoint to resume from; refuses a folder that holds something else."""
     if settings.resume not in ("auto", "never"):
-        if not (Path(settings.resume) / "trainer_state.json").is_file():
+        if not (Path(settings.resume) / STATE).is_file():
             raise ValueError(
                 f"resume is {settings.resume!r}, which is no complete checkpoint-N folder of "
                 "metro finetune; use auto, never or such a folder"
             )
         return settings.resume
-    with arguments.main_process_first(desc="output_dir"):
+    with arguments.main_process_first(local=False, desc="output_dir"):
         earlier = out / SETTINGS
         if out.exists() and not earlier.is_file() and any(out.iterdir()):
             raise ValueError(
@@ -258,9 +279,11 @@ def _starting_point(settings: FinetuningSettings, out: Path, arguments) -> str |
                 f"{out} holds a run already; choose another --output-dir, remove it, or leave "
                 "--resume never out"
             )
-        if checkpoints:
+        if checkpoints or (out / STATE).is_file():
             _refuse_other_settings(settings, earlier)
         out.mkdir(parents=True, exist_ok=True)
+        if arguments.process_index == 0:
+            earlier.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False))
     return str(checkpoints[-1]) if checkpoints else None
 
 
@@ -269,7 +292,7 @@ def complete_checkpoints(out: Path) -> list[Path]:
     found = {}
     for path in out.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / "trainer_state.json").is_file():
+        if number and (path / STATE).is_file():
             found[int(number[1])] = path
     return [found[number] for number in sorted(found)]
 
@@ -296,7 +319,7 @@ def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
     if (Path(settings.data) / MANIFEST).is_file() or Path(settings.data).is_dir():
         return Path(settings.data)
     folder = out / "data"
-    with arguments.main_process_first(desc="data"):
+    with arguments.main_process_first(local=False, desc="data"):
         if not (folder / MANIFEST).is_file():
             _prepare(settings, folder)
     return folder

@@ -98,11 +98,28 @@ def test_a_run_that_was_cut_off_while_saving_goes_on_from_the_checkpoint_before(
     out = Path(chosen.output_dir)
     (out / "checkpoint-12" / "trainer_state.json").unlink()  # written last
     (out / "config.json").unlink()
+    (out / "trainer_state.json").unlink()
     assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-4", "checkpoint-8"]
     again = finetune(chosen)
     assert again.num_updates == 12
     for name, tensor in weights(again.folder).items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_a_finished_run_started_again_trains_nothing_and_goes_on_where_more_is_asked_for(
+    settings, capsys
+):
+    """Oracle: the file's time and content."""
+    first = finetune(settings(save_steps=6))
+    before = (first.folder / "model.safetensors").stat().st_mtime_ns
+    again = finetune(settings(save_steps=6))
+    assert "nothing to do" in capsys.readouterr().out
+    assert again.num_updates == 12 and again.metrics == first.metrics
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == before
+    more = finetune(settings(save_steps=6, max_steps=14))
+    assert more.num_updates == 14
+    whole = finetune(settings("whole", max_steps=14))
+    assert_same(more.folder, whole.folder)
 
 
 def test_other_settings_do_not_continue_a_run(settings):
