@@ -34,15 +34,22 @@ SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
 BATCH = 8
 
 
-def make_model(vocabulary: Path, layers: int):
-    """A METRO model of base width with random weights, the same as published, its tokenizer."""
+def make_model(vocabulary: Path, layers: int, width: int):
+    """A METRO model with random weights, the same as published, its tokenizer."""
     from metro.modeling.configuration_metro_t5 import MetroT5Config
     from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
     from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 
     tokenizer = MetroT5Tokenizer(vocabulary / "sp.model", vocabulary / "dict.txt")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, num_layers=layers, initializer_factor=3)
+    sizes = dict(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=layers,
+        d_model=width,
+        d_ff=4 * width,
+        num_heads=width // 64,
+        initializer_factor=3,
+    )
     model = MetroT5ForConditionalGeneration(MetroT5Config(**sizes)).eval()
     plain = MetroT5ForConditionalGeneration._from_config(
         MetroT5Config(**sizes), attn_implementation="eager"
@@ -123,12 +130,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["direct"])
     options = parser.parse_args()
     if not options.data_dir.is_dir():
         print(f"no data in {options.data_dir}: give --data-dir, --templates and --vocab")
         return
-    model, plain, tokenizer = make_model(options.vocab, options.layers)
+    model, plain, tokenizer = make_model(options.vocab, options.layers, options.width)
     sources = Sources(options.data_dir, options.templates, limit=options.rows)
     tasks, _ = load_tasks(find_suite("t0"), sources)
     rows = []
@@ -160,7 +168,7 @@ def main() -> None:
         rows += [*mine, {key: total[key] for key in mine[0]}]
     print_table(rows, "rank classification, equal predictions")
     write_results(
-        "evaluation", rows, layers=options.layers, rows_per_task=options.rows,
+        "evaluation", rows, layers=options.layers, width=options.width, rows_per_task=options.rows,
         prompts_per_task=options.prompts, threads=torch.get_num_threads(),
     )  # fmt: skip
 
