@@ -16,6 +16,7 @@ from metro.evaluation.examples import EvaluationExample
 from metro.evaluation.pair_scoring import Pair, PairScorer, make_batches
 from metro.evaluation.rank_classification import RankClassifier
 from tests.evaluation.golden import load_exported, load_tiny_t5
+from tests.finetuning.conftest import KINDS, small_model
 
 METHODS = ("flipped", "direct", "channel")
 
@@ -206,3 +207,15 @@ def test_gpu_scores_like_the_cpu(tiny_t5, flipped_golden, method, dtype, toleran
     model = copy.deepcopy(tiny_t5).to("cuda", dtype)
     for pair, score, truth in zip(pairs, PairScorer(model).score(pairs), expected, strict=True):
         assert score == pytest.approx(truth, abs=tolerance * len(pair.target))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_families_score_like_each_pair_alone(kind):
+    """Oracle: each pair alone, all logits. Sources are shared, so that caches are used."""
+    model = small_model(kind)
+    draw = random.Random(3)
+    ids = lambda low, high: tuple(draw.choices(range(4, 40), k=draw.randint(low, high)))  # noqa: E731
+    sources = [(*ids(1, 12), 2) for _ in range(3)]
+    pairs = [Pair(draw.choice(sources), (*ids(0, 6), 2)) for _ in range(12)]
+    scores = PairScorer(model, batch_tokens=150).score(pairs)
+    assert scores == pytest.approx([plain_score(model, pair) for pair in pairs], abs=1e-4)
