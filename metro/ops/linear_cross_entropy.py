@@ -71,8 +71,9 @@ def linear_cross_entropy(
         label_smoothing: probability taken from the target and given to the others in equal shares.
         unlikelihood_epsilon: the loss of Welleck et al. (2020) instead, which makes the target less
             likely; 0.01 in FLIPPED (Ye et al., 2023, equation 4).
-        impl: ``reference`` (described above), ``triton`` (one kernel projects and reduces, so that
-            forward no logits exist at all), or ``auto``: so far ``reference``.
+        impl: ``plain`` (the formula), ``reference`` (described above), ``triton`` (one kernel
+            projects and reduces, so that forward no logits exist at all), or ``auto``: so far
+            ``reference``, and ``plain`` inside ``torch.compile``.
 
     Raises:
         ValueError: shapes or types that do not fit, a target outside the vocabulary (on the CPU),
@@ -104,9 +105,9 @@ def token_losses(
 ):
     """Loss, correctness and, with ``streams_N``, a sample for each token."""
     if impl == "auto":
-        impl = "reference"
-    if impl not in ("reference", "triton"):
-        raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'triton'")
+        impl = "plain" if torch.compiler.is_compiling() else "reference"
+    if impl not in ("plain", "reference", "triton"):
+        raise ValueError(f"impl is {impl!r}; use 'auto', 'plain', 'reference' or 'triton'")
     check_options(label_smoothing, epsilon)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_inputs(hidden, weight, targets, bias)
@@ -115,7 +116,8 @@ def token_losses(
     shape, on_cpu = targets.shape, hidden.device.type == "cpu"
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     kept_N, rows = targets != ignore_index, None
-    if on_cpu:  # looking which rows are kept would wait for other devices
+    # Looking which rows are kept would wait for other devices, and end a compiled graph.
+    if on_cpu and not torch.compiler.is_compiling():
         rows = kept_N.nonzero().squeeze(-1) if not kept_N.all() else None
         check_targets(targets[kept_N], len(weight), ignore_index)
     if rows is not None and streams_N is None:
@@ -124,9 +126,8 @@ def token_losses(
         rows, targets = None, targets.where(kept_N, 0)
 
     options = Options(label_smoothing, epsilon, impl)
-    loss, correct, samples = ChunkedCrossEntropy.apply(
-        hidden, weight, bias, targets, streams_N, options
-    )
+    compute = plain_losses if impl == "plain" else ChunkedCrossEntropy.apply
+    loss, correct, samples = compute(hidden, weight, bias, targets, streams_N, options)
     if rows is not None:
         loss = loss.new_zeros(len(kept_N)).index_copy(0, rows, loss)
         correct = torch.zeros_like(kept_N).index_copy(0, rows, correct)
@@ -140,6 +141,24 @@ class Options(NamedTuple):
     smoothing: float
     epsilon: float | None
     impl: str
+
+
+def plain_losses(hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
+    """The formula of :func:`linear_cross_entropy` as it stands."""
+    logits_NV = project(hidden_ND, weight_VD, bias_V)
+    log_p_NV = logits_NV.log_softmax(-1)
+    log_p_N = log_p_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+    if options.epsilon is not None:
+        loss_N = -(1.0 - log_p_N.exp() + options.epsilon).log()
+    else:
+        share = options.smoothing / (len(weight_VD) - 1) if options.smoothing else 0.0
+        loss_N = -(1.0 - options.smoothing - share) * log_p_N
+        if options.smoothing:
+            loss_N = loss_N - share * log_p_NV.sum(-1)
+    samples_N = None
+    if streams_N is not None:
+        samples_N = sample_tokens(logits_NV.detach(), uniform_of(streams_N))
+    return loss_N, logits_NV.argmax(-1) == targets_N, samples_N
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -48,8 +48,8 @@ def linear_sample_cross_entropy(
         samples = torch.multinomial(logits.softmax(-1), 1)
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; samples have no gradient. A sample is a
-    function of its row's logits, seed and counter, whatever batch the row is in; ``reference`` and
-    ``triton`` draw different ones.
+    function of its row's logits, seed and counter, whatever batch the row is in; ``triton`` draws
+    others than ``plain`` and ``reference``.
 
     Args:
         hidden_ND: hidden states; any leading shape.
@@ -59,8 +59,8 @@ def linear_sample_cross_entropy(
             and the token's position, say.
         bias_V: of the projection.
         ignore_index: the target of positions without loss.
-        impl: ``reference`` (inverts the distribution), ``triton`` (adds Gumbel noise), or ``auto``:
-            so far ``reference``.
+        impl: ``plain`` and ``reference`` (invert the distribution), ``triton`` (adds Gumbel noise),
+            or ``auto``, as in :func:`metro.ops.linear_cross_entropy.linear_cross_entropy`.
 
     Raises:
         ValueError: shapes or types that do not fit, a target outside the vocabulary (on the CPU),

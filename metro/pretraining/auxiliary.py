@@ -15,6 +15,10 @@ from torch import nn
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.layers_metro_t5 import MetroT5Stack
+from metro.ops.linear_sample_cross_entropy import (
+    LinearSampleCrossEntropy,
+    linear_sample_cross_entropy,
+)
 
 RTD_HEADS = ("none", "simple", "roberta")
 SHARED_EMBEDDINGS = ("none", "token", "token_pos", "token_pos_norm")
@@ -70,9 +74,13 @@ class PredictionHead(nn.Module):
             self.weight = nn.Parameter(torch.zeros(output_dim, config.d_model))
         self.bias = nn.Parameter(torch.zeros(output_dim))
 
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What is projected."""
+        return self.layer_norm(self.activation(self.dense(hidden)))
+
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.layer_norm(self.activation(self.dense(hidden)))
-        return F.linear(hidden, self.weight if weight is None else weight, self.bias)
+        weight = self.weight if weight is None else weight
+        return F.linear(self.features(hidden), weight, self.bias)
 
 
 class AuxiliaryModel(nn.Module):
@@ -129,12 +137,40 @@ class AuxiliaryModel(nn.Module):
         hidden_BMD = self.encoder(masked_ids, mask, positions=positions).last_hidden_state
         return self.lm_head(hidden_BMD, self.encoder.embed_tokens.weight)
 
-    @torch.no_grad()
-    def sampling_logits(self, logits_BMV, masked_ids, mask, positions) -> torch.Tensor:
-        """The logits that samples are drawn from: those of training, or a pass without dropout."""
-        if self.sample_mode == "train" or not self.training:
-            return logits_BMV.detach()
-        self.eval()
-        logits_BMV = self(masked_ids, mask, positions)
-        self.train()
-        return logits_BMV
+    def predict(
+        self,
+        masked_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        target_ids: torch.Tensor,
+        seeds: torch.Tensor,
+    ) -> LinearSampleCrossEntropy:
+        """Loss and a sample at ``positions``, without keeping logits.
+
+        Samples come from the training pass or, with ``sample_mode`` ``eval``, from one without
+        dropout; they are a function of the row's seed and the position.
+
+        Args:
+            masked_ids, mask, positions: as for :meth:`forward`.
+            target_ids: B,M; -100 where there is no loss.
+            seeds: B int64.
+        """
+
+        def head():
+            hidden = self.encoder(masked_ids, mask, positions=positions).last_hidden_state
+            return linear_sample_cross_entropy(
+                self.lm_head.features(hidden),
+                self.encoder.embed_tokens.weight,
+                target_ids,
+                seeds.unsqueeze(1),
+                positions,
+                bias_V=self.lm_head.bias,
+            )
+
+        predicted = head()
+        if self.sample_mode == "eval" and self.training:
+            self.eval()
+            with torch.no_grad():
+                predicted = predicted._replace(samples=head().samples)
+            self.train()
+        return predicted

@@ -9,8 +9,8 @@ positions::
 the total is scaled by the number of positions of the LM loss, which fairseq divides by
 (``sample_size``).
 
-Shapes: B batch, T tokens, N scored positions per row (the masked ones, padded, or all T),
-V vocabulary.
+Shapes: B batch, T tokens, M masked positions per row (padded), N scored positions per row (the
+masked ones, padded, or all T), D width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from metro.ops.linear_cross_entropy import linear_cross_entropy
 
 SCORED_POSITIONS = ("none", "lm", "both")
 
@@ -88,45 +90,45 @@ class MetroLosses(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """Cross-entropy of N rows, not reduced."""
+    """Cross-entropy of some positions, not reduced; 0 and False at those without a target."""
 
     loss: torch.Tensor
     """Smoothed as asked for."""
     nll: torch.Tensor
     """Minus the log-probability of the target."""
+    correct: torch.Tensor
+    """Whether the target is the most likely token."""
 
 
 def token_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> TokenLoss:
-    """Cross-entropy of each row in float32.
-
-    With smoothing ``e`` and ``s = e / (V - 1)``: ``(1 - e - s) * nll + s * sum_v -log p_v``.
+    """Cross-entropy of a projection, without keeping logits; see :mod:`metro.ops`.
 
     Args:
-        logits: (..., V).
-        targets: (...) token ids.
+        hidden: (..., D).
+        weight: V,D.
+        targets: (...) token ids, -100 where there is none.
+        label_smoothing: with ``s = e / (V - 1)`` the loss is ``(1 - e - s) * nll + s * sum_v
+            -log p_v``.
     """
-    shape, vocab_size = targets.shape, logits.shape[-1]
-    logits, targets = logits.float().reshape(-1, vocab_size), targets.reshape(-1)
+    nll, correct = linear_cross_entropy(hidden, weight, targets)
     if not label_smoothing:
-        nll = F.cross_entropy(logits, targets, reduction="none").view(shape)
-        return TokenLoss(nll, nll)
-    log_probs = logits.log_softmax(-1)
-    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    share = label_smoothing / (vocab_size - 1)
-    loss = (1.0 - label_smoothing - share) * nll - share * log_probs.sum(-1)
-    return TokenLoss(loss.view(shape), nll.view(shape))
+        return TokenLoss(nll, nll, correct)
+    smoothed = linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing)
+    return TokenLoss(smoothed.loss, nll.detach(), correct)
 
 
 def metro_losses(
     objective: MetroObjective,
     *,
-    mlm_logits: torch.Tensor,
-    mlm_targets: torch.Tensor,
+    mlm_loss: torch.Tensor,
+    mlm_correct: torch.Tensor,
     is_masked: torch.Tensor,
-    lm_logits: torch.Tensor,
-    lm_targets: torch.Tensor,
+    lm: TokenLoss,
     lm_is_scored: torch.Tensor,
     lm_is_replaced: torch.Tensor,
     lm_rtd_logits: torch.Tensor | None,
@@ -139,15 +141,13 @@ def metro_losses(
 
     Args:
         objective: weights and variants.
-        mlm_logits, mlm_targets, is_masked: B,M,V, B,M and B,M of the auxiliary model's positions;
-            rows that only fill up M have ``is_masked`` False.
-        lm_logits, lm_targets, lm_is_scored, lm_is_replaced, lm_rtd_logits: B,N,V and B,N of the
-            main model's scored positions.
+        mlm_loss, mlm_correct, is_masked: B,M of the auxiliary model's positions; those that only
+            fill up M have ``is_masked`` False.
+        lm, lm_is_scored, lm_is_replaced, lm_rtd_logits: B,N of the main model's positions.
         rtd_logits, rtd_is_scored, is_replaced, is_token: B,T of all positions.
     """
-    zero = lm_logits.new_zeros((), dtype=torch.float32)
-    mlm = token_cross_entropy(mlm_logits, mlm_targets).loss.where(is_masked, zero).sum()
-    lm = token_cross_entropy(lm_logits, lm_targets, objective.label_smoothing)
+    zero = lm.loss.new_zeros((), dtype=torch.float32)
+    mlm = mlm_loss.where(is_masked, zero).sum()
     is_unreplaced = is_token & ~is_replaced
     num_masked, num_tokens, num_rtd = is_masked.sum(), is_token.sum(), rtd_is_scored.sum()
 
@@ -186,7 +186,7 @@ def metro_losses(
         + objective.rtd_weight * rtd / num_rtd.clamp(min=1) * sample_size
     )
     with torch.no_grad():
-        lm_is_correct = (lm_logits.argmax(-1) == lm_targets) & lm_is_scored
+        lm_is_correct = lm.correct & lm_is_scored
         lm_is_unreplaced = lm_is_scored & ~lm_is_replaced
         return MetroLosses(
             total=total,
@@ -198,7 +198,7 @@ def metro_losses(
             num_masked=num_masked,
             num_rtd=num_rtd,
             num_tokens=num_tokens,
-            mlm_num_correct=((mlm_logits.argmax(-1) == mlm_targets) & is_masked).sum(),
+            mlm_num_correct=(mlm_correct & is_masked).sum(),
             replaced_num_correct=(lm_is_correct & lm_is_replaced).sum(),
             num_replaced=is_replaced.sum(),
             unreplaced_num_correct=(lm_is_correct & lm_is_unreplaced).sum(),

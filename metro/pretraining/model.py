@@ -10,9 +10,16 @@ from torch import nn
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from metro.ops.sampling import counter_uniform, sample_tokens
 from metro.pretraining.auxiliary import AuxiliaryConfig, AuxiliaryModel, PredictionHead
-from metro.pretraining.losses import MetroLosses, MetroObjective, metro_losses
+from metro.pretraining.losses import (
+    MetroLosses,
+    MetroObjective,
+    metro_losses,
+    token_cross_entropy,
+)
+
+NO_TARGET = -100
+"""The target of positions without loss."""
 
 
 class MetroPretrainingModel(nn.Module):
@@ -67,11 +74,11 @@ class MetroPretrainingModel(nn.Module):
         positions = positions[:, : max(max_masked, 1)]
         masked_rows = is_masked.gather(1, positions)
 
-        mlm_logits = self.auxiliary(masked_ids, mask, positions)
+        mlm_targets = original_ids.gather(1, positions).masked_fill(~masked_rows, NO_TARGET)
+        mlm = self.auxiliary.predict(masked_ids, mask, positions, mlm_targets, sampling_seed)
         if corrupted_ids is None:
-            corrupted_ids = self.corrupt(
-                mlm_logits, masked_ids, mask, positions, masked_rows, sampling_seed
-            )
+            samples = mlm.samples.where(masked_rows, masked_ids.gather(1, positions))
+            corrupted_ids = masked_ids.scatter(1, positions, samples)
         is_replaced = corrupted_ids.ne(original_ids) & is_token
 
         encoder_hidden = self.main.encoder(corrupted_ids, mask).last_hidden_state
@@ -87,14 +94,19 @@ class MetroPretrainingModel(nn.Module):
         def select(x_BT):
             return x_BT if scored is None or x_BT is None else x_BT.gather(1, scored)
 
+        lm_is_scored = is_token if scored is None else masked_rows
         return metro_losses(
             objective,
-            mlm_logits=mlm_logits,
-            mlm_targets=original_ids.gather(1, positions),
+            mlm_loss=mlm.loss,
+            mlm_correct=mlm.correct,
             is_masked=masked_rows,
-            lm_logits=self.main.lm_head(decoder_hidden),
-            lm_targets=select(original_ids),
-            lm_is_scored=is_token if scored is None else masked_rows,
+            lm=token_cross_entropy(
+                decoder_hidden,
+                self.main.lm_head.weight,
+                select(original_ids).masked_fill(~lm_is_scored, NO_TARGET),
+                objective.label_smoothing,
+            ),
+            lm_is_scored=lm_is_scored,
             lm_is_replaced=select(is_replaced),
             lm_rtd_logits=select(rtd_logits),
             rtd_logits=rtd_logits,
@@ -102,14 +114,6 @@ class MetroPretrainingModel(nn.Module):
             is_replaced=is_replaced,
             is_token=is_token,
         )
-
-    @torch.no_grad()
-    def corrupt(self, mlm_logits, masked_ids, mask, positions, masked_rows, sampling_seed):
-        """``masked_ids`` with a sample of the auxiliary model at every masked position."""
-        logits = self.auxiliary.sampling_logits(mlm_logits, masked_ids, mask, positions)
-        samples = sample_tokens(logits, counter_uniform(sampling_seed.unsqueeze(1), positions))
-        samples = samples.where(masked_rows, masked_ids.gather(1, positions))
-        return masked_ids.scatter(1, positions, samples)
 
 
 def build_rtd_head(config: MetroT5Config, kind: str) -> nn.Module | None:

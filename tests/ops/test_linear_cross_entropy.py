@@ -51,7 +51,11 @@ def gradients(loss, upstream, leaves):
     return torch.autograd.grad((loss * upstream).sum(), [x for x in leaves if x is not None])
 
 
-@pytest.mark.parametrize("chunk_logits", [op.CHUNK_LOGITS, 130, 1], ids=["all", "chunks", "rows"])
+@pytest.mark.parametrize(
+    "impl, chunk_logits",
+    [("plain", 1), ("reference", op.CHUNK_LOGITS), ("reference", 130), ("reference", 1)],
+    ids=["plain", "all", "chunks", "rows"],
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
     "rows, width, vocab_size, has_bias, ignored",
@@ -65,7 +69,7 @@ def gradients(loss, upstream, leaves):
     ],
 )
 def test_values_and_gradients_equal_the_formula(
-    monkeypatch, chunk_logits, options, rows, width, vocab_size, has_bias, ignored
+    monkeypatch, impl, chunk_logits, options, rows, width, vocab_size, has_bias, ignored
 ):
     """float64 to rounding; float32 to its own."""
     monkeypatch.setattr(op, "CHUNK_LOGITS", chunk_logits)
@@ -75,7 +79,7 @@ def test_values_and_gradients_equal_the_formula(
     want_gradients = gradients(want, upstream, leaves)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         hidden, weight, bias = single = copies(leaves, dtype)
-        got = linear_cross_entropy(hidden, weight, targets, bias_V=bias, **options)
+        got = linear_cross_entropy(hidden, weight, targets, bias_V=bias, impl=impl, **options)
         assert got.loss.dtype == dtype and got.correct.dtype == torch.bool
         assert torch.equal(got.correct, want_correct)
         torch.testing.assert_close(got.loss.double(), want, rtol=tolerance, atol=tolerance)
@@ -180,6 +184,15 @@ def test_autocast_projects_in_half_precision_and_gradients_keep_their_type():
     assert got.dtype == torch.float32 and torch.equal(got, want)
     for gradient in gradients(got, 1.0, (hidden, weight, bias)):
         assert gradient.dtype == torch.float32
+
+
+def test_it_compiles_in_one_graph():
+    (hidden, weight, bias), targets = inputs(6, 8, 20, ignored=(2,))
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    want = linear_cross_entropy(hidden, weight, targets, bias_V=bias)
+    got = compiled(hidden, weight, targets, bias_V=bias)
+    torch.testing.assert_close(got.loss, want.loss)
+    assert torch.equal(got.correct, want.correct)
 
 
 def test_only_what_needs_a_gradient_gets_one():

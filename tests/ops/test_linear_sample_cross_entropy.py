@@ -99,6 +99,10 @@ def test_a_sample_depends_on_its_own_row_alone(monkeypatch):
         hidden, weight, targets, seeds + 3, counters, bias_V=bias
     ).samples
     assert not torch.equal(other, together)
+    plain = linear_sample_cross_entropy(
+        hidden, weight, targets, seeds, counters, bias_V=bias, impl="plain"
+    ).samples
+    assert torch.equal(plain, together)
 
 
 def test_leading_dimensions_are_kept_and_seeds_broadcast():

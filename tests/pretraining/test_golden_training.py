@@ -54,8 +54,9 @@ def micro_batch(model, letter, batch, settings, smoothing):
             batch["prev_output_tokens"],
             use_cache=False,
         )
+        words = torch.eye(output.logits.shape[-1])  # hidden states are logits
         losses = token_cross_entropy(
-            output.logits[is_target], batch["target"][is_target], smoothing
+            output.logits[is_target], words, batch["target"][is_target], smoothing
         )
         loss = losses.loss.sum()
         return loss, int(is_target.sum()), {"loss": loss, "nll_loss": losses.nll.sum()}

@@ -22,13 +22,16 @@ def hand_losses(**objective):
     scored = three if positions == "none" else is_masked
     num_scored = scored.shape[1]
     is_replaced = torch.tensor([[True, False, False, False]])
+    targets = torch.tensor([[0, 3, 0, 1]])
+    words = torch.eye(4)  # hidden states are logits
+    mlm = token_cross_entropy(torch.zeros(1, 2, 4), words, targets[:, :2])
+    lm_logits = torch.zeros(1, num_scored, 4, requires_grad=True)
     return metro_losses(
         MetroObjective(**objective),
-        mlm_logits=torch.zeros(1, 2, 4),
-        mlm_targets=torch.tensor([[0, 3]]),
+        mlm_loss=mlm.loss,
+        mlm_correct=mlm.correct,
         is_masked=is_masked,
-        lm_logits=torch.zeros(1, num_scored, 4, requires_grad=True),
-        lm_targets=torch.tensor([[0, 3, 0, 1]])[:, :num_scored],
+        lm=token_cross_entropy(lm_logits, words, targets[:, :num_scored]),
         lm_is_scored=scored,
         lm_is_replaced=is_replaced[:, :num_scored],
         lm_rtd_logits=torch.zeros(1, num_scored),
@@ -80,7 +83,7 @@ def test_label_smoothing_equals_the_formula():
     log_probs = logits.log_softmax(-1)[0]
     share = 0.1 / 2
     want = -(1 - 0.1 - share) * log_probs[2] - share * log_probs.sum()
-    losses = token_cross_entropy(logits, torch.tensor([2]), 0.1)
+    losses = token_cross_entropy(logits, torch.eye(3), torch.tensor([2]), 0.1)
     torch.testing.assert_close(losses.loss[0], want)
     torch.testing.assert_close(losses.nll[0], -log_probs[2])
 
