@@ -148,11 +148,14 @@ def training_arguments(settings: FinetuningSettings):
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
         raise ValueError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
+    report_to = [] if settings.report_to == "none" else settings.report_to.split(",")
+    if settings.report_to == "auto":
+        report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     optimizers = {"adamw": "adamw_torch"}
     # newer versions of transformers have another name for it and warn of the old one
     has_new_name = hasattr(Seq2SeqTrainingArguments, "activation_checkpointing")
     checkpointing = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
-    return Seq2SeqTrainingArguments(
+    arguments = Seq2SeqTrainingArguments(
         output_dir=settings.output_dir,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
@@ -187,11 +190,18 @@ def training_arguments(settings: FinetuningSettings):
         save_total_limit=settings.save_total_limit,
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps,
-        report_to=[] if settings.report_to == "none" else settings.report_to.split(","),
+        report_to=report_to,
         seed=settings.seed,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "
+            f"--nproc_per_node {arguments.n_gpu} $(which metro) finetune ... (or choose one GPU "
+            "with CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 def load_for_training(settings: FinetuningSettings):

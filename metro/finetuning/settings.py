@@ -72,7 +72,9 @@ class FinetuningSettings:
     eval_limit: int = option(100, "Validation examples per task.")
     eval_batch_size: int = option(32, "Validation examples per process and batch.")
     resume: str = option("auto", "auto: from the last checkpoint of output_dir; never; or a path.")
-    report_to: str = option("tensorboard", "tensorboard, wandb, none, ...")
+    report_to: str = option(
+        "auto", "auto (TensorBoard where it is installed), tensorboard, wandb, none, ..."
+    )
     seed: int = option(42, "Of order, templates, wrong labels and dropout.")
 
     def __post_init__(self):
@@ -89,6 +91,8 @@ class FinetuningSettings:
                 raise ValueError(f"{name} is {value}; use {least} or more")
         if self.dropout is not None and self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}; use 0 up to less than 1")
+        if len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas is {self.adam_betas}; give two, such as 0.9 and 0.98")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; use more than 0")
         if self.max_steps == 0 or self.max_steps < -1:

@@ -46,6 +46,7 @@ def test_missing_options_are_named_as_flags():
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
         ({"batch_size": "many"}, "batch_size is 'many'; it has to be of the kind int"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"adam_betas": [0.9]}, "give two"),
         ({"dropout": 1.0}, "use 0 up to less than 1"),
         ({"learning_rate": 0}, "use more than 0"),
         ({"max_steps": 0}, "use 1 or more, or -1"),
