@@ -177,24 +177,26 @@ def reduce_rows(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum):
     sums = hidden_ND.new_empty((5, num_parts, num_rows), dtype=torch.float32)
     ids = torch.empty((2, num_parts, num_rows), dtype=torch.int32, device=hidden_ND.device)
     if num_rows:
-        reduce_kernel[(triton.cdiv(num_rows, sizes["BLOCK_N"]), num_parts)](
-            hidden_ND.contiguous(),
-            weight_VD.contiguous(),
-            bias_V,
-            targets_N,
-            streams_N,
-            sums,
-            ids,
-            num_rows,
-            vocab_size,
-            width,
-            HAS_BIAS=bias_V is not None,
-            SAMPLES=streams_N is not None,
-            BLOCKS_PER_PART=BLOCKS_PER_PART,
-            num_warps=8,
-            num_stages=3,
-            **sizes,
-        )
+        grid = (triton.cdiv(num_rows, sizes["BLOCK_N"]), num_parts)
+        with torch.cuda.device_of(hidden_ND):
+            reduce_kernel[grid](
+                hidden_ND.contiguous(),
+                weight_VD.contiguous(),
+                bias_V,
+                targets_N,
+                streams_N,
+                sums,
+                ids,
+                num_rows,
+                vocab_size,
+                width,
+                HAS_BIAS=bias_V is not None,
+                SAMPLES=streams_N is not None,
+                BLOCKS_PER_PART=BLOCKS_PER_PART,
+                num_warps=8,
+                num_stages=3,
+                **sizes,
+            )
     highest_PN, others_PN, target_PN, total_PN, noisiest_PN = sums
     highest_N, part_N = highest_PN.max(0)
     target_N = target_PN.sum(0)
@@ -221,19 +223,20 @@ def logits_gradient(hidden_CD, weight_VD, bias_V, targets_C, row: Coefficients) 
     grad_CV = hidden_CD.new_empty(num_rows, vocab_size)
     if num_rows:
         grid = (triton.cdiv(num_rows, sizes["BLOCK_N"]), triton.cdiv(vocab_size, BLOCK_V))
-        gradient_kernel[grid](
-            hidden_CD.contiguous(),
-            weight_VD.contiguous(),
-            bias_V,
-            targets_C,
-            torch.stack(row).contiguous(),
-            grad_CV,
-            num_rows,
-            vocab_size,
-            width,
-            HAS_BIAS=bias_V is not None,
-            num_warps=8,
-            num_stages=3,
-            **sizes,
-        )
+        with torch.cuda.device_of(hidden_CD):
+            gradient_kernel[grid](
+                hidden_CD.contiguous(),
+                weight_VD.contiguous(),
+                bias_V,
+                targets_C,
+                torch.stack(row),
+                grad_CV,
+                num_rows,
+                vocab_size,
+                width,
+                HAS_BIAS=bias_V is not None,
+                num_warps=8,
+                num_stages=3,
+                **sizes,
+            )
     return grad_CV

@@ -6,6 +6,7 @@ operation to its last; PyTorch releases the interpreter's lock while it computes
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,12 +25,15 @@ def for_each(function: Callable, parts: Iterable) -> None:
             for part in parts:
                 function(part)
         return
-    pool = worker_pool(num_workers, num_threads // num_workers)
+    pool = worker_pool(os.getpid(), num_workers, num_threads // num_workers)
     for done in [pool.submit(torch.no_grad()(function), part) for part in parts]:
         done.result()
 
 
 @functools.lru_cache(maxsize=8)
-def worker_pool(num_workers: int, threads_each: int) -> ThreadPoolExecutor:
-    """Workers that stay; PyTorch's number of threads is one of each thread's settings."""
+def worker_pool(process_id: int, num_workers: int, threads_each: int) -> ThreadPoolExecutor:
+    """Workers that stay; PyTorch's number of threads is one of each thread's settings.
+
+    A forked process has none of its parent's threads, hence ``process_id``.
+    """
     return ThreadPoolExecutor(num_workers, "metro-ops", torch.set_num_threads, (threads_each,))
