@@ -113,7 +113,12 @@ def train_and_evaluate(options, folder: Path, objective, weight, method, data: d
     model, tokenizer = metro.load(folder)
     rows = {
         part: evaluate(
-            model, tokenizer, where, method, options.eval_limit, options.max_input_length
+            model,
+            tokenizer,
+            where,
+            method,
+            options.eval_limit,
+            (options.max_input_length, longest_target),
         )
         for part, where in data.items()
     }
