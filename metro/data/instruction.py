@@ -33,10 +33,8 @@ INSTRUCTION_TEXTS = ("published", "rendered")
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 METRO_SENTINEL = re.compile(r"<sen(\d{3,})>")
 # A Jinja tag with the strings inside it, which may hold braces.
-_TAG = re.compile(
-    r"""\{\{(?:"[^"]*"|'[^']*'|[^"'])*?\}\}|\{%(?:"[^"]*"|'[^']*'|[^"'])*?%\}|\{\#.*?\#\}""",
-    re.DOTALL,
-)
+_INSIDE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^"'])*?"""
+_TAG = re.compile(rf"\{{\{{{_INSIDE}\}}\}}|\{{%{_INSIDE}%\}}|\{{\#.*?\#\}}", re.DOTALL)
 # Private characters, which no data has: around the number of a run while rendering, and at "|||".
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _ANSWER_MARK = "\ue002"

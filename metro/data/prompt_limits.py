@@ -7,6 +7,7 @@ counting) checks the size before it computes. ``charge`` adds up the work of a r
 import random
 import threading
 import time
+from collections.abc import MappingView
 from typing import Any
 
 MAX_SOURCE_CHARS = 100_000
@@ -22,7 +23,7 @@ MAX_SECONDS = 10.0
 """Last resort; checked at loop steps and calls."""
 _WORK_BETWEEN_LOOKS = 20_000
 
-LOOP, CONCAT = "\0loop", "\0concat"  # filters that no template can name
+LOOP, CONCAT, WEIGH = "\0loop", "\0concat", "\0weigh"  # filters that no template can name
 CUT = "cut_to_2048_characters"  # one that stands for `string | truncate(2048)`
 _CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
 
@@ -89,7 +90,7 @@ def weigh(value: Any) -> int:
         if value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
         total = 20
-    elif isinstance(value, (list, tuple, dict, set)):
+    elif isinstance(value, (list, tuple, dict, set, MappingView)):
         total, stack = 0, [iter([value])]
         while stack:
             for item in stack[-1]:
@@ -100,7 +101,7 @@ def weigh(value: Any) -> int:
                     stack.append(iter(item.values()))
                     stack.append(iter(item.keys()))
                     break
-                elif isinstance(item, (list, tuple, set)):
+                elif isinstance(item, (list, tuple, set, MappingView)):
                     stack.append(iter(item))
                     break
                 if total > MAX_TEXT_CHARS:
@@ -163,10 +164,26 @@ def bounded_range(*bounds: int) -> range:
     return made
 
 
-def _metered_loop(items, num_nodes: int):
+def bounded_zip(*lists):
+    for items in zip(*lists):  # noqa: B905, stops at the shortest, as templates expect
+        now.charge(weigh(items))
+        yield items
+
+
+def strip_charge(text: str, *chars) -> None:
+    """Stripping compares every character of the text with every one of ``chars``."""
+    now.charge(len(text) * sum(len(part) for part in chars if isinstance(part, str)))
+
+
+def _metered_loop(items, size: int):
     for item in items:
-        now.charge(1 + num_nodes)
+        now.charge(1 + size)
         yield item
+
+
+def _weighed(value) -> Any:
+    now.charge(weigh(value))
+    return value
 
 
 def _choice(items) -> Any:
@@ -188,6 +205,12 @@ def _summed(numbers) -> Any:
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TypeError("sum needs numbers")
     return sum(numbers)
+
+
+def _trimmed(value, chars=None) -> str:
+    text = as_text(value)
+    strip_charge(text, chars)
+    return text.strip(chars)
 
 
 def _rounded(value, precision: int = 0, method: str = "common") -> float:
@@ -281,7 +304,7 @@ def make_filters() -> dict:
             "string": as_text,
             "sum": _summed,
             "title": lambda value: jinja.do_title(as_text(value)),
-            "trim": lambda value, chars=None: as_text(value).strip(chars),
+            "trim": _trimmed,
             "upper": lambda value: as_text(value).upper(),
         }.items()
     }
@@ -306,7 +329,22 @@ def make_filters() -> dict:
     found[CUT] = pass_context(cut)
     found[LOOP] = pass_context(lambda context, value, size: _metered_loop(value, size))
     found[CONCAT] = pass_context(lambda context, values: join_texts("", values))
+    found[WEIGH] = pass_context(lambda context, value: _weighed(value))
     return found
+
+
+def make_tests(tests: dict) -> dict:
+    """Jinja's tests, metered: some of them compare what they are given."""
+
+    def metered(test):
+        def call(*args, **kwargs):
+            now.charge(sum(map(weigh, args)))
+            return test(*args, **kwargs)
+
+        return call
+
+    inspects_environment = ("filter", "test")
+    return {name: metered(test) for name, test in tests.items() if name not in inspects_environment}
 
 
 def check_operation(operator: str, left, right) -> None:

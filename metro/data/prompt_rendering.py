@@ -19,8 +19,6 @@ from metro.data.prompt_sandbox import ProtectedRow
 from metro.data.prompts import PromptTemplate, RenderedExample
 from metro.modeling.text_metro_t5 import EOS_ID, Vocabulary, normalize_text
 
-FIRST_EXAMPLES = 1
-"""Of a reason to drop examples, so many are described."""
 _MAX_REASON_CHARS = 160
 _CACHED_TARGETS = 4096
 _DRAWS = re.compile(r"\|\s*(?:choice|random)\b")
@@ -191,7 +189,7 @@ def _not_among(rendered: RenderedExample) -> str:
 
 def example_seed(seed: int, template: PromptTemplate, split: str, number: int) -> int:
     """Of Jinja's ``choice`` in one example: other examples have other draws."""
-    if not _DRAWS.search(template.jinja):
+    if not _DRAWS.search(template.jinja + (template.answer_choices or "")):
         return 0  # nothing is drawn
     name = (seed, template.dataset, template.subset, template.name, split, number)
     return int.from_bytes(hashlib.blake2b(repr(name).encode(), digest_size=8).digest(), "little")

@@ -20,15 +20,19 @@ from metro.data.prompt_limits import (
     MAX_DEPTH,
     MAX_LIST_ITEMS,
     MAX_SOURCE_CHARS,
+    WEIGH,
     MissingAnswer,
     TemplateRefused,
     as_text,
     bounded_range,
+    bounded_zip,
     check_operation,
     join_texts,
     make_filters,
+    make_tests,
     now,
     replace_text,
+    strip_charge,
     weigh,
 )
 
@@ -40,6 +44,7 @@ _METHODS = frozenset(
 )
 _CHANGES = frozenset({"append", "extend", "pop", "update"})
 """Methods that change a list or dict: templates that call one get a row of their own."""
+_STRIPS = frozenset({"strip", "lstrip", "rstrip"})
 _FUNCTIONS = frozenset({"range", "zip", "namespace"})
 _TAGS = "If For Assign AssignBlock Output With".split()
 _EXPRESSIONS = (
@@ -47,17 +52,22 @@ _EXPRESSIONS = (
     "Test Concat Compare Operand CondExpr And Or Not Add Sub Mul Div FloorDiv Mod Pow Neg Pos"
 ).split()
 _CHANGE = re.compile(r"\.\s*(?:" + "|".join(sorted(_CHANGES)) + r")\b")
+_RAW = re.compile(r"\{%[-+]?\s*raw\b")
 _PIPE, _PIPE_STAND_IN = "|||", "\uf8f0\uf8f1\uf8f0"
 
 
-def _check_and_meter(tree, source_name: str):
-    """Refuse what is not allowed; route loops and concatenations through the meter."""
+def _check_and_meter(tree):
+    """Refuse what is not allowed; route through the meter what makes, compares or repeats values.
+
+    Whatever a template makes is weighed when it is made, so that no later step (comparing, hashing,
+    printing) meets lists that hold each other endlessly.
+    """
     from jinja2 import nodes
 
     allowed = tuple(getattr(nodes, name) for name in [*_TAGS, *_EXPRESSIONS, "Template"])
 
     def visit(node, depth: int) -> int:
-        """Number of nodes below and with this one."""
+        """Nodes and literal characters below and with this one: what a step of a loop costs."""
         if depth > MAX_DEPTH:
             raise TemplateRefused(f"nests deeper than {MAX_DEPTH}")
         kind = type(node).__name__
@@ -81,14 +91,14 @@ def _check_and_meter(tree, source_name: str):
         ):
             raise TemplateRefused("uses `join` with an attribute: write map(attribute=...) first")
         size = 1 + sum(visit(child, depth + 1) for child in node.iter_child_nodes())
+        if isinstance(node, nodes.TemplateData):
+            size += len(node.data)
+        compares = isinstance(node, (nodes.Compare, nodes.Operand))
         for field, value in list(node.iter_fields()):
-            if isinstance(value, nodes.Concat):
-                setattr(node, field, _as_concat(nodes, value))
+            if isinstance(value, nodes.Expr):
+                setattr(node, field, _metered(nodes, value, compares))
             elif isinstance(value, list):
-                value[:] = [
-                    _as_concat(nodes, item) if isinstance(item, nodes.Concat) else item
-                    for item in value
-                ]
+                value[:] = [_metered(nodes, item, False) for item in value]
         if isinstance(node, nodes.For):
             node.iter = _as_filter(nodes, node.iter, LOOP, [nodes.Const(size)])
         return size
@@ -103,13 +113,22 @@ def _as_filter(nodes, value, name: str, args: list):
     )
 
 
-def _as_concat(nodes, concat):
-    values = nodes.List(concat.nodes, lineno=concat.lineno, environment=concat.environment)
-    return _as_filter(nodes, values, CONCAT, [])
+def _metered(nodes, value, is_compared: bool):
+    if isinstance(value, nodes.Concat):
+        values = nodes.List(value.nodes, lineno=value.lineno, environment=value.environment)
+        return _as_filter(nodes, values, CONCAT, [])
+    makes = isinstance(value, (nodes.List, nodes.Dict)) or (
+        isinstance(value, nodes.Tuple) and value.ctx == "load"
+    )
+    cuts = isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Slice)
+    if makes or cuts or (is_compared and not isinstance(value, nodes.Const)):
+        return _as_filter(nodes, value, WEIGH, [])
+    return value
 
 
 @lru_cache(maxsize=1)
 def _environment():
+    import jinja2.utils
     from jinja2 import Undefined, pass_context
     from jinja2.sandbox import SandboxedEnvironment
 
@@ -137,11 +156,15 @@ def _environment():
             self._note()
             return 0
 
+    class Namespace(jinja2.utils.Namespace):
+        def __repr__(self):  # not what it holds, which nobody has weighed
+            return "<namespace>"
+
     class Environment(SandboxedEnvironment):
         intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
         def _parse(self, source, name, filename):
-            return _check_and_meter(super()._parse(source, name, filename), name or "template")
+            return _check_and_meter(super()._parse(source, name, filename))
 
         def unsafe_undefined(self, obj, attribute):
             raise TemplateRefused(f"reads the attribute {attribute!r}")
@@ -155,14 +178,16 @@ def _environment():
         def call(__self, __context, __function, *args, **kwargs):  # noqa: N805, names as Jinja's
             kwargs.pop("_loop_vars", None)  # Jinja's own, inside of loops
             kwargs.pop("_block_vars", None)
-            if __function is bounded_range or __function is zip or __function is _namespace:
+            if __function in (bounded_range, bounded_zip, Namespace):
                 return __function(*args, **kwargs)
             owner = getattr(__function, "__self__", None)
             name = getattr(__function, "__name__", None)
             known = name in _METHODS or name in _CHANGES
             if not known or not isinstance(owner, (str, list, tuple, dict)):
                 raise TemplateRefused(f"calls `{name}`, which prompt templates may not")
-            now.charge(1 if name in _CHANGES else 1 + len(owner))
+            now.charge(1 + (sum(map(weigh, args)) if name in _CHANGES else len(owner)))
+            if name in _STRIPS:
+                strip_charge(owner, *args)
             if name == "join":
                 return join_texts(owner, *args, **kwargs)
             if name == "replace":
@@ -177,10 +202,9 @@ def _environment():
     environment = Environment(undefined=Missing, optimized=False, cache_size=0)
     environment.filters.clear()
     environment.filters.update(make_filters())
-    from jinja2.utils import Namespace as _namespace
-
+    environment.tests = make_tests(environment.tests)
     environment.globals.clear()
-    environment.globals.update(range=bounded_range, zip=zip, namespace=_namespace)
+    environment.globals.update(range=bounded_range, zip=bounded_zip, namespace=Namespace)
 
     @pass_context
     def finalize(context, value):
@@ -203,6 +227,8 @@ def compile_source(source: str):
 
     if len(source) > MAX_SOURCE_CHARS:
         raise TemplateRefused(f"is longer than {MAX_SOURCE_CHARS:,} characters")
+    if _RAW.search(source):  # its braces are text, which nothing else here knows
+        raise TemplateRefused("uses `raw`, which prompt templates may not")
     try:
         return _environment().from_string(source)
     except TemplateRefused:
@@ -214,14 +240,8 @@ def compile_source(source: str):
 
 
 @lru_cache(maxsize=8192)
-def _compiled(source: str) -> tuple:
-    """The template, what rendering may raise, and whether it changes lists."""
-    template = compile_source(source)
-    from jinja2 import TemplateError
-    from jinja2.sandbox import SecurityError
-
-    errors = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
-    return template, errors, SecurityError, bool(_CHANGE.search(source))
+def _changes_lists(source: str) -> bool:
+    return bool(_CHANGE.search(source))
 
 
 class ProtectedRow(dict):
@@ -274,20 +294,21 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
         MissingAnswer: it asks for an answer choice that is not there.
         ValueError: it fails on this row; the message says how.
     """
-    template, errors, security_error, changes = _compiled(source)
-    if changes:
+    from jinja2.sandbox import SecurityError
+
+    template = compile_source(source)
+    if _changes_lists(source):
         values = copy.deepcopy(values)
     now.start(seed)
     try:
         text = template.render(values)
     except (TemplateRefused, MissingAnswer):
         raise
-    except security_error as error:
+    except SecurityError as error:
         raise TemplateRefused(f"reaches outside its row: {error}") from None
     except (RecursionError, MemoryError) as error:
         raise TemplateRefused(f"needs too much memory: {type(error).__name__}") from None
-    except errors as error:
-        raise ValueError(f"fails on this row: {type(error).__name__}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"fails on this row: {error}") from None
+    except Exception as error:  # a stranger's code: whatever it raises is its own failure
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"fails on this row: {kind}{error}") from None
     return RenderedSource(text, now.missing, now.used_choices)

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metro.data.datasets import name_of
 from metro.data.prompt_limits import CUT, AnswerChoices
 from metro.data.prompt_sandbox import (
     ProtectedRow,
@@ -27,6 +28,7 @@ from metro.data.prompt_sandbox import (
 MAX_VALUE_CHARS = 2048
 """Of a value that ``{{ ... }}`` prints."""
 _CUT = f" | {CUT} }}}}"
+_MAX_YAML_DEPTH = 20
 _HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
 
 
@@ -128,7 +130,7 @@ class PromptTemplate:
             return row
         if "answer_choices" in row:
             raise ValueError(
-                f"a row of {dataset_label(self.dataset, self.subset)} has a field "
+                f"a row of {name_of(self.dataset, self.subset)} has a field "
                 "'answer_choices', which is the templates' word for the options: rename it"
             )
         return ProtectedRow(row)
@@ -163,10 +165,10 @@ class _Named:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, ValueError) and error.args and not hasattr(error, "template"):
-            where = dataset_label(self.template.dataset, self.template.subset)
-            error.problem, error.template = str(error.args[0]), self.template.name
-            error.args = (f"template {self.template.name!r} of {where} {error.args[0]}",)
+        if isinstance(error, ValueError) and error.args and not hasattr(error, "problem"):
+            where = name_of(self.template.dataset, self.template.subset)
+            error.problem = str(error.args[0])
+            error.args = (f"template {self.template.name!r} of {where} {error.problem}",)
 
 
 def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
@@ -186,11 +188,6 @@ def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
 def _cut_values(source: str) -> str:
     """promptsource's cut, textual as there: it binds to the last operand of an expression."""
     return source.replace("}}", _CUT)
-
-
-def dataset_label(dataset: str, subset: str | None) -> str:
-    """``super_glue/rte`` or ``imdb``: how people name a data set on the command line."""
-    return f"{dataset}/{subset}" if subset else dataset
 
 
 class TemplateTree:
@@ -235,8 +232,7 @@ class TemplateTree:
         named = self._of(dataset, subset)
         if name not in named:
             raise ValueError(
-                f"{dataset_label(dataset, subset)} has no template {name!r}: "
-                f"{_similar(name, named)}"
+                f"{name_of(dataset, subset)} has no template {name!r}: {_similar(name, named)}"
             )
         return named[name]
 
@@ -244,10 +240,10 @@ class TemplateTree:
         key = (dataset, subset)
         if key not in self._templates:
             if key not in self._files:
-                known = [dataset_label(*names) for names in self.datasets()]
+                known = [name_of(*names) for names in self.datasets()]
                 raise ValueError(
-                    f"no templates for {dataset_label(*key)} in {self.path}: "
-                    f"{_similar(dataset_label(*key), known)}"
+                    f"no templates for {name_of(*key)} in {self.path}: "
+                    f"{_similar(name_of(*key), known)}"
                 )
             self._templates[key] = {
                 template.name: template for template in read_templates(self._files[key], *key)
@@ -305,7 +301,14 @@ def read_templates(
     import yaml
 
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())
+        text = file.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=_loader()):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH:  # the C loader would overflow its stack
+                raise ValueError(f"{file} is not a file of templates: it nests too deeply")
+        content = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a file of templates: {reason}") from None
@@ -323,23 +326,33 @@ def read_templates(
 
 
 def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str | None):
+    where = f"{file}: template {key}"
     for field in ("name", "jinja"):
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-            raise ValueError(f"{file}: template {key} has no text `{field}`")
-    choices = entry.get("answer_choices")
-    if choices is not None and not isinstance(choices, str):
-        raise ValueError(f"{file}: answer_choices of {entry['name']!r} is {choices!r}, not a text")
+            raise ValueError(f"{where} has no text `{field}`")
     metadata = entry.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where} has metadata without fields")
+    metrics = metadata.get("metrics") or []
+    # Values are not shown: aliases of YAML make a few lines as long as one likes.
+    for field, value in (
+        ("answer_choices", entry.get("answer_choices") or ""),
+        ("reference", entry.get("reference") or ""),
+        *(("metrics", metric) for metric in (metrics if isinstance(metrics, list) else [metrics])),
+    ):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: `{field}` is a {type(value).__name__}, not a text")
+    in_prompt = metadata.get("choices_in_prompt")
     return PromptTemplate(
         dataset=dataset,
         subset=subset,
         name=entry["name"],
         jinja=entry["jinja"],
-        answer_choices=choices or None,
-        metrics=tuple(map(str, metadata.get("metrics") or ())),
+        answer_choices=entry.get("answer_choices") or None,
+        metrics=tuple(metrics),
         original_task=bool(metadata.get("original_task")),
-        choices_in_prompt=metadata.get("choices_in_prompt"),
-        reference=str(entry.get("reference") or ""),
+        choices_in_prompt=None if in_prompt is None else bool(in_prompt),
+        reference=entry.get("reference") or "",
     )
 
 

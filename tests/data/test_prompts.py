@@ -190,6 +190,11 @@ def test_missing_fields_are_named():
     assert template("{% if other is defined %}x{% endif %}t").render_example({}).missing == ()
 
 
+GROW = "{% set a = ['x'] %}{% set b = ['x'] %}" + "{% set a = [a, a] %}{% set b = [b, b] %}" * 45
+FILL = (
+    "{% set b = [] %}{% for i in range(99999) %}{% if items.append(b) %}{% endif %}{% endfor %}"
+    "{% for i in range(19) %}{% if b.append('a' * 900000) %}{% endif %}{% endfor %}"
+)
 HOSTILE = {
     "class": "{{ ''.__class__ }}",
     "class through item": "{{ ''['__class__'] }}",
@@ -248,7 +253,26 @@ HOSTILE = {
     "deep lists": "{{ " + "[" * 150 + "]" * 150 + " }}",
     "long source": "x" * 200_000,
     "not closed": "{% if a %}",
-    "round": "{{ 1 | round(10**9, 'ceil') }}" + "{{ ''.__class__ }}",
+    "shared lists compared": GROW + "{% if a == b %}x{% endif %}",
+    "shared lists tested": GROW + "{% if a is eq(b) %}x{% endif %}",
+    "shared tuples as a key": "{% set a = ('x', 'y') %}"
+    + "{% set a = (a, a) %}" * 45
+    + "{{ {a: 1} | length }}",
+    "tuples of zip as a key": "{% set n = namespace(a=('x', 'y')) %}{% for i in range(45) %}"
+    "{% for t in zip([n.a], [n.a]) %}{% set n.a = t %}{% endfor %}{% endfor %}"
+    "{{ {n.a: 1} | length }}",
+    "many slices": "{% set a = 'a' * 900000 %}{% for i in range(99999) %}"
+    "{% if items.append(a[i:]) %}{% endif %}{% endfor %}",
+    "slices at once": "{% set a = 'a' * 900000 %}{{ " + " ~ ".join(["a[1:]"] * 5000) + " }}",
+    "plain text in a loop": "{% for i in range(99999) %}" + "x" * 90_000 + "{% endfor %}",
+    "strip": "{{ ('a' * 900000).strip('b' * 900000 ~ 'a') }}",
+    "trim": "{{ ('a' * 900000) | trim('b' * 900000 ~ 'a') }}",
+    "views of a dict": FILL + "{% set c = {1: items} %}{{ [c.values()] }}",
+    "namespace": FILL + "{% set n = namespace(a=items) %}{{ [n] }}",
+    "raw": "{% raw %}" + "{{" * 40_000 + "{% endraw %}",
+    "failed assertion": "{{ 'abcdefgh' | truncate(1, end='.....') }}",
+    "dict changed while read": "{% for k in {'a': 1} %}{% endfor %}{% for k in e %}"
+    "{% if e.update({k ~ 'x': 1}) %}{% endif %}{% endfor %}",
 }
 
 
@@ -257,7 +281,7 @@ def test_hostile_template_is_refused_within_time_and_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     with pytest.raises(ValueError, match="template 'made' of toy"):
-        template(HOSTILE[name]).render({"text": "some text", "items": [1], "d": {}})
+        template(HOSTILE[name]).render({"text": "some text", "items": [1], "d": {}, "e": {"a": 1}})
     assert time.perf_counter() - start < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
@@ -290,12 +314,20 @@ def test_yaml_tags_run_no_code(tmp_path):
     [
         ("- a\n", "no mapping `templates`"),
         ("templates: {x: {name: a}}\n", "has no text `jinja`"),
-        ("templates: {x: {name: a, jinja: b, answer_choices: [c]}}\n", "not a text"),
+        ("templates: {x: {name: a, jinja: b, answer_choices: [c]}}\n", "is a list, not a text"),
         (
             "templates: {x: {name: a, jinja: b}, y: {name: a, jinja: b}}\n",
             "two templates named 'a'",
         ),
+        ("templates: {x: {name: a, jinja: b, metadata: 3}}\n", "metadata without fields"),
         ("templates: {x: &a [*a", "not a file of templates"),
+        ("templates: " + "[" * 100_000, "nests too deeply"),
+        (
+            "a: &a0 [x, x]\n"
+            + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+            + "templates: {x: {name: a, jinja: b, metadata: {metrics: [*a39]}}}\n",
+            "`metrics` is a list, not a text",
+        ),
     ],
 )
 def test_bad_template_file_is_named(tmp_path, text, message):
