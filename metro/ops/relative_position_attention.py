@@ -155,7 +155,7 @@ class CachedAttention(torch.autograd.Function):
                     rows = chunk.positions(q, k, query_positions)
                     grad_bias_SS = by_distance(grad_SN)[:, chunk.keys]
                     if query_positions is None:
-                        grad_bias_SS[rows] += grad_scores
+                        grad_bias_SS[rows].add_(grad_scores)
                     else:
                         grad_bias_SS.index_add_(0, rows, grad_scores)
                 product(chunk.of_queries(grad_q), grad_scores, chunk.of_keys(k), scale)
