@@ -91,7 +91,7 @@ def prepare_text(
         "valid_fraction": valid_fraction,
     }
     folder = PreparedFolder(Path(out), settings)
-    finished = folder.finished_manifest()
+    finished = folder.finished_manifest(overwrite)
     if finished and finished["settings"] == settings:
         say(f"{folder.out} is already finished; nothing to do")
         return PreparedText(folder.out, finished, True)

@@ -17,6 +17,18 @@ from metro.data.prompts import PromptTemplate, TemplateTree
 
 _TABLE = Path(__file__).with_name("mixtures.yaml")
 _CAPS = ("template", "data_set")
+_FORM = {
+    **dict.fromkeys(("data_sets", "groups", "leave_out", "leave_out_containing"), list),
+    **dict.fromkeys(("original_tasks_only", "needs_choices", "fold_whitespace"), bool),
+    **dict.fromkeys(("metric", "cap_of", "validation"), str),
+    "cap": int,
+}
+_WORDS = {
+    list: "a list of names",
+    bool: "true or false",
+    str: "a name",
+    int: "a number of at least 1",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,8 @@ def _build(name: str, facts: dict) -> Mixture:
     lists = table["blacklists"]
     excluded = frozenset(x for key in facts.pop("leave_out", ()) for x in lists[key])
     parts = tuple(x for key in facts.pop("leave_out_containing", ()) for x in lists[key])
-    return Mixture(name, tuple(map(_split_name, names)), excluded, parts, **facts)
+    data_sets = tuple(map(_split_name, dict.fromkeys(names)))
+    return Mixture(name, data_sets, excluded, parts, **facts)
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
@@ -159,24 +172,25 @@ def _read_mixture(path: Path) -> Mixture:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    allowed = {
-        *("data_sets", "groups", "leave_out", "leave_out_containing", "original_tasks_only"),
-        *("metric", "needs_choices", "cap", "cap_of", "fold_whitespace", "validation"),
-    }
     if not isinstance(facts, dict) or not (facts.get("data_sets") or facts.get("groups")):
         raise ValueError(f"{path} names no data sets: write `data_sets: [ag_news, ...]`")
-    for key in facts:
-        if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(allowed))}"
-            )
+    for key, value in facts.items():
+        if key not in _FORM:
+            close = difflib.get_close_matches(str(key), _FORM, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_FORM))}"
             raise ValueError(f"{path} has an unknown key {key!r}: {hint}")
+        is_right = type(value) is _FORM[key]  # `true` is no number
+        if not is_right or (_FORM[key] is list and not all(isinstance(x, str) for x in value)):
+            raise ValueError(f"{path}: {key} is {value!r}, and must be {_WORDS[_FORM[key]]}")
     if facts.get("cap_of", "template") not in _CAPS:
         raise ValueError(f"{path}: cap_of is {facts['cap_of']!r}, and must be one of {_CAPS}")
-    if not isinstance(facts.get("cap", 1), int) or facts.get("cap", 1) < 1:
-        raise ValueError(f"{path}: cap is {facts['cap']!r}, and must be a number of at least 1")
-    try:
-        return _build(path.stem, facts)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not have the form of mixtures.yaml: {error}") from None
+    if facts.get("cap", 1) < 1:
+        raise ValueError(f"{path}: cap is {facts['cap']}, and must be {_WORDS[int]}")
+    for key, known in (("groups", "groups"), ("leave_out", "blacklists"),
+                       ("leave_out_containing", "blacklists")):  # fmt: skip
+        for name in facts.get(key, ()):
+            if name not in _table()[known]:
+                raise ValueError(
+                    f"{path}: {key} names {name!r}: there are {', '.join(_table()[known])}"
+                )
+    return _build(path.stem, facts)

@@ -29,12 +29,18 @@ class PreparedFolder:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._lock = None
 
-    def finished_manifest(self) -> dict | None:
-        """The manifest of an output that is complete, whatever its settings."""
+    def finished_manifest(self, overwrite: bool = False) -> dict | None:
+        """The manifest of an output that is complete, whatever its settings.
+
+        Raises:
+            ValueError: files of it are missing or changed; with ``overwrite`` it is None then.
+        """
         manifest = read_json(self.out / self.manifest_name)
         for name, facts in (manifest or {}).get("files", {}).items():
             path = self.out / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                if overwrite:
+                    return None
                 raise ValueError(
                     f"{path} is missing or was changed after `{self.command}` wrote it: "
                     "prepare the folder again with --overwrite"

@@ -82,7 +82,7 @@ def prepare_prompts(
     if num_workers < 1:
         raise ValueError(f"--workers is {num_workers}, and must be at least 1")
     folder = PromptFolder(Path(out), settings.fingerprint())
-    finished = folder.finished_manifest()
+    finished = folder.finished_manifest(overwrite)
     if (
         finished
         and finished["settings"] == folder.settings

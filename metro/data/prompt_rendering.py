@@ -91,7 +91,7 @@ def _read_rows(rows: Sequence[dict], indices: list[int]) -> Iterator[tuple[int, 
             try:
                 yield index, rows.parse(line, index), ""
             except ValueError as error:
-                yield index, None, f"unreadable row: {str(error).rsplit(': ', 1)[-1]}"
+                yield index, None, f"unreadable row: {str(error).partition(f'row {index}: ')[2]}"
     else:
         found = rows[indices[0] : indices[-1] + 1] if is_run else [rows[i] for i in indices]
         yield from ((index, row, "") for index, row in zip(indices, found, strict=True))

@@ -113,7 +113,7 @@ def test_own_mixture_from_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("data_sets: [imdb, super_glue/rte]\ngroups: [flipped]\ncap: 10\n")
     mixture = find_mixture(file)
-    assert mixture.name == "mine" and len(mixture.data_sets) == 22
+    assert mixture.name == "mine" and len(mixture.data_sets) == 21  # imdb is in both
     assert mixture.cap_per_template(5) == 2 and mixture.cap_per_template(50) == 1
 
 
@@ -124,7 +124,11 @@ def test_own_mixture_from_a_file(tmp_path):
         ("data_sets: [a]\ncapp: 3\n", "unknown key 'capp': did you mean 'cap'"),
         ("data_sets: [a]\ncap: 0\n", "cap is 0"),
         ("data_sets: [a]\ncap_of: row\n", "cap_of is 'row'"),
-        ("data_sets: [a]\ngroups: [none]\n", "does not have the form"),
+        ("data_sets: [a]\ngroups: [none]\n", "groups names 'none': there are t0, t0p"),
+        ("data_sets: imdb\n", "data_sets is 'imdb', and must be a list of names"),
+        ("data_sets: [1, {a: b}]\n", "must be a list of names"),
+        ("data_sets: [a]\ncap: true\n", "cap is True, and must be a number"),
+        ("data_sets: [a]\nneeds_choices: 1\n", "needs_choices is 1, and must be true or false"),
         ("a: [\n", "is not YAML"),
     ],
 )

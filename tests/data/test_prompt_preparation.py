@@ -176,6 +176,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
 def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp_path):
     out = tmp_path / "out"
     first, _ = prepare(world, out)
+    first_files = files_of(first.folder)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again, said = prepare(world, out)
     assert again.was_finished and "already finished" in said[0]
@@ -183,10 +184,13 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp
     with pytest.raises(ValueError, match="seed was 0 and is 1.*--overwrite"):
         prepare(world, out, seed=1)
     other, _ = prepare(world, out, seed=1, overwrite=True)
-    assert files_of(other.folder) != times and read_manifest(out)["seed"] == 1
+    other_files = files_of(other.folder)
+    assert other_files != first_files and read_manifest(out)["seed"] == 1
     (out / "train/one_ask/train.jsonl").write_text("")
-    with pytest.raises(ValueError, match="missing or was changed"):
+    with pytest.raises(ValueError, match="missing or was changed.*--overwrite"):
         prepare(world, out, seed=1)
+    again, _ = prepare(world, out, seed=1, overwrite=True)
+    assert files_of(again.folder) == other_files
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes").write_text("mine")
     with pytest.raises(FileExistsError, match="choose another --out"):
