@@ -26,6 +26,7 @@ from metro.conversion.fairseq_checkpoint import (
 from metro.conversion.fairseq_names import original_state, plugin_state
 from metro.conversion.fairseq_to_hf import cast
 from metro.conversion.folder_weights import read_folder, read_tensors
+from metro.conversion.vocabulary_folder import FILES, build_tokenizer
 from metro.conversion.weights_check import check_weights, expected_shapes
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
@@ -85,14 +86,14 @@ def to_fairseq(
     names = names or training.get("names") or "original"
     if names not in NAMES:
         raise ValueError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
+    num_sentinels = _num_sentinels(folder)
+    if all((folder / name).is_file() for name in FILES):
+        build_tokenizer(folder, config.vocab_size, num_sentinels)  # refuses another model's
     main = _main_weights(folder, config)
-    settings = training.get("settings") or _settings(config, folder)
+    settings = training.get("settings") or _settings(config, folder, num_sentinels)
     extra, auxiliary = _pretraining_weights(folder, settings, config, main)
     if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
-        settings = {
-            **settings,
-            "model": _model_settings(config),
-        }  # the main model alone is plain T5
+        settings = {**settings, "model": _model_settings(config)}  # the main model alone is T5
     if names == "metro" or auxiliary is None:  # as the weights are; the original's are overwritten
         settings["model"]["encoder_layers"] = config.num_layers
 
@@ -151,7 +152,7 @@ def read_config(folder: Path) -> MetroT5Config:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give a Hugging Face folder")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # never ask
     except Exception as error:  # transformers raises nearly every class for a bad file
         text = " ".join(str(error).split())[:400]
         raise ValueError(f"{folder / 'config.json'} cannot be read: {text}") from error
@@ -222,13 +223,16 @@ def _read_training(folder: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is damaged ({reason}); copy it again, or remove it")
 
 
-def _settings(config: MetroT5Config, folder: Path) -> dict[str, Any]:
-    """Settings for a model that comes from no fairseq checkpoint we know."""
+def _num_sentinels(folder: Path) -> int:
     try:
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        num_sentinels = int(tokenizer["n_sentinel_tokens"])
+        return int(tokenizer["n_sentinel_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
-        num_sentinels = 512  # as all published models have
+        return 512  # as all published models have
+
+
+def _settings(config: MetroT5Config, folder: Path, num_sentinels: int) -> dict[str, Any]:
+    """Settings for a model that comes from no fairseq checkpoint we know."""
     start = config.decoder_start_token_id
     task = PRETRAINING_TASKS[0] if start != config.eos_token_id else "t5_prompt_finetuning"
     return {

@@ -1,19 +1,25 @@
 """``metro.load``: a model and its tokenizer from a name, a folder, or a fairseq checkpoint."""
 
 import contextlib
-import difflib
 import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from metro.conversion.auto_classes import register
 from metro.conversion.fairseq_checkpoint import generation_config, read_checkpoint, untied
 from metro.conversion.folder_weights import read_folder
+from metro.conversion.registry import find_registered, nearest_names
 from metro.conversion.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.conversion.weights_check import complain
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -138,14 +144,12 @@ def _resolve(path_or_name: str | os.PathLike) -> str:
             )
             raise ValueError(f"{name} has no config.json, so it is no model: {remedy}")
         return name
-    from metro.conversion.registry import registered_models
-
-    models = registered_models()
-    if name in models:
-        return models[name].hub_id
+    registered = find_registered(name)
+    if registered is not None:
+        return registered.hub_id
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".pt"):
         return name
-    near = difflib.get_close_matches(name, models, n=3, cutoff=0.6)
+    near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"there is no file or folder {name}, and no registered model of that name; {hint}`metro "
@@ -158,9 +162,11 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
     never = {"trust_remote_code": False}  # said aloud, as transformers would ask at the terminal
     try:
         config = AutoConfig.from_pretrained(source, **never)
+        _refuse_kernels(config)
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             source,
             config=config,
+            generation_config=_generation_config(source, config),
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -181,6 +187,26 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
     if is_metro:
         _check_vocabulary(source, config.vocab_size, len(tokenizer))
     return LoadedModel(model, tokenizer)
+
+
+def _refuse_kernels(config) -> None:
+    """A config.json may name attention code on the hub, which transformers would fetch and run."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = str(getattr(part, "_attn_implementation", None))
+        if "/" in attention:
+            raise ValueError(
+                f"config.json takes its attention from {attention} on the hub, which is code and "
+                "is not run: take _attn_implementation out of it"
+            )
+
+
+def _generation_config(source: str, config) -> GenerationConfig:
+    """Given to transformers by us: where it looks itself, versions before 5 run the Python file
+    ``custom_generate/generate.py`` of a folder unasked."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # there is none: ids of start and end are in config.json
+        return GenerationConfig.from_model_config(config)
 
 
 def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:

@@ -107,6 +107,34 @@ def test_a_model_that_only_its_own_code_can_load_is_refused(hub_folder):
         metro.load(folder)
 
 
+def test_code_beside_the_auto_map_is_not_run_either(hub_folder):
+    """Oracle: the trap; transformers 4.57 runs such a file of a folder by itself."""
+    folder = hub_folder("t5_prompt_tiny_f")
+    (folder / "custom_generate").mkdir()
+    trap = folder / "configuration_fairseq_t5.py"
+    (folder / "custom_generate/generate.py").write_text(trap.read_text())
+    model, tokenizer = metro.load(folder)
+    assert model.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=2).shape == (1, 3)
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_attention_code_from_the_hub_is_never_asked_for(hub_folder, field, monkeypatch):
+    """Oracle: the name in config.json; nobody may get as far as fetching."""
+    folder = hub_folder("metro_tiny_a")
+    change_json(folder / "config.json", **{field: "somebody/their-kernel"})
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("kernel was asked for")
+
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", fetch, raising=False)
+    try:
+        model, _ = metro.load(folder)
+    except ValueError as error:
+        assert "somebody/their-kernel on the hub, which is code and is not run" in str(error)
+    else:  # versions that do not read the field
+        assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_released_folder_saved_again_is_an_ordinary_metro_t5(hub_folder, tmp_path):
     """Oracle: model type and classes in the files, equal weights after another load."""
     model, tokenizer = metro.load(hub_folder("metro_tiny_b"))
@@ -232,6 +260,7 @@ def test_a_sharded_folder_loads(exported, tmp_path):
     "name, remedy",
     [
         ("metro_t0_bas", "did you mean metro_t0_base"),
+        ("METRO-T0++-Base", "did you mean metro_t0pp_base"),
         ("nothing_of_this_name", "metro models"),
         ("./no/such/folder", "no file or folder"),
     ],
