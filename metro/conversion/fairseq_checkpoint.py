@@ -21,7 +21,7 @@ from metro.conversion.fairseq_names import (
     rename_plugin_state,
 )
 from metro.conversion.safe_loading import load_tensors_and_settings
-from metro.conversion.weights_check import check_weights, expected_shapes
+from metro.conversion.weights_check import MOST_NAMES, check_weights, expected_shapes
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.text_metro_t5 import BOS_ID, EOS_ID, PAD_ID
@@ -71,7 +71,7 @@ class FairseqCheckpoint:
     def first_sentinel(self) -> int | None:
         """Id of ``<sen000>``, where the settings say how many sentinels there are."""
         count = self.task.get("tokens_per_sample")
-        return None if count is None else self.config.vocab_size - int(count)
+        return self.config.vocab_size - count if isinstance(count, int) else None
 
 
 def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
@@ -89,16 +89,13 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
         if isinstance(content, Mapping) and any("embed" in str(name) for name in content):
             remedy = "it holds bare weights: give the Hugging Face folder it lies in instead"
         raise ValueError(f"{path} is not a checkpoint of fairseq (it has no `model`): {remedy}")
-    settings = plain(content.get("cfg"))
-    if not settings:  # before fairseq had configurations, all options were in one namespace
-        args = plain(content.get("args")) or {}
-        settings = {"model": args, "task": {"_name": args.get("task"), **args}} if args else {}
-    if not isinstance(settings, dict) or not settings.get("model"):
-        raise ValueError(
-            f"{path} holds no settings (cfg.model), so the sizes of its model are unknown; use the "
-            "file as fairseq wrote it"
-        )
+    settings = _settings(content, path)
     state = dict(content["model"])
+    if strange := [name for name, value in state.items() if not _is_parameter(name, value)]:
+        raise ValueError(
+            f"{path} holds something else than dense floating point tensors in its `model`: "
+            f"{', '.join(map(repr, strange[:MOST_NAMES]))}; use the .pt file that fairseq wrote"
+        )
     names = "original" if is_fairseq_state(state) else "metro"
     state = rename_fairseq_state(state) if names == "original" else rename_plugin_state(state)
     main = {n.removeprefix("main."): t for n, t in state.items() if n.startswith("main.")}
@@ -112,7 +109,7 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
         extra,
         config=model_config(settings, main, path, trust_depth=names == "metro" or not is_metro),
         auxiliary=auxiliary_config(settings, extra, path) if is_metro else None,
-        history=plain(content.get("optimizer_history")) or [],
+        history=_history(content.get("optimizer_history")),
         losses=_losses(content.get("extra_state")),
     )
     _check(checkpoint)
@@ -125,6 +122,35 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
     if checkpoint.is_pretrained_only and checkpoint.first_sentinel is not None:
         checkpoint.config.decoder_start_token_id = checkpoint.first_sentinel
     return checkpoint
+
+
+def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
+    """The groups of settings that the file has, ``model`` among them."""
+    try:
+        settings = plain(content.get("cfg"))
+        if not settings:  # before fairseq had configurations, all options were in one namespace
+            args = plain(content.get("args"))
+            if isinstance(args, dict):
+                settings = {"model": args, "task": {"_name": args.get("task"), **args}}
+    except RecursionError:
+        raise ValueError(f"{path} holds settings that contain themselves; it is damaged") from None
+    groups = settings.items() if isinstance(settings, dict) else ()
+    settings = {name: group for name, group in groups if isinstance(group, dict)}
+    if not settings.get("model"):
+        raise ValueError(
+            f"{path} holds no settings (cfg.model), so the sizes of its model are unknown; use the "
+            "file as fairseq wrote it"
+        )
+    return settings
+
+
+def _is_parameter(name, value) -> bool:
+    return (
+        isinstance(name, str)
+        and torch.is_tensor(value)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+    )
 
 
 def plain(value):
@@ -165,22 +191,31 @@ def model_config(
             raise ValueError(f"{path} does not say cfg.model.{name}; is it of another model?")
         return value
 
+    def size(name: str, default=None) -> int:
+        value = stated(name, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{path} says cfg.model.{name} is {value!r}, which must be a whole number of at "
+                "least 1; use the file as fairseq wrote it"
+            )
+        return value
+
     embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight")
     if not embedding or len(embedding) != 2:
         raise ValueError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
-    width, heads = stated("encoder_embed_dim"), stated("encoder_attention_heads")
-    encoder_layers = stated("encoder_layers") if trust_depth else depth("encoder")
+    width, heads = size("encoder_embed_dim"), size("encoder_attention_heads")
+    encoder_layers = size("encoder_layers") if trust_depth else depth("encoder")
     return MetroT5Config(
         vocab_size=embedding[0],
         d_model=width,
         d_kv=width // heads,
-        d_ff=stated("encoder_ffn_embed_dim"),
+        d_ff=size("encoder_ffn_embed_dim"),
         num_layers=encoder_layers,
-        num_decoder_layers=stated("decoder_layers", encoder_layers),
+        num_decoder_layers=size("decoder_layers", encoder_layers),
         num_heads=heads,
-        relative_attention_num_buckets=stated("encoder_rp_bins"),
-        relative_attention_max_distance=stated("encoder_rp_max_dist"),
-        max_positions=stated("max_positions"),
+        relative_attention_num_buckets=size("encoder_rp_bins"),
+        relative_attention_max_distance=size("encoder_rp_max_dist"),
+        max_positions=size("max_positions"),
         dropout_rate=float(stated("dropout", 0.1)),
         attention_dropout_rate=float(stated("attention_dropout", stated("dropout", 0.1))),
         activation_dropout_rate=float(stated("activation_dropout", 0.0)),
@@ -282,6 +317,12 @@ def _check(checkpoint: FairseqCheckpoint) -> None:
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def _history(entries) -> list[dict[str, Any]]:
+    entries = plain(entries)
+    entries = entries if isinstance(entries, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _losses(extra_state) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 from transformers import PretrainedConfig
 
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+_SIZES += ("max_positions", "relative_attention_num_buckets", "relative_attention_max_distance")
+
 
 class MetroT5Config(PretrainedConfig):
     """Sizes and constants of METRO-T5 (Gong et al., ACL 2023, section 4 and appendix A).
@@ -92,6 +95,10 @@ class MetroT5Config(PretrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_factor = initializer_factor
         self.use_cache = use_cache
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; use a whole number of at least 1")
         if feed_forward_proj not in ("relu", "gelu"):
             raise ValueError(f"feed_forward_proj is {feed_forward_proj!r}; use 'relu' or 'gelu'")
         half = relative_attention_num_buckets // 2

@@ -136,6 +136,11 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         return self._ids.get(token, UNK_ID)
 
     def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._tokens):
+            raise ValueError(
+                f"id {index} is not one of the {len(self._tokens)} in the vocabulary; replace -100 "
+                "in labels by the padding id first"
+            )
         return self._tokens[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -3,6 +3,7 @@
 Oracle throughout: files made from the recorded checkpoints with one thing wrong on purpose.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -175,6 +176,33 @@ def test_settings_that_cannot_be_are_refused(checkpoint, refused):
     refused(checkpoint, "swish.*relu")
     del checkpoint["cfg"]["model"]["encoder_ffn_embed_dim"]
     refused(checkpoint, "encoder_ffn_embed_dim")
+    for value in (0, -64, 64.0, "64", True):
+        checkpoint["cfg"]["model"]["encoder_attention_heads"] = value
+        refused(checkpoint, f"encoder_attention_heads is {value!r}, which must be a whole number")
+
+
+def test_values_that_are_no_settings_are_refused_or_left_out(
+    testdata, checkpoint, refused, tmp_path
+):
+    """Oracle: by hand; nothing of it may end in a traceback."""
+    inner = argparse.Namespace()
+    inner.inner = inner
+    refused({**checkpoint, "cfg": {**checkpoint["cfg"], "task": inner}}, "contain themselves")
+    for wrong in ("a", 5, ["a"], {"model": "a"}, {"model": ["a"]}):
+        refused({**checkpoint, "cfg": wrong}, "holds no settings")
+    checkpoint["cfg"] |= {"criterion": "a", "optimization": ["a"], "lr_scheduler": 5}
+    checkpoint |= {"optimizer_history": ["a", 5], "extra_state": ["a"]}
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    to_hf(tmp_path / "odd.pt", tmp_path / "odd", vocab=testdata / "golden/tiny_vocab")
+    assert json.loads((tmp_path / "odd/training.json").read_text())["history"] == []
+
+
+def test_what_is_no_tensor_of_floating_point_numbers_is_named(checkpoint, refused):
+    name = "encoder.layers.0.fc1.weight"
+    whole = torch.zeros(128, 64)
+    for wrong in (5, [1.0], whole.int(), whole.to_sparse()):
+        checkpoint["model"][name] = wrong
+        refused(checkpoint, f"dense floating point tensors.*'{name}'")
 
 
 def test_two_embeddings_where_the_model_has_one_are_refused(checkpoint, refused):
@@ -235,16 +263,24 @@ def test_a_config_of_another_model_is_refused(folder):
     both_refuse(folder, r"wi.weight \(128, 64\) instead of \(256, 64\)")
     change_json(folder / "config.json", relative_attention_num_buckets=31)
     both_refuse(folder, "relative_attention_num_buckets is 31")
+    change_json(folder / "config.json", relative_attention_num_buckets=32, d_model=-64)
+    both_refuse(folder, "d_model is -64; use a whole number of at least 1")
+
+
+def test_nobody_is_asked_at_the_terminal_to_run_code(folder, monkeypatch):
+    """Oracle: `input`, which transformers calls to ask, and a trap in the code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "configuration_metro_t5.py").write_text("raise SystemExit('it ran')")
+    change_json(folder / "config.json", model_type="somebodys_own")
+    both_refuse(folder, "custom code")
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, testdata):
     change_json(folder / "tokenizer_config.json", n_sentinel_tokens=512)
-    with pytest.raises(ValueError, match="1512 entries.*vocab_size 1128"):
-        metro.load(folder)
+    both_refuse(folder, "1512 entries.*vocab_size 1128|1000 entries and 512 sentinels.*1128 rows")
     change_json(folder / "tokenizer_config.json", n_sentinel_tokens=128)
     shutil.copyfile(testdata / "vocab/vocab_32k/dict.txt", folder / "dict.txt")
-    with pytest.raises(ValueError, match="dict.txt and sp.model differ"):
-        metro.load(folder)
+    both_refuse(folder, "dict.txt and sp.model differ")
 
 
 def test_damaged_files_of_a_folder_are_named(folder):

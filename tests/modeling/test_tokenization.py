@@ -148,6 +148,9 @@ def test_sentinels_are_entries_that_no_text_gives(tokenizer):
     assert first not in tokenizer("<sen000>")["input_ids"]
     assert tokenizer.decode([0, A, first, A, 2], skip_special_tokens=True) == "a<sen000> a"
     assert tokenizer.convert_tokens_to_ids(["<sen001>", "▁a"]) == [first + 1, A]
+    for index in (-100, len(tokenizer)):
+        with pytest.raises(ValueError, match=f"id {index} is not one of the {len(tokenizer)}"):
+            tokenizer.decode([0, index])
 
 
 def test_sentinels_of_t5_are_no_entries_until_they_are_added(testdata):
