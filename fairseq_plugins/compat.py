@@ -9,8 +9,6 @@ checkpoints, writing them, several processes, running and stopping.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import errno
 import functools
 import importlib.util
@@ -24,6 +22,7 @@ import signal
 import typing
 import warnings
 import zipfile
+from pathlib import Path
 
 import fairseq_cli.train as fairseq_train
 import omegaconf
@@ -34,6 +33,9 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
+
+from metro.conversion.atomic_output import flush
+from metro.conversion.safe_loading import allowed_classes, explain_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -69,34 +71,10 @@ def allow_checkpoint_classes() -> None:
     """Let `torch.load(weights_only=True)`, the default since torch 2.6, read fairseq's own objects.
 
     A checkpoint's `cfg` is an omegaconf tree once it is in memory (and is sent to the other ranks
-    so); those of the original hold an `argparse.Namespace`. These classes only store values;
-    anything else in a file is still refused, and nothing is loaded with weights_only=False.
+    so, large tensors as placeholders); those of the original hold an `argparse.Namespace`. Anything
+    else in a file is still refused, and nothing is loaded with weights_only=False.
     """
-    from omegaconf import base, nodes
-
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            collections.OrderedDict,
-            collections.defaultdict,
-            dict,
-            list,
-            tuple,
-            set,
-            int,
-            typing.Any,
-            omegaconf.DictConfig,
-            omegaconf.ListConfig,
-            base.ContainerMetadata,
-            base.Metadata,
-            nodes.AnyNode,
-            nodes.StringNode,
-            nodes.IntegerNode,
-            nodes.FloatNode,
-            nodes.BooleanNode,
-            distributed_utils._TensorPlaceholder,
-        ]
-    )
+    torch.serialization.add_safe_globals([*allowed_classes(), distributed_utils._TensorPlaceholder])
 
 
 resuming_from: str | None = None  # the checkpoint_last.pt that a run is resuming from just now
@@ -123,12 +101,7 @@ def _load(original, path, *args, **kwargs) -> dict:
     try:
         return _true_depth(original(path, *args, **kwargs))
     except pickle.UnpicklingError as error:
-        reasons = [line.strip() for line in str(error).splitlines() if "nsupported" in line]
-        raise ValueError(
-            f"{path} is refused, and nothing in it was run: it does not consist of weights and "
-            f"settings alone ({(reasons or [str(error)])[0]}). Use a checkpoint whose origin you "
-            "know, or remove the file"
-        ) from error
+        raise ValueError(explain_refusal(Path(path), error)) from error
 
 
 def repair_loading() -> None:
@@ -263,15 +236,6 @@ def _true_depth(state: dict) -> dict:
 # --- writing checkpoints ------------------------------------------------------------------------
 
 
-def flush_to_disk(path: str) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def link_or_copy(source: str, target: str) -> None:
     """Make `target` the same file as `source`: at every moment it is the old one or the new one.
 
@@ -285,9 +249,9 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-        flush_to_disk(temporary)
+        flush(temporary)
     os.replace(temporary, target)
-    flush_to_disk(os.path.dirname(os.path.abspath(target)))
+    flush(os.path.dirname(os.path.abspath(target)))
 
 
 def repair_writing() -> None:
@@ -308,9 +272,9 @@ def repair_writing() -> None:
         """The first file of a save is renamed without fsync: a power cut can leave it empty."""
 
         def rename(src, dst):
-            flush_to_disk(src)
+            flush(src)
             original(src, dst)
-            flush_to_disk(os.path.dirname(os.path.abspath(dst)))
+            flush(os.path.dirname(os.path.abspath(dst)))
 
         return rename
 

@@ -57,14 +57,15 @@ def load_tensors_and_settings(path: str | Path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+        folder = f"{path} is a folder: name a file in it" if path.is_dir() else ""
+        raise FileNotFoundError(folder or f"there is no file {path}")
     try:
         with torch.serialization.safe_globals(allowed_classes()):
             # Mapped, not read: an optimizer's state is never touched, and takes no memory.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(_explain(path, error)) from error
+        raise ValueError(explain_refusal(path, error)) from error
     except Exception as error:  # RuntimeError, EOFError, BadZipFile, KeyError, UnicodeDecodeError
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
@@ -72,7 +73,7 @@ def load_tensors_and_settings(path: str | Path):
         ) from error
 
 
-def _explain(path: Path, error: pickle.UnpicklingError) -> str:
+def explain_refusal(path: Path, error: pickle.UnpicklingError) -> str:
     """One line: which class was refused, or that this is no pickle, or a damaged one."""
     reasons = [line.strip() for line in str(error).splitlines() if "nsupported" in line]
     reason = (reasons or [_first_sentence(error)])[0]
