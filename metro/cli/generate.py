@@ -1,8 +1,8 @@
 """`metro generate`: a model's answers to texts."""
 
+import contextlib
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,10 @@ def generate(
         typer.Option(help="Longest answer.", show_default="256, or the model's positions"),
     ] = None,
     max_input_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 512,
+    sentinels: Annotated[
+        bool,
+        typer.Option("--sentinels", help="Read <sen001> in a text as that sentinel, not as text."),
+    ] = False,
     num_beams: Annotated[int, typer.Option(help="Beam search; 1 is greedy.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="Of beams; more favours longer.")] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="Never repeat so many tokens.")] = 0,
@@ -62,21 +66,22 @@ def generate(
 
     One answer per line, in the order of the texts; an empty line stays empty.
     """
+    from metro.conversion.atomic_output import check_output
     from metro.conversion.generation import GenerationSettings, answer_texts
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, max_input_tokens=max_input_tokens, num_beams=num_beams,
         num_answers=num_answers, length_penalty=length_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size, sample=sample, temperature=temperature,
-        top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size,
+        top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size, sentinels=sentinels,
     )  # fmt: skip
     source = open_texts(texts or [], input)
-    if output and output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; add --overwrite to replace it")
+    if output:
+        check_output(output, overwrite)
     loaded = load_quietly(model, device, dtype, vocab)
 
     num_cut = 0
-    with AtomicOutput(output) as write:
+    with open_output(output, overwrite) as write:
         for answered in answer_texts(*loaded, source, settings):
             num_cut += answered.was_cut
             if as_json:
@@ -164,24 +169,13 @@ def limit_of_positions(model, max_input_tokens: int) -> str:
     return ""
 
 
-class AtomicOutput:
-    """Writes lines to a file that appears when it is complete, or to stdout."""
+@contextlib.contextmanager
+def open_output(path: Path | None, overwrite: bool):
+    """A function that writes a line: into a file that appears when it is complete, or to stdout."""
+    if path is None:
+        yield lambda line: print(line, flush=True)
+        return
+    from metro.conversion.atomic_output import new_file
 
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.partial = path and path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-    def __enter__(self):
-        if self.path is None:
-            return lambda line: print(line, flush=True)
-        self.file = open(self.partial, "w", encoding="utf-8")
-        return lambda line: self.file.write(line + "\n")
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if self.path is None:
-            return
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+    with new_file(path, overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield lambda line: file.write(line + "\n")

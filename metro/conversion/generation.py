@@ -5,7 +5,9 @@ tokenizer's special tokens, cut at 512 tokens; the decoder starts with the model
 ``decoder_start_token_id``; up to 256 tokens are written, greedily unless told otherwise.
 """
 
+import copy
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,6 +53,9 @@ class GenerationSettings:
     seed: int = 0
     """Of sampling. The same texts, batch size and seed give the same answers."""
     batch_size: int = 8
+    sentinels: bool = False
+    """Read ``<sen001>`` in a text as the sentinel of that name; as pretraining did, it is read as
+    ordinary characters otherwise."""
 
     def __post_init__(self):
         for name, least in _LEAST.items():
@@ -117,6 +122,7 @@ def answer_texts(
     positions = getattr(model.config, "max_positions", None)
     longest = min(longest, positions) if positions else longest
     texts = iter(texts)
+    tokenizer = with_sentinels(tokenizer) if settings.sentinels else tokenizer
     devices = [model.device] if model.device.type == "cuda" else []
     for number in itertools.count():
         window = list(itertools.islice(texts, settings.batch_size * WINDOW))
@@ -126,6 +132,23 @@ def answer_texts(
             torch.manual_seed(hash((settings.seed, number)))
             answered = _answer_window(model, tokenizer, window, longest, options, settings)
         yield from answered
+
+
+def with_sentinels(tokenizer):
+    """A copy of METRO's tokenizer that finds sentinels in texts.
+
+    Raises:
+        ValueError: a tokenizer without ``<sen001>``.
+    """
+    names = [name for name in tokenizer.get_vocab() if re.fullmatch(r"<sen\d{3,}>", name)]
+    if not names:
+        raise ValueError(
+            f"sentinels was asked for, but {type(tokenizer).__name__} has no <sen001>, ...; T5's "
+            "<extra_id_0>, ... are found in texts without it (leave --sentinels out)"
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(names)
+    return tokenizer
 
 
 def _answer_window(model, tokenizer, texts, longest, options, settings) -> list[Answered]:

@@ -15,7 +15,12 @@ import pytest
 import torch
 
 from metro.cli.main import load_command
-from metro.conversion.generation import GenerationSettings, answer_texts, without_start_and_end
+from metro.conversion.generation import (
+    GenerationSettings,
+    answer_texts,
+    with_sentinels,
+    without_start_and_end,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,7 @@ def test_the_output_file_appears_complete_or_not_at_all(generate, folder, record
     texts, output = recorded["sentences"], tmp_path / "answers.txt"
     assert generate(folder, *texts, "--output", output) == []
     assert output.read_text().splitlines() == recorded["greedy_text"]
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(ValueError, match="exists.*--overwrite"):
         generate(folder, *texts, "--output", output)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n' * 200 + '{"wrong": 1}\n')
@@ -155,6 +160,25 @@ def test_a_fairseq_checkpoint_answers_like_its_export(testdata, generate, record
     assert found == recorded["greedy_text"]
 
 
+def test_sentinels_in_a_text_are_read_as_such_when_asked(testdata, generate):
+    """Oracle: ids put together by hand, through the model's own generate."""
+    import metro
+
+    folder = testdata / "golden/hf_export/t5_tiny_c"
+    model, tokenizer = metro.load(folder)
+    the, lobster = (tokenizer(word)["input_ids"][1:-1] for word in ("the", "lobster"))
+    sentinel = tokenizer.convert_tokens_to_ids("<sen001>")
+    ids = torch.tensor([[0, *the, sentinel, *lobster, 2]])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)
+    expected = tokenizer.decode(answer[0, 1:], skip_special_tokens=True).strip()
+    text = "The <sen001> lobster"
+    assert generate(folder, text, "--sentinels", "--max-new-tokens", 9) == [expected]
+    assert sentinel not in tokenizer(text)["input_ids"]  # as the original reads it
+    read = with_sentinels(tokenizer)
+    assert read(text)["input_ids"] == ids[0].tolist()
+    assert tokenizer(text)["input_ids"] != ids[0].tolist()  # the given one has not changed
+
+
 def test_any_sequence_to_sequence_model_answers(tmp_path, generate):
     """Oracle: the model's own generate on a T5 made here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -174,6 +198,8 @@ def test_any_sequence_to_sequence_model_answers(tmp_path, generate):
     ids = model.generate(**tokenizer("a b c", return_tensors="pt"), max_new_tokens=6)
     expected = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert generate(tmp_path, "a b c", "--max-new-tokens", 6) == [expected.strip()]
+    with pytest.raises(ValueError, match="has no <sen001>.*leave --sentinels out"):
+        generate(tmp_path, "a b c", "--sentinels")
 
 
 def test_start_and_end_are_cut_off():
