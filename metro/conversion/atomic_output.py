@@ -59,7 +59,7 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
     check_output(out, overwrite, inputs)
     if out.is_file():
         raise ValueError(f"{out} is a file: choose another name for the folder")
-    out = Path(os.path.abspath(out))
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.incomplete-"
     _remove_abandoned(out.parent, prefix)
@@ -94,7 +94,7 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
     check_output(out, overwrite, inputs)
     if out.is_dir():
         raise ValueError(f"{out} is a folder: name a file in it")
-    out = Path(os.path.abspath(out))
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.incomplete-"
     _remove_abandoned(out.parent, prefix)

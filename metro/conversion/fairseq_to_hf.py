@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from metro.conversion.atomic_output import check_output
-from metro.conversion.export import write_folder
+from metro.conversion.export import PRETRAINING_WEIGHTS, write_folder
 from metro.conversion.fairseq_checkpoint import (
     generation_config,
     read_checkpoint,
@@ -82,9 +82,11 @@ def to_hf(
         size = sum(tensor.numel() for tensor in extra.values())
         result.dropped.append(f"the auxiliary model{heads} ({size:,} parameters)")
     result.dropped.append("the optimizer's state")
-    card = model_card(
-        out.name, summary(checkpoint), checkpoint.config, weights, training_rows(checkpoint, folder)
-    )
+    rows = training_rows(checkpoint, folder)
+    if extra:
+        place = f"in `{PRETRAINING_WEIGHTS}`" if keep_auxiliary else "left out"
+        rows["auxiliary model and RTD head"] = place
+    card = model_card(out.name, summary(checkpoint), checkpoint.config, weights, rows)
     write_folder(
         out,
         checkpoint.config,

@@ -14,7 +14,6 @@ PAPER = (
 
 TEMPLATE = """\
 ---
-language: en
 library_name: transformers
 pipeline_tag: text2text-generation
 license:  # fill in before publishing, for example: mit

@@ -120,6 +120,7 @@ def training_rows(checkpoint: FairseqCheckpoint, data: Path | None) -> dict[str,
     for name, label in (("valid", "validation loss, last"), ("best", "validation loss, best")):
         if name in checkpoint.losses:
             rows[label] = f"{checkpoint.losses[name]:.3f} bits"
+    rows["note"] = "; ".join(checkpoint.notes)
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 

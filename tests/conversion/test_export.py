@@ -171,6 +171,24 @@ def test_overwriting_takes_no_more_than_an_export_away(testdata, tmp_path, monke
     assert sorted(path.name for path in vocab.iterdir()) == ["dict.txt", "sp.model"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(testdata, tmp_path):
+    """Oracle: the folder behind the link, twice: the first must leave nothing for the second."""
+    convert(testdata, tmp_path / "v1")
+    (tmp_path / "latest").symlink_to("v1")
+    for name in ("t5_prompt_tiny_f", "t5_tiny_c"):
+        with pytest.raises(ValueError, match="latest exists"):
+            convert(testdata, tmp_path / "latest", name)
+        convert(testdata, tmp_path / "latest", name, overwrite=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "v1"]
+        assert (tmp_path / "latest").is_symlink()
+    with new_file(tmp_path / "model.pt") as temporary:
+        temporary.write_text("old")
+    (tmp_path / "link.pt").symlink_to("model.pt")
+    with new_file(tmp_path / "link.pt", overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "model.pt").read_text() == "new"
+
+
 def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(testdata, tmp_path, monkeypatch):
     """Oracle: a disk that is full when the weights are written."""
     convert(testdata, tmp_path / "old")

@@ -145,6 +145,8 @@ def test_auxiliary_parts_are_kept_on_request_alone(tmp_path, testdata, keep):
     kept = tmp_path / "out/pretraining.safetensors"
     assert kept.exists() is keep
     assert any("auxiliary model and the RTD head" in part for part in done.dropped) is not keep
+    place = "in `pretraining.safetensors`" if keep else "left out"
+    assert f"| auxiliary model and RTD head | {place} |" in (tmp_path / "out/README.md").read_text()
     if keep:
         assert {"rtd_head.dense.weight", "auxiliary.lm_head.bias"} <= set(load_file(kept))
 
