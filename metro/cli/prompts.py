@@ -40,7 +40,8 @@ def list_prompts(
         chosen = find_mixture(mixture)
         names = list(chosen.data_sets)
     if dataset:
-        names = [name for name in names if name == split_dataset_name(dataset, tree)]
+        wanted = split_dataset_name(dataset, tree)
+        names = [name for name in names if name == wanted]
         if not names:
             raise ValueError(f"mixture {mixture} has no data set {dataset!r}")
     absent = []

@@ -74,7 +74,7 @@ def load_rows(
     """
     if data_dir is not None:
         entry = dataset_table().get(name_of(dataset, subset))
-        file = _local_file(Path(data_dir), dataset, subset, split)
+        file = local_file(data_dir, dataset, subset, split)
         return JsonlRows(file, limit, entry.derive if entry else {})
     return _load_from_hub(dataset, subset, split, limit)
 
@@ -130,8 +130,13 @@ def _local_folder(data_dir: Path, dataset: str, subset: str | None) -> Path:
     )
 
 
-def _local_file(data_dir: Path, dataset: str, subset: str | None, split: str) -> Path:
-    folder = _local_folder(data_dir, dataset, subset)
+def local_file(data_dir: str | Path, dataset: str, subset: str | None, split: str) -> Path:
+    """Where the rows of a split are.
+
+    Raises:
+        DatasetUnavailable: they are not there.
+    """
+    folder = _local_folder(Path(data_dir), dataset, subset)
     file = folder / f"{split}.jsonl"
     if not file.is_file():
         found = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
@@ -167,7 +172,7 @@ class JsonlRows(Sequence):
             self._file, self._process = self.path.open("rb"), os.getpid()
         start, end = int(self.starts[index]), int(self.starts[index + 1])
         self._file.seek(start)
-        return self._parse(self._file.read(end - start), index)
+        return self.parse(self._file.read(end - start), index)
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """The lines of some rows, in one read."""
@@ -179,9 +184,10 @@ class JsonlRows(Sequence):
             yield block[int(self.starts[i]) - first : int(self.starts[i + 1]) - first]
 
     def parse(self, line: bytes, index: int) -> dict:
-        return self._parse(line, index)
-
-    def _parse(self, line: bytes, index: int) -> dict:
+        """
+        Raises:
+            ValueError: the line is no row.
+        """
         try:
             row = json.loads(line)
         except ValueError as error:

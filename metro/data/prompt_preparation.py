@@ -130,8 +130,7 @@ class _Preparation:
             try:
                 part = self.settings.sources.load(plan)
             except DatasetUnavailable as error:
-                name = plan.key.split("/", 1)[1]
-                self.unavailable.append(Unavailable(plan.side, name, str(error)))
+                self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
                 continue
             self._do(plan, part, number, len(plans))
         self.progress(PromptProgress("all", self.num_rendered, len(plans), len(plans)))

@@ -56,10 +56,6 @@ class Part(NamedTuple):
     """Take so many rows, spread evenly: data sets may be sorted by label."""
 
     @property
-    def key(self) -> str:
-        return f"{self.side}/{name_of(self.dataset, self.subset)}"
-
-    @property
     def num_rows(self) -> int:
         total = sum(len(split.rows) for split in self.splits)
         return total if self.limit is None else min(total, self.limit)
@@ -108,7 +104,6 @@ class Dropped(NamedTuple):
 class EncodedTask(NamedTuple):
     """The examples of one template in a chunk of rows."""
 
-    num_examples: int
     payload: tuple
     """Arrays and bytes for the writer of the format."""
     dropped: dict[str, Dropped]
@@ -236,7 +231,7 @@ class ChunkRenderer:
                     _count(noted[i], "answer not among the choices (kept)", where)
                 examples[i].append(example)
         return [
-            EncodedTask(len(found), self.encoder(found), dropped[i], noted[i])
+            EncodedTask(self.encoder(found), dropped[i], noted[i])
             for i, found in enumerate(examples)
         ]
 

@@ -30,8 +30,7 @@ class PromptSettings(NamedTuple):
         """What an interrupted run and its continuation must have in common."""
         vocabulary = None
         if self.vocabulary:
-            sums = "".join(self.vocabulary.checksums().values())
-            vocabulary = "sha256:" + hashlib.sha256(sums.encode()).hexdigest()[:32]
+            vocabulary = _digest(list(self.vocabulary.checksums().values()))
         sources = self.sources
         return {
             "version": FORMAT_VERSION,
@@ -39,9 +38,10 @@ class PromptSettings(NamedTuple):
             "mixture": self.mixture.name,
             "data_sets": [name_of(*names) for names in self.mixture.data_sets],
             "rules": _rules(self.mixture),
-            "templates": _digest(sources),
+            "templates": _digest([[plan.key, plan.templates] for plan in sources.plans()]),
             "source": sources.source,
             "data_dir": str(sources.data_dir.resolve()) if sources.data_dir else None,
+            "data_files": _digest(sources.local_files()),
             "validation": sources.validation,
             "limits": sources.limits,
             "seed": self.rendering.seed,
@@ -121,10 +121,8 @@ def _rules(mixture: Mixture) -> str:
     """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
     facts = [sorted(value) if isinstance(value, frozenset) else value for value in
              (getattr(mixture, name) for name in mixture.__dataclass_fields__)]  # fmt: skip
+    return _digest(facts)
+
+
+def _digest(facts: list) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _digest(sources: PromptSources) -> str:
-    """Checksum over all templates that will be used."""
-    used = [(plan.key, template) for plan in sources.plans() for template in plan.templates]
-    return hashlib.sha256(repr(used).encode()).hexdigest()[:32]

@@ -57,11 +57,15 @@ class PartPlan(NamedTuple):
     """Most examples of each template in an epoch (of all together: ``cap_of: data_set``)."""
 
     @property
-    def key(self) -> str:
+    def name(self) -> str:
+        """The data set, and the task where that is a part of its own."""
+        is_task = isinstance(self.templates[0], P3Task)
         name = name_of(self.dataset, self.subset)
-        return f"{self.side}/{name}" + (
-            f"/{self.templates[0].task_name}" if isinstance(self.templates[0], P3Task) else ""
-        )
+        return f"{name}/{self.templates[0].task_name}" if is_task else name
+
+    @property
+    def key(self) -> str:
+        return f"{self.side}/{self.name}"
 
 
 class PromptSources:
@@ -168,6 +172,19 @@ class PromptSources:
             raise DatasetUnavailable(f"no {side} split: it has {', '.join(found)}")
         return wanted
 
+    def local_files(self) -> list[list]:
+        """Name, size and time of every file that will be read; none of a data set of the hub."""
+        found = []
+        for plan in self.plans() if self.data_dir is not None else ():
+            try:
+                for split in self.splits(plan):
+                    file = datasets.local_file(self.data_dir, *self._names(plan), split)
+                    stat = file.stat()
+                    found.append([str(file), stat.st_size, stat.st_mtime_ns])
+            except DatasetUnavailable:
+                continue  # listed when it is loaded
+        return found
+
     def load(self, plan: PartPlan) -> Part:
         """The part with its rows.
 
@@ -243,7 +260,7 @@ def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[Planned
         try:
             part, num_rows = sources.sample(plan)
         except DatasetUnavailable as error:
-            yield Unavailable(plan.side, plan.key.split("/", 1)[1], str(error))
+            yield Unavailable(plan.side, plan.name, str(error))
             continue
         tried, lengths = 0, []
         for number, split, row, _ in part.rows(0, part.num_rows):
@@ -260,9 +277,8 @@ def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[Planned
         examples = round(total * len(lengths) / max(1, tried))
         capped = min(examples, per_epoch(sources.mixture, plan, num_rows))
         mean = sum(lengths) / max(1, len(lengths))
-        name = plan.key.split("/", 1)[1]
         yield PlannedRow(
-            plan.side, name, len(plan.templates), num_rows, examples, plan.cap, capped,
+            plan.side, plan.name, len(plan.templates), num_rows, examples, plan.cap, capped,
             round(capped * mean),
         )  # fmt: skip
 

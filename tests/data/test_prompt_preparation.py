@@ -1,6 +1,7 @@
 """Prepared prompts: the original's bytes, whatever the workers and kills; bad input is counted."""
 
 import json
+import os
 import pickle
 import random
 import signal
@@ -209,6 +210,20 @@ def test_random_draws_depend_on_seed_template_and_row_alone(world, tmp_path):
     assert whole != other
 
 
+def test_draws_in_the_options_differ_between_rows(tmp_path):
+    """Claim: options drawn at random are not the same draw for every row."""
+    choices = "{{ ['yes', 'sure', 'true'] | choice }} ||| no"
+    write_templates(
+        tmp_path / "templates", "toy", {"ask": (choices, "{{text}}? ||| {{answer_choices[0]}}")}
+    )
+    write_rows(tmp_path / "data", "toy", "train", random_rows(0, 40))
+    (tmp_path / "mix.yaml").write_text("data_sets: [toy]\n")
+    result, _ = prepare(tmp_path, tmp_path / "out")
+    examples = PromptedExamples(result.folder / "train/toy_ask")
+    assert {example["target"] for example in examples} == {"yes", "sure", "true"}
+    assert all(example["label"] == 0 for example in examples)
+
+
 def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypatch):
     world = make_world(tmp_path)
     monkeypatch.setattr(prompt_preparation, "CHUNK_EXAMPLES", 30)
@@ -221,15 +236,19 @@ def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         prepare(world, tmp_path / "out", progress=stop)
     file = world / "data/one/default/train.jsonl"
-    rows = file.read_bytes()
+    rows, written = file.read_bytes(), file.stat().st_mtime_ns
     file.write_bytes(rows + b'{"text": "more", "label": 0}\n')
-    with pytest.raises(ValueError, match="train/one had 300 rows .* and has 301 now"):
+    with pytest.raises(ValueError, match="unfinished run that differs: data_files was .* and is"):
         prepare(world, tmp_path / "out")
     file.write_bytes(rows)
+    os.utime(file, ns=(written, written))
     result, said = prepare(world, tmp_path / "out")
     assert "continuing after 0 of 4 parts" in said[0]
     expected, _ = prepare(world, tmp_path / "expected")
     assert files_of(result.folder) == files_of(expected.folder)
+    file.write_bytes(rows.replace(b"drei", b"four"))
+    with pytest.raises(ValueError, match="other settings: data_files was"):
+        prepare(world, tmp_path / "out")
 
 
 def test_limit_spreads_over_the_rows(world, tmp_path):
@@ -277,6 +296,8 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     }
     first = result.manifest["dropped"]["label out of range of the answer choices"]["first"]
     assert first == "bad, 'options', row 1: answer_choices has 2 entries and none at 5"
+    first = result.manifest["dropped"]["unreadable row"]["first"]
+    assert first.startswith("bad, 'options', row 8: not JSON: Expecting property name")
     noted = result.manifest["noted"]["answer not among the choices (kept)"]
     assert noted == {"count": 1, "first": "bad, 'word', row 5: 'maybe' is not in ['no', 'yes']"}
     assert PromptedExamples(result.folder / "train/bad_word").rows.tolist() == [0, 1, 2, 3, 5, 6]
