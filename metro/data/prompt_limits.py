@@ -68,13 +68,15 @@ now.start(None)
 
 
 class AnswerChoices(list):
-    """The options as a template sees them: an index beyond either end is an error, not a guess."""
+    """The options as a template sees them: a wrong index is an error, not a guess."""
 
     def __getitem__(self, index):
         if isinstance(index, int) and not isinstance(index, bool):
             if not 0 <= index < len(self):
                 raise MissingAnswer(f"answer_choices has {len(self)} entries and none at {index}")
             now.used_choices.append(index)
+        elif index is None or isinstance(index, (str, float)):
+            raise MissingAnswer(f"answer_choices is read at {index!r}, which is no whole number")
         return super().__getitem__(index)
 
 

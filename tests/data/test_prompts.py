@@ -165,6 +165,9 @@ def test_label_beyond_the_options_is_an_error_not_the_last_option():
         one.render({"text": "t", "label": -1})
     with pytest.raises(ValueError, match="none at 2"):
         one.render({"text": "t", "label": 2})
+    for label in ("1", 1.0, None):
+        with pytest.raises(ValueError, match=f"is read at {label!r}, which is no whole number"):
+            one.render({"text": "t", "label": label})
 
 
 def test_label_is_the_option_that_the_answer_came_from():
