@@ -206,7 +206,9 @@ def _generation_config(source: str, config) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(source)
     except OSError:  # there is none: ids of start and end are in config.json
-        return GenerationConfig.from_model_config(config)
+        generation = GenerationConfig.from_model_config(config)
+        generation._from_model_config = False  # version 4 looks for a change of config otherwise
+        return generation
 
 
 def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
