@@ -122,7 +122,7 @@ def answer_texts(
     positions = getattr(model.config, "max_positions", None)
     longest = min(longest, positions) if positions else longest
     texts = iter(texts)
-    tokenizer = with_sentinels(tokenizer) if settings.sentinels else tokenizer
+    reader = with_sentinels(tokenizer) if settings.sentinels else tokenizer
     devices = [model.device] if model.device.type == "cuda" else []
     for number in itertools.count():
         window = list(itertools.islice(texts, settings.batch_size * WINDOW))
@@ -130,7 +130,7 @@ def answer_texts(
             return
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(hash((settings.seed, number)))
-            answered = _answer_window(model, tokenizer, window, longest, options, settings)
+            answered = _answer_window(model, reader, tokenizer, window, longest, options, settings)
         yield from answered
 
 
@@ -151,17 +151,17 @@ def with_sentinels(tokenizer):
     return tokenizer
 
 
-def _answer_window(model, tokenizer, texts, longest, options, settings) -> list[Answered]:
+def _answer_window(model, reader, tokenizer, texts, longest, options, settings) -> list[Answered]:
     answered: list[Answered | None] = [
         None if text.strip() else Answered(text, [""] * settings.num_answers, False)
         for text in texts
     ]
     asked = [index for index, done in enumerate(answered) if done is None]
-    ids = {index: tokenizer(texts[index])["input_ids"] for index in asked}
+    ids = {index: reader(texts[index])["input_ids"] for index in asked}
     asked.sort(key=lambda index: -len(ids[index]))
     for start in range(0, len(asked), settings.batch_size):
         batch = asked[start : start + settings.batch_size]
-        inputs = tokenizer(
+        inputs = reader(
             [texts[index] for index in batch],
             padding=True,
             truncation=True,

@@ -195,7 +195,7 @@ def test_any_sequence_to_sequence_model_answers(tmp_path, generate):
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    ids = model.generate(**tokenizer("a b c", return_tensors="pt"), max_new_tokens=6)
+    ids = model.generate(tokenizer("a b c", return_tensors="pt")["input_ids"], max_new_tokens=6)
     expected = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert generate(tmp_path, "a b c", "--max-new-tokens", 6) == [expected.strip()]
     with pytest.raises(ValueError, match="has no <sen001>.*leave --sentinels out"):
