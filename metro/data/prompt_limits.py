@@ -92,6 +92,8 @@ def weigh(value: Any) -> int:
         if value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
         total = 20
+    elif isinstance(value, range):
+        total = len(value)
     elif isinstance(value, (list, tuple, dict, set, MappingView)):
         total, stack = 0, [iter([value])]
         while stack:
