@@ -180,7 +180,8 @@ class PromptSources:
                 for split in self.splits(plan):
                     file = datasets.local_file(self.data_dir, *self._names(plan), split)
                     stat = file.stat()
-                    found.append([str(file), stat.st_size, stat.st_mtime_ns])
+                    name = file.relative_to(self.data_dir).as_posix()
+                    found.append([name, stat.st_size, stat.st_mtime_ns])
             except DatasetUnavailable:
                 continue  # listed when it is loaded
         return found
