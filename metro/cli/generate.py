@@ -105,13 +105,24 @@ def open_texts(texts: list[str], path: Path | None):
     if path:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path} to read texts from")
-        return read_lines(path)
+        return unicode_alone(read_lines(path))
     if not texts:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("no text: write it behind the model, use --input FILE, or pipe it in")
         texts = ["-"]
     parts = [lines_of_stdin() if text == "-" else [text] for text in texts]
-    return itertools.chain.from_iterable(parts)
+    return unicode_alone(itertools.chain.from_iterable(parts))
+
+
+def unicode_alone(texts):
+    """The same texts; bytes that are no UTF-8 come through pipes and arguments as surrogates."""
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            bad = text[error.start : error.end]
+            raise ValueError(f"text {number} is not UTF-8 (it holds {bad!r})") from None
+        yield text
 
 
 def lines_of_stdin():

@@ -251,6 +251,21 @@ def test_bad_input_is_refused_in_one_line(folder, arguments, message):
     assert "\n" not in str(refused.value)
 
 
+def test_bytes_that_are_no_text_are_refused_in_one_line(generate, folder, tmp_path):
+    """Oracle: by hand; as Python passes such bytes on, and as JSON may write them."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(ValueError, match="text 2 is not UTF-8"):
+        generate(folder, stdin="good\nbad \udcff\udcfe\n")
+    with pytest.raises(ValueError, match="text 1 is not UTF-8"):
+        generate(folder, "bad \udcff")
+    with pytest.raises(ValueError, match="text 2 is not UTF-8"):
+        generate(folder, "--input", rows)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
+        generate(folder, "--input", tmp_path / "latin.txt")
+
+
 def test_no_text_at_a_terminal_is_refused(folder, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
