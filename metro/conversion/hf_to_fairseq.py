@@ -90,7 +90,7 @@ def to_fairseq(
     if all((folder / name).is_file() for name in FILES):
         build_tokenizer(folder, config.vocab_size, num_sentinels)  # refuses another model's
     main = _main_weights(folder, config)
-    settings = training.get("settings") or _settings(config, folder, num_sentinels)
+    settings = training.get("settings") or _settings(config, num_sentinels)
     extra, auxiliary = _pretraining_weights(folder, settings, config, main)
     if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
         settings = {**settings, "model": _model_settings(config)}  # the main model alone is T5
@@ -231,13 +231,13 @@ def _num_sentinels(folder: Path) -> int:
         return 512  # as all published models have
 
 
-def _settings(config: MetroT5Config, folder: Path, num_sentinels: int) -> dict[str, Any]:
+def _settings(config: MetroT5Config, num_sentinels: int) -> dict[str, Any]:
     """Settings for a model that comes from no fairseq checkpoint we know."""
     start = config.decoder_start_token_id
     task = PRETRAINING_TASKS[0] if start != config.eos_token_id else "t5_prompt_finetuning"
     return {
         "model": _model_settings(config),
-        "task": {"_name": task, "data": folder.name, "tokens_per_sample": num_sentinels},
+        "task": {"_name": task, "tokens_per_sample": num_sentinels},
         "criterion": {"_name": "label_smoothed_cross_entropy"},
     }
 
