@@ -204,11 +204,11 @@ def _generation_config(source: str, config) -> GenerationConfig:
     """Given to transformers by us: where it looks itself, versions before 5 run the Python file
     ``custom_generate/generate.py`` of a folder unasked."""
     try:
-        return GenerationConfig.from_pretrained(source)
+        generation = GenerationConfig.from_pretrained(source)
     except OSError:  # there is none: ids of start and end are in config.json
         generation = GenerationConfig.from_model_config(config)
-        generation._from_model_config = False  # version 4 looks for a change of config otherwise
-        return generation
+    generation._from_model_config = False  # version 4 looks for a change of config otherwise
+    return generation
 
 
 def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
