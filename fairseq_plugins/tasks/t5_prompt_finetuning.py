@@ -104,7 +104,7 @@ class T5PromptFinetuningTask(SentinelTask):
             if not os.path.exists(os.path.join(folder, name)):
                 raise ValueError(
                     f"no {name} in {folder}; give the folder of the model's vocabulary as "
-                    "task.vocab (--vocab), or check task.data"
+                    "++task.vocab=DIR (--vocab DIR), or check task.data"
                 )
         return cls(cfg, Dictionary.load(os.path.join(folder, "dict.txt")))
 

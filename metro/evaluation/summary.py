@@ -241,8 +241,9 @@ def print_summary(summary: Summary, console: Any = None) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, title=None)
-    for column in ("task", "prompts", "mean", "median", "spread", "interval", "F1", "chance"):
-        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
+    table.add_column("task", overflow="fold")  # gives way in a narrow terminal: numbers do not
+    for column in ("prompts", "mean", "median", "spread", "interval", "F1", "chance"):
+        table.add_column(column, justify="right", no_wrap=True)
     for task in summary.tasks.values():
         table.add_row(
             escape(task.task),
