@@ -100,10 +100,7 @@ class PromptEncoder:
         return found
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose: a warning about long texts, which are cut to `max_*_length` after this
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _sentinel_id(self, number: int) -> int:
         if self._sentinel_ids is None:
