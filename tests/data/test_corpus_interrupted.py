@@ -51,9 +51,8 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(text, vocab, 
                 time.sleep(0.005)
         said, _ = process.communicate(timeout=60)
         resumed += "continuing after" in said
-        if process.returncode == 0:
+        if process.returncode == 0 or out.exists():  # killed after its last step: complete as well
             break
-        assert not out.exists()
         position = json.loads(state.read_text())["position"]
         assert not seen or position >= seen[-1], "a restart must never lose finished chunks"
         seen.append(position)
