@@ -15,8 +15,9 @@ from typing import Any
 
 from metro.evaluation.results import PromptResult, read_results
 
-# What has to be the same for a run to go on; versions may change.
-IDENTITY = ("model", "method", "suite", "weights", "protocol", "options")
+# What has to be the same for a run to go on, weights last: another dtype changes them too. Versions
+# may change.
+IDENTITY = ("model", "method", "suite", "protocol", "options", "weights")
 
 
 class RunFolder:
@@ -54,18 +55,24 @@ class RunFolder:
             raise ValueError(f"{path} is corrupt; delete {self.folder} and start again") from None
         now = json.loads(json.dumps(info))
         for name in IDENTITY:
-            if before.get(name) != now[name]:
-                old, new = before.get(name), now[name]
-                if isinstance(old, dict) and isinstance(new, dict):
-                    name, old, new = next(
-                        (f"{name}: {key}", old.get(key), new.get(key))
-                        for key in {**old, **new}
-                        if old.get(key) != new.get(key)
-                    )
+            old, new = before.get(name), now[name]
+            if old == new:
+                continue
+            if name == "weights":
                 raise ValueError(
-                    f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
-                    "the same options to go on, another --run-name, or --overwrite"
+                    f"{self.folder} holds a run of other weights of {now['model']}: it was trained "
+                    "on or replaced since; give another --run-name, or --overwrite"
                 )
+            if isinstance(old, dict) and isinstance(new, dict):
+                name, old, new = next(
+                    (f"{name}: {key}", old.get(key), new.get(key))
+                    for key in {**old, **new}
+                    if old.get(key) != new.get(key)
+                )
+            raise ValueError(
+                f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
+                "the same options to go on, another --run-name, or --overwrite"
+            )
 
     def is_done(self, task: str, prompt: str) -> bool:
         return any((r.task, r.prompt) == (task, prompt) for r in self.results)

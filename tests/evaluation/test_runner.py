@@ -143,9 +143,14 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
 
 
 def test_another_model_at_the_same_place_is_refused(finished, suite_file, testdata):
-    """Oracle: the fingerprint of other weights."""
-    with pytest.raises(ValueError, match="holds a run with weights"):
+    """Oracle: other weights under the name of the first; another dtype changes weights as well,
+    but is what the message names."""
+    with pytest.raises(ValueError, match="holds a run of other weights of toy") as error:
         run(finished[0], suite_file, *load_exported(testdata, "metro_tiny_a"))
+    assert "\n" not in str(error.value)
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    with pytest.raises(ValueError, match="options: dtype 'float32', this one has 'bfloat16'"):
+        run(finished[0], suite_file, model.bfloat16(), tokenizer)
 
 
 def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
