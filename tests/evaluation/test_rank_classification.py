@@ -15,8 +15,9 @@ from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.examples import EvaluationExample
 from metro.evaluation.pair_scoring import Pair, PairScorer, make_batches
 from metro.evaluation.rank_classification import RankClassifier
-from tests.evaluation.golden import load_exported, load_tiny_t5
+from tests.evaluation.golden import load_exported
 from tests.finetuning.conftest import KINDS, small_model
+from tests.recorded_models import load_tiny_t5
 
 METHODS = ("flipped", "direct", "channel")
 

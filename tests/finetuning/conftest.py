@@ -1,30 +1,17 @@
 """Small models of several kinds."""
 
-import json
-
 import pytest
 import torch
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from tests.recorded_models import load_tiny_t5
 
 
 @pytest.fixture
 def tiny_t5(testdata):
     """The random T5 v1.1 that the FLIPPED numbers were computed with."""
-    from safetensors.torch import load_file
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    folder = testdata / "golden/flipped"
-    settings = json.loads((folder / "tiny_t5_config.json").read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("notes", "architectures")}
-    model = T5ForConditionalGeneration(T5Config(**settings))
-    # transformers 5 ties the embeddings of a new T5 whatever the configuration says
-    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
-    missing = model.load_state_dict(load_file(folder / "tiny_t5.safetensors"), strict=False)
-    assert not missing.unexpected_keys
-    assert all("embed_tokens" in name for name in missing.missing_keys)
-    return model.eval()
+    return load_tiny_t5(testdata)
 
 
 def small_model(kind: str) -> torch.nn.Module:

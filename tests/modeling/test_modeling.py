@@ -1,13 +1,12 @@
 """The Hugging Face shells against the original's Hugging Face model (``golden/hf_*``)."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
+from tests.modeling.conftest import tiny
+from tests.recorded_models import load_released
 
 MODELS = ["metro_tiny_a", "metro_tiny_b", "t5_prompt_tiny_f", "t5_tiny_c"]
 
@@ -15,16 +14,9 @@ MODELS = ["metro_tiny_a", "metro_tiny_b", "t5_prompt_tiny_f", "t5_tiny_c"]
 @pytest.fixture(params=MODELS)
 def released(request, testdata):
     """A model with the weights of a released-layout folder, and the recorded tensors."""
-    golden, name = testdata / "golden", request.param
-    folder = golden / "hf_export" / name
-    fields = json.loads((folder / "config.json").read_text())
-    for field in ("model_type", "architectures", "torch_dtype", "transformers_version"):
-        del fields[field]
-    model = MetroT5ForConditionalGeneration(MetroT5Config(**fields))
-    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    arrays = np.load(golden / f"hf_{name}.npz")
-    return model.eval(), {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    arrays = np.load(testdata / "golden" / f"hf_{request.param}.npz")
+    golden = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    return load_released(testdata, request.param), golden
 
 
 @torch.no_grad()
@@ -69,18 +61,8 @@ def test_beam_search_equals_the_original(released):
     assert torch.equal(sequences, golden["beam4"])
 
 
-def tiny(**changes) -> MetroT5ForConditionalGeneration:
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
-    model = MetroT5ForConditionalGeneration(MetroT5Config(**{**sizes, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
-
-
 def test_a_decoder_deeper_than_the_encoder_generates_with_a_cache():
-    model, ids = tiny(num_decoder_layers=3), torch.tensor([[0, 7, 8, 9, 2]])
+    model, ids = tiny(num_layers=1, num_decoder_layers=3), torch.tensor([[0, 7, 8, 9, 2]])
     cached, plain = (
         model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use_cache)
         for use_cache in (True, False)
