@@ -4,6 +4,7 @@ Every operation whose result can be larger than what it was given (joining, repe
 counting) checks the size before it computes. ``charge`` adds up the work of a rendering.
 """
 
+import json
 import random
 import threading
 import time
@@ -16,7 +17,8 @@ MAX_DEPTH = 100
 MAX_TEXT_CHARS = 1_000_000
 """Of any single value that a template makes."""
 MAX_LIST_ITEMS = 100_000
-MAX_INTEGER_BITS = 4096
+MAX_INTEGER_BITS = 64
+"""Larger ones can be made to share a hash, which makes dicts and sets of them crawl."""
 MAX_WORK = 20_000_000
 """Characters made, plus nodes run in loops, in one rendering."""
 MAX_SECONDS = 10.0
@@ -92,6 +94,8 @@ def weigh(value: Any) -> int:
         if value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
         total = 20
+    elif isinstance(value, complex):
+        raise TemplateRefused("makes a complex number")
     elif isinstance(value, range):
         total = len(value)
     elif isinstance(value, (list, tuple, dict, set, MappingView)):
@@ -174,9 +178,11 @@ def bounded_zip(*lists):
         yield items
 
 
-def strip_charge(text: str, *chars) -> None:
-    """Stripping compares every character of the text with every one of ``chars``."""
-    now.charge(len(text) * sum(len(part) for part in chars if isinstance(part, str)))
+def product_charge(text: str, *parts) -> None:
+    """Of stripping and of searching from the right, which may compare every character of the text
+    with every one of ``parts``.
+    """
+    now.charge(len(text) * sum(len(part) for part in parts if isinstance(part, str)))
 
 
 def _metered_loop(items, size: int):
@@ -213,7 +219,7 @@ def _summed(numbers) -> Any:
 
 def _trimmed(value, chars=None) -> str:
     text = as_text(value)
-    strip_charge(text, chars)
+    product_charge(text, chars)
     return text.strip(chars)
 
 
@@ -223,15 +229,13 @@ def _rounded(value, precision: int = 0, method: str = "common") -> float:
     return do_round(value, max(-20, min(20, int(precision))), method)
 
 
-def _sorted(default):
-    """Sorting compares, so what it sorts counts several times."""
+def _comparing(function):
+    """Sorting and its like compare, so what they are given counts several times."""
 
     def call(context, value, *args, **kwargs):
         value = list(value.items()) if isinstance(value, dict) else as_list(value)
         now.charge(20 * weigh(value))
-        if default is not None:
-            return default(context.environment, value, *args, **kwargs)
-        return sorted(value)
+        return function(context.environment, value, *args, **kwargs)
 
     return call
 
@@ -244,9 +248,9 @@ def make_filters() -> dict:
     from jinja2 import filters as jinja
     from jinja2 import pass_context
 
-    def simple(function, listed=False):
+    def simple(function):
         def call(context, value, *args, **kwargs):
-            result = function(as_list(value) if listed else value, *args, **kwargs)
+            result = function(value, *args, **kwargs)
             now.charge(weigh(result))
             return result
 
@@ -276,16 +280,13 @@ def make_filters() -> dict:
             return text
         return jinja.do_truncate(context.environment, as_text(text), _CUT_CHARS)
 
-    def length(value):
-        return len(value)
-
     found = {
         name: simple(function)
         for name, function in {
             "abs": abs,
             "capitalize": jinja.do_capitalize,
             "choice": _choice,
-            "count": length,
+            "count": len,
             "d": jinja.do_default,
             "default": jinja.do_default,
             "float": jinja.do_float,
@@ -293,8 +294,8 @@ def make_filters() -> dict:
             "items": lambda value: list(value.items()),
             "join": join,
             "last": lambda value: as_list(value)[-1] if value else None,
-            "length": length,
-            "list": lambda value: as_list(value),
+            "length": len,
+            "list": as_list,
             "lower": lambda value: as_text(value).lower(),
             "most_frequent": _most_frequent,
             "random": _choice,
@@ -308,12 +309,12 @@ def make_filters() -> dict:
             "string": as_text,
             "sum": _summed,
             "title": lambda value: jinja.do_title(as_text(value)),
+            "tojson": lambda value: (weigh(value), json.dumps(value))[1],
             "trim": _trimmed,
             "upper": lambda value: as_text(value).upper(),
+            "wordcount": lambda value: len(as_text(value).split()),
         }.items()
     }
-    found["wordcount"] = simple(lambda value: len(as_text(value).split()))
-    found["tojson"] = simple(lambda value: (weigh(value), __import__("json").dumps(value))[1])
     found["first"] = with_environment(jinja.sync_do_first)
     found["truncate"] = with_environment(
         lambda environment, value, *args, **kwargs: jinja.do_truncate(
@@ -322,14 +323,8 @@ def make_filters() -> dict:
     )
     for name in ("map", "select", "reject", "selectattr", "rejectattr"):
         found[name] = with_context(getattr(jinja, f"sync_do_{name}"))
-    sorts = {
-        "sort": jinja.do_sort,
-        "min": jinja.do_min,
-        "max": jinja.do_max,
-        "unique": jinja.do_unique,
-    }
-    for name, function in sorts.items():
-        found[name] = pass_context(_sorted(function))
+    for name in ("sort", "min", "max", "unique"):
+        found[name] = pass_context(_comparing(getattr(jinja, f"do_{name}")))
     found[CUT] = pass_context(cut)
     found[LOOP] = pass_context(lambda context, value, size: _metered_loop(value, size))
     found[CONCAT] = pass_context(lambda context, values: join_texts("", values))

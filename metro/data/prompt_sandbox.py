@@ -31,8 +31,8 @@ from metro.data.prompt_limits import (
     make_filters,
     make_tests,
     now,
+    product_charge,
     replace_text,
-    strip_charge,
     weigh,
 )
 
@@ -44,7 +44,8 @@ _METHODS = frozenset(
 )
 _CHANGES = frozenset({"append", "extend", "pop", "update"})
 """Methods that change a list or dict: templates that call one get a row of their own."""
-_STRIPS = frozenset({"strip", "lstrip", "rstrip"})
+_PRODUCTS = frozenset({"strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"})
+"""Methods whose time may be the product of two lengths."""
 _FUNCTIONS = frozenset({"range", "zip", "namespace"})
 _TAGS = "If For Assign AssignBlock Output With".split()
 _EXPRESSIONS = (
@@ -186,8 +187,8 @@ def _environment():
             if not known or not isinstance(owner, (str, list, tuple, dict)):
                 raise TemplateRefused(f"calls `{name}`, which prompt templates may not")
             now.charge(1 + (sum(map(weigh, args)) if name in _CHANGES else len(owner)))
-            if name in _STRIPS:
-                strip_charge(owner, *args)
+            if name in _PRODUCTS:
+                product_charge(owner, *args, *kwargs.values())
             if name == "join":
                 return join_texts(owner, *args, **kwargs)
             if name == "replace":

@@ -270,6 +270,13 @@ HOSTILE = {
     "plain text in a loop": "{% for i in range(99999) %}" + "x" * 90_000 + "{% endfor %}",
     "strip": "{{ ('a' * 900000).strip('b' * 900000 ~ 'a') }}",
     "trim": "{{ ('a' * 900000) | trim('b' * 900000 ~ 'a') }}",
+    "search from the right": "{{ ('a' * 900000).rfind('ab' ~ 'a' * 450000) }}",
+    "split from the right": "{{ ('a' * 900000).rsplit(sep='ab' ~ 'a' * 450000) | length }}",
+    "numbers of one hash": "{% for i in range(99999) %}"
+    "{% if items.append(i * 2305843009213693951) %}{% endif %}{% endfor %}"
+    "{{ items | unique | list | length }}",
+    "complex numbers": "{% for i in range(99999) %}{% if items.append((-4) ** 0.5) %}{% endif %}"
+    "{% endfor %}",
     "views of a dict": FILL + "{% set c = {1: items} %}{{ [c.values()] }}",
     "namespace": FILL + "{% set n = namespace(a=items) %}{{ [n] }}",
     "raw": "{% raw %}" + "{{" * 40_000 + "{% endraw %}",
