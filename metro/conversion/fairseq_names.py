@@ -58,6 +58,36 @@ DROPPED = re.compile(r"(.*\.)?version$|generator\.lm_head\.weight$")
 """Names that carry nothing: version markers, and the auxiliary head's alias of its embedding."""
 
 
+def _all_parameters() -> dict[str, str]:
+    """Every parameter but the RTD head's, whose names are the same; ``#`` is a layer's number."""
+    names = {}
+    for prefix, new_prefix in STACKS.items():
+        is_decoder = prefix == "decoder"
+        for old, new in STACK_PARAMETERS.items():
+            names[f"{prefix}.{old}"] = f"{new_prefix}.{new}"
+        for old, new in LAYER_PARAMETERS.items():
+            if is_decoder or not old.startswith("encoder_attn"):
+                new = new.format(last=2 if is_decoder else 1)
+                names[f"{prefix}.layers.#.{old}"] = f"{new_prefix}.block.#.{new}"
+    kinds = ("weight", "bias")
+    names = {f"{old}.{kind}": f"{new}.{kind}" for old, new in names.items() for kind in kinds}
+    return names | OTHER_PARAMETERS
+
+
+METRO_NAMES = _all_parameters()
+ORIGINAL_NAMES = {new: old for old, new in METRO_NAMES.items()}
+
+
+def _translate(name: str, names: dict[str, str]) -> str | None:
+    if name.startswith("rtd_head."):
+        return name
+    layer = re.search(r"\.(\d+)\.", name)
+    if layer is None:
+        return names.get(name)
+    translated = names.get(name.replace(layer[0], ".#.", 1))
+    return translated and translated.replace("#", layer[1])
+
+
 def metro_name(fairseq_name: str) -> str | None:
     """METRO's name of a parameter of the original, ``None`` for those that carry nothing.
 
@@ -66,25 +96,13 @@ def metro_name(fairseq_name: str) -> str | None:
     """
     if DROPPED.match(fairseq_name):
         return None
-    if fairseq_name in OTHER_PARAMETERS:
-        return OTHER_PARAMETERS[fairseq_name]
-    if fairseq_name.startswith("rtd_head."):
-        return fairseq_name
-    for prefix, new_prefix in STACKS.items():
-        rest = fairseq_name.removeprefix(prefix + ".")
-        name, _, kind = rest.rpartition(".")
-        if rest == fairseq_name:
-            continue
-        if name in STACK_PARAMETERS:
-            return f"{new_prefix}.{STACK_PARAMETERS[name]}.{kind}"
-        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if layer and layer[2] in LAYER_PARAMETERS:
-            last = 2 if prefix == "decoder" else 1
-            new_name = LAYER_PARAMETERS[layer[2]].format(last=last)
-            return f"{new_prefix}.block.{layer[1]}.{new_name}.{kind}"
-    raise ValueError(
-        f"{fairseq_name!r} is not a parameter of METRO or T5; is this checkpoint of another model?"
-    )
+    name = _translate(fairseq_name, METRO_NAMES)
+    if name is None:
+        raise ValueError(
+            f"{fairseq_name!r} is not a parameter of METRO or T5; is this checkpoint of another "
+            "model?"
+        )
+    return name
 
 
 def original_name(metro_name: str) -> str | None:
@@ -95,34 +113,10 @@ def original_name(metro_name: str) -> str | None:
     """
     if metro_name == "main.shared.weight":
         return None
-    if metro_name in _ORIGINAL_NAMES:
-        return _ORIGINAL_NAMES[metro_name]
-    if metro_name.startswith("rtd_head."):
-        return metro_name
-    for prefix, new_prefix in STACKS.items():
-        rest = metro_name.removeprefix(new_prefix + ".")
-        name, _, kind = rest.rpartition(".")
-        if rest == metro_name:
-            continue
-        if name in _STACK_PARAMETERS:
-            return f"{prefix}.{_STACK_PARAMETERS[name]}.{kind}"
-        layer = re.fullmatch(r"block\.(\d+)\.(.+)", name)
-        names = _LAYER_PARAMETERS[prefix == "decoder"]
-        if layer and layer[2] in names:
-            return f"{prefix}.layers.{layer[1]}.{names[layer[2]]}.{kind}"
-    raise ValueError(f"{metro_name!r} is not a parameter of METRO")
-
-
-_ORIGINAL_NAMES = {new: old for old, new in OTHER_PARAMETERS.items()}
-_STACK_PARAMETERS = {new: old for old, new in STACK_PARAMETERS.items()}
-_LAYER_PARAMETERS = {
-    is_decoder: {
-        new.format(last=2 if is_decoder else 1): old
-        for old, new in LAYER_PARAMETERS.items()
-        if is_decoder or not old.startswith("encoder_attn")
-    }
-    for is_decoder in (False, True)
-}
+    name = _translate(metro_name, ORIGINAL_NAMES)
+    if name is None:
+        raise ValueError(f"{metro_name!r} is not a parameter of METRO")
+    return name
 
 
 def is_fairseq_state(state: dict[str, torch.Tensor]) -> bool:

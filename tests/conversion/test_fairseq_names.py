@@ -2,7 +2,7 @@
 
 import pytest
 
-from metro.conversion.fairseq_names import metro_name
+from metro.conversion.fairseq_names import metro_name, original_name
 from tests.pretraining.golden import load_checkpoint
 
 
@@ -21,13 +21,24 @@ def test_names_by_hand():
 
 
 @pytest.mark.parametrize("checkpoint", ["metro_tiny_a", "metro_tiny_b", "t5_tiny_c"])
-def test_no_two_parameters_of_a_checkpoint_get_the_same_name(testdata, checkpoint):
+def test_every_parameter_of_a_checkpoint_gets_a_name_of_its_own_and_its_old_one_back(
+    testdata, checkpoint
+):
     state = load_checkpoint(testdata / "golden", checkpoint)["model"]
-    names = [name for name in map(metro_name, state) if name is not None]
-    assert len(names) == len(set(names)) > 80
+    names = {name: metro_name(name) for name in state if metro_name(name) is not None}
+    assert len(names) == len(set(names.values())) > 80
+    assert all(original_name(new) == old for old, new in names.items())
 
 
-@pytest.mark.parametrize("name", ["encoder.layers.0.gate.weight", "classifier.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.layers.0.gate.weight",
+        "classifier.weight",
+        "encoder.layers.0.encoder_attn.q_proj.bias",
+    ],
+)
 def test_a_parameter_of_another_model_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=name):
-        metro_name(name)
+    for translate in (metro_name, original_name):
+        with pytest.raises(ValueError, match=name):
+            translate(name)
