@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from metro.data import DEFAULT_VALID_FRACTION, text_input
 from metro.data.preparation import Preparation, PreparationState, Progress
-from metro.data.prepared_folder import PreparedFolder, describe_differences
+from metro.data.prepared_folder import PreparedFolder
 from metro.data.text_encoding import WordCounter
 from metro.data.text_input import TextSource
 from metro.data.vocabulary import (
@@ -91,16 +91,9 @@ def prepare_text(
         "valid_fraction": valid_fraction,
     }
     folder = PreparedFolder(Path(out), settings)
-    finished = folder.finished_manifest(overwrite)
-    if finished and finished["settings"] == settings:
+    if finished := folder.finished_manifest(overwrite):
         say(f"{folder.out} is already finished; nothing to do")
         return PreparedText(folder.out, finished, True)
-    if finished and not overwrite:
-        raise ValueError(
-            f"{folder.out} is finished and was made with other settings: "
-            f"{describe_differences(finished['settings'], settings)}. "
-            "Choose another --out, or replace it with --overwrite"
-        )
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedText(folder.out, folder.complete(), False)

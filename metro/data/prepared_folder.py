@@ -29,11 +29,12 @@ class PreparedFolder:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._lock = None
 
-    def finished_manifest(self, overwrite: bool = False) -> dict | None:
-        """The manifest of an output that is complete, whatever its settings.
+    def finished_manifest(self, overwrite: bool) -> dict | None:
+        """The manifest of an output that is complete and was made with these settings.
 
         Raises:
-            ValueError: files of it are missing or changed; with ``overwrite`` it is None then.
+            ValueError: files of it are missing or changed, or it was made with other settings;
+                with ``overwrite`` the answer is None then.
         """
         manifest = read_json(self.out / self.manifest_name)
         for name, facts in (manifest or {}).get("files", {}).items():
@@ -45,6 +46,14 @@ class PreparedFolder:
                     f"{path} is missing or was changed after `{self.command}` wrote it: "
                     "prepare the folder again with --overwrite"
                 )
+        if manifest and manifest["settings"] != self.settings:
+            if overwrite:
+                return None
+            raise ValueError(
+                f"{self.out} is finished and was made with other settings: "
+                f"{describe_differences(manifest['settings'], self.settings)}. "
+                "Choose another --out, or replace it with --overwrite"
+            )
         return manifest
 
     def open(self, overwrite: bool) -> dict | None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.indexed_file import best_dtype
-from metro.data.prepared_folder import describe_differences
 from metro.data.prompt_output import FairseqTaskWriter, JsonlTaskWriter, PromptFolder
 from metro.data.prompt_rendering import (
     ChunkRenderer,
@@ -83,21 +82,11 @@ def prepare_prompts(
         raise ValueError(f"--workers is {num_workers}, and must be at least 1")
     folder = PromptFolder(Path(out), settings.fingerprint())
     finished = folder.finished_manifest(overwrite)
-    if (
-        finished
-        and finished["settings"] == folder.settings
-        and not (overwrite and finished["unavailable"])
-    ):
+    if finished and not (overwrite and finished["unavailable"]):
         missing = len(finished["unavailable"])
         again = f" ({missing} parts could not be had; --overwrite tries again)" if missing else ""
         say(f"{folder.out} is already finished; nothing to do{again}")
         return PreparedPrompts(folder.out, finished, True)
-    if finished and not overwrite:
-        raise ValueError(
-            f"{folder.out} is finished and was made with other settings: "
-            f"{describe_differences(finished['settings'], folder.settings)}. "
-            "Choose another --out, or replace it with --overwrite"
-        )
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedPrompts(folder.out, folder.complete(), False)
@@ -113,7 +102,7 @@ class _Preparation:
         self.say, self.progress = say, progress
         self.done: dict[str, dict] = earlier.get("done", {})
         self.current: dict = earlier.get("current", {})
-        self.unavailable: list[Unavailable] = settings.sources.without_templates()
+        self.unavailable: list[Unavailable] = [*settings.sources.without_templates()]
         self.dtype = best_dtype(len(settings.vocabulary)) if settings.vocabulary else None
         self.num_rendered = sum(facts["rendered"] for facts in self.done.values())
 
@@ -156,11 +145,12 @@ class _Preparation:
         bounds = [
             (first, min(first + step, part.num_rows)) for first in range(start, part.num_rows, step)
         ]
-        renderer = ChunkRenderer(part, self.settings.rendering, self._encoder())
+        renderer = (part, self.settings.rendering, self._encoder())
+        num_workers = min(self.num_workers, max(1, len(bounds)))
         saved, base = time.monotonic(), self.num_rendered
         self.progress(PromptProgress(plan.key, base, number, num_parts))
         try:
-            for (_, stop), chunk in map_in_order(_same, (renderer,), bounds, self._workers(bounds)):
+            for (_, stop), chunk in map_in_order(ChunkRenderer, renderer, bounds, num_workers):
                 for writer, task, encoded in zip(writers, tasks, chunk, strict=True):
                     writer.append(encoded.payload)
                     _merge(task["dropped"], encoded.dropped)
@@ -189,9 +179,6 @@ class _Preparation:
         self.current = {}
         self.done[plan.key] = {"rendered": part.num_rows * len(plan.templates), "tasks": tasks}
         self.folder.save_state(self._state())
-
-    def _workers(self, bounds: list) -> int:
-        return min(self.num_workers, max(1, len(bounds)))
 
     def _writer(self, plan: PartPlan, task: str, position: list | None):
         folder = self.folder.task_folder(plan.side, task)
@@ -280,10 +267,6 @@ def _together(writers: list, method: str) -> None:
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # ends before workers are forked again
         for done in [pool.submit(getattr(writer, method)) for writer in writers]:
             done.result()
-
-
-def _same(renderer: ChunkRenderer) -> ChunkRenderer:
-    return renderer
 
 
 def _merge(table: dict, new: dict[str, Dropped]) -> None:
