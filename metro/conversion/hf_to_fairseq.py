@@ -26,6 +26,7 @@ from metro.conversion.fairseq_checkpoint import (
 from metro.conversion.fairseq_names import original_state, plugin_state
 from metro.conversion.fairseq_to_hf import cast
 from metro.conversion.folder_weights import read_folder, read_tensors
+from metro.conversion.model_source import check_model_folder
 from metro.conversion.vocabulary_folder import FILES, build_tokenizer
 from metro.conversion.weights_check import check_weights, expected_shapes
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -47,13 +48,15 @@ class FairseqConversion:
     """What was done."""
 
     out: Path
-    num_parameters: int
     names: str
     """Whose parameter names the file has: ``original`` or ``metro``."""
     has_auxiliary: bool
     """Whether auxiliary model and RTD head are in it."""
     model: str
     """fairseq's name of the model that it is for."""
+    vocabulary: Path | None
+    """Folder with ``sp.model`` and ``dict.txt``, which are no part of a checkpoint; ``None`` where
+    the Hugging Face folder lacks them."""
 
 
 def to_fairseq(
@@ -87,7 +90,8 @@ def to_fairseq(
     if names not in NAMES:
         raise ValueError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
     num_sentinels = _num_sentinels(folder)
-    if all((folder / name).is_file() for name in FILES):
+    has_vocabulary = all((folder / name).is_file() for name in FILES)
+    if has_vocabulary:
         build_tokenizer(folder, config.vocab_size, num_sentinels)  # refuses another model's
     main = _main_weights(folder, config)
     settings = training.get("settings") or _settings(config, num_sentinels)
@@ -135,10 +139,10 @@ def to_fairseq(
         torch.save(content, temporary)
     return FairseqConversion(
         out,
-        num_parameters=sum(tensor.numel() for tensor in main.values()),
         names=names,
         has_auxiliary=auxiliary is not None,
         model=str(settings["model"].get("_name")),
+        vocabulary=folder if has_vocabulary else None,
     )
 
 
@@ -148,9 +152,8 @@ def read_config(folder: Path) -> MetroT5Config:
     Raises:
         ValueError: no folder, no or a damaged ``config.json``, or another kind of model.
     """
+    check_model_folder(folder)
     register()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # never ask
     except Exception as error:  # transformers raises nearly every class for a bad file
@@ -168,12 +171,7 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
     """The main model's tensors, the embedding matrix once; checked to be complete and to agree."""
     tensors = read_folder(folder)
     known = [name for name in TIED if name in tensors]
-    different = [
-        name
-        for name in known[1:]
-        if tensors[name].shape == tensors[known[0]].shape
-        and not torch.equal(tensors[name], tensors[known[0]])
-    ]
+    different = [name for name in known[1:] if not torch.equal(tensors[name], tensors[known[0]])]
     if different:
         raise ValueError(
             f"{folder} holds different tensors as {known[0]} and {', '.join(different)}, where the "

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from metro.conversion.model_source import check_file
+
 NO_CODE = "is refused, and nothing in it was run: it does not consist of weights and settings alone"
 
 
@@ -56,9 +58,7 @@ def load_tensors_and_settings(path: str | Path):
         ValueError: the file is cut or of another kind, or holds more than tensors and settings.
     """
     path = Path(path)
-    if not path.is_file():
-        folder = f"{path} is a folder: name a file in it" if path.is_dir() else ""
-        raise FileNotFoundError(folder or f"there is no file {path}")
+    check_file(path)
     try:
         with torch.serialization.safe_globals(allowed_classes()):
             # Mapped, not read: an optimizer's state is never touched, and takes no memory.

@@ -23,6 +23,10 @@ def test_there_and_back(testdata, tmp_path):
     assert "folds capitals" in done.output and "auxiliary" not in done.output.split("note:")[0]
     done = metro_convert("to-fairseq", folder, "--out", back)
     assert "auxiliary model" in done.output and "original parameter names" in done.output
+    assert f"vocabulary: stays in {folder}" in " ".join(done.output.split("\n"))
+    (folder / "sp.model").unlink()
+    done = metro_convert("to-fairseq", folder, "--out", tmp_path / "again.pt")
+    assert f"vocabulary: {folder} has none" in done.output
     original = torch.load(checkpoint, weights_only=True)["model"]
     state = torch.load(back, weights_only=True)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
