@@ -4,10 +4,14 @@ import contextlib
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+SECONDS_OF_SILENCE = 20
+"""While answers go into a file, a line on stderr after so many seconds."""
 
 
 def generate(
@@ -67,7 +71,18 @@ def generate(
     One answer per line, in the order of the texts; an empty line stays empty.
     """
     from metro.conversion.atomic_output import check_output
-    from metro.conversion.generation import GenerationSettings, answer_texts
+    from metro.conversion.model_source import model_source
+    from metro.modeling.text_metro_t5 import Vocabulary
+
+    source = open_texts(texts or [], input)
+    if output:
+        check_output(output, overwrite)
+    place = model_source(model)
+    if vocab:
+        Vocabulary.from_folder(vocab)
+    hub = "" if Path(place).exists() else f" ({place} on the Hugging Face hub)"
+    print(f"loading {model}{hub}", file=sys.stderr, flush=True)
+    from metro.conversion.generation import GenerationSettings, answer_texts  # seconds, for torch
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, max_input_tokens=max_input_tokens, num_beams=num_beams,
@@ -75,15 +90,15 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size, sample=sample, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size, sentinels=sentinels,
     )  # fmt: skip
-    source = open_texts(texts or [], input)
-    if output:
-        check_output(output, overwrite)
     loaded = load_quietly(model, device, dtype, vocab)
 
-    num_cut = 0
+    num_cut, told = 0, time.monotonic()
     with open_output(output, overwrite) as write:
-        for answered in answer_texts(*loaded, source, settings):
+        for number, answered in enumerate(answer_texts(*loaded, source, settings)):
             num_cut += answered.was_cut
+            if output and time.monotonic() - told > SECONDS_OF_SILENCE:
+                told = time.monotonic()
+                print(f"{number:,} texts answered", file=sys.stderr, flush=True)
             if as_json:
                 write(json.dumps({"text": answered.text, "answers": answered.answers},
                                  ensure_ascii=False))  # fmt: skip

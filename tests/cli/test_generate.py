@@ -116,6 +116,18 @@ def test_the_output_file_appears_complete_or_not_at_all(generate, folder, record
     assert output.read_text().splitlines() == recorded["greedy_text"][:1]
 
 
+def test_while_a_file_is_written_stderr_says_how_far_it_is(
+    folder, recorded, tmp_path, capsys, monkeypatch
+):
+    """Oracle: by hand; without patience every answer after the first is announced."""
+    monkeypatch.setattr("metro.cli.generate.SECONDS_OF_SILENCE", -1)
+    arguments = [str(folder), *recorded["sentences"][:3], "--max-new-tokens", "2"]
+    arguments += ["--device", "cpu", "--output", str(tmp_path / "answers.txt")]
+    load_command("generate")(arguments, standalone_mode=False)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"loading {folder}", *(f"{n} texts answered" for n in range(3))]
+
+
 def test_a_cut_text_is_reported(folder, recorded, capsys):
     long = recorded["sentences"][0] + " and more" * 300
     load_command("generate")(
@@ -147,7 +159,10 @@ def test_a_registered_name_and_a_hub_id_load_what_the_hub_cache_holds(folder, re
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == recorded["greedy_text"] * 2
-    assert done.stderr == ""
+    hub_id = "gonglinyuan/metro_t0p_base"
+    assert done.stderr.splitlines() == [
+        f"loading {name} ({hub_id} on the Hugging Face hub)" for name in ("metro_t0p_base", hub_id)
+    ]
 
 
 def test_a_fairseq_checkpoint_answers_like_its_export(testdata, generate, recorded):
