@@ -4,15 +4,16 @@
 family      source                      lengths (source, target)     from
 ==========  ==========================  ===========================  ==============================
 metro       ``<s> text </s>``           512, 256                     METRO-T0's evaluation
-t0          ``text``, no end symbol     512, 256                     T0's evaluation
+t0          ``text``, no end symbol     512, 256                     T0's evaluation, see below
 flipped     ``text </s>``               512, 64 (some tasks others)  FLIPPED's evaluation
 t5          ``text </s>``               512, 256                     ours, for any other model
 ==========  ==========================  ===========================  ==============================
 
-Targets always end with the end symbol, which counts. Lengths are never longer than the model's
-position table. With method channel the target is the prompt, which may be as long as a source.
-White space is folded to single blanks for the families whose tokenizers do so anyway; the text of
-instructions is left alone.
+T0's own script reads sources of up to 1024 tokens. On T0 Eval that is the same: its longest prompt
+has some 340. Targets always end with the end symbol, which counts. Lengths are never longer than
+the model's position table. With method channel the target is the prompt, which may be as long as a
+source. White space is folded to single blanks for the families whose tokenizers do so anyway; the
+text of instructions is left alone.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -57,14 +58,19 @@ class Protocol:
     def describe(self) -> str:
         """One line for people."""
         special = "with" if self.source_special_tokens else "without"
-        several = f" ({', '.join(f'{t} {s}/{n}' for t, (s, n) in self.task_lengths.items())})"
-        return (
+        parts = [
             f"{self.family}: sources {special} special tokens, at most {self.max_source_length} "
             f"tokens, targets {self.max_target_length} with end symbol"
-            f"{several if self.task_lengths else ''}"
-        )
+        ]
+        parts += [f"{task} {s} and {t}" for task, (s, t) in self.task_lengths.items()]
+        if self.family == "t0" and self.max_source_length < T0_SOURCE_LENGTH:
+            parts.append(
+                f"T0's own script reads {T0_SOURCE_LENGTH}: --max-source-length {T0_SOURCE_LENGTH}"
+            )
+        return "; ".join(parts)
 
 
+T0_SOURCE_LENGTH = 1024
 PROTOCOLS = {
     "metro": Protocol("metro"),
     "t0": Protocol("t0", source_special_tokens=False),
@@ -95,7 +101,7 @@ def choose_protocol(
     """The protocol of a model.
 
     Args:
-        family: of a registered model; None: by the kind of model.
+        family: one of PROTOCOLS; None: by the kind of model.
         model_config: the model's configuration, for its kind and the longest sequence it takes.
         method: ``direct``, ``channel`` or ``flipped``.
         max_source_length, max_target_length: instead of the family's, for all tasks.

@@ -40,7 +40,16 @@ def test_lengths_fit_the_position_table_and_the_method():
     assert choose_protocol("flipped", T5Config(), "channel").lengths("wsc") == (512, 512)
     chosen = choose_protocol("flipped", T5Config(), "flipped", max_source_length=300)
     assert chosen.lengths("hellaswag") == (300, 64)
-    assert "sources without special tokens" in PROTOCOLS["t0"].describe()
+
+
+def test_what_is_printed_says_where_lengths_come_from():
+    """Oracle: by hand. 1024 is the default of T0's own script."""
+    t0 = PROTOCOLS["t0"].describe()
+    assert "sources without special tokens, at most 512 tokens, targets 256 with end symbol" in t0
+    assert "T0's own script reads 1024: --max-source-length 1024" in t0
+    longer = choose_protocol("t0", T5Config(), "direct", max_source_length=1024)
+    assert "own script" not in longer.describe()
+    assert "story_cloze 256 and 128" in PROTOCOLS["flipped"].describe()
 
 
 def test_white_space_is_folded_but_for_instructions():
