@@ -1,6 +1,13 @@
 """Which implementation ``impl="auto"`` means."""
 
+import functools
+import importlib.util
+import os
+
 import torch
+
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels compute with; sums are in float32."""
 
 
 def is_eager_cpu(x: torch.Tensor) -> bool:
@@ -8,3 +15,41 @@ def is_eager_cpu(x: torch.Tensor) -> bool:
     is_float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     is_traced = torch.compiler.is_compiling()
     return is_float32_on_cpu and not is_traced and not torch.is_autocast_enabled("cpu")
+
+
+def is_eager_cuda(x: torch.Tensor) -> bool:
+    """Whether the paths for GPUs apply: in ``torch.compile`` the compiler writes its own."""
+    is_ours = x.device.type == "cuda" and x.dtype in KERNEL_TYPES
+    return is_ours and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_kernel(x: torch.Tensor) -> None:
+    """Refuse ``impl="triton"`` where no kernel can run.
+
+    Raises:
+        ValueError: without Triton, without a GPU (Triton's interpreter, which runs kernels on the
+            CPU to test them, does instead), or in float64.
+    """
+    if not has_triton():
+        raise ValueError(
+            "impl is 'triton', which is not installed: pip install 'metro[triton]'; or use 'auto'"
+        )
+    if x.dtype not in KERNEL_TYPES:
+        raise ValueError(f"impl 'triton' sums in float32, the input is {x.dtype}; use 'reference'")
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("impl 'triton' needs a GPU, the input is on the CPU; use 'auto'")
+
+
+def cast_for_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """As PyTorch's products do inside ``torch.autocast``; the gradients are cast back."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in tensors]

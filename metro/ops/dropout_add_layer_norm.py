@@ -1,0 +1,109 @@
+"""Dropout, residual and LayerNorm in one pass: the end of every layer of a post-LayerNorm model.
+
+PyTorch takes three passes: forward it reads 4 N D numbers and writes 3 N D, backward it reads 5 N D
+(LayerNorm's two kernels read the same twice) and writes 2 N D, and a byte for each number says what
+was dropped. The kernels read 2 N D and write N D forward, read 3 N D and write 2 N D (N D without
+dropout) backward. They keep ``x``, which PyTorch frees, in the place of the sum; the residual is
+kept anyway by the layer that reads it. What was dropped is drawn again.
+
+On the CPU it is PyTorch's: there the passes are a few percent of a layer.
+
+Floor: 8 N D numbers moved (7 without dropout), against PyTorch's 14.
+
+Shapes: N rows (tokens), D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from metro.ops.dispatch import check_kernel, has_triton, is_eager_cuda
+from metro.ops.dropout import dropout
+
+MAX_WIDTH = 4096
+"""A program holds whole rows in its registers: 512 threads with 128 each."""
+
+
+def dropout_add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    p: float = 0.0,
+    eps: float = 1e-5,
+    training: bool = True,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """``F.layer_norm(residual + F.dropout(x, p, training), (D,), weight, bias, eps)``.
+
+    Args:
+        x, residual: (..., D), also of two types, as under autocast.
+        weight, bias: D.
+        p: probability of dropping, for ``triton`` in steps of 2 ** -16.
+        eps: added to the variance.
+        training: nothing is dropped otherwise.
+        impl: ``reference`` (PyTorch's, with :func:`metro.ops.dropout.dropout`), ``triton``
+            (described above, sums in float32; drawn from PyTorch's generator of the device without
+            waiting for it), or ``auto``: ``triton`` on GPUs that have it, outside
+            ``torch.compile``. Where ``torch.compile`` makes a faster one of the formula is for
+            ``benchmarks/ops.py`` to say.
+
+    Returns:
+        As PyTorch's: of the wider of the two types, float32 under autocast.
+
+    Raises:
+        ValueError: an unknown ``impl``, ``triton`` where it cannot run, shapes that do not fit.
+    """
+    p = p if training else 0.0
+    if impl == "auto":
+        fits = weight.shape[-1] <= MAX_WIDTH
+        impl = "triton" if is_eager_cuda(x) and fits and has_triton() else "reference"
+    if impl == "reference":
+        return F.layer_norm(residual + dropout(x, p), weight.shape, weight, bias, eps)
+    if impl != "triton":
+        raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'triton'")
+    check_kernel(x)
+    if x.shape != residual.shape or x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, residual, weight, bias))
+        raise ValueError(f"x, residual, weight and bias are {shapes}; use (..., D) twice, D twice")
+    if weight.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"impl 'triton' takes rows of up to {MAX_WIDTH}; use 'reference'")
+    if p == 1.0:  # nothing is kept, and what is kept would be divided by 0
+        return F.layer_norm(residual + x * 0.0, weight.shape, weight, bias, eps)
+    return DropoutAddLayerNorm.apply(x, residual, weight, bias, p, eps)
+
+
+class DropoutAddLayerNorm(torch.autograd.Function):
+    """Keeps its inputs, and mean and reciprocal deviation of each row."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, p, eps):
+        from metro.ops.dropout_add_layer_norm_kernels import normalise
+
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.float32
+        seed = torch.randint(2**62, (1,), device=x.device) if p else None
+        x, residual = x.contiguous(), residual.contiguous()
+        out, means_N, scales_N = normalise(x, residual, weight, bias, p, eps, seed, dtype)
+        ctx.save_for_backward(x, residual, weight, means_N, scales_N, seed)
+        ctx.p, ctx.bias_dtype = p, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from metro.ops.dropout_add_layer_norm_kernels import normalise_backward
+
+        x, residual, weight, means_N, scales_N, seed = ctx.saved_tensors
+        grad_x, grad_residual, grad_weight, grad_bias = normalise_backward(
+            grad.contiguous(), x, residual, weight, means_N, scales_N, ctx.p, seed
+        )
+        return (
+            grad_x,
+            grad_residual,
+            grad_weight.to(weight.dtype),
+            grad_bias.to(ctx.bias_dtype),
+            None,
+            None,
+        )
