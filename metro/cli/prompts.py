@@ -37,7 +37,7 @@ def list_prompts(
     tree = find_templates(templates)
     names = tree.datasets()
     if mixture:
-        chosen = find_mixture(mixture)
+        chosen = find_mixture(mixture).in_tree(tree)
         names = list(chosen.data_sets)
     if dataset:
         wanted = split_dataset_name(dataset, tree)
@@ -63,10 +63,11 @@ def list_prompts(
 
 def _print_template(template, as_json: bool) -> None:
     import json
+    from dataclasses import asdict
 
     if as_json:
-        fields = {key: getattr(template, key) for key in template.__dataclass_fields__}
-        typer.echo(json.dumps({"task": template.task_name, **fields}, ensure_ascii=False))
+        fields = {"task": template.task_name, **asdict(template)}
+        typer.echo(json.dumps(fields, ensure_ascii=False))
         return
     facts = [", ".join(template.metrics) or "no metric"]
     facts += ["answer choices"] if template.answer_choices else []

@@ -93,10 +93,11 @@ def available_splits(
     if data_dir is not None:
         folder = _local_folder(Path(data_dir), dataset, subset)
         found = sorted(path.stem for path in folder.glob("*.jsonl"))
-        usable = [split for split in entry.splits if split in found] if entry else found
+        wanted = entry.splits if entry and entry.splits else found
+        usable = [split for split in wanted if split in found]
         if not usable:
             raise DatasetUnavailable(
-                f"{folder} has none of the splits {', '.join(entry.splits)} of "
+                f"{folder} has none of the splits {', '.join(wanted)} of "
                 f"{name_of(dataset, subset)}: it has {', '.join(found)}"
             )
         return usable

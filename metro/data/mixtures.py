@@ -76,6 +76,15 @@ class Mixture:
             if self.reason_to_leave_out(template) is None
         ]
 
+    def in_tree(self, tree: TemplateTree) -> "Mixture":
+        """The mixture with its data sets under the tree's names.
+
+        The text ``Zaid/coqa_expanded`` does not say that it is a data set without subset.
+        """
+        known = {name_of(*names): names for names in tree.datasets()}
+        found = (known.get(name_of(*names), names) for names in self.data_sets)
+        return replace(self, data_sets=tuple(found))
+
     def cap_per_template(self, num_templates: int) -> int:
         """The most examples of one template in an epoch.
 

@@ -1,6 +1,7 @@
 """What is to be prepared: the options of `metro prepare-prompts`, checked and put together."""
 
 import hashlib
+from dataclasses import astuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +99,9 @@ def read_settings(
         limit=limit,
         valid_limit=valid_limit,
     )
+    can_flip = format == "jsonl" and source == "templates"
     rendering = RenderingSettings(
-        seed, found.fold_whitespace, found.needs_choices, instruction_text, format == "jsonl"
+        seed, found.fold_whitespace, found.needs_choices, instruction_text, can_flip
     )
     vocabulary = Vocabulary.from_folder(vocab) if vocab else None
     return PromptSettings(found, sources, format, vocabulary, rendering, lower)
@@ -119,9 +121,8 @@ def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
 
 def _rules(mixture: Mixture) -> str:
     """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
-    facts = [sorted(value) if isinstance(value, frozenset) else value for value in
-             (getattr(mixture, name) for name in mixture.__dataclass_fields__)]  # fmt: skip
-    return _digest(facts)
+    values = astuple(mixture)
+    return _digest([sorted(value) if isinstance(value, frozenset) else value for value in values])
 
 
 def _digest(facts: list) -> str:

@@ -6,7 +6,7 @@ in some tasks ``answer_choices``.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from metro.data import datasets
 from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.mixtures import Mixture, find_mixture
-from metro.data.prompt_rendering import Part, SplitRows
+from metro.data.prompt_rendering import Part, Problem, SplitRows, make_example
+from metro.data.prompt_sandbox import unprotect
 from metro.data.prompts import PromptTemplate, RenderedExample, TemplateTree
 
 SOURCES = ("templates", "p3")
@@ -31,11 +32,14 @@ class P3Task(PromptTemplate):
         fields = {"inputs_pretokenized", "targets_pretokenized"}
         if missing := tuple(sorted(fields - set(row))):
             return RenderedExample("", "", None, None, missing)
-        target = str(row["targets_pretokenized"]).strip()
+        text, target = (
+            unprotect(str(row[name])).strip()
+            for name in ("inputs_pretokenized", "targets_pretokenized")
+        )
         choices = row.get("answer_choices") or None
         choices = [str(choice).strip() for choice in choices] if choices else None
         label = choices.index(target) if choices and target in choices else None
-        return RenderedExample(str(row["inputs_pretokenized"]).strip(), target, choices, label, ())
+        return RenderedExample(text, target, choices, label, ())
 
 
 class Unavailable(NamedTuple):
@@ -102,13 +106,15 @@ class PromptSources:
         for name, value in (("--limit", limit), ("--valid-limit", valid_limit)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, and must be at least 1")
-        self.mixture, self.tree, self.source, self.data_dir = mixture, tree, source, data_dir
+        self.mixture, self.tree = mixture.in_tree(tree), tree
+        self.source, self.data_dir = source, data_dir
         self.validation = validation
-        self.limits = {"train": limit, "valid": valid_limit if valid_limit else limit}
+        self.limits = {"train": limit, "valid": valid_limit or limit}
 
     @cached_property
     def _plan(self) -> tuple[list[PartPlan], list[Unavailable]]:
         plans, unavailable = [], []
+        named: dict[tuple[str, str], str] = {}  # (side, task) -> template
         validated = self._validation_mixture()
         for dataset, subset in self.mixture.data_sets:
             for side in ("train", "valid"):
@@ -123,10 +129,18 @@ class PromptSources:
                     continue
                 if not templates:
                     continue  # left out by the mixture's own rules
+                for template in templates:
+                    where = f"{template.name!r} of {name_of(dataset, subset)}"
+                    other = named.setdefault((side, template.task_name), where)
+                    if other != where:
+                        raise ValueError(
+                            f"templates {other} and {where} both make the task "
+                            f"{template.task_name}: rename one of them"
+                        )
                 cap = mixture.cap_per_template(len(templates))
                 if self.source == "p3":
                     for template in templates:
-                        task = (P3Task(**vars_of(template)),)
+                        task = (P3Task(*astuple(template)),)
                         plans.append(PartPlan(dataset, subset, side, task, cap))
                 else:
                     plans.append(PartPlan(dataset, subset, side, tuple(templates), cap))
@@ -162,14 +176,19 @@ class PromptSources:
     def splits(self, plan: PartPlan) -> list[str]:
         """Train: those whose name begins with ``train``; valid: all others.
 
+        P3 has rendered splits without labels, too, so that the table of the data set decides.
+
         Raises:
             DatasetUnavailable: the data set, or this side of it, cannot be had.
         """
         found = datasets.available_splits(*self._names(plan), data_dir=self.data_dir)
-        wanted = [split for split in found if split.startswith("train") == (plan.side == "train")]
+        entry = datasets.dataset_table().get(name_of(plan.dataset, plan.subset))
+        has_table = self.source == "p3" and entry and entry.splits
+        usable = [split for split in found if split in entry.splits] if has_table else found
+        wanted = [split for split in usable if split.startswith("train") == (plan.side == "train")]
         if not wanted:
             side = "training" if plan.side == "train" else "validation"
-            raise DatasetUnavailable(f"no {side} split: it has {', '.join(found)}")
+            raise DatasetUnavailable(f"no {side} split with labels: it has {', '.join(found)}")
         return wanted
 
     def local_files(self) -> list[list]:
@@ -233,10 +252,6 @@ class PromptSources:
         return (P3, task) if self.data_dir is None else ("P3", task)
 
 
-def vars_of(template: PromptTemplate) -> dict:
-    return {name: getattr(template, name) for name in template.__dataclass_fields__}
-
-
 class PlannedRow(NamedTuple):
     """One line of what `--dry-run` prints."""
 
@@ -254,8 +269,6 @@ class PlannedRow(NamedTuple):
 
 def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[PlannedRow | Unavailable]:
     """The plan with its sizes: counted rows, and tokens measured on a few of them."""
-    from metro.data.prompt_rendering import Problem, make_example
-
     yield from sources.without_templates()
     for plan in sources.plans():
         try:

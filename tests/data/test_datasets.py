@@ -68,6 +68,8 @@ def test_local_folder_is_found_by_subset_default_or_configuration(tmp_path, tabl
     assert len(load_rows("named", None, "validation", data_dir=tmp_path, limit=3)) == 3
     assert available_splits("named", None, data_dir=tmp_path) == ["validation"]
     assert available_splits("only", None, data_dir=tmp_path) == ["dev"]
+    table["only"] = DatasetEntry(manual="ask for it")
+    assert available_splits("only", None, data_dir=tmp_path) == ["dev"]
     for name, subset, message in (
         ("other", None, "write its rows as other/default/<split>.jsonl"),
         ("sub", "s3", "write its rows as sub/s3/<split>.jsonl"),
