@@ -37,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Is this review positive or negative? Review: I loved it.", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{show}
 ```
 
 With METRO installed, `metro.load(folder)` gives model and tokenizer, runs none of the folder's
@@ -91,8 +91,12 @@ def model_card(
         f"{config.relative_attention_max_distance}",
         "weights": str(weights["shared.weight"].dtype).removeprefix("torch."),
     }
+    show = "print(tokenizer.decode(output[0], skip_special_tokens=True)"
+    if config.decoder_start_token_id != config.eos_token_id:  # only pretrained
+        show += '.replace("<sen000>", "")'
     return TEMPLATE.format(
         name=name,
+        show=show + ")",
         summary=summary or f"A METRO-T5 model. Architecture: {PAPER}.",
         sizes=_table(sizes),
         training=_table(training)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import metro
 from metro.conversion.fairseq_names import metro_name
 from metro.conversion.fairseq_to_hf import to_hf
+from metro.conversion.generation import GenerationSettings, answer_texts
 from tests.conversion.conftest import CHECKPOINTS
 
 
@@ -218,6 +219,20 @@ def test_model_card_says_what_the_settings_say(exported, testdata):
     ):
         assert text in card, text
     assert "| updates | 300 + 350 |" in (exported("t5_prompt_tiny_f") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["metro_tiny_a", "t5_tiny_c", "t5_prompt_tiny_f"])
+def test_the_example_of_the_card_prints_the_answer_alone(exported, name, capsys, monkeypatch):
+    """Oracle: the answer of ``metro generate``, which knows what starts and ends it."""
+    folder = exported(name)
+    monkeypatch.chdir(folder.parent)
+    example = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(example.replace(", trust_remote_code=True", ""), {})
+    text = example.split('tokenizer("')[1].split('"')[0]
+    (answered,) = answer_texts(*metro.load(folder), [text], GenerationSettings(max_new_tokens=64))
+    printed = capsys.readouterr().out.strip()
+    assert printed == answered.answers[0]
+    assert printed or name == "metro_tiny_a"  # which ends at once
 
 
 def test_files_name_no_path_of_the_machine_that_trained(tmp_path, testdata):

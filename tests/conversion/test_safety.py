@@ -258,6 +258,19 @@ def test_tensors_of_a_folder_are_checked_and_listed_at_once(folder):
     assert "encoder.pos_embed.weight (7, 64) instead of (1026, 64)" in message
 
 
+def test_a_second_embedding_that_differs_is_refused(folder):
+    """Oracle: by hand; a value, and a shape."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["shared.weight"]
+    for other in (embedding + 1, embedding[:3].clone()):
+        tensors["lm_head.weight"] = other
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="shared.weight and lm_head.weight.*mixed up"):
+            to_fairseq(folder, folder.parent / "out.pt")
+
+
 def test_a_config_of_another_model_is_refused(folder):
     change_json(folder / "config.json", d_ff=256)
     both_refuse(folder, r"wi.weight \(128, 64\) instead of \(256, 64\)")
