@@ -1,10 +1,11 @@
 """`metro prepare-prompts`: data sets and prompt templates to finetuning data."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from metro.cli.progress import Work
 
 
 def prepare_prompts(
@@ -70,12 +71,11 @@ def prepare_prompts(
 
     Run the same command again to continue after an interruption.
     """
-    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     from metro.data.prompt_preparation import prepare_prompts as prepare
     from metro.data.prompt_settings import plan_prompts, read_settings
 
-    console = Console(stderr=True, highlight=False)
     options = dict(
         vocab=vocab,
         format=format,
@@ -96,61 +96,31 @@ def prepare_prompts(
         return
     if out is None:
         raise ValueError("--out is missing: name the folder to make (or add --dry-run)")
-    bar, show = _progress_bar(console)
-    try:
-        result = prepare(
-            mixture,
-            out,
-            num_workers=workers,
-            overwrite=overwrite,
-            say=lambda line: console.print(line, markup=False, soft_wrap=True),
-            progress=show,
-            **options,
-        )
-    except KeyboardInterrupt:
-        console.print("interrupted: run the same command again to continue")
-        raise typer.Exit(130) from None
-    except RuntimeError as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-    _print_result(console, result)
-
-
-def _progress_bar(console):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
+    work = Work(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("parts"),
         TextColumn("{task.fields[rendered]:,} prompts"),
         TimeElapsedColumn(),
-        console=console,
-        auto_refresh=False,  # no thread: worker processes are forked while the bar stands
     )
-    task, last_shown = None, 0.0
-
-    def show(now) -> None:
-        nonlocal task, last_shown
-        if task is None:  # not before: a refused option would leave an empty bar behind
-            bar.start()
-            task = bar.add_task(now.step, rendered=0)
-        is_due = time.monotonic() - last_shown > 0.1
-        last_shown = time.monotonic() if is_due else last_shown
-        bar.update(
-            task,
-            description=now.step,
-            completed=now.parts_done,
-            total=now.num_parts,
-            rendered=now.done,
-            refresh=is_due,
+    with work:
+        result = prepare(
+            mixture,
+            out,
+            num_workers=workers,
+            overwrite=overwrite,
+            say=work.say,
+            progress=lambda now: work.show(
+                "prompts",
+                description=now.step,
+                completed=now.parts_done,
+                total=now.num_parts,
+                rendered=now.done,
+            ),
+            **options,
         )
-
-    return bar, show
+    _print_result(work, result)
 
 
 def _print_plan(lines, settings) -> None:
@@ -198,27 +168,19 @@ def _print_unavailable(console, rows) -> None:
     console.print(table)
 
 
-def _print_result(console, result) -> None:
+def _print_result(work: Work, result) -> None:
     from metro.data.prompt_sources import Unavailable
 
     manifest = result.manifest
-    _print_unavailable(console, [Unavailable(**row) for row in manifest["unavailable"]])
+    _print_unavailable(work.console, [Unavailable(**row) for row in manifest["unavailable"]])
     for reason in sorted(set(manifest["left_out"].values())):
         count = sum(found == reason for found in manifest["left_out"].values())
-        console.print(f"templates left out by the mixture's rules: {count} ({reason})")
+        work.say(f"templates left out by the mixture's rules: {count} ({reason})")
     for kind in ("dropped", "noted"):
         for reason, facts in manifest[kind].items():
-            console.print(
-                f"{kind} {facts['count']:,}: {reason} (first: {facts['first']})",
-                markup=False,
-                soft_wrap=True,
-            )
+            work.say(f"{kind} {facts['count']:,}: {reason} (first: {facts['first']})")
     if empty := manifest["empty_tasks"]:
-        console.print(
-            f"tasks without a single example, left out: {', '.join(empty)}",
-            markup=False,
-            soft_wrap=True,
-        )
+        work.say(f"tasks without a single example, left out: {', '.join(empty)}")
     parts = []
     for side, tasks in manifest["splits"].items():
         examples = sum(facts["num_examples"] for facts in tasks.values())

@@ -1,11 +1,11 @@
 """`metro prepare-text`: text to binarised pretraining data."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from metro.cli.progress import Work
 from metro.data import DEFAULT_VALID_FRACTION
 
 
@@ -44,11 +44,9 @@ def prepare_text(
 
     Run the same command again to continue after an interruption.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -57,8 +55,7 @@ def prepare_text(
 
     from metro.data.corpus import prepare_text as prepare
 
-    console = Console(stderr=True, highlight=False)
-    bar = Progress(
+    work = Work(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
@@ -66,39 +63,20 @@ def prepare_text(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,  # no thread: worker processes are forked while the bar stands
     )
-    tasks, last_shown = {}, 0.0
-
-    def show(now) -> None:
-        nonlocal last_shown
-        if now.step not in tasks:
-            tasks[now.step] = bar.add_task(now.step, total=now.total, completed=now.done)
-        is_due = time.monotonic() - last_shown > 0.1
-        last_shown = time.monotonic() if is_due else last_shown
-        bar.update(tasks[now.step], completed=now.done, refresh=is_due)
-
-    try:
-        with bar:
-            result = prepare(
-                [*input, *(more_inputs or [])],
-                out,
-                vocab=vocab,
-                train_vocab=train_vocab,
-                lower=not cased,
-                num_workers=workers,
-                valid_fraction=valid_fraction,
-                overwrite=overwrite,
-                say=lambda line: console.print(line, markup=False, soft_wrap=True),
-                progress=show,
-            )
-    except KeyboardInterrupt:
-        console.print("interrupted: run the same command again to continue")
-        raise typer.Exit(130) from None
-    except RuntimeError as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with work:
+        result = prepare(
+            [*input, *(more_inputs or [])],
+            out,
+            vocab=vocab,
+            train_vocab=train_vocab,
+            lower=not cased,
+            num_workers=workers,
+            valid_fraction=valid_fraction,
+            overwrite=overwrite,
+            say=work.say,
+            progress=lambda now: work.show(now.step, completed=now.done, total=now.total),
+        )
     if not result.was_finished:
         counts = result.manifest["counts"]
         unknown = counts["unknown_tokens"] / (counts["train_tokens"] + counts["valid_tokens"])
