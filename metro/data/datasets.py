@@ -150,47 +150,35 @@ def local_file(data_dir: str | Path, dataset: str, subset: str | None, split: st
 class JsonlRows(Sequence):
     """The rows of a jsonl file, found through the places where its lines begin.
 
-    Pickled, it is the file's name and those places: a worker opens the file itself.
+    Pickled, it is the file's name and those places: a worker opens the file itself. A line that is
+    no row raises ``ValueError`` when it is read.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None, derive: dict | None = None):
         self.path, self.derive = Path(path), derive or {}
-        self.starts = _line_starts(self.path)
+        self.offsets = self._find_offsets()
         if limit is not None:
-            self.starts = self.starts[: max(0, limit) + 1]
+            self.offsets = self.offsets[: max(0, limit) + 1]
         self._file = None
 
+    def _find_offsets(self):
+        return _line_starts(self.path)
+
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} rows and none at {index}")
-        index %= len(self)
+        index = int(index) % len(self)
         if self._file is None or self._process != os.getpid():  # a forked worker reads on its own
             self._file, self._process = self.path.open("rb"), os.getpid()
-        start, end = int(self.starts[index]), int(self.starts[index + 1])
-        self._file.seek(start)
-        return self.parse(self._file.read(end - start), index)
-
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The lines of some rows, in one read."""
-        with self.path.open("rb") as file:
-            first = int(self.starts[start])
-            file.seek(first)
-            block = file.read(int(self.starts[stop]) - first)
-        for i in range(start, stop):
-            yield block[int(self.starts[i]) - first : int(self.starts[i + 1]) - first]
-
-    def parse(self, line: bytes, index: int) -> dict:
-        """
-        Raises:
-            ValueError: the line is no row.
-        """
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        self._file.seek(start)  # stays in the file's buffer where rows are read in order
         try:
-            row = json.loads(line)
+            row = json.loads(self._file.read(end - start))
         except ValueError as error:
             raise ValueError(f"{self.path}, row {index}: not JSON: {error}") from None
         if not isinstance(row, dict):

@@ -74,21 +74,15 @@ class Part(NamedTuple):
 
 
 def _read_rows(rows: Sequence[dict], indices: list[int]) -> Iterator[tuple[int, Any, str]]:
-    """Neighbouring rows in one read; a broken line costs itself alone."""
-    if not indices:
-        return
-    is_run = indices[-1] - indices[0] + 1 == len(indices)
+    """A broken line costs itself alone; neighbouring rows of the hub's tables come in one read."""
     if isinstance(rows, JsonlRows):
-        if is_run:
-            lines = rows.read(indices[0], indices[-1] + 1)
-        else:
-            lines = (next(rows.read(i, i + 1)) for i in indices)
-        for index, line in zip(indices, lines, strict=True):
+        for index in indices:
             try:
-                yield index, rows.parse(line, index), ""
+                yield index, rows[index], ""
             except ValueError as error:
                 yield index, None, f"unreadable row: {str(error).partition(f'row {index}: ')[2]}"
-    else:
+    elif indices:
+        is_run = indices[-1] - indices[0] + 1 == len(indices)
         found = rows[indices[0] : indices[-1] + 1] if is_run else [rows[i] for i in indices]
         yield from ((index, row, "") for index, row in zip(indices, found, strict=True))
 

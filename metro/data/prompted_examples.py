@@ -8,14 +8,14 @@ the page cache: a folder of any size opens at once and costs no memory per proce
 """
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
+
+from metro.data.datasets import JsonlRows
 
 MANIFEST = "prompts.json"
 
 
-class PromptedExamples(Sequence):
+class PromptedExamples(JsonlRows):
     """The examples of one jsonl file, as dicts. Picklable; every process opens the file itself.
 
     Args:
@@ -34,56 +34,35 @@ class PromptedExamples(Sequence):
             path = files[0]
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: make it with `metro prepare-prompts`")
-        self.path = path
-        self._open()
+        super().__init__(path)
+        if int(self.offsets[-1]) != path.stat().st_size:
+            raise ValueError(
+                f"{path} does not end where {self._beside('offsets').name} says: prepare it again"
+            )
 
-    def _open(self) -> None:
+    def _find_offsets(self):
         import numpy as np
 
-        offsets = self.path.with_suffix(".offsets.npy")
+        offsets = self._beside("offsets")
         if offsets.is_file():
-            self.offsets = np.load(offsets, mmap_mode="r")
-        else:  # a file that somebody wrote by hand
-            from metro.data.datasets import JsonlRows
+            return np.load(offsets, mmap_mode="r")
+        return super()._find_offsets()  # a file that somebody wrote by hand
 
-            self.offsets = JsonlRows(self.path).starts
-        if int(self.offsets[-1]) != self.path.stat().st_size:
-            raise ValueError(
-                f"{self.path} does not end where {offsets.name} says: prepare it again"
-            )
-        self._file = self._process = None
+    def _beside(self, what: str) -> Path:
+        return self.path.with_suffix(f".{what}.npy")
 
     @property
     def rows(self):
         """int32, the source row of each example, ascending."""
         import numpy as np
 
-        path = self.path.with_suffix(".rows.npy")
+        path = self._beside("rows")
         if path.is_file():
             return np.load(path, mmap_mode="r")
         return np.array([example["row"] for example in self], np.int32)
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self)} examples and none at {index}")
-        index = int(index) % len(self)
-        if self._process != os.getpid():  # a forked worker must not share the file's position
-            self._file, self._process = self.path.open("rb"), os.getpid()
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        self._file.seek(start)
-        return json.loads(self._file.read(end - start))
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.path = state["path"]
-        self._open()
+    def __reduce__(self):  # the offsets are mapped again, not copied
+        return type(self), (self.path,)
 
 
 def read_manifest(folder: str | Path) -> dict:

@@ -37,7 +37,7 @@ def test_jsonl_rows_equal_reading_line_by_line(tmp_path):
     rows = JsonlRows(file)
     assert [*rows] == [json.loads(line) for line in lines] and len(rows) == 5
     assert rows[-1] == rows[4] and rows[1:4] == [rows[1], rows[2], rows[3]]
-    assert [*rows.read(2, 4)] and pickle.loads(pickle.dumps(rows))[3] == rows[3]
+    assert pickle.loads(pickle.dumps(rows))[3] == rows[3]
     assert len(JsonlRows(file, limit=2)) == 2 and len(JsonlRows(file, limit=99)) == 5
     with pytest.raises(IndexError):
         rows[5]
