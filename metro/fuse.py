@@ -6,28 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metro.modeling.attention_metro_t5 import Attention, Visibility, attend
-from metro.modeling.layers_metro_t5 import AttentionLayer, FeedForward, FeedForwardLayer
+from metro.modeling.attention_metro_t5 import Attention, Visibility, attend, project_each
+from metro.modeling.layers_metro_t5 import (
+    AttentionLayer,
+    FeedForward,
+    FeedForwardLayer,
+    add_and_norm,
+)
 from metro.ops.dispatch import is_eager_cpu
-from metro.ops.dropout import dropout
+from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from metro.ops.feed_forward import feed_forward
+from metro.ops.packed_linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Let attention, feed-forward and dropout of a METRO model use the fused operations, in place.
+    """Let a METRO model compute its layers with the fused operations, in place.
 
-    Parameters, their names and the state dict stay as they are. Calls that ask for the attention
-    weights are computed the plain way.
+    These are attention, its projections, the feed-forward network, and dropout with residual and
+    LayerNorm. Parameters, their names and the state dict stay as they are: weights can be loaded,
+    moved, cast and trained before and after. Layers that were replaced (by adapters, say) are
+    called as they are, and calls that ask for the attention weights are computed the plain way.
 
     Returns:
         the model.
     """
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = fused_attend
+            module.attend, module.project = fused_attend, fused_project
         elif isinstance(module, AttentionLayer | FeedForwardLayer):
-            module.drop = dropout
+            module.add_and_norm = fused_add_and_norm
         elif isinstance(module, FeedForward):
             module.forward = MethodType(fused_feed_forward, module)
     return model
@@ -36,17 +44,36 @@ def fuse(model: nn.Module) -> nn.Module:
 def fused_feed_forward(module: FeedForward, hidden_BTD: torch.Tensor) -> torch.Tensor:
     """:class:`metro.modeling.layers_metro_t5.FeedForward` by the fused operation."""
     has_dropout = module.training and module.dropout
-    # Adapters replace the layers.
-    is_plain = type(module.wi) is nn.Linear and type(module.wo) is nn.Linear
-    if (
-        has_dropout
-        or module.activation is not F.relu
-        or not is_plain
-        or not is_eager_cpu(hidden_BTD)
-    ):
-        return FeedForward.forward(module, hidden_BTD)
     wi, wo = module.wi, module.wo
+    if has_dropout or module.activation is not F.relu or not are_linear(wi, wo):
+        return FeedForward.forward(module, hidden_BTD)
     return feed_forward(hidden_BTD, wi.weight, wi.bias, wo.weight, wo.bias)
+
+
+def fused_project(x_BTD: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """:func:`metro.modeling.attention_metro_t5.project_each` by the fused operation."""
+    if not are_linear(*layers):
+        return project_each(x_BTD, *layers)
+    return packed_linear(x_BTD, [x.weight for x in layers], [x.bias for x in layers])
+
+
+def fused_add_and_norm(x, residual, layer_norm: nn.LayerNorm, dropout: float, training: bool):
+    """:func:`metro.modeling.layers_metro_t5.add_and_norm` by the fused operation."""
+    if type(layer_norm) is not nn.LayerNorm or is_hooked(layer_norm):
+        return add_and_norm(x, residual, layer_norm, dropout, training)
+    weight, bias = layer_norm.weight, layer_norm.bias
+    return dropout_add_layer_norm(x, residual, weight, bias, dropout, layer_norm.eps, training)
+
+
+def are_linear(*layers: nn.Module) -> bool:
+    """Whether they are what they were built as: adapters replace layers, or hook themselves in."""
+    return all(type(layer) is nn.Linear and not is_hooked(layer) for layer in layers)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than computing it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def fused_attend(
@@ -59,9 +86,10 @@ def fused_attend(
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
-    # Without gradients PyTorch's own attention keeps nothing either, and needs no second pass; on
-    # other devices it is the only implementation so far.
-    if return_weights or not torch.is_grad_enabled() or not is_eager_cpu(q_BHTK):
+    # On the CPU PyTorch's own attention keeps nothing either where no gradients are asked for, and
+    # needs no second pass; elsewhere the operation knows where its kernels pay.
+    serves = is_eager_cpu(q_BHTK) and torch.is_grad_enabled() or q_BHTK.device.type == "cuda"
+    if return_weights or not serves:
         return attend(
             q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, attention_dropout, return_weights
         )

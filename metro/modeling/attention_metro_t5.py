@@ -145,6 +145,11 @@ def bias_of_pairs(
     return bias_HTT[:, query_positions].transpose(0, 1)
 
 
+def project_each(x_BTD: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """Each layer of the same input."""
+    return [layer(x_BTD) for layer in layers]
+
+
 class Attention(nn.Module):
     """Multi-head attention scaled by 1/sqrt(K), for self- and cross-attention.
 
@@ -161,6 +166,7 @@ class Attention(nn.Module):
     """
 
     attend = staticmethod(attend)
+    project = staticmethod(project_each)
 
     def __init__(self, config, has_relative_attention_bias: bool = False):
         super().__init__()
@@ -200,11 +206,15 @@ class Attention(nn.Module):
         cache=None,
         output_attentions=False,
     ):
-        q_BHTK = self.split_heads(self.q(hidden_BTD))
         if cache is not None and cache.is_complete:
+            q_BHTK = self.split_heads(self.q(hidden_BTD))
             k_BHSK, v_BHSK = cache.states
         else:
-            k_BHSK, v_BHSK = (self.split_heads(proj(states_BSD)) for proj in (self.k, self.v))
+            if hidden_BTD is states_BSD:
+                projected = self.project(hidden_BTD, self.q, self.k, self.v)
+            else:
+                projected = [self.q(hidden_BTD), *self.project(states_BSD, self.k, self.v)]
+            q_BHTK, k_BHSK, v_BHSK = map(self.split_heads, projected)
             if cache is not None:
                 k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK)
         eager = output_attentions or self.config._attn_implementation == "eager"

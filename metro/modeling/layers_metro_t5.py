@@ -21,10 +21,15 @@ class PositionTable(nn.Embedding):
     """Learned absolute positions; a class of its own for how its fresh weights are drawn."""
 
 
+def add_and_norm(x, residual, layer_norm: nn.LayerNorm, dropout: float, training: bool):
+    """``LayerNorm(residual + Dropout(x))``."""
+    return layer_norm(residual + F.dropout(x, dropout, training))
+
+
 class AttentionLayer(nn.Module):
     """Attention, residual and LayerNorm. ``SelfAttention`` or ``EncDecAttention``, as released."""
 
-    drop = staticmethod(F.dropout)
+    add_and_norm = staticmethod(add_and_norm)
 
     def __init__(self, config, name: str, has_relative_attention_bias: bool = False):
         super().__init__()
@@ -39,8 +44,10 @@ class AttentionLayer(nn.Module):
 
     def forward(self, hidden_BTD, states_BSD, **kwargs):
         out_BTD, weights = self.attention(hidden_BTD, states_BSD, **kwargs)
-        out_BTD = self.drop(out_BTD, self.dropout, self.training)
-        return self.layer_norm(hidden_BTD + out_BTD), weights
+        out_BTD = self.add_and_norm(
+            out_BTD, hidden_BTD, self.layer_norm, self.dropout, self.training
+        )
+        return out_BTD, weights
 
 
 class FeedForward(nn.Module):
@@ -60,7 +67,7 @@ class FeedForward(nn.Module):
 class FeedForwardLayer(nn.Module):
     """Feed-forward, residual and LayerNorm."""
 
-    drop = staticmethod(F.dropout)
+    add_and_norm = staticmethod(add_and_norm)
 
     def __init__(self, config):
         super().__init__()
@@ -69,8 +76,8 @@ class FeedForwardLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def forward(self, hidden_BTD):
-        out_BTD = self.drop(self.DenseReluDense(hidden_BTD), self.dropout, self.training)
-        return self.layer_norm(hidden_BTD + out_BTD)
+        out_BTD = self.DenseReluDense(hidden_BTD)
+        return self.add_and_norm(out_BTD, hidden_BTD, self.layer_norm, self.dropout, self.training)
 
 
 class Block(nn.Module):

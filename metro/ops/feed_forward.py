@@ -1,8 +1,13 @@
-"""The feed-forward network of a layer, which on the CPU keeps one tensor of its inner width.
+"""The feed-forward network of a layer, which keeps one tensor of its inner width.
 
 PyTorch writes four a step: before and after the activation, and their gradients. They are the
-largest of a layer, and fresh memory costs as much as several passes over it: here the
+largest of a layer. On the CPU fresh memory costs as much as several passes over it: here the
 activation is in place, and its gradient exists for some rows at a time.
+
+On a GPU the product applies the activation before it writes (cuBLASLt's epilogue): 2 N F numbers
+less are moved, 0.2 GB or 42 us at 4.8 TB/s for 16k tokens and F = 3,072 in half precision, beside
+0.6 ms of products; the gradient's mask, 3 N F, is in place. To save that pass as well, a kernel
+written by hand would have to multiply as fast as cuBLAS does.
 
 Floor: 12 N D F multiplications and additions, N F numbers kept.
 
@@ -13,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import is_eager_cpu
+from metro.ops.dispatch import cast_for_autocast, is_eager_cpu, is_eager_cuda
 
 ROWS = 1024
-"""Rows of which the backward pass holds the inner gradient."""
+"""Rows of which the backward pass on the CPU holds the inner gradient."""
 
 
 def feed_forward(
@@ -32,28 +37,39 @@ def feed_forward(
     Args:
         x: (..., D).
         weight_in, bias_in: F,D and F. weight_out, bias_out: D,F and D.
-        impl: ``reference`` (PyTorch's), ``in_place`` (described above) or ``auto``: ``in_place``
-            for float32 on the CPU.
+        impl: ``reference`` (PyTorch's), ``in_place`` and ``epilogue`` (described above) or
+            ``auto``: ``in_place`` for float32 on the CPU, ``epilogue`` on GPUs, ``reference``
+            inside ``torch.compile``.
 
     Raises:
         ValueError: an unknown ``impl``.
     """
     if impl == "auto":
-        impl = "in_place" if is_eager_cpu(x) else "reference"
+        impl = "reference"
+        if is_eager_cpu(x):
+            impl = "in_place"
+        elif is_eager_cuda(x):
+            impl = "epilogue"
     if impl == "reference":
         return F.linear(F.linear(x, weight_in, bias_in).relu(), weight_out, bias_out)
-    if impl == "in_place":
-        return InPlaceFeedForward.apply(x, weight_in, bias_in, weight_out, bias_out)
-    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'in_place'")
+    if impl not in ("in_place", "epilogue"):
+        raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'in_place' or 'epilogue'")
+    given = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
+    return InPlaceFeedForward.apply(*given, impl == "epilogue")
 
 
 class InPlaceFeedForward(torch.autograd.Function):
     """Keeps the activations, from which the next product and the activation's gradient follow."""
 
     @staticmethod
-    def forward(ctx, x, weight_in, bias_in, weight_out, bias_out):
-        inner = F.linear(x, weight_in, bias_in).relu_()
+    def forward(ctx, x, weight_in, bias_in, weight_out, bias_out, has_epilogue):
+        if has_epilogue:
+            inner_NF = torch._addmm_activation(bias_in, x.flatten(0, -2), weight_in.T)
+            inner = inner_NF.view(*x.shape[:-1], len(weight_in))
+        else:
+            inner = F.linear(x, weight_in, bias_in).relu_()
         ctx.save_for_backward(x, inner, weight_in, weight_out)
+        ctx.has_epilogue = has_epilogue
         return F.linear(inner, weight_out, bias_out)
 
     @staticmethod
@@ -63,8 +79,10 @@ class InPlaceFeedForward(torch.autograd.Function):
         x_ND, inner_NF, grad_ND = (t.flatten(0, -2) for t in (x, inner, grad))
         grad_x = torch.empty_like(x_ND)
         grad_in, grad_bias_in = torch.zeros_like(weight_in), weight_in.new_zeros(len(weight_in))
-        for first in range(0, len(x_ND), ROWS):
-            rows = slice(first, first + ROWS)
+        # A GPU is filled by all rows at once, and half precision would round once for each chunk.
+        step = max(len(x_ND), 1) if ctx.has_epilogue else ROWS
+        for first in range(0, len(x_ND), step):
+            rows = slice(first, first + step)
             grad_inner = torch.mm(grad_ND[rows], weight_out)
             torch.ops.aten.threshold_backward(
                 grad_inner, inner_NF[rows], 0.0, grad_input=grad_inner
@@ -72,4 +90,5 @@ class InPlaceFeedForward(torch.autograd.Function):
             torch.mm(grad_inner, weight_in, out=grad_x[rows])
             grad_in.addmm_(grad_inner.T, x_ND[rows])
             grad_bias_in += grad_inner.sum(0)
-        return grad_x.view_as(x), grad_in, grad_bias_in, grad_ND.T @ inner_NF, grad_ND.sum(0)
+        grad_out, grad_bias_out = grad_ND.T @ inner_NF, grad_ND.sum(0)
+        return grad_x.view_as(x), grad_in, grad_bias_in, grad_out, grad_bias_out, None

@@ -22,7 +22,7 @@ def formula(x, weight_in, bias_in, weight_out, bias_out):
     return F.linear(F.linear(x, weight_in, bias_in).clamp(min=0), weight_out, bias_out)
 
 
-@pytest.mark.parametrize("impl", ["reference", "in_place"])
+@pytest.mark.parametrize("impl", ["reference", "in_place", "epilogue"])
 @pytest.mark.parametrize("rows", [op.ROWS, 4])
 @pytest.mark.parametrize("shape, inner", [((2, 5, 8), 16), ((7, 3), 5), ((1, 1, 1), 1)])
 def test_values_and_gradients_equal_the_formula(monkeypatch, impl, rows, shape, inner):
@@ -38,15 +38,17 @@ def test_values_and_gradients_equal_the_formula(monkeypatch, impl, rows, shape, 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_at_zero_is_that_of_pytorch():
+@pytest.mark.parametrize("impl", ["in_place", "epilogue"])
+def test_gradient_at_zero_is_that_of_pytorch(impl):
     """Of an activation that is exactly 0 nothing flows back."""
     x = torch.tensor([[1.0, -1.0]]).requires_grad_()
     one, none = torch.ones(1, 2), torch.zeros(1)
-    feed_forward(x, one, none, torch.ones(2, 1), torch.zeros(2), impl="in_place").sum().backward()
+    feed_forward(x, one, none, torch.ones(2, 1), torch.zeros(2), impl=impl).sum().backward()
     assert x.grad.tolist() == [[0.0, 0.0]]
 
 
-def test_one_tensor_of_the_inner_width_is_kept():
+@pytest.mark.parametrize("impl", ["in_place", "epilogue"])
+def test_one_tensor_of_the_inner_width_is_kept(impl):
     x, *weights = leaves((64, 4), 100, torch.float32)
     kept = {}
 
@@ -55,9 +57,22 @@ def test_one_tensor_of_the_inner_width_is_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = feed_forward(x, *weights)
+        out = feed_forward(x, *weights, impl=impl)
     incoming = sum(t.untyped_storage().nbytes() for t in (x, *weights))
     assert out.requires_grad and sum(kept.values()) <= incoming + 64 * 100 * 4
+
+
+def test_under_autocast_products_are_rounded_and_gradients_are_not():
+    """Oracle: PyTorch's layers under autocast."""
+    found = []
+    for impl in ("reference", "epilogue"):
+        given = leaves((6, 8), 16, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = feed_forward(*given, impl=impl)
+        found.append([out, *torch.autograd.grad(out.float().sum(), given)])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-2)
 
 
 def test_unknown_impl_names_the_valid_ones():
