@@ -27,9 +27,8 @@ from benchmarks.common import ROOT, print_table, write_results
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.pair_scoring import PairScorer
 from metro.evaluation.rank_classification import METHODS, RankClassifier
-from metro.evaluation.runner import load_tasks
 from metro.evaluation.suites import find_suite
-from metro.evaluation.tasks import Sources
+from metro.evaluation.tasks import Sources, load_tasks
 
 SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
 BATCH = 8

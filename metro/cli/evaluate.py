@@ -23,6 +23,12 @@ def evaluate(
         str | None,
         typer.Option(help="direct, channel or flipped; default: what the model was made for."),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Special tokens and lengths of metro, t0, flipped or t5; default: the model's."
+        ),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Only this prompt; may be repeated.")

@@ -3,11 +3,13 @@
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from metro.evaluation.suites import find_suite
+from metro.evaluation.naming import counted
+from metro.evaluation.suites import Suite, find_suite
 
 MISSING_DATA = 3
 """Exit status where tasks were left out for want of data."""
@@ -21,6 +23,7 @@ class EvaluationCommand:
     suite: str
     out: Path
     method: str | None
+    protocol: str | None
     tasks: list[str]
     prompts: list[str]
     limit: int | None
@@ -46,13 +49,16 @@ class EvaluationCommand:
     overwrite: bool
 
     def run(self) -> int:
-        """Evaluate all models; the exit status."""
+        """Evaluate all models; the exit status.
+
+        Raises:
+            ValueError: something cannot be run; or, when everything has been, a model misses its
+                published numbers.
+        """
         whole = find_suite(self.suite)
         chosen = whole.narrowed(self.tasks, self.prompts)
-        self.check_options()
-        from metro.evaluation.processes import join_processes
-        from metro.evaluation.runner import load_tasks
-        from metro.evaluation.tasks import Sources
+        self.check_options(whole)
+        from metro.evaluation.tasks import Sources, load_tasks
 
         sources = Sources(
             self.data_dir,
@@ -68,54 +74,59 @@ class EvaluationCommand:
         if not tasks:
             first = next(iter(missing.values()), "no prompt is left")
             raise ValueError(f"no task of {whole.name} can be evaluated: {first}")
+        from metro.evaluation.processes import join_processes  # and torch with it
+        from metro.evaluation.rank_classification import NORMALIZATIONS
+
+        check_choice("--normalization", self.normalization, NORMALIZATIONS)
         processes = join_processes(self.device)
         try:
-            for name in self.models:
-                self.evaluate_model(name, whole, tasks, missing, sources, processes)
+            failures = [
+                failure
+                for name in self.models
+                if (failure := self.evaluate_model(name, whole, tasks, sources, processes))
+            ]
         finally:
             processes.close()
         if missing and processes.is_first:
-            print(f"{len(missing)} tasks were left out, their data are missing:", file=sys.stderr)
+            print(f"left out for want of data, {counted(len(missing), 'task')}:", file=sys.stderr)
             for task, reason in missing.items():
                 print(f"  {task}: {reason}", file=sys.stderr)
             if not self.allow_missing:
                 print("--allow-missing makes this no failure", file=sys.stderr)
+        if failures:
+            raise ValueError("; ".join(failures))
         return MISSING_DATA if missing and not self.allow_missing else 0
 
-    def check_options(self) -> None:
-        """What can be wrong without looking at a model."""
-        from metro.conversion.registry import registered_models
+    def check_options(self, suite: Suite) -> None:
+        """What can be wrong without looking at data or importing torch."""
+        from metro.conversion.model_source import model_source
+        from metro.conversion.registry import METHODS, registered_model
         from metro.data.instruction import INSTRUCTION_TEXTS
-        from metro.evaluation.rank_classification import METHODS, NORMALIZATIONS
+        from metro.evaluation.protocol import PROTOCOLS
+        from metro.evaluation.published_check import published_values
 
-        for option, value, known in (
-            ("--method", self.method, (None, *METHODS)),
-            ("--normalization", self.normalization, NORMALIZATIONS),
-            ("--instruction-text", self.instruction_text, INSTRUCTION_TEXTS),
-        ):
-            if value not in known:
-                names = ", ".join(name for name in known if name)
-                raise ValueError(f"{option} is {value!r}; use one of {names}")
+        for name in self.models:
+            model_source(name)
+        check_choice("--method", self.method, (None, *METHODS))
+        check_choice("--protocol", self.protocol, (None, *PROTOCOLS))
+        check_choice("--instruction-text", self.instruction_text, INSTRUCTION_TEXTS)
         if self.run_name and len(self.models) > 1:
             raise ValueError("--run-name names one run, but there are several models; leave it out")
         if self.run_name and Path(self.run_name).name != self.run_name:
             raise ValueError(f"--run-name is {self.run_name!r}; use a name without slashes")
         if self.check_published:
-            for name in self.models:
-                if name not in registered_models():
-                    raise ValueError(
-                        f"--check-published: {name} is no registered model; `metro models` lists "
-                        "them"
-                    )
             if self.limit is not None:
                 raise ValueError("--check-published needs all rows: leave --limit out")
+            for name in self.models:
+                registered = registered_model(name)
+                published_values(registered, suite.name, self.method or registered.method)
 
-    def evaluate_model(self, name, whole, tasks, missing, sources, processes) -> None:
-        """One model on all tasks, loaded once."""
+    def evaluate_model(self, name, whole, tasks, sources, processes) -> str | None:
+        """One model on all tasks, loaded once; how it misses its published numbers, if it does."""
         from transformers.utils.logging import disable_progress_bar
 
         from metro.conversion.loading import load
-        from metro.conversion.registry import registered_models
+        from metro.conversion.registry import find_registered
         from metro.evaluation.protocol import choose_protocol
         from metro.evaluation.results import read_run
         from metro.evaluation.run_folder import RunFolder
@@ -123,7 +134,7 @@ class EvaluationCommand:
         from metro.evaluation.summary import print_summary, summarize, write_summary
 
         disable_progress_bar()  # of loading weights; ours is over the suite
-        registered = registered_models().get(name)
+        registered = find_registered(name)
         method = self.method or (registered.method if registered else "direct")
         model, tokenizer = load(
             name,
@@ -137,7 +148,7 @@ class EvaluationCommand:
             batch_tokens = 65536 if processes.device.type == "cuda" else 4096
         settings = Settings(method, self.normalization, batch_tokens)
         protocol = choose_protocol(
-            registered.family if registered else None,
+            self.protocol or (registered.family if registered else None),
             model.config,
             method,
             max_source_length=self.max_source_length,
@@ -160,17 +171,26 @@ class EvaluationCommand:
             model, tokenizer, tasks, folder, whole.name, protocol, settings, processes, screen
         )
         if folder is None:
-            return
+            return None
         run = read_run(folder.folder)
         summary = summarize(run)
         write_summary(summary, folder.folder / "summary.json")
         print_summary(summary)
         if outcome.num_new == 0:
             screen.print("everything was there already; nothing was computed")
-        if self.check_published:
-            from metro.evaluation.published_check import check_published
+        if not self.check_published:
+            return None
+        from metro.evaluation.published_check import check_published
 
-            screen.print(check_published(summary, registered, self.tolerance))
+        check = check_published(summary, registered, self.tolerance)
+        screen.print(check.table)
+        return check.failure
+
+
+def check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"{option} is {value!r}; use one of {names}")
 
 
 def short_name(model: str) -> str:

@@ -33,7 +33,3 @@ class EvaluationExample:
     @property
     def num_distinct_choices(self) -> int:
         return len(set(self.choices))
-
-    def is_right(self, prediction: int) -> bool:
-        """Whether the option predicted reads like the true one."""
-        return self.choices[prediction] == self.choices[self.label]

@@ -78,6 +78,11 @@ def colours(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) 
     return found if len(set(found)) == len(found) else list(range(len(members)))
 
 
+def counted(number: int, noun: str) -> str:
+    """1 task, 2 tasks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def short_model_name(model: str) -> str:
     """The last part of a path or hub id, with the one before it where it says little alone."""
     path = Path(model.rstrip("/") or model)

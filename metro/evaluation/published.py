@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from metro.conversion.registry import RegisteredModel, registered_model, registered_models
+
 SAME = 0.0002  # two sources agree where they round differently; fraction
 
 
@@ -27,8 +29,6 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
     Args:
         selection: ``all``, ``none``, or names of registered models (hub ids too).
     """
-    from metro.conversion.registry import registered_model, registered_models
-
     names = [name for item in selection for name in item.split(",") if name]
     if "none" in names or "all" in names:
         if len(names) > 1:
@@ -37,9 +37,13 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
     else:
         found = [registered_model(name) for name in names]
         models = list({model.name: model for model in found}.values())
-    rows = []
-    for model in models:
-        found = [
+    return [row for model in models for row in rows_of(model)]
+
+
+def rows_of(model: RegisteredModel) -> list[PublishedRow]:
+    """Published rows of a model, the first of a suite being what it is compared with."""
+    return merge_agreeing(
+        [
             PublishedRow(
                 model.name,
                 model.title,
@@ -50,8 +54,7 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
             )
             for table in model.published
         ]
-        rows += merge_agreeing(found)
-    return rows
+    )
 
 
 def merge_agreeing(rows: Sequence[PublishedRow]) -> list[PublishedRow]:

@@ -3,70 +3,71 @@
 from typing import NamedTuple
 
 from metro.conversion.registry import RegisteredModel
+from metro.evaluation.published import rows_of
 from metro.evaluation.summary import Summary
 
 
-class Difference(NamedTuple):
-    """One task, in percent."""
+class PublishedCheck(NamedTuple):
+    """What a comparison found."""
 
-    task: str
-    measured: float
-    published: float
-
-    @property
-    def points(self) -> float:
-        return self.measured - self.published
+    table: str
+    """Measured and published accuracy of every task, and the verdict."""
+    failure: str | None
+    """The tasks that miss their numbers; None if there is none."""
 
 
-def compare_with_published(summary: Summary, model: RegisteredModel) -> list[Difference]:
-    """The tasks that were evaluated in full and that numbers were published for.
+def published_values(model: RegisteredModel, suite: str, method: str) -> dict[str, float]:
+    """Published accuracy of every task of a suite: the numbers that the report compares with.
 
     Raises:
-        ValueError: nothing can be compared; the message says why.
+        ValueError: there are none for this suite and method.
+    """
+    if method != model.method:
+        raise ValueError(
+            f"{model.name} was published with method {model.method}, the run uses {method}: leave "
+            "--method out to check its numbers"
+        )
+    rows = rows_of(model)
+    for row in rows:
+        if row.suite == suite:
+            return row.values
+    suites = ", ".join(sorted({row.suite for row in rows})) or "none"
+    raise ValueError(f"no numbers of {model.name} on suite {suite} are registered; it has {suites}")
+
+
+def check_published(summary: Summary, model: RegisteredModel, tolerance: float) -> PublishedCheck:
+    """Compare the tasks that were evaluated in full and that numbers were published for.
+
+    A task misses its number if it is more than ``tolerance`` percentage points away from it, in
+    either direction.
+
+    Raises:
+        ValueError: the run is not what numbers were published for.
     """
     if summary.limit is not None:
         raise ValueError(
             f"the run used {summary.limit} rows per task, published numbers use all: leave --limit "
             "out to check them"
         )
-    if summary.method != model.method:
-        raise ValueError(
-            f"{model.name} was published with method {model.method}, the run used "
-            f"{summary.method}: leave --method out to check its numbers"
+    published = published_values(model, summary.suite, summary.method)
+    tasks = [task for name, task in summary.tasks.items() if name in published and task.complete]
+    if not tasks:
+        failure = f"no task of {model.name} that has a published number was run in full"
+        return PublishedCheck("", failure)
+    lines, missed = [], []
+    for task in tasks:
+        other = published[task.task]
+        points = 100 * (task.mean - other)
+        lines.append(
+            f"{task.task:40} {100 * task.mean:7.2f} published {100 * other:7.2f}  {points:+.2f}"
         )
-    published = model.published_on(summary.suite)
-    if not published:
-        suites = ", ".join(sorted({table["suite"] for table in model.published})) or "none"
-        raise ValueError(
-            f"no numbers of {model.name} on suite {summary.suite} are registered; it has {suites}"
-        )
-    found = [
-        Difference(name, 100 * task.mean, published[name])
-        for name, task in summary.tasks.items()
-        if name in published and task.complete
-    ]
-    if not found:
-        raise ValueError(f"no task of {model.name} that has a published number was run in full")
-    return found
-
-
-def check_published(summary: Summary, model: RegisteredModel, tolerance: float) -> str:
-    """A table of the differences.
-
-    Raises:
-        ValueError: one is larger than ``tolerance`` percentage points.
-    """
-    differences = compare_with_published(summary, model)
-    lines = [
-        f"{d.task:40} {d.measured:7.2f} published {d.published:7.2f}  {d.points:+.2f}"
-        for d in differences
-    ]
-    wrong = [d for d in differences if abs(d.points) > tolerance]
-    if wrong:
-        worst = ", ".join(f"{d.task} {d.points:+.2f}" for d in wrong)
-        raise ValueError(
-            f"{model.name} misses its published accuracy by more than {tolerance} points on "
-            f"{len(wrong)} of {len(differences)} tasks: {worst}"
-        )
-    lines.append(f"all {len(differences)} within {tolerance} points of the published accuracy")
-    return "\n".join(lines)
+        if abs(points) > tolerance:
+            missed.append(f"{task.task} {points:+.2f}")
+    if not missed:
+        lines.append(f"all {len(tasks)} within {tolerance} points of the published accuracy")
+        return PublishedCheck("\n".join(lines), None)
+    failure = (
+        f"{model.name} misses its published accuracy by more than {tolerance} points on "
+        f"{len(missed)} of {len(tasks)} tasks: {', '.join(missed)}"
+    )
+    return PublishedCheck("\n".join(lines), failure)

@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from metro.data.datasets import DatasetUnavailable
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.metrics import first_alike, measure
+from metro.evaluation.naming import counted
 from metro.evaluation.pair_scoring import PairScorer
 from metro.evaluation.processes import Processes
 from metro.evaluation.protocol import Protocol
@@ -20,7 +19,7 @@ from metro.evaluation.rank_classification import RankClassifier, Ranking
 from metro.evaluation.results import PromptResult
 from metro.evaluation.run_folder import RunFolder
 from metro.evaluation.suites import Suite
-from metro.evaluation.tasks import Examples, Sources, Task, load_task
+from metro.evaluation.tasks import Examples, Sources, Task
 
 SCORE_DIGITS = 6
 
@@ -39,9 +38,6 @@ class Settings:
 class Outcome:
     """What happened."""
 
-    folder: Path
-    missing: dict[str, str] = field(default_factory=dict)
-    """Task -> why its data are not there."""
     notes: list[str] = field(default_factory=list)
     num_new: int = 0
     """Prompts evaluated now, not found finished."""
@@ -62,17 +58,6 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something a user should read."""
-
-
-def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:
-    """The tasks of a suite whose data are there, and why the others are not."""
-    tasks, missing = [], {}
-    for spec in suite.tasks.values():
-        try:
-            tasks.append(load_task(spec, sources))
-        except DatasetUnavailable as error:
-            missing[spec.name] = str(error)
-    return tasks, missing
 
 
 def run_info(
@@ -131,12 +116,12 @@ def evaluate(
     """Evaluate the prompts that are not finished yet, and write each when it is.
 
     Args:
-        tasks: with their data, see :func:`load_tasks`.
+        tasks: with their data, see :func:`metro.evaluation.tasks.load_tasks`.
         folder: of the first process; the others have None.
         processes: share the batches; the results are those of one process.
     """
     listener = listener or Listener()
-    outcome = Outcome(folder.folder if folder else Path())
+    outcome = Outcome()
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
     done = [folder.is_done(task.name, prompt) for task, prompt in units] if folder else None
     done = processes.from_first(done)
@@ -200,21 +185,25 @@ def describe_skipped(
 ) -> list[str]:
     """What a user should know about the rows of a prompt."""
     where = f"{task.name} / {prompt}"
-    found = [f"{where}: {count} rows left out: {why}" for why, count in asked.skipped.items()]
+    found = [
+        f"{where}: {counted(count, 'row')} left out: {why}" for why, count in asked.skipped.items()
+    ]
     alike = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
     if alike:
-        found.append(f"{where}: {alike} rows have options that read alike; they count as one")
+        found.append(
+            f"{where}: options that read alike in {counted(alike, 'row')}: they count as one"
+        )
     if classifier.num_alike:
         found.append(
-            f"{where}: {classifier.num_alike} rows have different options that are the same tokens "
-            "to the model: the first of them wins"
+            f"{where}: options that are the same tokens to the model in "
+            f"{counted(classifier.num_alike, 'row')}: the first of them wins"
         )
     cut = classifier.encoder.num_cut_targets
     if cut:
-        limit = classifier.encoder.max_target_length
+        what = "option" if classifier.method == "direct" else "target"
         found.append(
-            f"{where}: {cut} {'options' if classifier.method == 'direct' else 'targets'} were cut "
-            f"at {limit} tokens; --max-target-length changes it"
+            f"{where}: {counted(cut, what)} cut at {classifier.encoder.max_target_length} tokens; "
+            "--max-target-length changes it"
         )
     return found
 

@@ -15,7 +15,7 @@ from metro.data.prompts import PromptTemplate, TemplateTree, find_templates
 from metro.evaluation import bigbench
 from metro.evaluation.examples import EvaluationExample
 from metro.evaluation.label_generalization import LABEL_WORDS, replace_label_words
-from metro.evaluation.suites import WHOLE_TASK, TaskSpec
+from metro.evaluation.suites import WHOLE_TASK, Suite, TaskSpec
 
 SUBTASK_STRIDE = 1_000_000
 """Row numbers of the subtasks of a BIG-bench task begin at multiples of this."""
@@ -46,8 +46,14 @@ class Sources:
             raise ValueError(
                 f"label words are {self.label_words!r}; use one of {', '.join(LABEL_WORDS)}"
             )
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise ValueError(f"--data-dir {self.data_dir} is not a folder")
+        for option, folder in (
+            ("--data-dir", self.data_dir),
+            ("--bigbench-dir", self.bigbench_dir),
+        ):
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{option} {folder} is not a folder")
+        if self.templates is not None:
+            find_templates(self.templates)  # now, as rows may take long to come
 
     @cached_property
     def tree(self) -> TemplateTree:
@@ -252,6 +258,17 @@ def load_task(spec: TaskSpec, sources: Sources) -> Task:
         ValueError: they are there and wrong.
     """
     return CLASSES[spec.kind](spec, sources)
+
+
+def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:
+    """The tasks of a suite whose data are there, and why the others are not."""
+    tasks, missing = [], {}
+    for spec in suite.tasks.values():
+        try:
+            tasks.append(load_task(spec, sources))
+        except DatasetUnavailable as error:
+            missing[spec.name] = str(error)
+    return tasks, missing
 
 
 def choose_rows(num_rows: int, max_rows: int | None, limit: int | None) -> list[int]:

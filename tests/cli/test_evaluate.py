@@ -60,8 +60,24 @@ def test_a_run_leaves_results_summary_and_what_was_run(whole_run, model):
     assert info["options"]["dtype"] == "float32"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["missing"] == ["gone"]
-    for word in ("protocol metro", "colour / plain:", "average of 2", "1 tasks were left out"):
+    for word in (
+        "protocol metro",
+        "colour / plain:",
+        "average of 2",
+        "left out for want of data, 1 task:",
+    ):
         assert word in done.output
+
+
+def test_another_protocol_can_be_asked_for(tmp_path, model, toys):
+    """Oracle: what T0's evaluation reads; the option is part of the run."""
+    arguments = [*options(toys, tmp_path), "--task", "truth"]
+    done = call(model, *arguments, "--protocol", "t0")
+    assert done.exit_code == 0, done.output
+    assert "protocol t0: sources without special tokens" in done.output
+    info = json.loads((tmp_path / "t5_prompt_tiny_f-direct-toys" / "run.json").read_text())
+    assert (info["protocol"]["family"], info["protocol"]["source_special_tokens"]) == ("t0", False)
+    assert "protocol: family 't0', this one has 'metro'" in str(call(model, *arguments).exception)
 
 
 def test_missing_data_fail_the_command_unless_allowed(tmp_path, model, toys):
@@ -112,7 +128,8 @@ def test_overwrite_starts_again(tmp_path, model, toys):
         (["--method", "channel", "--normalization", "calibrated"], "use sum or mean"),
         (["--limit", "0"], "limit is 0"),
         (["--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
-        (["--check-published"], "is no registered model"),
+        (["--check-published"], "no registered model is called"),
+        (["--protocol", "bart"], "--protocol is 'bart'; use one of metro, t0, flipped, t5"),
         (["--run-name", "a/b"], "use a name without slashes"),
         (["--task", "gone"], "no task of toys can be evaluated: nowhere is not in"),
         (["--device", "toaster"], "use cpu, cuda"),
@@ -129,6 +146,40 @@ def test_bad_options_are_one_clear_message(tmp_path, model, toys, extra, message
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
     assert not list(tmp_path.rglob("results.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--check-published", "--suite", "t0", "--limit", "5"], "needs all rows"),
+        (["--check-published", "--suite", "mmlu"], "mmlu are registered; it has flipped14, t0"),
+        (["--check-published", "--suite", "t0", "--method", "channel"], "method direct, the run"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_before_anything_is_loaded(tmp_path, extra, message):
+    """Oracle: the registry; there is no data folder and no network that could be asked."""
+    done = call("bigscience/T0_3B", "--out", tmp_path, "--data-dir", tmp_path, *extra)
+    assert isinstance(done.exception, ValueError), done.output
+    assert message in str(done.exception)
+
+
+def test_wrong_options_are_refused_before_torch_is_imported(tmp_path):
+    """Oracle: an interpreter in which torch cannot be imported."""
+    blocked = "import sys; sys.modules['torch'] = None; from metro.cli.main import main; main()"
+    for name, *extra, message in [
+        ("metro_t0_bsae", "no registered model of that name; did you mean metro_t0_base"),
+        (str(tmp_path), "has no config.json, so it is no model"),
+        ("metro_t0_base", "--suite", "t1", "did you mean 't0'"),
+        ("metro_t0_base", "--data-dir", "nowhere", "--data-dir nowhere is not a folder"),
+        ("metro_t0_base", "--bigbench-dir", "here", "--bigbench-dir here is not a folder"),
+        ("metro_t0_base", "--method", "reverse", "--method is 'reverse'"),
+        ("metro_t0_base", "--templates", "nowhere", "templates at nowhere"),
+        ("metro_t0_base", "--suite", "mmlu", "--data-dir", str(tmp_path), "no task of mmlu can be"),
+    ]:
+        command = [sys.executable, "-c", blocked, "evaluate", name, *extra]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_killed_run_goes_on(tmp_path, model, toys, whole_run):

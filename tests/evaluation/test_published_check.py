@@ -3,10 +3,12 @@
 Oracle: by hand; a run of known accuracies and a model registered with others.
 """
 
+import dataclasses
+
 import pytest
 
 from metro.conversion.registry import RegisteredModel
-from metro.evaluation.published_check import check_published, compare_with_published
+from metro.evaluation.published_check import check_published, published_values
 from metro.evaluation.results import read_run
 from metro.evaluation.summary import summarize
 from tests.evaluation.run_folders import write_run
@@ -29,26 +31,43 @@ def summary(tmp_path):
 
 def test_numbers_within_the_tolerance_pass(summary):
     """Oracle: rte is 65 %, cb 40 %; wsc is partial and has no say."""
-    text = check_published(summary, registered(rte=65.9, cb=39.2, wsc=99.0, copa=10.0), 1.0)
-    assert "all 2 within 1.0 points" in text
-    found = compare_with_published(summary, registered(rte=64.5))
-    assert [(d.task, round(d.points, 6)) for d in found] == [("rte", 0.5)]
+    check = check_published(summary, registered(rte=65.9, cb=39.2, wsc=99.0, copa=10.0), 1.0)
+    assert check.failure is None
+    assert "all 2 within 1.0 points" in check.table
+    lines = [line.split() for line in check.table.splitlines()]
+    assert lines[0] == ["rte", "65.00", "published", "65.90", "-0.90"]
+    assert lines[1] == ["cb", "40.00", "published", "39.20", "+0.80"]
+    assert len(lines) == 3
 
 
 def test_a_missed_number_fails_and_is_named(summary):
-    """Oracle: cb is 2.5 points below."""
-    with pytest.raises(ValueError, match=r"more than 1.0 points on 1 of 2 tasks: cb -2.50"):
-        check_published(summary, registered(rte=65.0, cb=42.5), 1.0)
+    """Oracle: cb is 2.5 points below, rte 3 above: both are misses."""
+    check = check_published(summary, registered(rte=65.0, cb=42.5), 1.0)
+    assert check.failure.endswith("by more than 1.0 points on 1 of 2 tasks: cb -2.50")
+    assert "cb" in check.table and "rte" in check.table
+    check = check_published(summary, registered(rte=62.0, cb=42.5), 1.0)
+    assert check.failure.endswith("on 2 of 2 tasks: rte +3.00, cb -2.50")
+
+
+def test_numbers_are_those_that_the_report_compares_with():
+    """Oracle: a card with a part of the paper's table, which agrees with it: the fuller one."""
+    tables = (
+        {"suite": "t0", "source": "card", "results": {"rte": 65.0}},
+        {"suite": "t0", "source": "paper", "results": {"rte": 65.01, "cb": 40.0}},
+    )
+    model = dataclasses.replace(registered(rte=65.0), published=tables)
+    found = published_values(model, "t0", "direct")
+    assert found == pytest.approx({"rte": 0.6501, "cb": 0.4})
 
 
 def test_what_cannot_be_compared_is_refused(summary):
     """Oracle: the message says why."""
-    with pytest.raises(ValueError, match="with method flipped, the run used direct"):
+    with pytest.raises(ValueError, match="with method flipped, the run uses direct"):
         check_published(summary, registered("flipped", rte=65.0), 1.0)
     with pytest.raises(ValueError, match="on suite t0 are registered; it has mmlu"):
         check_published(summary, registered(suite="mmlu", anatomy=30.0), 1.0)
-    with pytest.raises(ValueError, match="no task of toy_base"):
-        check_published(summary, registered(copa=30.0), 1.0)
+    check = check_published(summary, registered(copa=30.0), 1.0)
+    assert check.failure.startswith("no task of toy_base")
     summary.limit = 10
     with pytest.raises(ValueError, match="leave --limit out"):
         check_published(summary, registered(rte=65.0), 1.0)

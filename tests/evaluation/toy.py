@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from metro.evaluation.processes import Processes
 from metro.evaluation.protocol import choose_protocol
 from metro.evaluation.run_folder import RunFolder
-from metro.evaluation.runner import Settings, evaluate, load_tasks, run_info
+from metro.evaluation.runner import Settings, evaluate, run_info
 from metro.evaluation.suites import read_suite
-from metro.evaluation.tasks import Sources
+from metro.evaluation.tasks import Sources, load_tasks
 
 SUITE = """
 title: Toys
@@ -68,13 +68,12 @@ def run(
     suite = read_suite(suite_file)
     data = Sources(data_dir=suite_file.parent, **sources)
     tasks, missing = load_tasks(suite, data)
+    assert list(missing) == ["gone"]
     settings = Settings(method, batch_tokens=300)
     protocol = choose_protocol(None, model.config, method)
     info = run_info("toy", None, model, suite, data, protocol, settings, {})
     alone = Processes(0, 1, torch.device("cpu"))
-    outcome = evaluate(
+    return evaluate(
         model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, settings, alone,
         listener,
     )  # fmt: skip
-    outcome.missing = missing
-    return outcome
