@@ -74,16 +74,12 @@ def configure(data: Path, *arguments: str):
 
 
 @pytest.fixture
-def train(corpus, caplog):
-    """fairseq-train of a tiny model inside this process; returns what it logged.
-
-    `train(save, *options, kind=METRO, data=corpus)`
-    """
+def run_here(caplog):
+    """fairseq-train of a configuration inside this process; returns what it logged."""
     import fairseq_cli.train
     from fairseq import checkpoint_utils
 
-    def run_here(save, *arguments, kind=METRO, data=corpus) -> "Result":
-        cfg = configure(data, *TINY, *kind, f"--save-dir {save}", *arguments)
+    def run_configuration(cfg) -> "Result":
         for function in (checkpoint_utils.save_checkpoint, fairseq_cli.train.should_stop_early):
             vars(getattr(function, "__wrapped__", function)).pop("best", None)
         caplog.clear()
@@ -92,7 +88,17 @@ def train(corpus, caplog):
         records = caplog.get_records("call")
         return Result(0, "\n".join(f"| {r.name} | {r.getMessage()}" for r in records))
 
-    return run_here
+    return run_configuration
+
+
+@pytest.fixture
+def train(corpus, run_here):
+    """Training of a tiny model: `train(save, *options, kind=METRO, data=corpus)`."""
+
+    def run_tiny(save, *arguments, kind=METRO, data=corpus) -> "Result":
+        return run_here(configure(data, *TINY, *kind, f"--save-dir {save}", *arguments))
+
+    return run_tiny
 
 
 @dataclasses.dataclass
@@ -118,8 +124,11 @@ def environment(**extra: str) -> dict:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
-def start(name: str, *options: str, processes: int = 0) -> subprocess.Popen:
-    """One of fairseq's commands, under torchrun where `processes` is given."""
+def start(name: str, *options: str, processes: int = 0, session: bool = False) -> subprocess.Popen:
+    """One of fairseq's commands, under torchrun where `processes` is given.
+
+    With `session` it is the leader of a process group of its own.
+    """
     program = [sys.executable, str(Path(sys.executable).parent / name)]
     if processes:
         torchrun = "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint localhost:0"
@@ -131,6 +140,7 @@ def start(name: str, *options: str, processes: int = 0) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=session,
     )
 
 

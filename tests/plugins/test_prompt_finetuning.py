@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fairseq import checkpoint_utils, options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq import checkpoint_utils, optim, tasks
 from fairseq.trainer import Trainer
 
 from fairseq_plugins.models._options import metro_t5_config
 from metro.conversion.fairseq_names import metro_name
 from metro.finetuning.losses import LossOptions, batch_loss
 from tests.finetuning.prepared import write_prepared
-from tests.plugins import test_models
+from tests.plugins import conftest, test_models
 from tests.plugins.conftest import ROOT, Result, assert_equal_runs, load
 
 TINY = [
@@ -35,13 +34,8 @@ MODELS = {"metro_tiny_a": "--clip-norm 0", "metro_tiny_r": "--clip-norm 1.0 --up
 
 
 def configure(data, *arguments: str):
-    import fairseq_plugins  # noqa: F401
-
     has_criterion = any("--criterion" in argument for argument in arguments)
-    arguments = [*TINY, *([] if has_criterion else [DIRECT]), *arguments]
-    parts = [part for argument in arguments for part in argument.split()]
-    args = options.parse_args_and_arch(options.get_training_parser(), [str(data), *parts])
-    return convert_namespace_to_omegaconf(args)
+    return conftest.configure(data, *TINY, *([] if has_criterion else [DIRECT]), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -194,21 +188,13 @@ SMALL = "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --encoder-layers 1 --
 
 
 @pytest.fixture
-def train(caplog):
-    """fairseq-train inside this process; returns what it logged."""
-    import fairseq_cli.train
+def train(run_here):
+    """Training of a tiny model: `train(data, save, *options)`."""
 
-    def run_here(data, save, *arguments: str) -> Result:
-        cfg = configure(data, f"--save-dir {save}", *arguments)
-        for function in (checkpoint_utils.save_checkpoint, fairseq_cli.train.should_stop_early):
-            vars(getattr(function, "__wrapped__", function)).pop("best", None)
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            fairseq_cli.train.main(cfg)
-        records = caplog.get_records("call")
-        return Result(0, "\n".join(f"| {r.name} | {r.getMessage()}" for r in records))
+    def run_tiny(data, save, *arguments: str) -> Result:
+        return run_here(configure(data, f"--save-dir {save}", *arguments))
 
-    return run_here
+    return run_tiny
 
 
 def test_a_resumed_run_over_epochs_is_bit_exact(train, data, tmp_path):
@@ -343,3 +329,25 @@ def test_every_configuration_is_one_that_fairseq_takes(path, monkeypatch):
         assert (config.d_model, config.num_layers) == (
             (1024, 24) if "large" in path.stem else (768, 12)
         )
+
+
+def test_flipped_takes_the_published_optimizer(monkeypatch):
+    """Oracle: Adafactor of transformers as FLIPPED's published training calls it, 5e-5 constant."""
+    from transformers.optimization import Adafactor
+
+    monkeypatch.setattr(test_models, "CONFIGS", CONFIGS)
+    given = ["task.data=d", "task.vocab=v", "checkpoint.finetune_from_model=m"]
+    cfg = test_models.from_yaml("flipped_metro_large_8gpus", *given)
+    assert cfg.optimization.clip_norm == 0.5
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    one = optim.build_optimizer(cfg.optimizer, [ours])
+    assert optim.lr_scheduler.build_lr_scheduler(cfg.lr_scheduler, one).step_update(9) == 5e-5
+    other = Adafactor([theirs], lr=5e-5, scale_parameter=False, relative_step=False)
+    for step in range(3):
+        for parameter in (ours, theirs):
+            parameter.grad = torch.cos(start * (step + 1))
+        one.step()
+        other.step()
+    assert not torch.equal(ours, start)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
