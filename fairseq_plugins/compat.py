@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import signal
+import textwrap
 import typing
 import warnings
 import zipfile
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq.models import distributed_fairseq_model
+from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
 from fairseq.trainer import Trainer
 
 from metro.conversion.atomic_output import flush
@@ -175,12 +176,15 @@ def repair_loading() -> None:
     def show_the_reason(original):
         """fairseq says "please ensure that the architectures match" instead of the reason."""
 
-        def load_checkpoint(self, *args, **kwargs):
+        def load_checkpoint(self, filename, *args, **kwargs):
             try:
-                return original(self, *args, **kwargs)
+                return original(self, filename, *args, **kwargs)
             except Exception as error:
-                if isinstance(error.__context__, ValueError):
-                    raise error.__context__ from None
+                reason = error.__context__
+                if isinstance(reason, ValueError):
+                    raise reason from None
+                if isinstance(reason, RuntimeError) and LOADING.match(str(reason)):
+                    raise ValueError(explain_mismatch(filename, str(reason))) from None
                 raise
 
         return load_checkpoint
@@ -207,6 +211,20 @@ def repair_loading() -> None:
             return torch.load(received, map_location="cpu", weights_only=True)
 
         return _broadcast_object_slow
+
+
+LOADING = re.compile(r"Error\(s\) in loading state_dict")
+
+
+def explain_mismatch(path: str, error: str) -> str:
+    """What torch says about weights that do not fit the model, as one line."""
+    _, first, *others = error.splitlines()
+    more = f" (and {len(others)} more like it)" if others else ""
+    return (
+        f"{path} does not fit the model: {textwrap.shorten(first, 300).rstrip('. ')}{more}. Give "
+        "the architecture and the sizes that it was trained with (encoder_embed_dim, "
+        "encoder_layers, encoder_attention_heads, max_positions, ...)"
+    )
 
 
 def newest_checkpoints(folder: str, besides: str) -> list[str]:
@@ -469,25 +487,46 @@ class Stop:
     """Whether the run was asked to stop: this process by a signal, or any of them."""
 
     def __init__(self) -> None:
-        self.requested_here = False
+        self.signal: signal.Signals | None = None
         self.agreed = False
 
+    @property
+    def requested_here(self) -> bool:
+        return self.signal is not None
+
     def listen(self) -> typing.Callable[[], None]:
-        """Let SIGTERM ask to stop after the current update; returns how to undo that."""
-        self.requested_here = self.agreed = False
+        """Let SIGTERM and Ctrl-C ask to stop after the current update; returns how to undo that.
+
+        A second Ctrl-C stops at once.
+        """
+        self.signal, self.agreed = None, False
         owner = os.getpid()
 
         def request(signum, frame):
             if os.getpid() != owner:  # a data loader's process that inherited this handler
-                os._exit(128 + signum)
-            logger.warning("SIGTERM: saving after the current update, then stopping")
-            self.requested_here = True
+                if signum == signal.SIGTERM:
+                    os._exit(128 + signum)
+                return  # a terminal sends Ctrl-C to all processes; the training still needs it
+            if signum == signal.SIGINT and self.signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(signum)
+            again = "" if signum == signal.SIGTERM else " (Ctrl-C again: at once, without saving)"
+            logger.warning(
+                "%s: saving after the current update, then stopping%s", self.signal.name, again
+            )
 
         try:
-            before = signal.signal(signal.SIGTERM, request)
+            before = {
+                signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)
+            }
         except ValueError:  # not the main thread
             return lambda: None
-        return lambda: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+        def unlisten() -> None:
+            for signum, handler in before.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+        return unlisten
 
 
 stop = Stop()
@@ -495,11 +534,20 @@ stop = Stop()
 
 def repair_running() -> None:
     @replaces(options, "parse_args_and_arch")
-    def bf16_is_not_tpu(original):
-        """`--bf16` on the command line switches to TPU mode, which fails without torch_xla."""
+    def not_tpu_and_not_without_model(original):
+        """`--bf16` on the command line switches to TPU mode, which fails without torch_xla.
 
-        def parse_args_and_arch(*args, **kwargs):
-            result = original(*args, **kwargs)
+        And without `--arch` fairseq raises a RuntimeError that says nothing.
+        """
+
+        def parse_args_and_arch(parser, *args, **kwargs):
+            try:
+                result = original(parser, *args, **kwargs)
+            except RuntimeError as error:
+                if error.args:
+                    raise
+                ours = [name for name in ARCH_CONFIG_REGISTRY if re.search("t5.*_rpe$", name)]
+                parser.exit(2, f"error: --arch is missing; give a model: {', '.join(ours)}, ...\n")
             parsed = result[0] if isinstance(result, tuple) else result
             if getattr(parsed, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
                 parsed.tpu = False
@@ -543,7 +591,7 @@ def repair_running() -> None:
 
     @replaces(fairseq_train, "train")
     def listen_and_know_the_end(original):
-        """A finished job started again trains one more update; SIGTERM saves nothing."""
+        """A finished job started again trains one more update; SIGTERM and Ctrl-C save nothing."""
 
         def train(cfg, trainer, task, epoch_itr):
             done, limit = trainer.get_num_updates(), cfg.optimization.max_update
@@ -572,6 +620,8 @@ def repair_running() -> None:
                 # A node that is done first must not make the launcher end the one that writes.
                 dist.barrier(distributed_utils.get_global_group())
             logger.warning("stopped after update %d; the same command resumes here", done)
+            if stop.signal == signal.SIGINT:
+                raise SystemExit(128 + signal.SIGINT)  # a shell script must not go on
             return [None], True
 
         return validate_and_save

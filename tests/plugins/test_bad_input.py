@@ -6,7 +6,7 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
-from tests.plugins.conftest import write_corpus
+from tests.plugins.conftest import TINY, configure, write_corpus
 from tests.plugins.test_data import TASKS, build_task
 
 
@@ -146,3 +146,20 @@ def test_checkpoint_of_another_vocabulary(train, tmp_path):
         file.write("further 1\nwords 1\n")
     with pytest.raises(ValueError, match="vocabulary of 132 entries .* task one of 134 .*dict.txt"):
         train(tmp_path / "save", "--max-update 2", data=tmp_path / "data")
+
+
+def test_checkpoint_of_another_size(train, corpus, tmp_path):
+    train(tmp_path / "a", "--max-update 1 --disable-validation")
+    start = f"--finetune-from-model {tmp_path / 'a/checkpoint_last.pt'} --max-update 1"
+    message = r"checkpoint_last.pt does not fit the model: size mismatch for .* 16\D.*and \d+ more"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "b", start, "--encoder-embed-dim 32")
+
+
+def test_a_missing_architecture_is_named(corpus, capsys):
+    """fairseq's error is a RuntimeError without a word."""
+    with pytest.raises(SystemExit) as stopped:
+        configure(corpus, *TINY, "--task t5_metro --criterion t5_metro")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --arch is missing; give a model: t5_metro_base_rpe, ")

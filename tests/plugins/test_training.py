@@ -189,6 +189,40 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_exact(train, tmp_path, monkeyp
     assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ctrl_c_saves_and_ends_with_an_error_code(corpus, tmp_path, num_workers):
+    """To the whole process group, as a terminal sends it; a loading process does not die of it."""
+    options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
+    options += ["--update-freq 2", f"--num-workers {num_workers}"]
+    process = start("fairseq-train", str(corpus), *options, session=True)
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if '"num_updates": "3"' in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    seen += process.communicate(timeout=60)[0]
+    assert process.returncode == 130, seen[-4000:]
+    updates = load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"]
+    assert f"stopped after update {updates};" in seen and "Traceback" not in seen
+
+
+def test_a_second_ctrl_c_stops_at_once(train, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def interrupt(self, samples, raise_oom=False):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, samples, raise_oom)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "--max-update 3")
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / LAST).exists()
+
+
 def test_sigterm_to_torchrun_saves_one_checkpoint_of_all_processes(corpus, tmp_path):
     options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
     process = start("fairseq-train", str(corpus), *options, processes=2)
