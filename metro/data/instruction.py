@@ -19,10 +19,10 @@ becomes ``<extra_id_k>`` in the encoder text, and ``<extra_id_k> run`` in the de
   is evaluated on, 8 of COPA ("exercise", "i_am_hesitating", "plausible_alternatives", "C1 or C2?
   premise, so/because…", "best_option", "more likely", "cause_effect", "choose") and 2 of WSC ("p
   is/are r", "Who or what is/are"); all others have no condition around literal text, or one whose
-  branch every row takes. ``conditional_templates`` lists candidates among other templates.
+  branch every row takes. ``is_conditional`` finds candidates among other templates.
 
-Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of their own:
-``adapt_sentinels`` writes ``<sen001>`` for ``<extra_id_0>`` and so on (``<sen000>`` is the mask).
+Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of their own: there
+``<sen001>`` stands for ``<extra_id_0>`` and so on (``<sen000>`` is the mask): ``sentinels_for``.
 """
 
 import re
@@ -162,7 +162,10 @@ def encoder_text(flipped_input: str, label: str) -> str:
 
 
 def is_conditional(template: Template) -> bool:
-    """Whether literal text stands inside a Jinja condition or loop of the template."""
+    """Whether literal text stands inside a Jinja condition or loop of the template.
+
+    Then its ``"rendered"`` instruction may differ from the published one.
+    """
     depth = 0
     for text, is_tag in split_template(template.jinja).pieces:
         word = re.match(r"\{%[-+]?\s*(\w+)", text) if is_tag else None
@@ -173,11 +176,6 @@ def is_conditional(template: Template) -> bool:
         elif not is_tag and depth > 0:
             return True
     return False
-
-
-def conditional_templates(templates: Sequence[Template]) -> list[str]:
-    """Names of the templates whose ``"rendered"`` instruction may differ from the published one."""
-    return [template.name for template in templates if is_conditional(template)]
 
 
 def sentinels_for(tokenizer) -> list[str]:
@@ -197,25 +195,3 @@ def sentinels_for(tokenizer) -> list[str]:
         f"{type(tokenizer).__name__} has no sentinels (<extra_id_0> or <sen001>), which FLIPPED "
         "needs; take a T5 or METRO model, or add the tokens to vocabulary and embedding"
     )
-
-
-def adapt_sentinels(text: str, tokenizer) -> str:
-    """``text`` with every ``<extra_id_k>`` in the vocabulary's own words for it.
-
-    Raises:
-        ValueError: the text has more sentinels than the vocabulary.
-    """
-    if not SENTINEL.search(text):
-        return text
-    sentinels = sentinels_for(tokenizer)
-
-    def adapt(match: re.Match) -> str:
-        number = int(match.group(1))
-        if number >= len(sentinels):
-            raise ValueError(
-                f"{match.group()} is in the text, but the vocabulary has {len(sentinels)} "
-                "sentinels; use a shorter template or a vocabulary with more"
-            )
-        return sentinels[number]
-
-    return SENTINEL.sub(adapt, text)

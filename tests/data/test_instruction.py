@@ -10,10 +10,9 @@ import pytest
 
 from metro.data.instruction import (
     NotFlippable,
-    adapt_sentinels,
-    conditional_templates,
     encoder_text,
     flip,
+    is_conditional,
     sentinels_for,
     split_template,
 )
@@ -72,7 +71,7 @@ def test_rendered_differs_for_conditional_templates_only(golden, tree):
         published = flip(source, record["row"], seed=None)
         rendered = flip(source, record["row"], instruction_text="rendered", seed=None)
         if rendered != published:
-            assert conditional_templates([source]) == [source.name]
+            assert is_conditional(source)
             name = "/".join(filter(None, (record["dataset"], record["subset"])))
             changed.setdefault(name, set()).add(source.name)
     assert {name: len(templates) for name, templates in changed.items()} == CHANGED
@@ -146,13 +145,8 @@ def test_sentinels_of_both_kinds_of_vocabulary():
     metro = Words("a", "<sen000>", "<sen001>", "<sen002>", "<sen003>")
     assert sentinels_for(t5) == ["<extra_id_0>", "<extra_id_1>"]
     assert sentinels_for(metro) == ["<sen001>", "<sen002>", "<sen003>"]
-    assert adapt_sentinels("<extra_id_0> x<extra_id_1>", t5) == "<extra_id_0> x<extra_id_1>"
-    assert adapt_sentinels("<extra_id_0> x<extra_id_2>", metro) == "<sen001> x<sen003>"
-    with pytest.raises(ValueError, match="<extra_id_3> is in the text.*has 3 sentinels"):
-        adapt_sentinels("<extra_id_3>", metro)
     with pytest.raises(ValueError, match="has no sentinels"):
-        adapt_sentinels("<extra_id_0>", Words("a"))
-    assert adapt_sentinels("no sentinel", Words("a")) == "no sentinel"
+        sentinels_for(Words("a"))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +165,8 @@ def test_metro_encodes_a_sentinel_as_one_id_and_other_text_as_its_tokenizer(toke
     expected = [*plain("it is"), 1001, *plain("so"), 1002, *plain("output: yes")]
     assert encoder.sources([text, "so"]) == [[0, *expected, 2], [0, *plain("so"), 2]]
     assert encoder.targets(["<extra_id_0>  <extra_id_1> so"]) == [[1001, 1002, *plain("so"), 2]]
+    with pytest.raises(ValueError, match="<extra_id_127> is in the text.*has 127 sentinels"):
+        encoder.sources(["so<extra_id_127>"])
 
 
 def test_long_labelled_sources_lose_input_not_their_label(tokenizer):
