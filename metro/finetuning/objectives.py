@@ -11,14 +11,15 @@ objective       encoder                  decoder         trained to
 ``direct+ul``   x                        y               raise P(y | x), lower it for wrong y
 ==============  =======================  ==============  ====================================
 
-The wrong label is one of the example's other options, drawn uniformly by (seed, epoch, data set,
-row): the same whatever the batch, the number of processes or the order of work.
+The wrong label is one of the example's other options, drawn uniformly by (seed, epoch, task, row):
+the same whatever the batch, the number of processes or the order of work.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
+from itertools import chain
 
 import numpy as np
 
@@ -70,9 +71,14 @@ def encode_example(
 
 
 def _flipped(example, index, encoder, gold, others) -> EncodedPrompt:
-    instruction = encoder.targets([example["instruction"]])[0]
-    if not SENTINEL.sub("", example["instruction"]).strip():
+    text = example["instruction"]
+    if not SENTINEL.sub("", text).strip():
         raise Unusable("instruction without text")
+    instruction = encoder.targets([text])[0]
+    if len(instruction) == encoder.max_target_length:  # it may have been cut
+        sentinels = encoder.plain([match.group() for match in SENTINEL.finditer(text)])
+        if set(instruction[:-1]) <= set(chain.from_iterable(sentinels)):
+            raise Unusable("instruction cut to nothing but sentinels")
     right = encoder.labelled_sources([encoder_text(example["flipped_input"], gold)])[0]
     for label in others:
         wrong = encoder.labelled_sources([encoder_text(example["flipped_input"], label)])[0]

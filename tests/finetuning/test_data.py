@@ -99,6 +99,24 @@ def test_examples_without_use_are_replaced_and_counted(tmp_path, encoder):
     assert all(PromptData(folder, "train", "direct", encoder, seed=1).encode(i, 1) for i in (0, 1))
 
 
+def test_an_instruction_cut_to_its_sentinels_is_not_trained_on(tmp_path, encoder):
+    """Room for two ids and the end: both are sentinels for the one template, not for the others."""
+
+    def two_sentinels(example):
+        if example["task"] == "topic_about":
+            example = {**example, "instruction": "<extra_id_0>  <extra_id_1> What is it about?"}
+        return example
+
+    folder = write_prepared(tmp_path / "data", 30, change=two_sentinels)
+    short = PromptEncoder(encoder.tokenizer, max_target_length=3)
+    prompts = PromptData(folder, "train", "flipped", short, seed=1, replace=False)
+    encoded = [prompts.encode(i, 1) for i in range(len(prompts))]
+    assert sum(example is None for example in encoded) == 30  # the rows of topic
+    enough = PromptEncoder(encoder.tokenizer, max_target_length=4)
+    prompts = PromptData(folder, "train", "flipped", enough, seed=1, replace=False)
+    assert all(prompts.encode(i, 1) is not None for i in range(len(prompts)))
+
+
 def test_data_without_a_single_usable_example_is_refused(tmp_path, encoder):
     folder = write_prepared(
         tmp_path / "data", 60, change=lambda example: {**example, "answer_choices": None}

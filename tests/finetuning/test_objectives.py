@@ -22,6 +22,8 @@ EXAMPLE = {
 class Words:
     """A stand-in for the encoder whose ids are the words themselves."""
 
+    max_target_length = 99
+
     def sources(self, texts):
         return [text.split() for text in texts]
 
