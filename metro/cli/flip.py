@@ -1,8 +1,12 @@
 """`metro flip`: ask a model which option makes an instruction likely."""
 
+import sys
 from typing import Annotated
 
 import typer
+
+TIE = 0.001
+"""Scores that the table shows alike; an answer by less than that means nothing."""
 
 
 def flip(
@@ -43,6 +47,10 @@ def flip(
     from rich.table import Table
     from rich.text import Text
 
+    from metro.conversion.model_source import model_source
+
+    model_source(model)  # a wrong name is refused seconds before torch is imported
+    print(f"loading {model}", file=sys.stderr, flush=True)
     from metro.evaluation.flip_demo import flip_options
 
     shown = flip_options(
@@ -70,4 +78,13 @@ def flip(
     console = Console(soft_wrap=False)
     console.print(Text(f"instruction: {shown.instruction}"))
     console.print(table)
-    console.print(Text(f"answer: {shown.winner}"))
+    console.print(Text(f"answer: {shown.winner}{tie([row.score for row in shown.rows])}"))
+
+
+def tie(scores: list[float]) -> str:
+    """What to add to the answer where the best options cannot be told apart."""
+    best = max(scores)
+    num_best = sum(best - score < TIE for score in scores)
+    if num_best == 1:
+        return ""
+    return f" (a tie: {num_best} options differ by less than {TIE})"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from metro.cli.flip import tie
 from metro.cli.main import app
 from metro.data.prompt_encoding import PromptEncoder
 from metro.evaluation.flip_demo import flip_options
@@ -54,6 +55,20 @@ def test_the_command_prints_options_and_winner(model):
     winner = flip_options(model, "so it is", ["yes", "no"], "true ?").winner
     assert f"answer: {winner}" in done.output
     assert "instruction: <extra_id_0> true ?" in done.output
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([-3.0, -2.0], ""),
+        ([-3.0, -3.0], " (a tie: 2 options differ by less than 0.001)"),
+        ([-3.0, -3.0004, -9.0, -3.0002], " (a tie: 3 options differ by less than 0.001)"),
+        ([-3.0, -3.002, -9.0], ""),
+    ],
+)
+def test_a_tie_is_called_one(scores, said):
+    """Oracle: the differences of the scores."""
+    assert tie(scores) == said
 
 
 @pytest.mark.parametrize(
