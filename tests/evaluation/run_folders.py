@@ -3,6 +3,20 @@
 import json
 from pathlib import Path
 
+from metro.evaluation.published import PublishedRow
+
+PROMPTS = {
+    "rte": {f"prompt {i}": 0.5 + 0.02 * i for i in range(10)},  # mean 0.59
+    "cb": {"a": 0.40, "b": 0.45, "c": 0.56},  # mean 0.47
+}
+PUBLISHED = [
+    PublishedRow("metro_t0_base", "METRO-T0-Base", "t0", "card", {"rte": 0.6162, "cb": 0.5274}),
+    PublishedRow("metro_t0_base", "METRO-T0-Base", "t0", "paper", {"rte": 0.6518, "cb": 0.4560}),
+    PublishedRow("t0_3b", "T0-3B", "t0", "paper", {"rte": 0.6455}),
+    PublishedRow("t0_3b", "T0-3B", "bigbench", "paper", {"winowhy": 0.6455}),
+]
+TITLES = {"metro_t0_base": "METRO-T0-Base"}
+
 
 def write_run(
     folder: Path,

@@ -1,32 +1,26 @@
-"""Runs beside published rows, as page, tables and figures.
+"""The report as page, tables and files.
 
-Oracles: numbers worked out by hand from the runs written here and from `checkpoints/registry.yaml`;
-parsers of the standard library for HTML, XML and CSV.
+Oracles: numbers worked out by hand from the runs written here; parsers of the standard library for
+HTML, XML and CSV.
 """
 
 import csv
 import io
 import re
 from html.parser import HTMLParser
-from itertools import combinations
-from math import hypot
 from xml.etree import ElementTree
 
 import pytest
 
-from metro.conversion.registry import registered_models
 from metro.evaluation.comparison import compare
-from metro.evaluation.naming import short_model_name
-from metro.evaluation.published import PublishedRow, merge_agreeing, published_rows
+from metro.evaluation.published import PublishedRow
 from metro.evaluation.report import build_sections, find_runs, write_report
-from metro.evaluation.report_figure import make_scale, standalone
+from metro.evaluation.report_figure import standalone
 from metro.evaluation.report_page import page
 from metro.evaluation.report_tables import latex, markdown, prompts_csv, signed, tasks_csv
-from metro.evaluation.results import PromptResult, Run, read_run
-from metro.evaluation.svg_marks import spread
-from tests.evaluation.run_folders import write_run
+from metro.evaluation.results import read_run
+from tests.evaluation.run_folders import PROMPTS, write_run
 
-SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "input", "link", "br", "img", "hr"}
 EVIL = """<script>alert("x")</script> & 'quoted' | =1+1 _under_ \\ {brace} % $ #"""
 
@@ -67,158 +61,6 @@ class Page(HTMLParser):
 def row_of(table: list[list[str]], name: str) -> list[str]:
     """The first line of that name."""
     return next(line for line in table if line[0].strip() == name)
-
-
-PROMPTS = {
-    "rte": {f"prompt {i}": 0.5 + 0.02 * i for i in range(10)},  # mean 0.59
-    "cb": {"a": 0.40, "b": 0.45, "c": 0.56},  # mean 0.47
-}
-PUBLISHED = [
-    PublishedRow("metro_t0_base", "METRO-T0-Base", "t0", "card", {"rte": 0.6162, "cb": 0.5274}),
-    PublishedRow("metro_t0_base", "METRO-T0-Base", "t0", "paper", {"rte": 0.6518, "cb": 0.4560}),
-    PublishedRow("t0_3b", "T0-3B", "t0", "paper", {"rte": 0.6455}),
-    PublishedRow("t0_3b", "T0-3B", "bigbench", "paper", {"winowhy": 0.6455}),
-]
-TITLES = {"metro_t0_base": "METRO-T0-Base"}
-
-
-@pytest.fixture
-def section(tmp_path):
-    """Two runs, the first of a registered model, the second with a partial task."""
-    first = write_run(tmp_path / "first", PROMPTS, registered="metro_t0_base")
-    second = write_run(
-        tmp_path / "second",
-        {"rte": {"prompt 0": 0.7}, "cb": dict.fromkeys("abc", 0.5)},
-        model="runs/mine/checkpoint_last.pt",
-        listed={task: list(prompts) for task, prompts in PROMPTS.items()},
-    )
-    (section,) = compare([read_run(first), read_run(second)], PUBLISHED, TITLES)
-    return section
-
-
-def test_rows_are_those_worked_out_by_hand(section):
-    """Oracle: 0.59 - 0.6162 = -0.0262, 0.47 - 0.5274 = -0.0574; averages are means of the tasks."""
-    first, difference, second, card, paper, other, chance = section.rows
-    kinds = [row.kind for row in section.rows]
-    assert kinds == ["run", "difference", "run", *["published"] * 3, "chance"]
-    assert first.label == "METRO-T0-Base"
-    assert first.values == pytest.approx({"rte": 0.59, "cb": 0.47})
-    assert first.average == pytest.approx(0.53)
-    assert difference.detail == "card"
-    assert difference.values == pytest.approx({"rte": -0.0262, "cb": -0.0574})
-    assert difference.average == pytest.approx(-0.0418)
-    assert second.label == "mine"
-    assert second.partial == {"rte"} and second.values["rte"] == 0.7
-    assert (second.average, second.num_averaged) == (0.5, 1)
-    assert card.average == pytest.approx((0.6162 + 0.5274) / 2)
-    assert card.compared and not paper.compared
-    assert other.average is None  # it has no number for cb
-    assert chance.values == {"rte": 0.5, "cb": 0.5}
-
-
-def test_a_partial_task_is_never_the_best(section):
-    """Oracle: 0.7 of one prompt against 0.59 of ten; 0.5 against 0.47."""
-    first, _, second = section.rows[:3]
-    assert first.best == {"rte"}
-    assert second.best == {"cb"}  # averages are over different tasks: none is best
-
-
-def test_difference_averages_over_tasks_that_both_have(tmp_path):
-    """Oracle: by hand, cb is not published, so the average difference is that of rte."""
-    run = read_run(write_run(tmp_path / "run", PROMPTS, registered="t0_3b"))
-    (section,) = compare([run], PUBLISHED)
-    difference = section.rows[1]
-    assert difference.values == pytest.approx({"rte": 0.59 - 0.6455})
-    assert (difference.average, difference.num_averaged) == (difference.values["rte"], 1)
-
-
-def test_averages_of_published_rows_are_over_the_tasks_shown(tmp_path):
-    """Oracle: by hand; a note says that the suite has more tasks."""
-    run = read_run(
-        write_run(tmp_path / "run", {"cb": {"a": 0.5}}, listed={"cb": ["a"], "rte": ["a"]})
-    )
-    (section,) = compare([run], PUBLISHED)
-    assert section.tasks == ["cb"]
-    assert section.rows[1].average == 0.5274
-    assert any("1 tasks shown; the suite lists 2" in note for note in section.notes)
-
-
-def test_suites_make_sections_that_do_not_mix(tmp_path):
-    """Oracle: two suites given in turns."""
-    runs = [
-        read_run(write_run(tmp_path / name, {task: {"p": 0.5}}, suite=suite))
-        for name, suite, task in [
-            ("a", "t0", "rte"),
-            ("b", "bigbench", "winowhy"),
-            ("c", "t0", "cb"),
-        ]
-    ]
-    sections = compare(runs, PUBLISHED)
-    assert [section.suite for section in sections] == ["t0", "bigbench"]
-    assert sections[0].tasks == ["rte", "cb"] and sections[1].tasks == ["winowhy"]
-    assert [row.suite for row in sections[1].published] == ["bigbench"]
-
-
-def test_label_generalisation_shows_macro_f1(tmp_path):
-    """Oracle: the paper's metric; the runs written here have a macro-F1 of half the accuracy."""
-    folder = write_run(tmp_path / "run", {"cb": {"a": 0.5}}, suite="label_generalization")
-    (section,) = compare([read_run(folder)])
-    assert section.rows[0].values == {"cb": 0.25}
-    assert [row.kind for row in section.rows] == ["run"]  # nobody states a chance of macro-F1
-    assert "Macro-F1" in page("x", [section])
-
-
-# ---- published rows --------------------------------------------------------------------------
-
-
-def test_all_published_rows_of_the_registry_are_shown():
-    """Oracle: the registry; every number of it is in the row of its model."""
-    rows = published_rows(["all"])
-    for model in registered_models().values():
-        for table in model.published:
-            for task, accuracy in table["results"].items():
-                assert any(
-                    row.model == model.name
-                    and row.suite == table["suite"]
-                    and table["source"] in row.source
-                    and abs(row.values.get(task, 9) - accuracy / 100) < 0.00021
-                    for row in rows
-                ), (model.name, table["source"], task)
-
-
-def test_the_card_of_a_base_model_comes_before_the_table_it_differs_from():
-    """Oracle: metro_t0_base, 61.62 on its card and 65.18 in the paper; base++ agrees in both."""
-    base = [row for row in published_rows(["metro_t0_base"]) if row.suite == "t0"]
-    assert [row.values["rte"] for row in base] == [0.6162, 0.6518]
-    (basepp,) = published_rows(["metro_t0_basepp"])
-    assert len(basepp.values) == 11 and basepp.source.startswith("model card")
-
-
-def test_a_row_within_another_is_merged_into_it():
-    """Oracle: by hand."""
-    few = PublishedRow("m", "M", "t0", "card", {"rte": 0.5})
-    more = PublishedRow("m", "M", "t0", "paper", {"rte": 0.5001, "cb": 0.4})
-    (merged,) = merge_agreeing([few, more])
-    assert merged.values == more.values and merged.source == "card; paper"
-    other = PublishedRow("m", "M", "t0", "paper", {"rte": 0.51, "cb": 0.4})
-    assert merge_agreeing([few, other]) == [few, other]
-    elsewhere = PublishedRow("m", "M", "mmlu", "paper", {"rte": 0.5})
-    assert merge_agreeing([few, elsewhere]) == [few, elsewhere]
-
-
-def test_published_rows_are_selected_by_name():
-    """Oracle: the names given; hub ids and commas work, a wrong name gets the nearest."""
-    assert published_rows(["none"]) == []
-    named = published_rows(["t0_3b,flipped_3b"])
-    assert {row.model for row in named} == {"t0_3b", "flipped_3b"}
-    assert {row.model for row in published_rows(["bigscience/T0"])} == {"t0_11b"}
-    with pytest.raises(ValueError, match="metro_t0_base"):
-        published_rows(["metro_t0_bsae"])
-    with pytest.raises(ValueError, match="all and none stand alone"):
-        published_rows(["all", "t0_3b"])
-
-
-# ---- formats ---------------------------------------------------------------------------------
 
 
 def test_every_format_holds_the_same_numbers(section):
@@ -320,75 +162,6 @@ def test_texts_of_files_are_shown_and_never_run(tmp_path):
     assert r"\_under\_ \textbackslash{} \{brace\} \% \$ \#" in tex
 
 
-# ---- figure ----------------------------------------------------------------------------------
-
-
-def elements(svg: str, name: str) -> list:
-    """The drawn elements of a class that say what they are; those of the legend do not."""
-    found = ElementTree.fromstring(svg).iter()
-    return [e for e in found if e.get("class", "").split(" ")[0] == name and hint(e)]
-
-
-def hint(element) -> str:
-    return element.findtext(f"{SVG}title") or ""
-
-
-def test_panels_have_a_point_per_prompt_at_its_height(section):
-    """Oracle: heights are linear in accuracy: what the points say in their titles gives their place
-    from that of two others; median and published value lie on the same scale."""
-    svg = standalone(section)
-    points = [e for e in elements(svg, "point") if " · prompt" in hint(e) and e.get("cy")]
-    assert len(points) == 10
-    place = {float(hint(e).split(": ")[1]): float(e.get("cy")) for e in points}
-    slope = (place[68.0] - place[50.0]) / 18
-    assert slope < 0  # up is better
-    for value, y in place.items():
-        assert y == pytest.approx(place[50.0] + slope * (value - 50), abs=0.11)
-    (median,) = [e for e in elements(svg, "median") if "median 59.00" in hint(e)]
-    assert float(median.get("y1")) == pytest.approx(place[50.0] + 9 * slope, abs=0.11)
-    (own,) = [e for e in elements(svg, "own") if "61.62" in hint(e)]
-    ys = [float(pair.split(",")[1]) for pair in own.get("points").split()]
-    assert (min(ys) + max(ys)) / 2 == pytest.approx(place[50.0] + 11.62 * slope, abs=0.11)
-    chances = {e.get("y1") for e in elements(svg, "chance")}
-    assert [float(y) for y in chances] == pytest.approx([place[50.0]], abs=0.11)
-
-
-def test_points_do_not_cover_each_other():
-    """Oracle: distances, for many equal values and room enough."""
-    places = spread({str(i): 100.0 + (i % 3) for i in range(8)}, most=40)
-    for (x1, y1), (x2, y2) in combinations(places.values(), 2):
-        assert hypot(x1 - x2, y1 - y2) >= 6 - 1e-6
-    assert all(abs(x) <= 5 for x, _ in spread({str(i): 1.0 for i in range(30)}, most=5).values())
-
-
-def test_suites_with_one_prompt_each_are_rows_best_first(tmp_path):
-    """Oracle: the order of the accuracies; positions across are linear in accuracy."""
-    tasks = {f"subject_{i:02d}": {"p": 0.2 + 0.01 * (i * 7 % 57)} for i in range(57)}
-    (section,) = compare([read_run(write_run(tmp_path / "run", tasks, suite="mmlu", chance=0.25))])
-    svg = standalone(section)
-    values = [float(hint(e).split(": ")[1]) for e in elements(svg, "point") if "·" in hint(e)]
-    assert len(values) == 57
-    assert values == sorted(values, reverse=True)
-    assert make_scale(section) == (20, 80)
-    across = {
-        float(re.search(r"p: ([\d.]+)", ElementTree.tostring(e, "unicode"))[1]): float(
-            e.get("x").rstrip("%")
-        )
-        for e in ElementTree.fromstring(svg).iter(f"{SVG}svg")
-        if e.get("width") == "1"
-    }
-    assert across[20.0] == 1.5 and across[50.0] == pytest.approx(50.0, abs=0.01)
-
-
-def test_axis_holds_every_value(tmp_path):
-    """Oracle: round ends around 0 and 1 and around a narrow range."""
-    wide = read_run(write_run(tmp_path / "wide", {"rte": {"a": 0.0, "b": 1.0}}))
-    narrow = read_run(write_run(tmp_path / "narrow", {"rte": {"a": 0.51, "b": 0.52}}))
-    assert make_scale(compare([wide])[0]) == (0, 100)
-    low, high = make_scale(compare([narrow])[0])
-    assert low <= 50 and high >= 52 and high - low >= 20
-
-
 # ---- folders ---------------------------------------------------------------------------------
 
 
@@ -431,53 +204,3 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     (run / "results.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"run has no finished prompt yet"):
         build_sections([run])
-
-
-def test_labels_and_colours_tell_runs_apart(tmp_path):
-    """Oracle: by hand: model, then method where the report has several of it, then folder; a model
-    and method keep their colour from section to section."""
-
-    def run(folder, model, method="direct", suite="t0", registered=None):
-        results = [PromptResult(suite, "rte", "p", method, 10, 0.5)]
-        return Run(tmp_path / folder, model, method, suite, registered, results=results)
-
-    def labels(*runs):
-        sections = compare(runs, (), {"m": "Model M"})
-        return [[(each.label, each.colour) for each in section.runs] for section in sections]
-
-    assert labels(run("a", "x/one"), run("b", "two")) == [[("one", 0), ("two", 1)]]
-    assert labels(run("a", "x/one"), run("b", "x/one", "flipped"), run("c", "two")) == [
-        [("one, direct", 0), ("one, flipped", 1), ("two", 2)]
-    ]
-    assert labels(run("a", "x"), run("b", "two", suite="mmlu"), run("c", "x", suite="mmlu")) == [
-        [("x", 0)],
-        [("two", 1), ("x", 0)],
-    ]
-    assert labels(run("a", "one"), run("b", "one")) == [[("one, a", 0), ("one, b", 1)]]
-    assert labels(run("a", "hub", registered="m")) == [[("Model M", 0)]]
-    assert short_model_name("runs/mine/checkpoint_last.pt") == "mine"
-    assert short_model_name("runs/mine/direct/") == "mine/direct"
-    assert short_model_name("google/t5-small") == "t5-small"
-
-
-def test_a_model_is_compared_with_rows_of_its_method_only(tmp_path):
-    """Oracle: flipped_3b is published by method flipped; evaluated directly it is another thing."""
-    rows = published_rows(["flipped_3b"])
-    for method, compared in [("flipped", True), ("direct", False)]:
-        folder = write_run(
-            tmp_path / method, {"rte": {"p": 0.5}}, method=method, registered="flipped_3b"
-        )
-        (section,) = compare([read_run(folder)], rows)
-        assert ("difference" in [row.kind for row in section.rows]) == compared
-
-
-def test_what_is_true_of_all_runs_is_said_once(tmp_path):
-    """Oracle: by hand: both limited, one partial."""
-    both = {"options": {"limit": 8}}
-    one = write_run(tmp_path / "one", {"rte": {"a": 0.5}}, model="one", **both)
-    two = write_run(
-        tmp_path / "two", {"rte": {"a": 0.5}}, model="two", listed={"rte": ["a", "b"]}, **both
-    )
-    (section,) = compare([read_run(one), read_run(two)])
-    assert len([note for note in section.notes if note.startswith("limited to 8")]) == 1
-    assert any(note.startswith("two: partial, ") for note in section.notes)
