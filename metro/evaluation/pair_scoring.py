@@ -6,140 +6,36 @@ by the options that begin there, a pair that turns up again. Pairs are batched b
 budget of tokens, so that the result does not depend on their order. The vocabulary's logits exist
 for a chunk of rows only.
 
-Letters: U sources, P pairs, S source tokens, T target tokens, D width, V vocabulary, R rows of the
-projection, C rows of a chunk of them, N target tokens of all pairs.
+METRO models on the CPU are served by ``packed_scoring.py``, which shares more.
+
+Letters: U sources, P pairs, S source tokens, T target tokens, D width, R rows of the projection,
+N target tokens of all pairs.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from metro.evaluation.packed_scoring import can_pack, decode_packed
+from metro.evaluation.pair_batches import (
+    Batch,
+    Pair,
+    group_batches,
+    make_batches,
+    make_packed_batches,
+)
+from metro.evaluation.target_projection import DecodedRows, Projector
 from metro.finetuning.projection import projection_input
 
 IGNORED = -100
-
-
-class Pair(NamedTuple):
-    """What one score needs: log P(target | source)."""
-
-    source: tuple[int, ...]
-    target: tuple[int, ...]
-    """With end symbol, without start symbol."""
-
-
-class Batch(NamedTuple):
-    """Pairs that go through the model together."""
-
-    sources: list[tuple[int, ...]]
-    pairs: list[tuple[int, tuple[int, ...]]]
-    """(index into sources, target)"""
-
-
-def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
-    """Distinct pairs in batches of similar length, the longest first.
-
-    A batch has at most ``batch_tokens`` tokens, sources counted once per pair (their keys and
-    values are repeated) and padding included; a single longer pair is a batch of its own.
-    """
-    targets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.target), pair.target)):
-        targets.setdefault(source, []).append(target)
-    groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
-    for source, options in targets.items():  # a source with very many targets is cut
-        size = max(1, batch_tokens // (len(source) + len(options[0])))
-        groups += [(source, options[i : i + size]) for i in range(0, len(options), size)]
-    # Target lengths in steps of 8: sources of one length stay together.
-    groups.sort(key=lambda group: (-(len(group[1][0]) // 8), -len(group[0]), group))
-    batches: list[Batch] = []
-    longest_source = longest_target = 0
-    for source, options in groups:
-        longest_source = max(longest_source, len(source))
-        longest_target = max(longest_target, len(options[0]))
-        cost = longest_source + longest_target
-        if not batches or (len(batches[-1].pairs) + len(options)) * cost > batch_tokens:
-            batches.append(Batch([], []))
-            longest_source, longest_target = len(source), len(options[0])
-        batch = batches[-1]
-        batch.pairs.extend((len(batch.sources), option) for option in options)
-        batch.sources.append(source)
-    return batches
-
-
-def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[list[Batch]]:
-    """Neighbouring batches that are projected to the vocabulary together."""
-    groups: list[list[Batch]] = []
-    size = 0
-    for batch in batches:
-        if not groups or size >= target_tokens:
-            groups.append([])
-            size = 0
-        groups[-1].append(batch)
-        size += sum(len(target) for _, target in batch.pairs)
-    return groups
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
     """Rows of ids as one tensor, filled up on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
-
-
-class DecodedRows(NamedTuple):
-    """What a batch leaves for the projection: some hidden states, and what is asked of each."""
-
-    hidden_RD: torch.Tensor
-    row_N: torch.Tensor
-    """Which hidden state predicts the token; several tokens may share one."""
-    target_N: torch.Tensor
-    """The token."""
-    pair_N: torch.Tensor
-    """Whose log-probability it is part of: index into the batch's pairs."""
-
-
-class Projector:
-    """Sums log P of target tokens per pair, projecting the rows of several batches at once.
-
-    A product with a large vocabulary is slow for a few rows, and its logits (R, V) should never be
-    many: rows are collected, then projected in chunks.
-    """
-
-    chunk_logits = 2**24
-
-    def __init__(self, scores: torch.Tensor):
-        self.scores, self.waiting = scores, []
-
-    def add(self, rows: DecodedRows, index: list[int], weight, bias) -> None:
-        """``index``: places of the batch's pairs in the scores."""
-        self.projection = weight, bias
-        self.waiting.append((rows, torch.tensor(index, device=rows.pair_N.device)))
-
-    @torch.inference_mode()
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        weight_VD, bias_V = self.projection
-        hidden_RD = torch.cat([rows.hidden_RD for rows, _ in self.waiting])
-        starts = itertools.accumulate([len(rows.hidden_RD) for rows, _ in self.waiting], initial=0)
-        row_N = torch.cat(
-            [rows.row_N + start for (rows, _), start in zip(self.waiting, starts, strict=False)]
-        )
-        target_N = torch.cat([rows.target_N for rows, _ in self.waiting])
-        pair_N = torch.cat([index[rows.pair_N] for rows, index in self.waiting])
-        log_p_N = torch.empty_like(target_N, dtype=torch.float32)
-        step = max(1, self.chunk_logits // len(weight_VD))
-        for first in range(0, len(hidden_RD), step):
-            logits_CV = F.linear(hidden_RD[first : first + step], weight_VD, bias_V).float()
-            normalizer_C = logits_CV.logsumexp(-1)
-            here = ((row_N >= first) & (row_N < first + step)).nonzero().squeeze(-1)
-            local_row = row_N[here] - first
-            log_p_N[here] = logits_CV[local_row, target_N[here]] - normalizer_C[local_row]
-        self.scores.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
-        self.waiting = []
 
 
 @torch.inference_mode()
@@ -256,7 +152,9 @@ class PairScorer:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         # Shared out by groups, which do not depend on the number of processes: nor do the scores,
         # to the last bit.
-        groups = group_batches(make_batches(new, self.batch_tokens))
+        packs = can_pack(self.model)
+        batches = (make_packed_batches if packs else make_batches)(new, self.batch_tokens)
+        groups = group_batches(batches)
         places = {pair: number for number, pair in enumerate(new)}
         scores = torch.zeros(len(new), dtype=torch.float64)
         done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
@@ -265,7 +163,8 @@ class PairScorer:
             for batch in group:
                 if number % self.num_processes == self.rank:
                     index = [places[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
-                    rows, weight, bias = decode_batch(self.model, batch)
+                    decode = decode_packed if packs else decode_batch
+                    rows, weight, bias = decode(self.model, batch)
                     projector.add(rows, index, weight, bias)
                 if progress is not None:
                     done += sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs)

@@ -1,0 +1,92 @@
+"""Pairs of a source and a target, and how they are put together in batches.
+
+A batch has a budget of tokens and sources of similar length; nothing depends on the order in which
+the pairs come.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Pair(NamedTuple):
+    """What one score needs: log P(target | source)."""
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    """With end symbol, without start symbol."""
+
+
+class Batch(NamedTuple):
+    """Pairs that go through the model together."""
+
+    sources: list[tuple[int, ...]]
+    pairs: list[tuple[int, tuple[int, ...]]]
+    """(index into sources, target)"""
+
+
+def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
+    """Distinct pairs in batches of similar length, the longest first.
+
+    A batch has at most ``batch_tokens`` tokens, sources counted once per pair (their keys and
+    values are repeated) and padding included; a single longer pair is a batch of its own.
+    """
+    targets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.target), pair.target)):
+        targets.setdefault(source, []).append(target)
+    groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
+    for source, options in targets.items():  # a source with very many targets is cut
+        size = max(1, batch_tokens // (len(source) + len(options[0])))
+        groups += [(source, options[i : i + size]) for i in range(0, len(options), size)]
+    # Target lengths in steps of 8: sources of one length stay together.
+    groups.sort(key=lambda group: (-(len(group[1][0]) // 8), -len(group[0]), group))
+    batches: list[Batch] = []
+    longest_source = longest_target = 0
+    for source, options in groups:
+        longest_source = max(longest_source, len(source))
+        longest_target = max(longest_target, len(options[0]))
+        cost = longest_source + longest_target
+        if not batches or (len(batches[-1].pairs) + len(options)) * cost > batch_tokens:
+            batches.append(Batch([], []))
+            longest_source, longest_target = len(source), len(options[0])
+        batch = batches[-1]
+        batch.pairs.extend((len(batch.sources), option) for option in options)
+        batch.sources.append(source)
+    return batches
+
+
+def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[list[Batch]]:
+    """Neighbouring batches that are projected to the vocabulary together."""
+    groups: list[list[Batch]] = []
+    size = 0
+    for batch in batches:
+        if not groups or size >= target_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(batch)
+        size += sum(len(target) for _, target in batch.pairs)
+    return groups
+
+
+def make_packed_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
+    """Distinct pairs in batches of at most ``batch_tokens`` tokens, those of long sources first.
+
+    A source counts once in each batch; a single longer pair is a batch of its own.
+    """
+    targets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    # In alphabetical order, where common beginnings are neighbours.
+    for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.source), pair)):
+        targets.setdefault(source, []).append(target)
+    batches: list[Batch] = []
+    size = 0
+    for source, options in targets.items():
+        for option in options:
+            is_new = not batches or batches[-1].sources[-1:] != [source]
+            size += len(option) + (len(source) if is_new else 0)
+            if not batches or size > batch_tokens:
+                batches.append(Batch([], []))
+                size, is_new = len(source) + len(option), True
+            batch = batches[-1]
+            if is_new:
+                batch.sources.append(source)
+            batch.pairs.append((len(batch.sources) - 1, option))
+    return batches
