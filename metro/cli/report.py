@@ -26,7 +26,7 @@ def report(
     """
     from rich.console import Console
 
-    from metro.evaluation.report import build_sections, find_runs, write_report
+    from metro.evaluation.report import average, build_sections, find_runs, write_report
 
     sections = build_sections(find_runs(runs, out), published or ["all"], suite)
     paths = write_report(sections, out, title)
@@ -34,9 +34,8 @@ def report(
     for section in sections:
         for row in section.rows:
             if row.kind == "run":
-                value = "no task is whole" if row.average is None else f"{100 * row.average:.2f}"
-                over = f"{row.num_averaged} of {len(section.tasks)} tasks"
-                console.print(f"{section.title}: {row.label} ({row.detail}) {value}, over {over}")
+                name = row.label if row.says_method else f"{row.label} ({row.detail})"
+                console.print(f"{section.title}: {name} {average(section, row)}")
         for note in section.notes:
             console.print(f"note: {note}")
     console.print("wrote " + ", ".join(str(path) for path in paths))

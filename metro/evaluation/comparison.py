@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metro.evaluation.naming import SUITE_TITLES, colours, labels, model_name, title_case
+from metro.conversion.registry import SUITES
+from metro.evaluation.naming import colours, counted, labels, model_name, suite_title
 from metro.evaluation.published import PublishedRow
 from metro.evaluation.results import Run
 from metro.evaluation.summary import Summary, TaskSummary, notes, summarize
@@ -59,6 +60,11 @@ class Row:
     compared: bool = False
     """Of a published row: whether a run is compared with it."""
 
+    @property
+    def says_method(self) -> bool:
+        """Whether the label of a run has its method."""
+        return f", {self.detail}" in self.label
+
 
 @dataclass
 class Section:
@@ -74,7 +80,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        return SUITE_TITLES.get(self.suite, title_case(self.suite))
+        return suite_title(self.suite, [report_run.run for report_run in self.runs])
 
     @property
     def sources(self) -> dict[str, str]:
@@ -122,7 +128,7 @@ def compare(
     published: Sequence[PublishedRow] = (),
     titles: Mapping[str, str] | None = None,
 ) -> list[Section]:
-    """Sections, one per suite, in the order of SUITE_TITLES, suites of the user's last.
+    """Sections, one per suite, in the order of SUITES, suites of the user's last.
 
     Args:
         runs: at least one; each with at least one result; no folder twice.
@@ -132,7 +138,7 @@ def compare(
     """
     check_runs(runs)
     models = [model_name(run, titles or {}) for run in runs]
-    known = [*SUITE_TITLES, *(run.suite for run in runs)]
+    known = [*SUITES, *(run.suite for run in runs)]
     sections = []
     for suite in sorted({run.suite for run in runs}, key=known.index):
         members = [number for number, run in enumerate(runs) if run.suite == suite]
@@ -285,8 +291,8 @@ def make_notes(section: Section, listed: list[str]) -> list[str]:
     found = []
     if len(section.tasks) < len(listed):
         found.append(
-            f"averages, published ones too, are over the {len(section.tasks)} tasks shown; the "
-            f"suite lists {len(listed)}"
+            f"averages, published ones too, are over the {counted(len(section.tasks), 'task')} "
+            f"shown; the suite lists {len(listed)}"
         )
     said: dict[str, list[str]] = {}
     for report_run in section.runs:

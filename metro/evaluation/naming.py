@@ -1,33 +1,17 @@
 """What the report calls suites, tasks and runs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from metro.conversion.registry_cards import SUITE_TITLES, TASK_TITLES
 from metro.evaluation.results import Run
 
-SUITE_TITLES = {
-    "t0": "T0 Eval",
-    "flipped14": "FLIPPED’s 14 sets",
-    "bigbench": "BIG-bench",
-    "label_generalization": "Label generalisation",
-    "mmlu": "MMLU",
-}
-TASK_TITLES = {
-    "rte": "RTE",
-    "cb": "CB",
-    "anli_r1": "ANLI R1",
-    "anli_r2": "ANLI R2",
-    "anli_r3": "ANLI R3",
-    "wsc": "WSC",
+# Of tasks that the registry has no title for, or one that is too long for a table across.
+SHORT_TITLES = {
     "winogrande": "Winogrande",
-    "copa": "COPA",
     "story_cloze": "StoryCloze",
-    "hellaswag": "HellaSwag",
-    "wic": "WiC",
-    "piqa": "PIQA",
     "arc_challenge": "ARC-C",
-    "openbookqa": "OpenbookQA",
     "paws": "PAWS",
     "strategyqa": "StrategyQA",
     "winowhy": "WinoWhy",
@@ -37,7 +21,12 @@ TASK_TITLES = {
 
 
 def task_title(task: str) -> str:
-    return TASK_TITLES.get(task, title_case(task))
+    return SHORT_TITLES.get(task) or TASK_TITLES.get(task) or title_case(task)
+
+
+def suite_title(suite: str, runs: Sequence[Run]) -> str:
+    """As the suite calls itself, if its runs say so."""
+    return SUITE_TITLES.get(suite) or next((r.title for r in runs if r.title), title_case(suite))
 
 
 def title_case(name: str) -> str:
@@ -78,9 +67,9 @@ def colours(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) 
     return found if len(set(found)) == len(found) else list(range(len(members)))
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, show: Callable[[int], str] = str) -> str:
     """1 task, 2 tasks."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{show(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def short_model_name(model: str) -> str:

@@ -1,15 +1,18 @@
 """`metro report`: run folders in, a folder of tables, figures and one page out."""
 
-import os
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from metro.evaluation.comparison import Section, compare
+from metro.evaluation.comparison import Row, Section, compare
+from metro.evaluation.naming import counted
 from metro.evaluation.published import published_rows
 from metro.evaluation.report_figure import standalone
 from metro.evaluation.report_page import page, slug
 from metro.evaluation.report_tables import latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.results import read_run
+from metro.evaluation.run_folder import write_whole
+from metro.evaluation.summary import percent
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
@@ -61,6 +64,14 @@ def build_sections(
     return compare(runs, published_rows(published), titles)
 
 
+def average(section: Section, row: Row) -> str:
+    """The average of a run for the terminal, and what it is over."""
+    if row.average is None:
+        return "no task is whole"
+    part = "" if row.num_averaged == len(section.tasks) else f"{row.num_averaged} of "
+    return f"{percent(row.average)}, over {part}{counted(len(section.tasks), 'task')}"
+
+
 def default_title(sections: Sequence[Section]) -> str:
     """Models and suites, as far as they fit a heading."""
     models = list(dict.fromkeys(run.model for section in sections for run in section.runs))
@@ -78,7 +89,10 @@ def listing(names: Sequence[str]) -> str:
 def write_report(
     sections: Sequence[Section], out: str | Path, title: str | None = None
 ) -> list[Path]:
-    """Write every format into `out`; each file is whole or not there. Returns the paths."""
+    """Write every format into `out`; each file is whole or not there. Returns the paths.
+
+    Figures of an earlier report in the same folder go if this one has none of their suites.
+    """
     title = title or default_title(sections)
     files = {
         "report.md": markdown(title, sections),
@@ -91,8 +105,16 @@ def write_report(
     files = {"report.html": page(title, sections, list(files)), **files}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for name in figures_of(out) - files.keys():
+        (out / name).unlink(missing_ok=True)
     for name, content in files.items():
-        scratch = out / f".{name}.tmp"
-        scratch.write_text(content, encoding="utf-8")
-        os.replace(scratch, out / name)
+        write_whole(out / name, content)
     return [out / name for name in files]
+
+
+def figures_of(folder: Path) -> set[str]:
+    """The figures that an earlier report wrote, by the suites of its table."""
+    if not is_report(folder):
+        return set()
+    with (folder / "tasks.csv").open(encoding="utf-8", newline="") as file:
+        return {f"{slug(row['suite'])}.svg" for row in csv.DictReader(file) if row.get("suite")}

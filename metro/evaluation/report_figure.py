@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metro.evaluation.comparison import PublishedRow, ReportRun, Section
-from metro.evaluation.naming import task_title
+from metro.evaluation.comparison import ReportRun, Section
+from metro.evaluation.naming import counted, task_title
+from metro.evaluation.published import PublishedRow
 from metro.evaluation.report_tables import is_wide, percent
 from metro.evaluation.svg_marks import RADIUS, diamond, line, mark, spread, text
 
@@ -108,7 +109,7 @@ def panel(section: Section, task: str, scale: Scale) -> str:
     pitch = (width - GUTTER) / lanes
     for index, report_run in enumerate(section.runs):
         centre = GUTTER + pitch * (index + 0.5)
-        parts.append(lane(section, report_run, index, task, centre, pitch, y))
+        parts.append(lane(section, report_run, task, centre, pitch, y))
     if others(section):
         centre = GUTTER + pitch * (lanes - 0.5)
         for row in others(section):
@@ -119,9 +120,7 @@ def panel(section: Section, task: str, scale: Scale) -> str:
     return "".join(parts)
 
 
-def lane(
-    section, report_run: ReportRun, index: int, task: str, centre: float, pitch: float, y
-) -> str:
+def lane(section, report_run: ReportRun, task: str, centre: float, pitch: float, y) -> str:
     """A run's points, median and published value in a panel."""
     summary = report_run.summary.tasks.get(task)
     values = section.values_per_prompt(summary) if summary else {}
@@ -150,11 +149,7 @@ def panel_subtitle(section: Section, task: str) -> str:
     found = [run.summary.tasks[task] for run in section.runs if task in run.summary.tasks]
     prompts = max(summary.num_prompts for summary in found)
     examples = max(summary.num_examples for summary in found)
-    return f"{count(prompts, 'prompt')} · {count(examples, 'example')}"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{grouped(number)} {noun}{'s' if number != 1 else ''}"
+    return f"{counted(prompts, 'prompt')} · {counted(examples, 'example', grouped)}"
 
 
 def grouped(number: float) -> str:
@@ -205,12 +200,12 @@ def row(section: Section, task: str, scale: Scale) -> str:
         if task in report_run.summary.tasks:
             # Side by side where a run has several points; on one line where it has one.
             offset = 0 if section.one_prompt else 7 * (index - (len(section.runs) - 1) / 2)
-            parts += row_marks(section, report_run, index, task, scale, middle + offset)
+            parts += row_marks(section, report_run, task, scale, middle + offset)
     return "".join(parts)
 
 
 def row_marks(
-    section: Section, report_run: ReportRun, index: int, task: str, scale: Scale, height: float
+    section: Section, report_run: ReportRun, task: str, scale: Scale, height: float
 ) -> Iterable[str]:
     """A run's points, median and published value in a row."""
     summary = report_run.summary.tasks[task]

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 import metro
 from metro.evaluation import report_figure as figure
 from metro.evaluation.comparison import ReportRun, Row, Section
-from metro.evaluation.naming import task_title
+from metro.evaluation.naming import counted, task_title
 from metro.evaluation.report_tables import (
     PARTIAL,
     average_cell,
@@ -43,7 +43,7 @@ class PromptLine(NamedTuple):
 def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = ()) -> str:
     """The page. `other_files` are named at its foot."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"slug": slug, "count": figure.count}
+    environment.filters |= {"slug": slug, "counted": counted}
     environment.globals |= {
         "average": average,
         "cell": cell,
@@ -115,8 +115,8 @@ def differences(section: Section) -> dict[int, Row]:
 def under_average(section: Section, report_run: ReportRun, row: Row) -> list[str]:
     """What is said below the average on a run's card."""
     parts = []
-    if f", {report_run.run.method}" not in report_run.label:
-        parts.append(report_run.run.method)
+    if not row.says_method:
+        parts.append(row.detail)
     interval = report_run.summary.average_interval
     if interval and section.metric == "accuracy":
         parts.append(f"95 % interval {interval_text(interval)}")

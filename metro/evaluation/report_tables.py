@@ -57,7 +57,7 @@ def name_of(row: Row, section: Section) -> str:
     if row.kind == "published":
         return f"{row.label}, published ({section.letters(row)})"
     methods = {report_run.run.method for report_run in section.runs}
-    if row.kind == "run" and len(methods) > 1 and f", {row.detail}" not in row.label:
+    if row.kind == "run" and len(methods) > 1 and not row.says_method:
         return f"{row.label}, {row.detail}"
     return row.label
 

@@ -1,8 +1,9 @@
 """Run folders: what an evaluation leaves on disk, and how it is read back.
 
     OUT/<run name>/
-      run.json        {"model", "method", "suite", "registered": name or null, "protocol": {...},
-                       "options": {...}, "versions": {...}, "tasks": {task: [prompt, ...]}}
+      run.json        {"model", "method", "suite", "title": of the suite, "registered": name or
+                       null, "protocol": {...}, "options": {...}, "versions": {...},
+                       "tasks": {task: [prompt, ...]}}
       results.jsonl   one object per finished (task, prompt), written when it is finished
       scores/<task>/<prompt>.jsonl   one object per example:
                       {"index", "scores", "prediction", "label"}
@@ -56,6 +57,8 @@ class Run:
     suite: str
     registered: str | None = None
     """Name in the registry of released models, None for another model."""
+    title: str | None = None
+    """Of the suite."""
     protocol: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +109,8 @@ def read_run(folder: str | Path) -> Run:
             f"{path} is corrupt ({error!r}); evaluate again into a new folder"
         ) from None
     optional = {name: info.get(name) or {} for name in ("protocol", "options", "versions", "tasks")}
-    run = Run(folder, **required, registered=info.get("registered"), **optional)
+    texts = {name: info.get(name) for name in ("registered", "title")}
+    run = Run(folder, **required, **texts, **optional)
     run.results = list(read_results(folder / "results.jsonl"))
     for result in run.results:
         if (result.suite, result.method) != (run.suite, run.method):

@@ -77,6 +77,7 @@ def run_info(
         "weights": fingerprint(model),
         "method": settings.method,
         "suite": suite.name,
+        "title": suite.title,
         "protocol": protocol.as_dict(),
         "options": {
             "normalization": settings.normalization,

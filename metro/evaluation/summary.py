@@ -14,7 +14,6 @@ R resamples, N examples, P prompts.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from metro.evaluation.results import PromptResult, Run
+from metro.evaluation.run_folder import write_whole
 
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -229,9 +229,7 @@ def total_or_none(values: list[float | None]) -> float | None:
 
 def write_summary(summary: Summary, path: Path) -> None:
     """As JSON, complete or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(summary.as_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(summary.as_dict(), indent=1) + "\n")
 
 
 def print_summary(summary: Summary, console: Any = None) -> None:

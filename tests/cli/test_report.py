@@ -30,12 +30,22 @@ def test_report_writes_all_files_and_prints_averages(run, tmp_path):
     """Oracle: by hand, rte 63, cb 50, so the average is 56.5; the card says 61.62 and 52.74."""
     done = call(run, "--out", tmp_path / "report", "--title", "My <title>")
     assert done.exit_code == 0, done.output
-    assert "METRO-T0-Base (direct) 56.50, over 2 of 2 tasks" in done.output
+    assert "T0 Eval: METRO-T0-Base (direct) 56.50, over 2 tasks" in done.output
     names = {"report.html", "report.md", "report.tex", "tasks.csv", "prompts.csv", "t0.svg"}
     assert {path.name for path in (tmp_path / "report").iterdir()} == names
     page = (tmp_path / "report" / "report.html").read_text()
     assert "<h1>My &lt;title&gt;</h1>" in page
     assert "+1.38" in page and "−2.74" in page and "METRO-T0-Large++" in page
+
+
+def test_a_method_is_said_once(run, tmp_path):
+    """Oracle: by hand: two methods of one model, whose labels have them already."""
+    other = write_run(tmp_path / "other", {"rte": {"a": 0.5}}, method="channel",
+                      registered="metro_t0_base")  # fmt: skip
+    done = call(run, other, "--out", tmp_path / "report")
+    lines = [line for line in done.output.splitlines() if line.startswith("T0 Eval")]
+    assert lines == ["T0 Eval: METRO-T0-Base, direct 56.50, over 2 tasks",
+                     "T0 Eval: METRO-T0-Base, channel 50.00, over 1 of 2 tasks"]  # fmt: skip
 
 
 def test_published_rows_are_chosen_by_option(run, tmp_path):
@@ -54,7 +64,7 @@ def test_partial_runs_are_named_on_the_terminal(tmp_path):
     """Oracle: one of two prompts is there, so no task is whole."""
     run = write_run(tmp_path / "run", {"rte": {"a": 0.5}}, listed={"rte": ["a", "b"]})
     done = call(run, "--out", tmp_path / "report")
-    assert "no task is whole, over 0 of 1 tasks" in done.output
+    assert "(direct) no task is whole" in done.output
     assert "note: partial, not in the average: rte (1 of 2 prompts)" in done.output
 
 

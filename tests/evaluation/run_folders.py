@@ -28,6 +28,7 @@ def write_run(
     registered: str | None = None,
     listed: dict[str, list[str]] | None = None,
     options: dict | None = None,
+    title: str | None = None,
     chance: float = 0.5,
     num_examples: int = 20,
 ) -> Path:
@@ -72,6 +73,7 @@ def write_run(
         "model": model,
         "method": method,
         "suite": suite,
+        "title": title,
         "registered": registered,
         "protocol": {"max_source_length": 512},
         "options": options or {},

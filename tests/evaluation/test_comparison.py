@@ -57,7 +57,7 @@ def test_averages_of_published_rows_are_over_the_tasks_shown(tmp_path):
     (section,) = compare([run], PUBLISHED)
     assert section.tasks == ["cb"]
     assert section.rows[1].average == 0.5274
-    assert any("1 tasks shown; the suite lists 2" in note for note in section.notes)
+    assert any("over the 1 task shown; the suite lists 2" in note for note in section.notes)
 
 
 def test_suites_make_sections_that_do_not_mix(tmp_path):
@@ -74,6 +74,18 @@ def test_suites_make_sections_that_do_not_mix(tmp_path):
     assert [section.suite for section in sections] == ["t0", "bigbench"]
     assert sections[0].tasks == ["rte", "cb"] and sections[1].tasks == ["winowhy"]
     assert [row.suite for row in sections[1].published] == ["bigbench"]
+
+
+def test_suites_of_a_user_are_called_what_they_call_themselves(tmp_path):
+    """Oracle: the title in run.json; without one the name, and the papers' suites as they are."""
+    for suite, title, shown in [
+        ("colours", "Colours, named", "Colours, named"),
+        ("my_quiz", None, "My quiz"),
+        ("t0", "else", "T0 Eval"),
+    ]:
+        folder = write_run(tmp_path / suite, {"a": {"p": 0.5}}, suite=suite, title=title)
+        (section,) = compare([read_run(folder)])
+        assert section.title == shown
 
 
 def test_label_generalisation_shows_macro_f1(tmp_path):

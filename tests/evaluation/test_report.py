@@ -188,6 +188,22 @@ def test_report_is_written_whole_and_again(tmp_path):
     assert only.tasks == ["winowhy"]
 
 
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path):
+    """Oracle: by hand: the second report has one of two suites; a drawing of the user's stays."""
+    one = write_run(tmp_path / "one", PROMPTS)
+    two = write_run(tmp_path / "two", {"winowhy": {"p": 0.5}}, suite="bigbench")
+    out = tmp_path / "report"
+    write_report(build_sections([one, two]), out)
+    (out / "mine.svg").write_text("<svg/>")
+    write_report(build_sections([one]), out)
+    assert {path.name for path in out.glob("*.svg")} == {"t0.svg", "mine.svg"}
+    mixed = tmp_path / "mixed"  # no report: nothing of it is anybody's to delete
+    mixed.mkdir()
+    (mixed / "bigbench.svg").write_text("<svg/>")
+    write_report(build_sections([one]), mixed)
+    assert {path.name for path in mixed.glob("*.svg")} == {"t0.svg", "bigbench.svg"}
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path):
     """Oracle: the folders made here; every message names the folder and the remedy."""
     empty = tmp_path / "empty"
