@@ -10,7 +10,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from metro.finetuning.settings import SHIPPED, FinetuningSettings, combine
+from metro.finetuning.settings import SHIPPED, FinetuningSettings, check_sources, combine
 
 
 def finetune(config: Path | None = None, **given) -> None:
@@ -20,6 +20,7 @@ def finetune(config: Path | None = None, **given) -> None:
     --nproc_per_node N $(which metro) finetune ...
     """
     settings = combine(config, given)
+    check_sources(settings)
     from transformers.utils import logging
 
     from metro.finetuning.run import finetune as run

@@ -63,6 +63,8 @@ def finetune(settings: FinetuningSettings) -> FinetuneResult:
         print(f"nothing to do: {out} is finished after {done.num_updates} updates", flush=True)
         return done
     set_seed(settings.seed)
+    if arguments.process_index == 0:
+        print(f"loading {settings.model}", flush=True)
     model, tokenizer = load_for_training(settings)
     folder = _data_folder(settings, out, arguments)
     trainer = build_trainer(settings, arguments, model, tokenizer, folder)
@@ -326,7 +328,7 @@ def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
     """The prepared prompts; a mixture's name is prepared first, by one process."""
     from metro.data.prompted_examples import MANIFEST
 
-    if (Path(settings.data) / MANIFEST).is_file() or Path(settings.data).is_dir():
+    if Path(settings.data).is_dir():
         return Path(settings.data)
     folder = out / "data"
     with arguments.main_process_first(local=False, desc="data"):

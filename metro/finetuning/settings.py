@@ -211,3 +211,23 @@ def combine(config: str | Path | None, given: dict) -> FinetuningSettings:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"missing: {flags}; give them as options or in the file of --config")
     return FinetuningSettings(**options)
+
+
+def check_sources(settings: FinetuningSettings) -> None:
+    """Refuse a model, vocabulary or data that are not there, seconds before torch is imported.
+
+    Raises:
+        ValueError: one of them is not there, or is something else.
+    """
+    from metro.conversion.model_source import model_source
+    from metro.data.mixtures import find_mixture
+    from metro.data.prompted_examples import read_manifest
+    from metro.modeling.text_metro_t5 import Vocabulary
+
+    model_source(settings.model)
+    if settings.vocab:
+        Vocabulary.from_folder(settings.vocab)
+    if Path(settings.data).is_dir():
+        read_manifest(settings.data)
+    else:
+        find_mixture(settings.data)

@@ -1,5 +1,6 @@
 """`metro finetune` as a user types it."""
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from metro.cli import finetune as module
 from metro.finetuning.settings import FinetuningSettings
 from tests.finetuning.conftest import t5_folder  # noqa: F401
 from tests.finetuning.prepared import write_prepared
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,7 @@ def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path
     out = tmp_path / "out"
     done = run("--config", str(tmp_path / "run.yaml"), "--output-dir", str(out))
     assert done.exit_code == 0, done.output
+    assert f"loading {t5_folder}\n" in done.output
     assert "update 3/3" in done.output and "ranked_right" in done.output
     assert f"{out}: the model after 3 updates" in done.output
     assert not (tmp_path / "wrong").exists()
@@ -94,9 +98,19 @@ def test_a_mixture_is_prepared_first(testdata, t5_folder, tmp_path):  # noqa: F8
         ("--model m --data d", "missing: --output-dir"),
         ("--model m --data d --output-dir o --objective flip", "use one of direct, channel"),
         ("--config nowhere.yaml", "no file nowhere.yaml"),
+        ("--model m --data d --output-dir o", "no file or folder m, and no registered model"),
+        ("--model a/m --data d --output-dir o", "no mixture 'd': there are t0, "),
+        ("--model a/m --data tests --output-dir o", "tests is not a folder of prepared prompts"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message):
+def test_mistakes_are_one_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "metro.finetuning.run", None)  # nor is torch imported for it
     done = run(*arguments.split())
     assert done.exit_code == 1 and isinstance(done.exception, ValueError)
     assert message in str(done.exception) and "\n" not in str(done.exception)
+
+
+def test_a_vocabulary_that_is_none_is_refused(tmp_path):
+    sources = f"--model a/m --data t0 --output-dir o --vocab {tmp_path}"
+    assert "has no sp.model" in str(run(*sources.split()).exception)
