@@ -40,7 +40,7 @@ class PromptBatch(NamedTuple):
     """int64 [B, S]."""
     target_ids: torch.Tensor
     """int64 [B, T]."""
-    decoder_input_ids: torch.Tensor
+    decoder_input_ids: torch.Tensor | None
     """int64 [B, T]: the target shifted right."""
     wrong_ids: torch.Tensor | None
     """int64, padded like the others."""
@@ -67,9 +67,9 @@ def truncate(ids: np.ndarray, max_tokens: int, end: int) -> np.ndarray:
 
 
 def collate_prompts(
-    examples: Sequence[EncodedPrompt], pad: int, start: int, max_width: int | None = None
+    examples: Sequence[EncodedPrompt], pad: int, start: int | None, max_width: int | None = None
 ) -> PromptBatch:
-    """Merge examples; `start` is the decoder's first input."""
+    """Merge examples; `start` is the decoder's first input, None leaves the decoder's input out."""
     longest_first = np.argsort([-len(example.source_ids) for example in examples], kind="stable")
     examples = [examples[i] for i in longest_first]
 
@@ -86,7 +86,9 @@ def collate_prompts(
         lengths=torch.tensor([len(ids) for ids in columns[0]]),
         source_ids=batches[0],
         target_ids=batches[1],
-        decoder_input_ids=padded([shift_right(ids, start) for ids in columns[1]]),
+        decoder_input_ids=(
+            None if start is None else padded([shift_right(ids, start) for ids in columns[1]])
+        ),
         wrong_ids=batches[2] if len(batches) > 2 else None,
         num_target_tokens=sum(map(len, columns[1])),
         num_tokens=sum(len(ids) for column in columns for ids in column),

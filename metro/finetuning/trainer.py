@@ -6,6 +6,7 @@ accumulation, checkpoints, resuming, logging and several processes are the Train
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -79,7 +80,7 @@ class FinetuningLogic:
         usable = [example for example in examples if example is not None]
         if not usable:
             return {"num_skipped": len(examples)}
-        batch = collate_prompts(usable, self.loss_options.pad_token_id, 0, self.max_width)
+        batch = collate_prompts(usable, self.loss_options.pad_token_id, None, self.max_width)
         return {**as_inputs(batch), "num_skipped": batch.num_skipped + len(examples) - len(usable)}
 
     # --- data ---
@@ -152,11 +153,9 @@ class FinetuningLogic:
         """6 operations per parameter and token of a forward and backward pass."""
         return 6 * inputs.get("num_tokens", 0) * self._num_parameters
 
-    @property
+    @functools.cached_property
     def _num_parameters(self) -> int:
-        if not hasattr(self, "_counted"):
-            self._counted = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return self._counted
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     # --- logging and evaluation ---
 
@@ -174,10 +173,7 @@ class FinetuningLogic:
     def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Means over all processes; one transfer for all of them."""
         names = sorted(sums)
-        together = torch.stack([torch.as_tensor(sums[name]).double() for name in names])
-        if together.device.type != self.args.device.type:
-            together = together.to(self.args.device)
-        values = self._sum_over_processes(together.float() if _lacks_double(together) else together)
+        values = self._sum_over_processes(torch.stack([sums[name].float() for name in names]))
         found = dict(zip(names, values.tolist(), strict=True))
         return {
             name: round(found[part] / found[whole], 6)
@@ -190,6 +186,8 @@ class FinetuningLogic:
         """Loss and shares over the validation examples, each once."""
         data = (eval_dataset or self.eval_dataset).data
         started, sums, skipped = time.time(), {}, 0
+        if self.is_world_process_zero():
+            print(f"evaluating {len(data)} held-out examples", flush=True)
         self.model.eval()
         keys = [(0, position) for position in np_argsort(data.lengths(0))]
         size = self.args.per_device_eval_batch_size
@@ -214,11 +212,11 @@ class FinetuningLogic:
                 f"{data.objective}; leave eval_steps out, or prepare tasks with options"
             )
         metrics = self._means(sums)
-        both = torch.stack([sums["loss"], sums["items"]]).double()
-        total, items = self._sum_over_processes(both.to(self.args.device)).tolist()
+        parts = torch.stack([sums["loss"], sums["items"], torch.full_like(sums["loss"], skipped)])
+        total, items, skipped = self._sum_over_processes(parts).tolist()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics[f"{metric_key_prefix}_loss"] = total / items
-        metrics[f"{metric_key_prefix}_skipped_examples"] = skipped
+        metrics[f"{metric_key_prefix}_skipped_examples"] = int(skipped)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -250,7 +248,3 @@ def as_inputs(batch: PromptBatch) -> dict:
 def np_argsort(lengths) -> list[int]:
     """Positions from the longest example to the shortest."""
     return (-lengths).argsort(kind="stable").tolist()
-
-
-def _lacks_double(values: torch.Tensor) -> bool:
-    return values.device.type == "mps"
