@@ -1,4 +1,4 @@
-"""A text and a vocabulary trained on it, for the tests of text preparation."""
+"""A text and a vocabulary trained on it; data sets and templates for the tests of preparation."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from metro.data.corpus import prepare_text
 from tests.data.prepared import random_text, silent
+from tests.data.prompt_toys import make_world
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,8 @@ def text(tmp_path_factory) -> Path:
 def vocab(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vocab") / "vocab"
     return prepare_text([text], folder, train_vocab=150, num_workers=1, say=silent).folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
