@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .registry import RegisteredModel, registered_models, show_parameters
+from metro.conversion.registry import RegisteredModel, registered_models, show_parameters
 
 TASK_TITLES = {
     "rte": "RTE",

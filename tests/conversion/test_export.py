@@ -259,7 +259,7 @@ def kill_while_converting(testdata):
 
     yield kill
     process.stdin.close()
-    process.wait(timeout=30)
+    process.wait(timeout=240)
 
 
 def test_a_killed_export_leaves_nothing_that_looks_complete(
