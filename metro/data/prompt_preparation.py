@@ -22,7 +22,7 @@ from metro.data.prompt_rendering import (
     JsonlEncoder,
     Part,
 )
-from metro.data.prompt_settings import read_settings
+from metro.data.prompt_settings import ignored_options, read_settings
 from metro.data.prompt_sources import PartPlan, Unavailable
 from metro.data.worker_pool import map_in_order
 from metro.environment import available_cores
@@ -90,6 +90,8 @@ def prepare_prompts(
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedPrompts(folder.out, folder.complete(), False)
+    for note in ignored_options(settings):
+        say(f"warning: {note}")
     work = _Preparation(settings, folder, earlier or {}, num_workers, say, progress)
     return PreparedPrompts(folder.out, work.run(), False)
 

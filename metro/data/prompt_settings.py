@@ -107,6 +107,22 @@ def read_settings(
     return PromptSettings(found, sources, format, vocabulary, rendering, lower)
 
 
+def ignored_options(settings: PromptSettings) -> list[str]:
+    """What was asked for and changes nothing, worded for people."""
+    notes, vocabulary = [], settings.vocabulary
+    if settings.format == "jsonl":
+        if not settings.lower:
+            notes.append("--cased changes nothing: jsonl keeps the text as it is")
+        if vocabulary:
+            notes.append(f"--vocab {vocabulary.folder} is not used: jsonl holds text")
+    else:
+        if not settings.lower and not vocabulary.is_cased:
+            notes.append(f"{vocabulary.folder} has no capitals, so --cased has little effect")
+        if settings.rendering.instruction_text != "published":
+            notes.append("--instruction-text changes nothing: fairseq's format has no instructions")
+    return notes
+
+
 def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
     """What ``prepare_prompts`` would do, with sizes; tokens are estimated from a few rows."""
     if settings.vocabulary is None:

@@ -154,6 +154,21 @@ def test_wrong_options_are_refused_with_the_remedy(world, tmp_path, options, mes
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+def test_options_that_change_nothing_are_named(world, vocab, tmp_path):
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    options = {"mixture": str(tmp_path / "mix.yaml"), "limit": 2, "lower": False, "vocab": vocab}
+    _, said = prepare(world, tmp_path / "text", format="jsonl", **options)
+    assert said == [
+        "warning: --cased changes nothing: jsonl keeps the text as it is",
+        f"warning: --vocab {vocab} is not used: jsonl holds text",
+    ]
+    _, said = prepare(world, tmp_path / "ids", instruction_text="rendered", **options)
+    assert said == [
+        f"warning: {vocab} has no capitals, so --cased has little effect",
+        "warning: --instruction-text changes nothing: fairseq's format has no instructions",
+    ]
+
+
 def test_wrong_vocabulary_is_refused(world, vocab, tmp_path):
     (tmp_path / "dict.txt").write_bytes((vocab / "dict.txt").read_bytes() + b"more 1\n")
     (tmp_path / "sp.model").write_bytes((vocab / "sp.model").read_bytes())
