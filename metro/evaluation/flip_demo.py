@@ -57,12 +57,12 @@ def flip_options(
     from transformers.utils.logging import disable_progress_bar
 
     from metro.conversion.loading import load
-    from metro.conversion.registry import registered_models
+    from metro.conversion.registry import find_registered
 
     disable_progress_bar()
     model, tokenizer = load(model_name, dtype=dtype, device=device, vocab=vocab)
     sentinels_for(tokenizer)
-    registered = registered_models().get(model_name)
+    registered = find_registered(model_name)
     protocol = choose_protocol(registered.family if registered else None, model.config, "flipped")
     encoder = PromptEncoder(
         tokenizer,

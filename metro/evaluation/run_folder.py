@@ -50,8 +50,8 @@ class RunFolder:
     def check_same(self, path: Path, info: dict[str, Any]) -> None:
         """Refuse to mix the results of two runs."""
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             raise ValueError(f"{path} is corrupt; delete {self.folder} and start again") from None
         now = json.loads(json.dumps(info))
         for name in IDENTITY:

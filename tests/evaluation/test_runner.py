@@ -133,6 +133,12 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
     with pytest.raises(ValueError, match="options: limit None, this one has 5"):
         run(folder, suite_file, *loaded, limit=5)
     assert without_times(folder) == before
+    for content in ("{", "[1]", "3"):
+        spoilt = tmp_path / f"spoilt{len(content)}{content[-1]}"
+        spoilt.mkdir()
+        (spoilt / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="run.json is corrupt; delete"):
+            run(spoilt, suite_file, *loaded)
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
