@@ -1,9 +1,10 @@
 """Attention with a relative position bias, without B,H,T,S tensors kept for the backward pass.
 
-On the CPU a head of one row is computed at a time, each core at its own, and the backward pass
-computes the weights (and which of them were dropped) again, as Dao et al. (2022) do on GPUs. Only
-the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is itself about a
-tenth of a layer's at 512 tokens; causal attention skips 3/8 of the pairs.
+On GPUs the kernels of :mod:`metro.ops.relative_position_attention_kernels` compute the weights a
+tile at a time. On the CPU a head of one row is computed at a time, each core at its own, and the
+backward pass computes the weights (and which of them were dropped) again, as Dao et al. (2022) do
+on GPUs. Only the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is
+itself about a tenth of a layer's at 512 tokens; causal attention skips 3/8 of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import is_eager_cpu
+from metro.ops.dispatch import KERNEL_TYPES, check_kernel, has_triton, is_eager_cpu
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
 from metro.ops.threads import for_each
 
@@ -50,18 +51,24 @@ def relative_position_attention(
         is_causal: a query sees keys up to its own position.
         query_positions: B,T int64; the last T positions by default.
         dropout: probability of dropping a weight, in steps of 2 ** -16 for ``cached``.
-        impl: ``reference`` (PyTorch's attention on a materialised mask), ``cached`` (described
-            above) or ``auto``: ``cached`` for float32 on the CPU.
+        impl: ``reference`` (PyTorch's attention, on a materialised mask unless none is needed),
+            ``cached`` (CPU, described above), ``triton`` (GPU), or ``auto``, see
+            :func:`choose_impl`.
 
     Returns:
-        B,H,T,K, laid out in memory as B,T,H,K.
+        B,H,T,K; of ``cached`` and ``triton`` laid out in memory as B,T,H,K.
 
     Raises:
-        ValueError: an unknown ``impl``, or ``cached`` on another device.
+        ValueError: an unknown ``impl``, ``cached`` on another device than the CPU, ``triton``
+            where it cannot run, or on more queries than keys without positions.
     """
     if impl == "auto":
-        impl = "cached" if is_eager_cpu(q) else "reference"
+        impl = choose_impl(q, k, bias, key_mask, is_causal, query_positions)
+    if impl == "triton":
+        return attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
     if impl == "reference":
+        if is_only_causal(q, k, bias, key_mask, is_causal, query_positions):
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
         mask = visible_keys(q, k, key_mask, is_causal, query_positions)
         if bias is not None:
             pairs = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions).to(q.dtype)
@@ -71,7 +78,53 @@ def relative_position_attention(
         if q.device.type != "cpu":
             raise ValueError(f"impl 'cached' is for the CPU, q is on {q.device}; use 'auto'")
         return CachedAttention.apply(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
-    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'cached'")
+    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'cached' or 'triton'")
+
+
+def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
+    """What ``auto`` means: ``cached`` for float32 on the CPU; on a GPU ``triton``.
+
+    On a GPU ``reference`` where there is neither a bias nor a mask: there PyTorch has kernels that
+    need none. So too for few pairs, as in generation, token by token, and without Triton.
+    ``benchmarks/ops.py`` compares them, and FlexAttention; the faster is to be chosen here.
+    """
+    if is_eager_cpu(q):
+        return "cached"
+    if q.device.type != "cuda" or q.dtype not in KERNEL_TYPES or not has_triton():
+        return "reference"
+    if q.shape[2] < 16 or q.shape[2] * k.shape[2] < 64 * 64:
+        return "reference"
+    has_mask = bias is not None or key_mask is not None or is_causal
+    if not has_mask or is_only_causal(q, k, bias, key_mask, is_causal, query_positions):
+        return "reference"
+    return "triton"
+
+
+def is_only_causal(q, k, bias, key_mask, is_causal, query_positions) -> bool:
+    """Whether PyTorch's attention has a flag for it, on a GPU; the CPU's is left as it is."""
+    no_tensors = bias is None and key_mask is None and query_positions is None
+    return is_causal and no_tensors and q.shape[2] == k.shape[2] and q.device.type == "cuda"
+
+
+def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropout):
+    """``impl="triton"``, after checks."""
+    check_kernel(q)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; use a probability below 1")
+    needs_positions = is_causal or bias is not None
+    if q.shape[2] > k.shape[2] and needs_positions and query_positions is None:
+        raise ValueError(
+            f"{q.shape[2]} queries are more than {k.shape[2]} keys; give query_positions"
+        )
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return relative_position_attention(
+            q, k, v, bias, key_mask, is_causal, query_positions, dropout, impl="reference"
+        )
+    from metro.ops.relative_position_attention_kernels import attend
+
+    return attend(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
 
 
 def visible_keys(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | None:
