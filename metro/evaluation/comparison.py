@@ -301,8 +301,10 @@ def make_notes(section: Section, listed: list[str]) -> list[str]:
     for note, names in said.items():
         everyone = len(names) == len(section.runs)
         found.append(note if everyone else f"{'; '.join(names)}: {note}")
-    for option in ("split", "limit"):
-        values = {str(report_run.run.options.get(option)) for report_run in section.runs}
-        if len(values) > 1:
-            found.append(f"runs differ in --{option}: {', '.join(sorted(values))}")
+    runs = [report_run.run for report_run in section.runs]
+    for option in dict.fromkeys(name for run in runs for name in run.options):
+        values = {run.options.get(option) for run in runs}
+        if len(values) > 1 and option != "limit":  # which is said of each run
+            shown = sorted("default" if value is None else str(value) for value in values)
+            found.append(f"runs differ in --{option.replace('_', '-')}: {', '.join(shown)}")
     return found

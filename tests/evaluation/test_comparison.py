@@ -145,3 +145,18 @@ def test_what_is_true_of_all_runs_is_said_once(tmp_path):
     (section,) = compare([read_run(one), read_run(two)])
     assert len([note for note in section.notes if note.startswith("limited to 8")]) == 1
     assert any(note.startswith("two: partial, ") for note in section.notes)
+
+
+def test_options_that_runs_differ_in_are_named(tmp_path):
+    """Oracle: by hand: one option differs; limits are said of each run."""
+    runs = [
+        read_run(write_run(tmp_path / str(number), {"rte": {"a": 0.5}}, options=options))
+        for number, options in enumerate(
+            [
+                {"label_words": "words", "split": None, "limit": 8, "dtype": "float32"},
+                {"label_words": "words", "split": "test", "limit": None, "dtype": "float32"},
+            ]
+        )
+    ]
+    (section,) = compare(runs)
+    assert [n for n in section.notes if "differ" in n] == ["runs differ in --split: default, test"]
