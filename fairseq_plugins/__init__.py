@@ -6,7 +6,9 @@ called and sums logged.
 """
 
 from fairseq_plugins import compat
+from fairseq_plugins.adam import use_fused_adam
 
 compat.apply()
+use_fused_adam()
 
 from fairseq_plugins import criterions, models, tasks  # noqa: E402, F401

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
@@ -128,6 +129,7 @@ class T5MetroCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
         sums = {name: sum(output.get(name, 0) for output in logging_outputs) for name in SUMS}
+        sums = on_host(sums)
         sums["generator_total"] = sums["generator_sample_size"]
         for name, (numerator, denominator) in MEANS.items():
             weight = sums[denominator]
@@ -146,6 +148,23 @@ class T5MetroCriterion(FairseqCriterion):
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def on_host(sums: dict) -> dict:
+    """The same numbers in the same types: one wait for the device, where looking at each is one.
+
+    float64 in between is exact for float32 and for counts.
+    """
+    of_device = {
+        name: value
+        for name, value in sums.items()
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu"
+    }
+    if not of_device:
+        return sums
+    values = torch.stack([value.double() for value in of_device.values()]).cpu()
+    fetched = zip(of_device.items(), values, strict=True)
+    return {**sums, **{name: here.to(there.dtype) for (name, there), here in fetched}}
 
 
 def _percentage(part: str, wholes: tuple[str, ...]):

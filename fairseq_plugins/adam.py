@@ -1,0 +1,64 @@
+"""fairseq's Adam in one pass over memory, for its optimizer `adam` on GPUs.
+
+fairseq knows two fused ones, both of NVIDIA's apex; without apex it computes tensor by tensor. The
+formula, and what is written into checkpoints, are those of fairseq's own, which `--use-old-adam`
+still chooses.
+"""
+
+from fairseq.optim import adam
+
+from metro.ops.adamw import adamw_step
+
+
+class FusedAdam(adam.Adam):
+    """Float32 parameters on a GPU take one step together; others go fairseq's way."""
+
+    fused_devices = ("cuda",)
+
+    def __init__(self, params, use_fp16_stats: bool = False, **settings):
+        if use_fp16_stats:
+            raise NotImplementedError("fp16_adam_stats needs NVIDIA's apex; set it to false")
+        super().__init__(params, **settings)
+
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        states = [self.state[p] for p in params]
+        steps = {state.get("step", 0) for state in states}
+        fits = all(p.dtype == p.grad.dtype and p.is_contiguous() for p in params)
+        is_float32 = {str(p.dtype) for p in params} == {"torch.float32"}
+        devices = {p.device.type for p in params}
+        together = len(self.param_groups) == 1 and len(steps) == 1
+        if not (fits and is_float32 and together and devices <= set(self.fused_devices)):
+            return super().step(closure)
+        loss = None if closure is None else closure()
+        group, step = self.param_groups[0], steps.pop() + 1
+        for param, state in zip(params, states, strict=True):
+            state["step"] = step
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = state.get(name)
+                state[name] = param.data.new_zeros(param.shape) if moment is None else moment
+        adamw_step(
+            [p.data for p in params],
+            [p.grad.data for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            step,
+            lr=group["lr"],
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        return loss
+
+
+def use_fused_adam() -> None:
+    """Let fairseq's `adam` take it on GPUs where apex is missing. Again: does nothing."""
+    original = adam.get_fused_adam_class
+    if getattr(original, "replaced_by_metro", False):
+        return
+
+    def get_fused_adam_class():
+        return original() or FusedAdam
+
+    get_fused_adam_class.replaced_by_metro = True
+    adam.get_fused_adam_class = get_fused_adam_class
