@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from metro.conversion.auto_classes import register
 from metro.conversion.fairseq_checkpoint import generation_config, read_checkpoint, untied
 from metro.conversion.folder_weights import read_folder
-from metro.conversion.registry import find_registered, nearest_names
+from metro.conversion.model_source import model_source
 from metro.conversion.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.conversion.weights_check import complain
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -74,7 +74,7 @@ def load(
                 "other models bring their own vocabulary; leave vocab out"
             )
         with _quiet():
-            loaded = _from_pretrained(_resolve(path_or_name), dtype, attn_implementation)
+            loaded = _from_pretrained(model_source(path_or_name), dtype, attn_implementation)
     model = loaded.model.eval()
     if device is not None:
         model = model.to(device)
@@ -128,33 +128,6 @@ def _from_checkpoint(path: Path, dtype, attn_implementation, vocab) -> LoadedMod
     )
     model.generation_config = generation_config(checkpoint)
     return LoadedModel(model, tokenizer)
-
-
-def _resolve(path_or_name: str | os.PathLike) -> str:
-    """A folder as it is, a registered name as its id on the hub."""
-    name = os.fspath(path_or_name)
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            checkpoints = sorted(found.name for found in path.glob("checkpoint*.pt"))
-            remedy = (
-                f"give one of its checkpoints, such as {path / checkpoints[-1]}"
-                if checkpoints
-                else "give a Hugging Face folder, or a .pt file of fairseq"
-            )
-            raise ValueError(f"{name} has no config.json, so it is no model: {remedy}")
-        return name
-    registered = find_registered(name)
-    if registered is not None:
-        return registered.hub_id
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".pt"):
-        return name
-    near = nearest_names(name)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(
-        f"there is no file or folder {name}, and no registered model of that name; {hint}`metro "
-        "models` lists the registered ones"
-    )
 
 
 def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
