@@ -96,6 +96,7 @@ def load_command(name: str):
     if not isinstance(command, typer.Typer):
         function, command = command, typer.Typer(add_completion=False)
         command.command(name)(function)
+    command.rich_markup_mode = None  # rich's tables cut long option names at 80 columns
     return typer.main.get_command(command)
 
 

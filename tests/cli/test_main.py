@@ -1,6 +1,7 @@
 """The `metro` command as a user meets it: run in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,3 +84,13 @@ def test_public_names_exist():
         assert getattr(metro, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = metro.nothing
+
+
+@pytest.mark.parametrize("name", ["generate", "finetune", "evaluate"])
+def test_help_names_every_option_in_full_on_a_narrow_terminal(name):
+    """Oracle: the options of the command itself."""
+    done = run_metro(name, "--help", COLUMNS="80")
+    for parameter in load_command(name).params:
+        for option in parameter.opts if parameter.param_type_name == "option" else ():
+            assert re.search(rf"^ +{option}\b", done.stdout, re.M), option
+    assert max(map(len, done.stdout.splitlines())) <= 80
