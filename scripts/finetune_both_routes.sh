@@ -23,8 +23,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$(dirname "$here")" # the user dir of fairseq is given relative to the project
 export OMP_WAIT_POLICY=passive
 
-read -r -a datasets <<<"${DATASETS:-ag_news trec rotten_tomatoes imdb glue/qqp paws/labeled_final quartz quarel sciq social_i_qa}"
-updates=${UPDATES:-800} rate=${RATE:-0.001} length=${LENGTH:-96}
+read -r -a datasets <<<"${DATASETS:-ag_news rotten_tomatoes imdb glue/mrpc glue/qqp paws/labeled_final quartz quarel sciq social_i_qa dream}"
+updates=${UPDATES:-2000} rate=${RATE:-0.0005} length=${LENGTH:-96}
 chosen=()
 for name in "${datasets[@]}"; do chosen+=(--dataset "$name"); done
 common=("${chosen[@]}" ${sources[@]+"${sources[@]}"} --validation all --valid-limit "${LIMIT:-100}")
@@ -53,7 +53,7 @@ echo "== fairseq: $updates updates"
 fairseq-hydra-train --config-dir fairseq_plugins/configs/finetuning --config-name metro_t0_tiny \
   task.data="$out/ids" checkpoint.finetune_from_model="$checkpoint" \
   checkpoint.save_dir="$out/fairseq" $sizes \
-  ++task.max_source_tokens="$length" dataset.max_tokens="${TOKENS:-1600}" \
+  ++task.max_source_tokens="$length" dataset.max_tokens="${TOKENS:-2400}" \
   optimization.max_update="$updates" optimization.lr="[$rate]" \
   lr_scheduler.warmup_updates=$((updates / 10)) dataset.validate_interval_updates="$updates"
 [ -f "$out/fairseq_hf/config.json" ] ||
