@@ -134,7 +134,7 @@ def _environment():
     from jinja2.sandbox import SandboxedEnvironment
 
     class Missing(Undefined):
-        """An absent field renders as nothing, as usual, and is noted."""
+        """An absent field renders as nothing and equals nothing, as usual, and is noted."""
 
         __slots__ = ()
 
@@ -156,6 +156,19 @@ def _environment():
         def __len__(self):
             self._note()
             return 0
+
+        def __bool__(self):
+            self._note()
+            return False
+
+        def __eq__(self, other):
+            self._note()
+            return super().__eq__(other)
+
+        def __ne__(self, other):
+            return not self == other
+
+        __hash__ = Undefined.__hash__
 
     class Namespace(jinja2.utils.Namespace):
         def __repr__(self):  # not what it holds, which nobody has weighed

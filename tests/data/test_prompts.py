@@ -191,6 +191,11 @@ def test_missing_fields_are_named():
     made = template("{{text}} {{other}} ||| {{row.inner}}").render_example({"text": "t", "row": {}})
     assert made.missing == ("other", "inner")
     assert template("{% if other is defined %}x{% endif %}t").render_example({}).missing == ()
+    for condition in ("label == 0", "label != 1", "1 == label", "label in [0, 1]", "label"):
+        # Without the note the row would be given the other answer.
+        one = template("t ||| {% if " + condition + " %}yes{% else %}no{% endif %}")
+        assert one.render_example({}).missing == ("label",), condition
+        assert one.render_example({"label": 1}).missing == ()
 
 
 GROW = "{% set a = ['x'] %}{% set b = ['x'] %}" + "{% set a = [a, a] %}{% set b = [b, b] %}" * 45
@@ -289,11 +294,11 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template_is_refused_within_time_and_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match="template 'made' of toy") as caught:
         template(HOSTILE[name]).render({"text": "some text", "items": [1], "d": {}, "e": {"a": 1}})
     assert "TypeError" not in str(caught.value)  # refused, not written wrongly
-    assert time.perf_counter() - start < 12
+    assert time.process_time() - start < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
