@@ -1,5 +1,6 @@
 """promptsource's templates are fetched once, from the one pinned package, and nothing else."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -14,8 +15,12 @@ from tests.data.test_prompts import YAML
 
 
 def package(extra: dict[str, str] | None = None, link: str | None = None) -> bytes:
+    """The same bytes whenever it is made, as its checksum is compared."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as archive,
+    ):
         for name, text in {
             "p-1/LICENSE": "Apache",
             "p-1/setup.py": "raise SystemExit",
