@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from metro.conversion.registry import RegisteredModel
+from metro.evaluation.naming import counted
 from metro.evaluation.published import rows_of
 from metro.evaluation.summary import Summary
 
@@ -68,6 +69,6 @@ def check_published(summary: Summary, model: RegisteredModel, tolerance: float) 
         return PublishedCheck("\n".join(lines), None)
     failure = (
         f"{model.name} misses its published accuracy by more than {tolerance} points on "
-        f"{len(missed)} of {len(tasks)} tasks: {', '.join(missed)}"
+        f"{len(missed)} of {counted(len(tasks), 'task')}: {', '.join(missed)}"
     )
     return PublishedCheck("\n".join(lines), failure)

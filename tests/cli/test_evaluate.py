@@ -3,6 +3,7 @@
 Oracles: exit statuses and files; a run of one process; a run that nobody killed.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from metro.cli.main import app
+from metro.conversion import registry
 from metro.evaluation.results import read_run
 from tests.conftest import ROOT
+from tests.evaluation.test_published_check import registered
 from tests.evaluation.test_runner import all_scores, without_times
 from tests.evaluation.toy import write_suite
 
@@ -161,6 +164,28 @@ def test_what_cannot_be_checked_is_said_before_anything_is_loaded(tmp_path, extr
     done = call("bigscience/T0_3B", "--out", tmp_path, "--data-dir", tmp_path, *extra)
     assert isinstance(done.exception, ValueError), done.output
     assert message in str(done.exception)
+
+
+def test_missed_published_numbers_fail_the_command_when_all_has_been_run(
+    tmp_path, model, monkeypatch
+):
+    """Oracle: the accuracy of a run before, registered as published for one model and, ten points
+    higher, for another that is the same folder."""
+    suite = write_suite(tmp_path / "data").rename(tmp_path / "data" / "t0.yaml")
+    arguments = [*options(suite, tmp_path / "out"), "--task", "truth"]
+    assert call(model, *arguments).exit_code == 0
+    accuracy = 100 * read_run(tmp_path / "out" / "t5_prompt_tiny_f-direct-t0").results[0].accuracy
+    models = {
+        name: dataclasses.replace(registered(truth=value), name=name, hub_id=model)
+        for name, value in (("higher", accuracy + 10), ("same", accuracy))
+    }
+    monkeypatch.setattr(registry, "registered_models", lambda: models)
+    done = call(*models, *arguments, "--check-published")
+    expected = "higher misses its published accuracy by more than 1.0 points on 1 of 1 task"
+    assert str(done.exception) == f"{expected}: truth -10.00"
+    assert "all 1 within 1.0 points" in done.output
+    assert read_run(tmp_path / "out" / "same-direct-t0").registered == "same"
+    assert call("same", *arguments, "--check-published").exit_code == 0
 
 
 def test_wrong_options_are_refused_before_torch_is_imported(tmp_path):
