@@ -60,13 +60,6 @@ class RegisteredModel:
                 if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 100:
                     raise ValueError(f"{table['suite']} {task} is {accuracy!r}; use percent")
 
-    def published_on(self, suite: str) -> dict[str, float]:
-        """Accuracy in percent of each task: the first source of the suite; empty without one."""
-        for table in self.published:
-            if table["suite"] == suite:
-                return dict(table["results"])
-        return {}
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

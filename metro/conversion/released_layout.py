@@ -9,13 +9,11 @@ them up by name; what they load are METRO's own classes.
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 
-RELEASED_MODEL_TYPE = "fairseq_t5"
-
 
 class FairseqT5Config(MetroT5Config):
     """Reads the released ``config.json``; gives a :class:`MetroT5Config`."""
 
-    model_type = RELEASED_MODEL_TYPE
+    model_type = "fairseq_t5"
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs) -> MetroT5Config:

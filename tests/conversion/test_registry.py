@@ -64,9 +64,10 @@ def test_cards_of_base_differ_from_the_table_and_those_of_plusplus_do_not():
 
 def test_first_source_is_the_one_to_compare_with():
     """Oracle: the README of the METRO-T0 repository."""
-    published = registered_model("metro_t0_base").published_on("t0")
-    assert published["rte"] == 61.62 and published["wic"] == 50.42
-    assert registered_model("metro_t0_base").published_on("mmlu") == {}
+    first, *others = registered_model("metro_t0_base").published
+    assert first["suite"] == "t0"
+    assert first["results"]["rte"] == 61.62 and first["results"]["wic"] == 50.42
+    assert "mmlu" not in [table["suite"] for table in others]
 
 
 @pytest.mark.parametrize("name", METRO)
@@ -167,7 +168,7 @@ def test_wrong_registry_is_refused_by_entry_and_value(tmp_path, old, new, messag
     path = tmp_path / "registry.yaml"
     assert old in ENTRY
     path.write_text(ENTRY)
-    assert registry.read_registry(path)["a"].published_on("t0") == {"rte": 50.0}
+    assert registry.read_registry(path)["a"].published[0]["results"] == {"rte": 50.0}
     path.write_text(ENTRY.replace(old, new))
     with pytest.raises(ValueError, match=message) as refused:
         registry.read_registry(path)

@@ -46,7 +46,7 @@ def checkpoint(testdata):
 def refused(testdata, tmp_path):
     """``refused(content, match)``: neither converted nor loaded, one line, nothing written."""
 
-    def check(content, match: str, many_lines: bool = False) -> str:
+    def check(content, match: str) -> str:
         path = tmp_path / "bad.pt"
         if content is not None:
             torch.save(content, path)
