@@ -1,20 +1,25 @@
 """Speed and memory of each operation of `metro.ops` beside its alternatives, forward and backward.
 
-On the CPU in float32; on a GPU the operations with kernels in bf16, also beside torch.compile,
-liger-kernel and cut-cross-entropy where they are installed. All of an operation are checked to
-compute the same before they are timed, in turn.
+On the CPU in float32; on a GPU in bf16, also beside torch.compile, liger-kernel and
+cut-cross-entropy where they are installed. All of an operation are checked to compute the same
+before they are timed, in turn.
 
-Floors: `relative_position_attention` multiplies 7 times B H T S K (forward 2, backward 5 with the
-scores computed again), a tenth of what a layer's matrices cost at 512 tokens; `dropout` reads and
-writes each element once per pass; `feed_forward` multiplies 12 N D F; `linear_cross_entropy` and
-`linear_sample_cross_entropy` 6 N V D, and 2 N V D more where logits are computed again. "kept" is
-what autograd holds between the passes.
+"floor ms" is the least time that multiplications and additions, or the bytes of inputs, outputs and
+gradients, can take at the rates of a matrix product and of a copy that are measured in the same
+run; "of floor" is what share of the time that is.
 
-Of the original's fused extension `linear_cross_entropy` replaces `cross_entropy`,
-`relative_position_attention` replaces `softmax_dropout`; for `layer_norm` PyTorch's own serves.
+Floors: `relative_position_attention` multiplies 14 B H T S K (forward 4, backward 10 with the
+scores computed again, half where causal), a tenth of what a layer's matrices cost at 512 tokens,
+and moves 12 times B H T K; `feed_forward` multiplies 12 N D F, `packed_linear` 6 N D O,
+`linear_cross_entropy` and `linear_sample_cross_entropy` 6 N V D, and 2 N V D more where logits are
+computed again; `dropout` moves 4 numbers for each element, `dropout_add_layer_norm` 8, `adamw` 7
+for each parameter. "kept" is what autograd holds between the passes.
+
+"replaces" names the operation of the original's fused extension in whose place ours stands.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,50 +30,160 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import print_table, write_results
+from metro.ops.adamw import adamw_step
 from metro.ops.dropout import dropout
+from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from metro.ops.feed_forward import feed_forward
 from metro.ops.linear_cross_entropy import linear_cross_entropy
 from metro.ops.linear_sample_cross_entropy import linear_sample_cross_entropy
+from metro.ops.packed_linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
 BATCH, HEADS, LENGTH, WIDTH = 4, 12, 512, 64
 D, INNER, VOCAB_SIZE = HEADS * WIDTH, 3072, 32768
+ROWS = {"cpu": BATCH * LENGTH, "cuda": 32 * LENGTH}
+"""Tokens that the operations of whole layers get."""
+REPLACES = {
+    "relative_position_attention": "softmax_dropout",
+    "dropout_add_layer_norm": "layer_norm",
+    "linear_cross_entropy": "cross_entropy",
+    "linear_sample_cross_entropy": "cross_entropy",
+}
+"""Operation -> the one of the original's fused extension that it replaces."""
 
 
 class Case(NamedTuple):
     """One operation on given inputs."""
 
     leaves: list[torch.Tensor]
-    ways: dict[str, Callable[[], torch.Tensor]]
+    ways: dict[str, Callable[[], torch.Tensor | list[torch.Tensor]]]
     """Name and function; the first one is what the others are compared with."""
     is_random: bool = False
     """Whether outputs differ, and are not compared."""
+    flops: float = 0.0
+    """Multiplications and additions that no way can do without, forward and backward."""
+    moved: float = 0.0
+    """Bytes likewise."""
 
 
-def attention_case(device: str, has_bias: bool, is_causal: bool) -> Case:
-    q, k, v = (torch.randn(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2) for _ in range(3))
-    bias = torch.randn(HEADS, 2 * LENGTH - 1) if has_bias else None
+def attention_case(
+    device: str, p: float = 0.1, has_bias=False, is_causal=False, is_padded=False
+) -> Case:
+    """Of one layer; on a GPU of a batch of 32, and, without dropout, FlexAttention beside it."""
+    batch = ROWS[device] // LENGTH
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (
+        torch.randn(batch, LENGTH, HEADS, WIDTH, device=device).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    bias = torch.randn(HEADS, 2 * LENGTH - 1, device=device) if has_bias else None
+    key_mask = None
+    if is_padded:  # to half the length at most
+        lengths = torch.linspace(LENGTH // 2, LENGTH, batch, device=device)
+        key_mask = torch.arange(LENGTH, device=device) < lengths.unsqueeze(1)
     leaves = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
 
     def run(impl):
-        return relative_position_attention(
-            q, k, v, bias, is_causal=is_causal, dropout=0.1, impl=impl
-        )
+        return relative_position_attention(q, k, v, bias, key_mask, is_causal, None, p, impl)
 
-    return Case(leaves, {impl: partial(run, impl) for impl in ("reference", "cached")}, True)
+    kernel = "triton" if device == "cuda" else "cached"
+    ways = {impl: partial(run, impl) for impl in ("reference", kernel)}
+    ways = with_compiled(ways, device, ways["reference"])
+    if device == "cuda" and not p:
+        ways["FlexAttention"] = flex_attention_way(q, k, v, bias, key_mask, is_causal)
+    pairs = q.shape[:2].numel() * LENGTH * LENGTH / (2 if is_causal else 1)
+    return Case(leaves, ways, bool(p), flops=14 * pairs * WIDTH, moved=12 * q.nbytes)
+
+
+def flex_attention_way(q, k, v, bias, key_mask, is_causal) -> Callable[[], torch.Tensor]:
+    """Bias and visibility as functions of a pair; it has no dropout, and on the CPU no gradients.
+
+    Its blocks of visible pairs are found once, which a training step has to do for every batch.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def add_bias(score, row, head, query, key):
+        return score if bias is None else score + bias[head, key - query + LENGTH - 1]
+
+    def is_visible(row, head, query, key):
+        visible = key <= query if is_causal else key >= 0
+        return visible if key_mask is None else visible & key_mask[row, key]
+
+    blocks = None
+    if is_causal or key_mask is not None:
+        blocks = create_block_mask(is_visible, len(q), None, LENGTH, LENGTH, device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, q, k, v, score_mod=add_bias, block_mask=blocks)
 
 
 def dropout_case(device: str) -> Case:
     x = torch.randn(BATCH, LENGTH, D).requires_grad_()
     ways = {impl: partial(dropout, x, 0.1, impl=impl) for impl in ("reference", "bytes")}
-    return Case([x], ways, is_random=True)
+    return Case([x], ways, is_random=True, moved=4 * x.nbytes)
+
+
+def draw_leaves(device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Small numbers in the type of the device."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return [
+        (torch.randn(shape, device=device) * 0.05).to(dtype).requires_grad_() for shape in shapes
+    ]
+
+
+def with_compiled(ways: dict[str, Callable], device: str, plain: Callable) -> dict[str, Callable]:
+    """On a GPU torch.compile of PyTorch's way as well."""
+    return {**ways, "torch.compile": torch.compile(plain)} if device == "cuda" else ways
 
 
 def feed_forward_case(device: str) -> Case:
-    shapes = ((BATCH, LENGTH, D), (INNER, D), (INNER,), (D, INNER), (D,))
-    leaves = [(torch.randn(shape) * 0.05).requires_grad_() for shape in shapes]
-    impls = ("reference", "in_place")
-    return Case(leaves, {impl: partial(feed_forward, *leaves, impl=impl) for impl in impls})
+    num_rows = ROWS[device]
+    leaves = draw_leaves(device, (num_rows, D), (INNER, D), (INNER,), (D, INNER), (D,))
+    impls = ("reference", "epilogue" if device == "cuda" else "in_place")
+    ways = {impl: partial(feed_forward, *leaves, impl=impl) for impl in impls}
+    ways = with_compiled(ways, device, ways["reference"])
+    return Case(leaves, ways, flops=12 * num_rows * D * INNER)
+
+
+def packed_linear_case(device: str) -> Case:
+    """Queries, keys and values."""
+    num_rows = ROWS[device]
+    leaves = draw_leaves(device, (num_rows, D), *[(D, D)] * 3, *[(D,)] * 3)
+    x, weights, biases = leaves[0], leaves[1:4], leaves[4:]
+    impls = ("reference", "summed", "packed")
+    ways = {impl: partial(packed_linear, x, weights, biases, impl) for impl in impls}
+    ways = with_compiled(ways, device, ways["reference"])
+    return Case(leaves, ways, flops=6 * num_rows * D * 3 * D, moved=9 * x.nbytes)
+
+
+def dropout_add_layer_norm_case(device: str, p: float) -> Case:
+    num_rows = ROWS[device]
+    leaves = draw_leaves(device, (num_rows, D), (num_rows, D), (D,), (D,))
+
+    def plain():
+        x, residual, weight, bias = leaves
+        return F.layer_norm(residual + F.dropout(x, p), (D,), weight, bias)
+
+    impl = "triton" if device == "cuda" else "reference"
+    ways = {"plain": plain, impl: partial(dropout_add_layer_norm, *leaves, p, impl=impl)}
+    numbers = 8 if p else 7
+    return Case(
+        leaves, with_compiled(ways, device, plain), bool(p), moved=numbers * leaves[0].nbytes
+    )
+
+
+def adamw_case(device: str) -> Case:
+    """Matrices of twelve layers (on the CPU three) in float32, each way with its own."""
+    layers = 12 if device == "cuda" else 3
+    shapes = ([(D, D), (D,)] * 4 + [(INNER, D), (INNER,)] * 2) * layers
+    settings = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+
+    def way(impl):
+        tensors = [[torch.randn(s, device=device) for s in shapes] for _ in range(4)]
+        tensors[3] = [x.square() for x in tensors[3]]
+        return partial(adamw_step, *tensors, 100, impl=impl, **settings)
+
+    size = sum(math.prod(shape) for shape in shapes)
+    return Case([], {impl: way(impl) for impl in ("reference", "fused")}, True, moved=28 * size)
 
 
 def projection_case(device: str, samples: bool) -> Case:
@@ -97,7 +212,7 @@ def projection_case(device: str, samples: bool) -> Case:
         ways["torch.compile"] = torch.compile(plain)
     if device == "cuda" and not samples:
         ways |= other_projections(leaves, targets)
-    return Case(leaves, ways)
+    return Case(leaves, ways, flops=6 * num_rows * VOCAB_SIZE * D)
 
 
 def other_projections(leaves, targets) -> dict[str, Callable[[], torch.Tensor]]:
@@ -122,25 +237,47 @@ def other_projections(leaves, targets) -> dict[str, Callable[[], torch.Tensor]]:
 
 CASES = {
     "cpu": {
-        "relative_position_attention, bias": partial(
-            attention_case, has_bias=True, is_causal=False
-        ),
-        "relative_position_attention, causal": partial(
-            attention_case, has_bias=False, is_causal=True
-        ),
-        "relative_position_attention, cross": partial(
-            attention_case, has_bias=False, is_causal=False
-        ),
+        "relative_position_attention, bias": partial(attention_case, has_bias=True),
+        "relative_position_attention, causal": partial(attention_case, is_causal=True),
+        "relative_position_attention, cross": attention_case,
         "dropout": dropout_case,
+        "dropout_add_layer_norm": partial(dropout_add_layer_norm_case, p=0.1),
         "feed_forward": feed_forward_case,
+        "packed_linear": packed_linear_case,
         "linear_cross_entropy": partial(projection_case, samples=False),
         "linear_sample_cross_entropy": partial(projection_case, samples=True),
+        "adamw": adamw_case,
     },
     "cuda": {
+        "relative_position_attention, bias": partial(attention_case, has_bias=True),
+        "relative_position_attention, bias, no dropout": partial(
+            attention_case, has_bias=True, p=0.0
+        ),
+        "relative_position_attention, bias, padded, no dropout": partial(
+            attention_case, p=0.0, has_bias=True, is_padded=True
+        ),
+        "relative_position_attention, causal": partial(attention_case, is_causal=True),
+        "relative_position_attention, causal, no dropout": partial(
+            attention_case, is_causal=True, p=0.0
+        ),
+        "relative_position_attention, cross, padded, no dropout": partial(
+            attention_case, is_padded=True, p=0.0
+        ),
+        "dropout_add_layer_norm": partial(dropout_add_layer_norm_case, p=0.1),
+        "dropout_add_layer_norm, no dropout": partial(dropout_add_layer_norm_case, p=0.0),
+        "feed_forward": feed_forward_case,
+        "packed_linear": packed_linear_case,
+        "adamw": adamw_case,
         "linear_cross_entropy": partial(projection_case, samples=False),
         "linear_sample_cross_entropy": partial(projection_case, samples=True),
     },
 }
+
+
+def outputs_of(run) -> list[torch.Tensor]:
+    """What `run()` returns, as a list; nothing for what works in place."""
+    output = run()
+    return [output] if isinstance(output, torch.Tensor) else list(output or ())
 
 
 def kept_bytes(run) -> int:
@@ -152,9 +289,25 @@ def kept_bytes(run) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    del output
+        outputs = outputs_of(run)
+    del outputs
     return sum(storages.values())
+
+
+def floor_seconds(case: Case, rates: tuple[float, float]) -> float:
+    """The least time for what a case must compute and move, at multiplied and copied per second."""
+    return max(case.flops / rates[0], case.moved / rates[1])
+
+
+def measure_rates(device: str) -> tuple[float, float]:
+    """FLOP/s of a matrix product and bytes/s, read and written, of a copy; the best of eight."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**29 if device == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds_of(lambda: a @ b, [], device) for _ in range(8))
+    copy = min(seconds_of(lambda: target.copy_(source), [], device) for _ in range(8))
+    return 2 * size**3 / product, 2 * source.nbytes / copy
 
 
 def synchronize(device: str) -> None:
@@ -165,8 +318,9 @@ def synchronize(device: str) -> None:
 def seconds_of(run, leaves, device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
-    output = run()
-    torch.autograd.grad(output, leaves, torch.ones_like(output))
+    outputs = outputs_of(run)
+    if leaves:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
     synchronize(device)
     return time.perf_counter() - start
 
@@ -180,10 +334,15 @@ def peak_bytes(run, leaves) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(name: str, case: Case, device: str, repeats: int) -> list[dict]:
+def measure(
+    name: str, case: Case, device: str, repeats: int, rates: tuple[float, float]
+) -> list[dict]:
     """A row for each way."""
     if not case.is_random:
-        want, *others = (run().detach().float() for run in case.ways.values())
+        want, *others = (
+            torch.cat([x.detach().float().flatten() for x in outputs_of(run)])
+            for run in case.ways.values()
+        )
         tolerance = 1e-4 if device == "cpu" else 2e-2
         for way, got in zip(list(case.ways)[1:], others, strict=True):
             torch.testing.assert_close(
@@ -194,11 +353,14 @@ def measure(name: str, case: Case, device: str, repeats: int) -> list[dict]:
         for way, run in case.ways.items():
             times[way].append(seconds_of(run, case.leaves, device))
     medians = {way: statistics.median(values[1:]) for way, values in times.items()}
-    first = next(iter(medians.values()))
+    first, floor = next(iter(medians.values())), floor_seconds(case, rates)
+    replaces = REPLACES.get(name.split(",")[0], "")
     rows = []
     for way, run in case.ways.items():
-        row = {"operation": name, "impl": way, "ms": medians[way] * 1e3}
+        row = {"operation": name, "replaces": replaces, "impl": way, "ms": medians[way] * 1e3}
         row["x first"] = first / medians[way]
+        row["floor ms"] = floor * 1e3 or None
+        row["of floor"] = floor / medians[way] or None
         row["kept MiB"] = kept_bytes(run) / 2**20
         if device == "cuda":
             row["peak MiB"] = peak_bytes(run, case.leaves) / 2**20
@@ -213,16 +375,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="operations whose name starts so")
     parser.add_argument("--repeats", type=int, default=9, help="runs of every way, in turn")
     args = parser.parse_args()
-    rows = []
+    rates, rows = measure_rates(args.device), []
     for name, build in CASES[args.device].items():
         if name.startswith(args.only):
             torch.manual_seed(0)
-            rows += measure(name, build(args.device), args.device, args.repeats)
+            rows += measure(name, build(args.device), args.device, args.repeats, rates)
     if not rows:
         raise SystemExit(f"no operation starts with {args.only!r}; use one of {list(CASES['cpu'])}")
     print_table(rows, f"B {BATCH}, H {HEADS}, T {LENGTH}, K {WIDTH}, V {VOCAB_SIZE}, median")
     if not args.only:
-        write_results("ops" if args.device == "cpu" else "ops_gpu", rows)
+        facts = dict(zip(("matrix_flops", "copied_bytes_per_second"), rates, strict=True))
+        write_results("ops" if args.device == "cpu" else "ops_gpu", rows, **facts)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,33 @@
 Three ways to train on 512-token samples with the same optimiser, each in a process of its own:
 
 * ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as the plugins train it.
-* ``plain``: the same weights computed as the original does: every position projected to the
-  vocabulary with float32 log-probabilities, whole last layers, the relative bias looked up for
-  every query-key pair and repeated over batch and heads, attention weights materialised.
+* ``plain``: the same weights computed as the original does, see `plain_pretraining.py`.
 * ``t5``: Hugging Face T5-v1.1-base, span corruption of as many source tokens.
 
 Floor: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and backward,
 only what masked positions need in last layers and projections) over the matrix rate measured in the
-same run; "of matrix peak" is that share. On a GPU models and Adam states are bf16.
+same run; "of matrix peak" is that share. On a GPU models are bf16, as with fairseq's ``--bf16``:
+the optimiser has float32 copies of the weights and float32 moments.
 
 Prints a table and writes ``benchmarks/results/pretraining.json``. Losses of ``metro`` and ``plain``
 must agree to 1e-5 in float32 without dropout; speed is measured with the published dropout.
+
+Then METRO is trained for 20 steps three times from the same weights, on the same corrupted text and
+without dropout: fused, not fused, and (on a GPU) not fused in float32. The first two curves may
+differ by twice what the second differs from the third, which is what bf16 does to the plain model;
+on the CPU, all in float32, by 1e-4. There the small model is taken.
 """
 
 import argparse
 import statistics
 import time
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import measure_isolated, print_table, write_results
+from benchmarks.plain_pretraining import make_plain, plain_loss
 from metro.fuse import fuse
-from metro.modeling.attention_metro_t5 import Attention, relative_position_buckets
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.losses import MetroObjective
@@ -34,6 +37,14 @@ from metro.pretraining.model import MetroPretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 WAYS = ("metro", "plain", "t5")
+CURVE_STEPS = 20
+TARGETS = {
+    "tokens/s": (">=", 250_000),
+    "of matrix peak": (">=", 0.5),
+    "x plain": (">=", 3),
+    "of plain": ("<=", 0.4),
+}
+"""Of METRO-base on one H200 in bf16; "of plain" is of its peak memory."""
 
 
 def metro_flops_per_token(config: MetroT5Config, auxiliary_layers: int) -> float:
@@ -104,67 +115,6 @@ def metro_batch(batch_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def plain_attend(q, k, v, bias_HTT, visibility, dropout, return_weights=True):
-    """Attention with weights, and with a bias that is repeated over the batch."""
-    scale = q.shape[-1] ** -0.5
-    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q * scale, k, v))
-    if bias_HTT is not None:
-        scores = torch.baddbmm(bias_HTT.repeat(len(q), 1, 1), flat_q, flat_k.transpose(1, 2))
-    else:
-        scores = torch.bmm(flat_q, flat_k.transpose(1, 2))
-    if visibility.is_causal:
-        scores = scores + torch.full_like(scores[0], float("-inf")).triu(1)
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]), None
-
-
-def plain_bias(attention, length: int) -> torch.Tensor | None:
-    """H,T,T: one lookup for every query-key pair."""
-    if attention.relative_attention_bias is None:
-        return None
-    config = attention.config
-    buckets = relative_position_buckets(
-        config.relative_attention_num_buckets, config.relative_attention_max_distance, length
-    )
-    positions = torch.arange(length)
-    pairs_TT = buckets[positions - positions[:, None] + length - 1]
-    table = attention.relative_attention_bias
-    return table(pairs_TT.to(table.weight.device)).permute(2, 0, 1).contiguous()
-
-
-def make_plain(model: MetroPretrainingModel) -> None:
-    """Switch a model to the plain way, in place."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.bias_by_distance = MethodType(plain_bias, module)
-            module.attend = plain_attend
-
-
-def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -> torch.Tensor:
-    """The objective of the base configuration with everything computed everywhere."""
-    original, is_masked = batch["original_ids"], batch["is_masked"]
-    hidden = model.auxiliary.encoder(batch["masked_ids"]).last_hidden_state
-    weight = model.auxiliary.encoder.embed_tokens.weight
-    mlm_logits = model.auxiliary.lm_head(hidden[is_masked], weight).float()
-    mlm = F.cross_entropy(mlm_logits, original[is_masked], reduction="sum")
-    corrupted = batch.get("corrupted_ids")
-    if corrupted is None:
-        samples = torch.multinomial(mlm_logits.detach().softmax(-1), 1).squeeze(-1)
-        corrupted = batch["masked_ids"].masked_scatter(is_masked, samples)
-
-    encoded = model.main.encoder(corrupted).last_hidden_state
-    decoded = model.main.decoder(batch["decoder_input_ids"], encoder_hidden_states=encoded)
-    log_probs = model.main.lm_head(decoded.last_hidden_state).float().log_softmax(-1).flatten(0, 1)
-    log_probs.argmax(-1)  # the logged accuracies are of all positions
-    masked_log_probs, targets = log_probs[is_masked.flatten()], original[is_masked].unsqueeze(-1)
-    nll = -masked_log_probs.gather(-1, targets).squeeze(-1)
-    rtd_logits = model.rtd_head(encoded).squeeze(-1).float()
-    lm = (nll * rtd_logits[is_masked].sigmoid().detach()).sum()
-    is_replaced = corrupted.ne(original).float()
-    rtd = F.binary_cross_entropy_with_logits(rtd_logits, is_replaced, reduction="sum")
-    return mlm + lm + objective.rtd_weight * rtd / original.numel() * is_masked.sum()
-
-
 def build_step(way: str, size: str, batch_size: int, dropout: float):
     """A model in training mode, and a function from a batch to its loss."""
     objective = MetroObjective(weighted_lm=True)
@@ -209,29 +159,107 @@ def t5_batch(batch_size: int) -> dict[str, torch.Tensor]:
     }
 
 
+class Optimizer:
+    """AdamW by PyTorch's fused kernel; half precision is trained by way of float32 copies."""
+
+    def __init__(self, model: torch.nn.Module, lr: float = 1e-4):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.in_half = self.params[0].dtype != torch.float32
+        self.masters = [p.detach().float() for p in self.params] if self.in_half else self.params
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights and forget the gradients."""
+        if self.in_half:
+            used = [
+                (m, p) for m, p in zip(self.masters, self.params, strict=True) if p.grad is not None
+            ]
+            for master, _ in used:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([m.grad for m, _ in used], [p.grad for _, p in used])
+            for param in self.params:
+                param.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad()
+        if self.in_half:
+            torch._foreach_copy_(self.params, self.masters)
+
+
+def on_device(model, batch: dict, device: str, dtype: torch.dtype):
+    """Both, and what is known on the host when a batch is made."""
+    known = {}
+    if "is_masked" in batch:
+        known = {"max_masked": int(batch["is_masked"].sum(1).max()), "has_padding": False}
+    batch = {name: value.to(device) for name, value in batch.items()}
+    return model.to(device, dtype), {**batch, **known}
+
+
 def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str) -> dict:
-    """Seconds of each training step (forward, backward, Adam) once warm, and GPU memory."""
+    """Seconds of each training step (forward, backward, AdamW) once warm, and GPU memory."""
     model, batch, loss_of = build_step(way, size, batch_size, dropout=0.1)
-    if device == "cuda":
-        model = model.to(device, torch.bfloat16)
-        batch = {name: value.to(device) for name, value in batch.items()}
-        if way == "metro":  # known on the host when a batch is made
-            batch["max_masked"] = int(batch["is_masked"].sum(1).max())
-            batch["has_padding"] = False
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True
-    )
-    seconds = []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, inputs = on_device(model, batch, device, dtype)
+    optimizer, seconds = Optimizer(model), []
     for _ in range(num_steps + (3 if device == "cuda" else 1)):
         synchronize(device)
         start = time.perf_counter()
-        loss_of(batch).backward()
+        loss_of(inputs).backward()
         optimizer.step()
-        optimizer.zero_grad()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return {"seconds": seconds[-num_steps:], "gpu_bytes": peak}
+
+
+def loss_curve(fused: bool, size: str, batch_size: int, device: str, dtype: str) -> dict:
+    """Loss per token of 20 steps on given samples without dropout, and the state's keys."""
+    model, batch = build_metro(size, dropout=0.0).train(), metro_batch(batch_size)
+    generator = torch.Generator().manual_seed(2)
+    samples = torch.randint(4, SENTINEL, batch["is_masked"].shape, generator=generator)
+    batch["corrupted_ids"] = batch["masked_ids"].where(~batch["is_masked"], samples)
+    model = fuse(model) if fused else model
+    model, inputs = on_device(model, batch, device, getattr(torch, dtype))
+    optimizer, losses = Optimizer(model, lr=4e-4), []
+    for _ in range(CURVE_STEPS):
+        result = model(**inputs, objective=MetroObjective(weighted_lm=True))
+        (result.total / result.sample_size).backward()
+        optimizer.step()
+        losses.append((result.total / result.sample_size).detach())
+    return {"losses": torch.stack(losses).tolist(), "keys": list(model.state_dict())}
+
+
+def compare_curves(size: str, batch_size: int, device: str) -> dict:
+    """The curves, how far they are apart and how far they may be.
+
+    Raises:
+        SystemExit: they are further apart, or the keys of the state dicts differ.
+    """
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    runs = {"fused": (True, dtype), "plain": (False, dtype), "plain float32": (False, "float32")}
+    if device != "cuda":
+        del runs["plain float32"]
+    found = {
+        name: measure_isolated(loss_curve, fused, size, batch_size, device, its_dtype).value
+        for name, (fused, its_dtype) in runs.items()
+    }
+    if found["fused"]["keys"] != found["plain"]["keys"]:
+        raise SystemExit("fuse() changes the keys of the state dict")
+    curves = {name: curve["losses"] for name, curve in found.items()}
+
+    def apart(a: str, b: str) -> float:
+        return max(abs(x / y - 1) for x, y in zip(curves[a], curves[b], strict=True))
+
+    allowed = 2 * apart("plain", "plain float32") if device == "cuda" else 1e-4
+    difference = apart("fused", "plain")
+    for name, curve in curves.items():
+        print(f"{name:14}", *(f"{loss:.4f}" for loss in curve))
+    print(f"fused and plain curve differ by {difference:.1e}, {allowed:.1e} may be; same keys")
+    if not difference <= allowed:
+        raise SystemExit("the curves of the fused and the plain model are too far apart")
+    return {"losses": curves, "relative_difference": difference, "allowed": allowed}
 
 
 def loss_without_dropout(way: str, size: str, batch_size: int) -> float:
@@ -292,6 +320,15 @@ def main() -> None:
     print(f"relative difference of the losses of metro and plain: {difference:.1e}")
     if difference > 1e-5:
         raise SystemExit("metro and plain must agree to 1e-5")
+    if args.device == "cuda" and args.size == "base":
+        for name, (sign, target) in TARGETS.items():
+            value = rows[0][name]
+            met = value >= target if sign == ">=" else value <= target
+            print(f"{name}: {value:.3g}, target {sign} {target:,}: {'met' if met else 'NOT met'}")
+    on_cpu = args.device == "cpu"
+    curves = compare_curves(
+        "small" if on_cpu else args.size, 4 if on_cpu else batch_size, args.device
+    )
     write_results(
         "pretraining" if args.device == "cpu" else "pretraining_gpu",
         rows,
@@ -300,6 +337,7 @@ def main() -> None:
         matrix_peak_tflops=peak_flops / 1e12,
         flops_per_token=flops,
         loss_difference=difference,
+        curves=curves,
         seconds=seconds,
     )
 

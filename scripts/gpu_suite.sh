@@ -11,6 +11,8 @@
 #              READTHEDOCS=1) hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker
 #              tabulate colorama lxml scikit-learn scipy joblib threadpoolctl tensorboard
 #              and what these name as their requirements
+#          triton is needed by the kernels and their tests (it comes with PyTorch for CUDA); the benchmark
+#          ops compares with liger-kernel and cut-cross-entropy where they are there.
 # OUT      where results go: one JSON per benchmark, gpu_suite.log with all output, gpu_suite.json with
 #          the result and the seconds of every part. Default: benchmarks/results.
 # PART     device, tests or the name of a benchmark; default: all of them.

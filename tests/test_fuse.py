@@ -52,6 +52,23 @@ def test_losses_and_gradients_are_those_of_the_plain_model(impl):
             same(a.grad, b.grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+def test_the_graph_of_a_fused_model_is_made_of_the_fused_operations(impl):
+    """And the plain model's is not: else the comparisons here would say nothing."""
+
+    def operations(loss):
+        seen, queue = set(), [loss.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                queue += [following for following, _ in node.next_functions]
+        return {type(node).__name__ for node in seen}
+
+    plain, fused = (operations(loss_of(model)) for model in plain_and_fused())
+    ours = {"PackedLinearBackward", "CachedAttentionBackward", "InPlaceFeedForwardBackward"}
+    assert ours <= fused and not ours & plain
+
+
 def test_keys_are_those_of_the_plain_model_and_weights_go_both_ways(impl):
     plain, fused = plain_and_fused()
     assert list(fused.state_dict()) == list(plain.state_dict())

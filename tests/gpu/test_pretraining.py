@@ -3,6 +3,8 @@
 Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 """
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from metro.fuse import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.ops.adamw import adamw_step
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
@@ -127,18 +130,91 @@ def test_fused_model_in_half_precision_stays_close_to_fp32(model, dtype, toleran
 
 
 @pytest.mark.parametrize("has_padding", [False, True], ids=["full", "padded"])
-def test_a_step_never_waits_for_the_gpu(model, has_padding):
-    """Told the most masked positions and whether there is padding, nothing has to be looked at."""
-    model = fuse(model.to(DEVICE, torch.bfloat16))
+def test_a_step_never_waits_for_the_gpu(has_padding):
+    """Told the most masked positions and whether there is padding, nothing has to be looked at.
+
+    Forward, backward and the optimiser's step. What waits in an update of fairseq-train, whatever
+    the number of batches in it, is outside: fairseq's division by the number of positions, its
+    check of the gradient norm (of the loss scale in fp16), our check of the losses right after, and
+    what is logged, fetched together (next test).
+    """
+    model = fuse(build(dropout=0.1).to(DEVICE, torch.bfloat16))
     inputs = batch(DEVICE, has_padding)
-    objective = MetroObjective(weighted_lm=True)
-    model(**inputs, objective=objective).total.backward()  # what is set up once may wait
+    params = list(model.parameters())
+    masters, *moments = ([p.detach().float() * factor for p in params] for factor in (1, 0, 0))
+
+    def update(step: int) -> None:
+        model(**inputs, objective=MetroObjective(weighted_lm=True)).total.backward()
+        adamw_step(
+            masters,
+            [p.grad.float() for p in params],
+            *moments,
+            step,
+            lr=1e-4,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.01,
+        )
+        with torch.no_grad():
+            torch._foreach_copy_(params, masters)
+        for param in params:
+            param.grad = None
+
+    update(1)  # what is set up once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(**inputs, objective=objective).total.backward()
+        update(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_can_be_captured_as_a_cuda_graph(model):
+    """Oracle: the same step run eagerly. A graph runs without the host."""
+    model = fuse(model.to(DEVICE, torch.bfloat16))
+    inputs = {**batch(DEVICE), "corrupted_ids": given_samples().to(DEVICE)}
+
+    def loss_and_gradients():
+        loss = model(**inputs, objective=MetroObjective(weighted_lm=True)).total
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return [loss, *(gradient for gradient in gradients if gradient is not None)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is set up once, outside of the graph
+        want = [x.detach().clone() for x in loss_and_gradients()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, want, strict=True):
+        assert (a - b).float().norm() <= 1e-2 * b.float().norm() + 1e-6
+
+
+def test_what_is_logged_is_fetched_with_one_wait():
+    """Oracle: the warnings of PyTorch, one for each wait."""
+    pytest.importorskip("fairseq", reason="fairseq is not installed")
+    from fairseq_plugins.criterions.t5_metro import on_host
+
+    sums = {"loss": torch.tensor(1.5, device=DEVICE), "missing": 0}
+    sums |= {f"count {i}": torch.tensor(2**40 + i, device=DEVICE) for i in range(9)}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fetched = on_host(sums)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    for name, value in sums.items():
+        assert fetched[name] == value
+        assert name == "missing" or (fetched[name].dtype, fetched[name].is_cuda) == (
+            value.dtype,
+            False,
+        )
 
 
 def test_gradients_averaged_over_nccl_are_those_of_one_process(model):
