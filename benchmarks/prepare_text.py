@@ -48,6 +48,18 @@ def run_measured(command, env=None):
     return seconds, peak
 
 
+def parse_options(parser):
+    """Arguments with those of all benchmarks of whole commands; environment of the commands."""
+    parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file")
+    args = parser.parse_args()
+    if args.out:
+        os.environ["OUT"] = str(args.out)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return args, {**os.environ, "PYTHONPATH": path}
+
+
 def memory_of_tree(pid):
     """Proportional set size (shared pages counted once) of a process and its children, in MiB."""
     total, pids = 0, [pid]
@@ -80,14 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("inputs", nargs="*", type=Path, help="text files")
     parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
-    parser.add_argument("--workers", type=int, default=available_cores())
-    parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    args = parser.parse_args()
-    if args.out:
-        os.environ["OUT"] = str(args.out)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path}
+    args, env = parse_options(parser)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

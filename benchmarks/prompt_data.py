@@ -2,9 +2,11 @@
 
 The plain way is `plain_prompts.py`: templates compiled per example, lines encoded one by one,
 `fairseq-preprocess`. Both sides are whole commands, start-up included; they take turns, medians are
-compared, and their binarised files are compared byte for byte. A second table has the share of
-padding in batches of a training epoch: of examples as they come, and grouped by length as both
-training routes do it.
+compared, and their binarised files are compared byte for byte. What the commands cost before they
+have done much (starting, loading vocabularies, fairseq's dictionaries of each task) is measured
+with one row of each data set: its share is printed and has to be small, and the speedup is given
+without it, too. A second table has the share of padding in batches of a training epoch, in random
+order and in the order of `t5_prompt_finetuning`.
 
     python -m benchmarks.prompt_data [--templates DIR --data-dir DIR --vocab DIR] [DATASET ...]
 
@@ -13,7 +15,6 @@ Without data sets it invents two, and without a vocabulary it trains one of 4,00
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -23,14 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import ROOT, print_table, write_results
-from benchmarks.prepare_text import run_measured, versions
+from benchmarks.common import print_table, write_results
+from benchmarks.prepare_text import parse_options, run_measured, versions
+from metro.data.blocks import batch_by_size
+from metro.data.capped_mixture import order_by_lengths
 from metro.data.datasets import load_rows
 from metro.data.demo_text import write_demo_text
-from metro.environment import available_cores
 
 METRO = [sys.executable, "-m", "metro.cli.main"]
 BATCH_TOKENS = 8192
+MAX_SOURCE, MAX_TARGET = 512, 256
 TEMPLATES = """dataset: {name}
 templates:
   a: !Template
@@ -71,13 +74,13 @@ def invent(work, num_rows):
     return work / "templates", work / "data", ["first", "second"]
 
 
-def take_rows(names, data_dir, num_rows, work):
+def take_rows(names, data_dir, num_rows, folder):
     """The same rows for both sides, as local files that both read."""
     found = {}
     for name in names:
         dataset, _, subset = name.partition("/")
         rows = load_rows(dataset, subset or None, "train", data_dir=data_dir, limit=num_rows)
-        path = work / "taken" / dataset / (subset or "default") / "train.jsonl"
+        path = folder / dataset / (subset or "default") / "train.jsonl"
         path.parent.mkdir(parents=True)
         with path.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -85,28 +88,67 @@ def take_rows(names, data_dir, num_rows, work):
     return found
 
 
-def padding_share(lengths, grouped):
-    """Share of padding in batches of BATCH_TOKENS positions, padding included."""
-    order = np.random.default_rng(0).permutation(len(lengths))
-    if grouped:
-        order = order[np.argsort(lengths[order], kind="stable")]
-    padded, batch = 0, []
-    for length in lengths[order]:
-        if batch and max(max(batch), length) * (len(batch) + 1) > BATCH_TOKENS:
-            padded += max(batch) * len(batch)
-            batch = []
-        batch.append(int(length))
-    padded += max(batch) * len(batch)
-    return 1 - lengths.sum() / padded
+def time_both(args, env, work, names, data_dir, num_rows, repeats):
+    """Seconds of either side, which take turns, so that a busy machine slows both."""
+    shutil.rmtree(work / "taken", ignore_errors=True)
+    taken = take_rows(names, data_dir, num_rows, work / "taken")
+    seconds = {"plain way": [], "metro prepare-prompts": []}
+    for _ in range(repeats):
+        for side in ("plain", "metro"):
+            shutil.rmtree(work / side, ignore_errors=True)
+        command = [*METRO, "prepare-prompts", "--mixture", work / "mix.yaml"]
+        command += ["--vocab", args.vocab, "--out", work / "metro", "--templates", args.templates]
+        command += ["--data-dir", work / "taken", "--workers", args.workers]
+        seconds["metro prepare-prompts"].append(run_measured(command, env)[0])
+        command = [sys.executable, "-m", "benchmarks.plain_prompts", "--vocab", args.vocab]
+        command += ["--templates", args.templates, "--out", work / "plain"]
+        command += ["--workers", args.workers]
+        command += [f"{name}={path}" for name, path in taken.items()]
+        seconds["plain way"].append(run_measured(command, env)[0])
+    compare(work)
+    return seconds
 
 
-def source_lengths(folder):
+def compare(work):
+    """Both sides made the same bytes of the same tasks."""
+    for task in read_tasks(work):
+        for name in ("src.bin", "src.idx", "tgt.bin", "tgt.idx"):
+            files = [work / side / "train" / task / f"train.src-tgt.{name}"
+                     for side in ("metro", "plain")]  # fmt: skip
+            if files[0].read_bytes() != files[1].read_bytes():
+                sys.exit(f"{task}: {name} differs between the two sides")
+
+
+def read_tasks(work):
+    """Name of each task -> how many examples it has."""
+    manifest = json.loads((work / "metro/prompts.json").read_text())
+    return {task: facts["num_examples"] for task, facts in manifest["splits"]["train"].items()}
+
+
+def read_lengths(folder, side, most):
     sizes = []
-    for index in sorted(folder.glob("train/*/train.src-tgt.src.idx")):
+    for index in sorted(folder.glob(f"train/*/train.src-tgt.{side}.idx")):
         content = index.read_bytes()
         count = int.from_bytes(content[18:26], "little")
         sizes.append(np.frombuffer(content, "<i4", count, 26))
-    return np.minimum(np.concatenate(sizes), 512).astype(np.int64)
+    return np.minimum(np.concatenate(sizes), most).astype(np.int64)
+
+
+def padding_shares(folder):
+    """Share of padding in batches of BATCH_TOKENS, sources and targets together."""
+    sources = read_lengths(folder, "src", MAX_SOURCE)
+    targets = read_lengths(folder, "tgt", MAX_TARGET)
+    longer = np.maximum(sources, targets + 1)
+    shares = []
+    for name, order in (
+        ("batches in random order", np.random.RandomState(0).permutation(len(sources))),
+        ("batches of t5_prompt_finetuning", order_by_lengths(sources, targets, 0)),
+    ):
+        batches = batch_by_size(order, longer[order], BATCH_TOKENS)
+        padded = sum(len(b) * int(sources[b].max() + targets[b].max()) for b in batches)
+        share = 1 - (sources.sum() + targets.sum()) / padded
+        shares.append({"name": name, "padding_share": round(float(share), 4)})
+    return shares
 
 
 def main():
@@ -115,21 +157,13 @@ def main():
     parser.add_argument("--templates", type=Path, help="promptsource tree")
     parser.add_argument("--data-dir", type=Path, help="local data sets")
     parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
-    parser.add_argument("--rows", type=int, default=1500, help="rows of each data set")
-    parser.add_argument("--workers", type=int, default=available_cores())
-    parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
-    parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    args = parser.parse_args()
-    if args.out:
-        os.environ["OUT"] = str(args.out)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path}
+    parser.add_argument("--rows", type=int, default=2000, help="rows of each data set")
+    args, env = parse_options(parser)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        names, templates, data_dir = args.data_sets, args.templates, args.data_dir
+        names, data_dir = args.data_sets, args.data_dir
         if not names:
-            templates, data_dir, names = invent(work, args.rows)
-        taken = take_rows(names, data_dir, args.rows, work)
+            args.templates, data_dir, names = invent(work, args.rows)
         if not args.vocab:
             args.vocab = work / "vocab"
             if not (work / "demo.txt").exists():
@@ -137,58 +171,38 @@ def main():
             train = [*METRO, "prepare-text", "--train-vocab", 4000, "--out", args.vocab]
             run_measured([*train, "--input", work / "demo.txt"], env)
         (work / "mix.yaml").write_text(json.dumps({"data_sets": names}))
-        plain_seconds, metro_seconds = [], []
-        for _ in range(args.repeats):  # taking turns, so that a busy machine slows both
-            shutil.rmtree(work / "metro", ignore_errors=True)
-            command = [*METRO, "prepare-prompts", "--mixture", work / "mix.yaml", "--vocab"]
-            command += [args.vocab, "--out", work / "metro", "--templates", templates]
-            command += ["--data-dir", work / "taken", "--workers", args.workers]
-            metro_seconds.append(run_measured(command, env)[0])
-            shutil.rmtree(work / "plain", ignore_errors=True)
-            command = [sys.executable, "-m", "benchmarks.plain_prompts", "--templates", templates]
-            command += ["--vocab", args.vocab, "--out", work / "plain", "--workers", args.workers]
-            command += [f"{name}={path}" for name, path in taken.items()]
-            plain_seconds.append(run_measured(command, env)[0])
-        manifest = json.loads((work / "metro/prompts.json").read_text())
-        compare(work, manifest)
-        examples = sum(f["num_examples"] for f in manifest["splits"]["train"].values())
-        rows = [
-            {
-                "name": name,
-                "tasks": len(manifest["splits"]["train"]),
-                "examples": examples,
-                "workers": args.workers,
-                "seconds": round(statistics.median(seconds), 2),
-                "seconds_all": [round(value, 2) for value in seconds],
-                "examples_per_second": round(examples / statistics.median(seconds)),
-                "speedup": round(statistics.median(plain_seconds) / statistics.median(seconds), 2),
-            }
-            for name, seconds in (
-                ("plain way", plain_seconds),
-                ("metro prepare-prompts", metro_seconds),
-            )
-        ]
-        lengths = source_lengths(work / "metro")
-        shares = [
-            {"name": name, "padding_share": round(float(padding_share(lengths, grouped)), 4)}
-            for name, grouped in (("batches as they come", False), ("grouped by length", True))
-        ]
-    print_table(
-        [{key: value for key, value in row.items() if key != "seconds_all"} for row in rows]
-    )
+        fixed = time_both(args, env, work, names, data_dir, 1, 1)
+        seconds = time_both(args, env, work, names, data_dir, args.rows, args.repeats)
+        tasks, shares = read_tasks(work), padding_shares(work / "metro")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    moving = {name: median[name] - fixed[name][0] for name in median}
+    can_compare = min(moving.values()) > 0  # with a handful of rows noise decides
+    rows = [
+        {
+            "name": name,
+            "tasks": len(tasks),
+            "examples": sum(tasks.values()),
+            "workers": args.workers,
+            "seconds": round(median[name], 2),
+            "seconds_all": [round(value, 2) for value in seconds[name]],
+            "fixed_seconds": round(fixed[name][0], 2),
+            "fixed_share": round(fixed[name][0] / median[name], 3),
+            "examples_per_second": round(sum(tasks.values()) / median[name]),
+            "speedup": round(median["plain way"] / median[name], 2),
+            "speedup_without_fixed": round(moving["plain way"] / moving[name], 2)
+            if can_compare
+            else None,
+        }
+        for name in median
+    ]
+    columns = ("name", "examples", "seconds", "fixed_seconds", "fixed_share", "speedup")
+    columns += ("speedup_without_fixed",)
+    print_table([{column: row[column] for column in columns} for row in rows])
+    if rows[0]["fixed_share"] > 0.1:
+        print("more than a tenth of the plain way's time is fixed cost: raise --rows to compare")
     print_table(shares)
     data_sets = args.data_sets or "invented"
     write_results("prompt_data", rows + shares, data_sets=data_sets, **versions())
-
-
-def compare(work, manifest):
-    """Both sides made the same bytes of the same tasks."""
-    for task in manifest["splits"]["train"]:
-        for name in ("src.bin", "src.idx", "tgt.bin", "tgt.idx"):
-            files = [work / side / "train" / task / f"train.src-tgt.{name}"
-                     for side in ("metro", "plain")]  # fmt: skip
-            if files[0].read_bytes() != files[1].read_bytes():
-                sys.exit(f"{task}: {name} differs between the two sides")
 
 
 if __name__ == "__main__":
