@@ -136,6 +136,8 @@ class EvaluationCommand:
         disable_progress_bar()  # of loading weights; ours is over the suite
         registered = find_registered(name)
         method = self.method or (registered.method if registered else "direct")
+        screen = Screen(processes.is_first)
+        screen.print(f"loading {name}")
         model, tokenizer = load(
             name,
             dtype=self.dtype,
@@ -155,7 +157,6 @@ class EvaluationCommand:
             max_target_length=self.max_target_length,
         )
         folder = None
-        screen = Screen(processes.is_first)
         if processes.is_first:
             path = self.out / (self.run_name or f"{short_name(name)}-{method}-{whole.name}")
             if self.overwrite and (path / "run.json").is_file():
