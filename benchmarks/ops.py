@@ -21,7 +21,6 @@ for each parameter. "kept" is what autograd holds between the passes.
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import print_table, write_results
+from benchmarks.timing import kept_bytes, measure_rates, outputs_of, peak_bytes, timer_of
 from metro.ops.adamw import adamw_step
 from metro.ops.dropout import dropout
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -274,64 +274,9 @@ CASES = {
 }
 
 
-def outputs_of(run) -> list[torch.Tensor]:
-    """What `run()` returns, as a list; nothing for what works in place."""
-    output = run()
-    return [output] if isinstance(output, torch.Tensor) else list(output or ())
-
-
-def kept_bytes(run) -> int:
-    """Bytes of the distinct tensors that the graph of `run()` holds."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = outputs_of(run)
-    del outputs
-    return sum(storages.values())
-
-
 def floor_seconds(case: Case, rates: tuple[float, float]) -> float:
     """The least time for what a case must compute and move, at multiplied and copied per second."""
     return max(case.flops / rates[0], case.moved / rates[1])
-
-
-def measure_rates(device: str) -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s, read and written, of a copy; the best of eight."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**29 if device == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    product = min(seconds_of(lambda: a @ b, [], device) for _ in range(8))
-    copy = min(seconds_of(lambda: target.copy_(source), [], device) for _ in range(8))
-    return 2 * size**3 / product, 2 * source.nbytes / copy
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(run, leaves, device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    outputs = outputs_of(run)
-    if leaves:
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(run, leaves) -> int:
-    """GPU memory of both passes, beyond what was there."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    seconds_of(run, leaves, "cuda")
-    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(
@@ -348,10 +293,15 @@ def measure(
             torch.testing.assert_close(
                 got, want, rtol=tolerance, atol=tolerance, msg=lambda m, way=way: f"{way}: {m}"
             )
+    peaks = {
+        way: peak_bytes(run, case.leaves) / 2**20 if device == "cuda" else None
+        for way, run in case.ways.items()
+    }
+    timers = {way: timer_of(run, case.leaves, device) for way, run in case.ways.items()}
     times = {way: [] for way in case.ways}
     for _ in range(repeats + 1):
-        for way, run in case.ways.items():
-            times[way].append(seconds_of(run, case.leaves, device))
+        for way, (seconds, _) in timers.items():
+            times[way].append(seconds())
     medians = {way: statistics.median(values[1:]) for way, values in times.items()}
     first, floor = next(iter(medians.values())), floor_seconds(case, rates)
     replaces = REPLACES.get(name.split(",")[0], "")
@@ -363,7 +313,7 @@ def measure(
         row["of floor"] = floor / medians[way] or None
         row["kept MiB"] = kept_bytes(run) / 2**20
         if device == "cuda":
-            row["peak MiB"] = peak_bytes(run, case.leaves) / 2**20
+            row |= {"peak MiB": peaks[way], "timed": timers[way][1]}
         rows.append(row)
     return rows
 

@@ -1,0 +1,110 @@
+"""Time and memory of an operation's two passes, on the CPU and on a GPU.
+
+On a GPU both passes are captured as a CUDA graph and replayed: launched one by one from Python,
+small kernels are waited for longer than they run. What cannot be captured is timed as it is
+launched.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+REPLAYS = 10
+"""Of a graph, between two events."""
+
+
+def outputs_of(run) -> list[torch.Tensor]:
+    """What `run()` returns, as a list; nothing for what works in place."""
+    output = run()
+    return [output] if isinstance(output, torch.Tensor) else list(output or ())
+
+
+def kept_bytes(run) -> int:
+    """Bytes of the distinct tensors that the graph of `run()` holds."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = outputs_of(run)
+    del outputs
+    return sum(storages.values())
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def both_passes(run, leaves) -> None:
+    """Outputs, and gradients of the leaves where there are any."""
+    outputs = outputs_of(run)
+    if leaves:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+
+
+def seconds_of(run, leaves, device: str) -> float:
+    """Of both passes as they are launched."""
+    synchronize(device)
+    start = time.perf_counter()
+    both_passes(run, leaves)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def timer_of(run, leaves, device: str) -> tuple[Callable[[], float], str]:
+    """What measures the seconds of both passes once, and how: ``replayed`` or ``launched``."""
+    if device == "cuda":
+        try:
+            return replay_timer(run, leaves), "replayed"
+        except Exception as error:  # whatever a rival does that a graph cannot hold
+            torch.cuda.synchronize()
+            print(f"timed as it is launched: {type(error).__name__}: {str(error).splitlines()[:1]}")
+    return lambda: seconds_of(run, leaves, device), "launched"
+
+
+def replay_timer(run, leaves) -> Callable[[], float]:
+    """Measures the mean of some replays by the GPU's own clock."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compilers and libraries set themselves up
+        for _ in range(3):
+            both_passes(run, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both_passes(run, leaves)
+
+    def seconds() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / REPLAYS
+
+    return seconds
+
+
+def peak_bytes(run, leaves) -> int:
+    """GPU memory of both passes, beyond what was there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds_of(run, leaves, "cuda")
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_rates(device: str) -> tuple[float, float]:
+    """FLOP/s of a matrix product and bytes/s, read and written, of a copy; the best of eight."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**29 if device == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds_of(lambda: a @ b, [], device) for _ in range(8))
+    copy = min(seconds_of(lambda: target.copy_(source), [], device) for _ in range(8))
+    return 2 * size**3 / product, 2 * source.nbytes / copy
