@@ -247,28 +247,33 @@ def set_dropout(model, dropout: float) -> None:
 
 def save(model, tokenizer, out: Path, settings: FinetuningSettings) -> None:
     """Write the finished model into ``out``; ``config.json`` is moved there last."""
-    from metro.conversion.export import export_model
-    from metro.modeling.configuration_metro_t5 import MetroT5Config
-
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(model.config, MetroT5Config):
-        facts = {
-            "objective": settings.objective,
-            "data": Path(settings.data).name,
-            "learning rate": settings.learning_rate,
-            "optimizer": settings.optimizer,
-        }
-        summary = f"METRO-T5, prompt-finetuned with the objective {settings.objective}."
-        export_model(model, tokenizer, partial, summary=summary, training=facts)
-    else:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    facts = {
+        "objective": settings.objective,
+        "data": Path(settings.data).name,
+        "learning rate": settings.learning_rate,
+        "optimizer": settings.optimizer,
+    }
+    summary = f"METRO-T5, prompt-finetuned with the objective {settings.objective}."
+    write_folder(model, tokenizer, partial, summary, facts)
     (out / "config.json").unlink(missing_ok=True)
     names = sorted(path.name for path in partial.iterdir() if path.name != "config.json")
     for name in [*names, "config.json"]:
         os.replace(partial / name, out / name)
     partial.rmdir()
+
+
+def write_folder(model, tokenizer, folder: Path, summary: str, training=None) -> None:
+    """A new Hugging Face folder; ``summary`` and ``training`` are for METRO's model card."""
+    from metro.conversion.export import export_model
+    from metro.modeling.configuration_metro_t5 import MetroT5Config
+
+    if isinstance(model.config, MetroT5Config):
+        export_model(model, tokenizer, folder, summary=summary, training=training)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _starting_point(settings: FinetuningSettings, out: Path, arguments) -> str | None:

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import metro
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -64,7 +67,7 @@ def test_the_comparison_of_objectives_makes_a_table_and_goes_on(sources, tmp_pat
     script = ROOT / "scripts/compare_objectives.py"
     options = [f"--{name.replace('_', '-')}={path}" for name, path in sources.items()]
     options += ["--dataset", "quarel", "--unseen", "trec", "--max-steps", "2", "--batch-size", "4"]
-    options += ["--eval-limit", "2", "--use-cpu", "--out", str(tmp_path)]
+    options += ["--eval-limit", "2", "--use-cpu", "--fresh", "--out", str(tmp_path)]
     run(sys.executable, script, *options)
     table = json.loads((tmp_path / "table.json").read_text())
     assert set(table) == {"FLIPPED", "FLIPPED without unlikelihood", "DIRECT", "CHANNEL"}
@@ -72,3 +75,7 @@ def test_the_comparison_of_objectives_makes_a_table_and_goes_on(sources, tmp_pat
         check_rows(parts["trained"], {"quarel"})
         check_rows(parts["unseen"], {"trec"})
     assert "update" not in run(sys.executable, script, *options)  # all kept
+    given, _ = metro.load(sources["model"], vocab=sources["vocab"])
+    start, _ = metro.load(tmp_path / "start")
+    assert start.config.d_model == given.config.d_model
+    assert not torch.equal(start.shared.weight, given.shared.weight)
