@@ -23,9 +23,13 @@ def is_eager_cuda(x: torch.Tensor) -> bool:
     return is_ours and not torch.compiler.is_compiling()
 
 
-@functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Whether ``auto`` may choose kernels: Triton is installed, and METRO_TRITON is not 0."""
+    return os.environ.get("METRO_TRITON") != "0" and is_triton_installed()
+
+
+@functools.cache
+def is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -36,7 +40,7 @@ def check_kernel(x: torch.Tensor) -> None:
         ValueError: without Triton, without a GPU (Triton's interpreter, which runs kernels on the
             CPU to test them, does instead), or in float64.
     """
-    if not has_triton():
+    if not is_triton_installed():
         raise ValueError(
             "impl is 'triton', which is not installed: pip install 'metro[triton]'; or use 'auto'"
         )

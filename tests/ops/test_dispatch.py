@@ -1,0 +1,38 @@
+"""What ``auto`` may choose. Oracle: by hand."""
+
+import pytest
+import torch
+
+from metro.ops import dispatch
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_are_chosen_where_triton_is_installed_and_not_switched_off(monkeypatch, installed):
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: installed)
+    for value, expected in ((None, installed), ("1", installed), ("0", False)):
+        monkeypatch.delenv("METRO_TRITON", raising=False)
+        if value is not None:
+            monkeypatch.setenv("METRO_TRITON", value)
+        assert dispatch.has_triton() is expected
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: True)
+    with pytest.raises(ValueError, match="float64.*'reference'"):
+        dispatch.check_kernel(torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="needs a GPU.*'auto'"):
+        dispatch.check_kernel(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.check_kernel(torch.zeros(1))
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: False)
+    with pytest.raises(ValueError, match="pip install"):
+        dispatch.check_kernel(torch.zeros(1))
+
+
+def test_eager_paths_are_left_to_the_compiler_and_to_autocast():
+    x = torch.zeros(1)
+    assert dispatch.is_eager_cpu(x) and not dispatch.is_eager_cuda(x)
+    assert not dispatch.is_eager_cpu(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not dispatch.is_eager_cpu(x)
