@@ -22,6 +22,8 @@ from metro.ops.threads import for_each
 
 CAUSAL_BLOCK = 128
 """Queries at a time in causal attention; keys after the block are not looked at."""
+HAS_TRITON = has_triton()
+"""Looked up once: ``torch.compile`` cannot trace the look-up."""
 
 
 def relative_position_attention(
@@ -90,7 +92,7 @@ def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
     """
     if is_eager_cpu(q):
         return "cached"
-    if q.device.type != "cuda" or q.dtype not in KERNEL_TYPES or not has_triton():
+    if q.device.type != "cuda" or q.dtype not in KERNEL_TYPES or not HAS_TRITON:
         return "reference"
     if q.shape[2] < 16 or q.shape[2] * k.shape[2] < 64 * 64:
         return "reference"
@@ -108,16 +110,11 @@ def is_only_causal(q, k, bias, key_mask, is_causal, query_positions) -> bool:
 
 def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropout):
     """``impl="triton"``, after checks."""
-    check_kernel(q)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; use a probability below 1")
-    needs_positions = is_causal or bias is not None
-    if q.shape[2] > k.shape[2] and needs_positions and query_positions is None:
-        raise ValueError(
-            f"{q.shape[2]} queries are more than {k.shape[2]} keys; give query_positions"
-        )
+    if not torch.compiler.is_compiling():
+        check_kernel(q)
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    check_for_kernels(q, k, v, bias, is_causal, query_positions, dropout)
     if not q.numel() or not k.numel():
         return relative_position_attention(
             q, k, v, bias, key_mask, is_causal, query_positions, dropout, impl="reference"
@@ -127,10 +124,31 @@ def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropo
     return attend(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
 
 
+def check_for_kernels(q, k, v, bias, is_causal, query_positions, dropout) -> None:
+    """What PyTorch's operations notice, kernels do not."""
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v have shapes {shapes}; use B,H,T,K, B,H,S,K and B,H,S,K")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one type")
+    (num_queries, num_keys), num_distances = (q.shape[2], k.shape[2]), 2 * k.shape[2] - 1
+    if bias is not None and bias.shape != (q.shape[1], num_distances):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; use {(q.shape[1], num_distances)}, a value for "
+            f"each head and distance of {num_keys} keys"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; use a probability below 1")
+    has_distances = is_causal or bias is not None
+    if num_queries > num_keys and has_distances and query_positions is None:
+        raise ValueError(f"{num_queries} queries of {num_keys} keys: give query_positions")
+
+
 def visible_keys(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | None:
     """bool, broadcastable to B,H,T,S; ``None`` where every key is visible."""
     visible = None if key_mask is None else key_mask[:, None, None, :]
-    if not is_causal:
+    is_last_alone = q.shape[2] == 1 and query_positions is None  # it sees what there is
+    if not is_causal or is_last_alone:
         return visible
     keys = torch.arange(k.shape[2], device=k.device)
     if query_positions is None:

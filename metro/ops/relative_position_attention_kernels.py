@@ -24,6 +24,9 @@ forward products at K = 64.
 
 Sums are in float32; float32 inputs are not rounded to tf32.
 
+PyTorch's FlexAttention is the rival. It has no dropout and adds to the bias's gradient atomically;
+whether these kernels stay is decided by ``benchmarks/ops.py``, which measures both on a GPU.
+
 Why more than 400 lines: the kernels share the functions of a tile.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
@@ -798,27 +801,28 @@ if triton is not None:
 
 
 def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles and warps for Ampere and later, whose shared memory and registers they fit."""
+    """Tiles and warps for Ampere and later, whose shared memory and registers they fit.
+
+    Not measured yet. In float32 some kernels keep a part of their registers in memory.
+    """
     block_k = max(16, triton.next_power_of_2(width))
     is_half, is_wide = dtype.itemsize == 2, block_k > 64
+    num_warps, num_stages = 8 if is_half else 4, 2
     if kernel == "bias":
-        block = 64 if is_half else 32
-        return {"BLOCK": block, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 2}
-    if kernel == "forward":
-        block_t, block_s, stages = 128, 64, 2 if is_wide else 3
-    elif kernel == "key_gradient":
-        block_t, block_s, stages = 64, 64 if is_wide else 128, 2
+        blocks = {"BLOCK": 64 if is_half else 32}
     else:
-        block_t, block_s, stages = 128, 32 if is_wide else 64, 2
-    if not is_half:
-        block_t, block_s = block_t // 2, block_s // 2
-    return {
-        "BLOCK_T": block_t,
-        "BLOCK_S": block_s,
-        "BLOCK_K": block_k,
-        "num_warps": 8 if is_half else 4,
-        "num_stages": stages,
-    }
+        if not is_half:
+            block_t, block_s = 32, 32
+        elif kernel == "forward":
+            block_t, block_s, num_stages = 128, 64, 2 if is_wide else 3
+        elif kernel == "key_gradient":
+            block_t, block_s = 64, 64 if is_wide else 128
+        else:
+            block_t, block_s = 128, 32 if is_wide else 64
+        if block_k > 128:
+            block_t, block_s = max(16, block_t // 2), max(16, block_s // 2)
+        blocks = {"BLOCK_T": block_t, "BLOCK_S": block_s}
+    return blocks | {"BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
 
 
 class Inputs(NamedTuple):
@@ -863,14 +867,15 @@ def prepare(q, k, v, bias, key_mask, positions, random) -> Inputs:
         bias = torch.mul(bias.float(), LOG2_E, out=scaled)
     key_range = None
     if key_mask is not None:
-        key_mask = key_mask.contiguous().view(torch.uint8)
+        key_mask = key_mask.bool().expand(batch_size, num_keys).contiguous().view(torch.uint8)
         key_range = torch.empty(batch_size, 2, dtype=torch.int32, device=q.device)
         key_range_kernel[(batch_size,)](key_mask, key_range, num_keys, BLOCK=1024)
     of_queries = of_keys = None
     if random is not None:
         num_rows = batch_size * num_heads
         of_queries, of_keys = random.split([num_rows * num_queries, num_rows * num_keys])
-    positions = None if positions is None else positions.contiguous()
+    if positions is not None:
+        positions = positions.expand(batch_size, num_queries).contiguous()
     return Inputs(q, k, v, bias, key_mask, key_range, positions, of_queries, of_keys)
 
 

@@ -57,7 +57,7 @@ def inputs(num_queries, num_keys, has_bias, masked, positions, heads=6, width=8)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cached"])
-@pytest.mark.parametrize("num_queries, num_keys", [(16, 16), (5, 13)])
+@pytest.mark.parametrize("num_queries, num_keys", [(16, 16), (5, 13), (1, 13)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("is_causal, positions", [(False, False), (True, False), (True, True)])
@@ -137,7 +137,7 @@ def test_a_seeded_run_drops_the_same_weights_and_an_unseeded_one_others():
 
 def test_unknown_impl_names_the_valid_ones():
     x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="'flash'.*'cached'"):
+    with pytest.raises(ValueError, match="'flash'.*'cached' or 'triton'"):
         relative_position_attention(x, x, x, impl="flash")
 
 

@@ -1,0 +1,84 @@
+"""Attention's kernels on a GPU: the tests that elsewhere run in Triton's interpreter, and more.
+
+Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+
+from tests.ops.test_relative_position_attention_kernels import (  # noqa: E402, F401
+    CASES,
+    inputs,
+    moved,
+    moved_others,
+    test_a_seeded_run_drops_the_same_weights_and_an_unseeded_one_others,
+    test_any_layout_of_the_inputs_is_read,
+    test_dropout_drops_the_same_weights_forward_and_backward,
+    test_half_precision_errs_no_more_than_the_formula_in_it,
+    test_it_compiles_in_one_graph,
+    test_kernels_compile_and_fit,
+    test_operators_describe_themselves_to_the_compiler,
+    test_values_and_gradients_equal_the_reference,
+    test_weights_are_dropped_independently_at_the_rate,
+    test_what_does_not_fit_is_refused,
+    values_and_gradients,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_attention_of_several_full_tiles_equals_the_reference(case, width):
+    """Oracle: PyTorch's attention in float64. In float16 without rows that see nothing."""
+    longer = case._replace(queries=case.queries * 9, keys=case.keys * 9, width=width)
+    leaves, (mask, is_causal, positions) = inputs(longer)
+    others = (mask, is_causal, positions)
+    want = values_and_gradients(
+        moved(leaves, torch.float64), moved_others(others), impl="reference"
+    )
+    got = values_and_gradients(moved(leaves), moved_others(others), impl="triton")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-5, atol=2e-5)
+    if mask is not None:  # the lowest float16 is not low enough for the reference's zero weights
+        mask[:, 0] = True
+    leaves = [None if x is None else x.half() for x in leaves]
+    others = moved_others((mask, is_causal, positions))
+    want = values_and_gradients(moved(leaves, torch.float64), others, impl="reference")
+    got = values_and_gradients(moved(leaves, torch.float16), others, impl="triton")
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 4e-3 * b.norm()
+
+
+def test_attention_gives_the_same_bits_again():
+    """Gradients too: nothing is added in an order that changes."""
+    leaves, others = inputs(CASES["bias at positions"]._replace(queries=150, keys=700))
+    found = []
+    for _ in range(5):
+        torch.manual_seed(0)
+        own = moved(leaves, torch.bfloat16)
+        given = moved_others(others)
+        found.append(values_and_gradients(own, given, dropout=0.1, impl="triton"))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_auto_takes_the_kernels_for_bias_and_masks_and_not_for_single_tokens():
+    """Oracle: the table in the docstring of `choose_impl`."""
+    from metro.ops.relative_position_attention import choose_impl
+
+    q, bias = torch.zeros(2, 2, 64, 16, device="cuda"), torch.zeros(2, 127, device="cuda")
+    mask = torch.ones(2, 64, dtype=torch.bool, device="cuda")
+    assert choose_impl(q, q, bias, None, False, None) == "triton"
+    assert choose_impl(q, q, None, mask, False, None) == "triton"
+    assert choose_impl(q, torch.cat([q, q], 2), None, None, True, None) == "triton"
+    assert choose_impl(q, q, None, mask, True, None) == "triton"
+    assert choose_impl(q, q, None, None, True, None) == "reference"
+    assert choose_impl(q, q, None, None, False, None) == "reference"
+    assert choose_impl(q[:, :, -1:], q, bias, None, False, None) == "reference"
+    assert choose_impl(q.double(), q.double(), bias, None, False, None) == "reference"
