@@ -23,8 +23,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$(dirname "$here")" # the user dir of fairseq is given relative to the project
 export OMP_WAIT_POLICY=passive
 
-read -r -a datasets <<<"${DATASETS:-ag_news rotten_tomatoes imdb glue/mrpc glue/qqp paws/labeled_final quartz quarel sciq social_i_qa dream}"
-updates=${UPDATES:-2000} rate=${RATE:-0.0005} length=${LENGTH:-96}
+read -r -a datasets <<<"${DATASETS:-ag_news rotten_tomatoes trec glue/qqp paws/labeled_final quartz quarel sciq social_i_qa}"
+updates=${UPDATES:-3000} rate=${RATE:-0.0005} length=${LENGTH:-64}
 chosen=()
 for name in "${datasets[@]}"; do chosen+=(--dataset "$name"); done
 common=("${chosen[@]}" ${sources[@]+"${sources[@]}"} --validation all --valid-limit "${LIMIT:-100}")
@@ -53,7 +53,7 @@ echo "== fairseq: $updates updates"
 fairseq-hydra-train --config-dir fairseq_plugins/configs/finetuning --config-name metro_t0_tiny \
   task.data="$out/ids" checkpoint.finetune_from_model="$checkpoint" \
   checkpoint.save_dir="$out/fairseq" $sizes \
-  ++task.max_source_tokens="$length" dataset.max_tokens="${TOKENS:-2400}" \
+  ++task.max_source_tokens="$length" dataset.max_tokens="${TOKENS:-2000}" \
   optimization.max_update="$updates" optimization.lr="[$rate]" \
   lr_scheduler.warmup_updates=$((updates / 10)) dataset.validate_interval_updates="$updates"
 [ -f "$out/fairseq_hf/config.json" ] ||
@@ -62,7 +62,7 @@ fairseq-hydra-train --config-dir fairseq_plugins/configs/finetuning --config-nam
 echo "== Trainer: $updates updates"
 [ -f "$out/trainer/config.json" ] || metro finetune --config tiny --model "$checkpoint" \
   --vocab "$vocab" --data "$out/text" --output-dir "$out/trainer" --max-steps "$updates" \
-  --batch-size "${BATCH:-24}" --learning-rate "$rate" --warmup-steps $((updates / 10)) \
+  --batch-size "${BATCH:-32}" --learning-rate "$rate" --warmup-steps $((updates / 10)) \
   --max-input-length "$length" --eval-steps "$updates" --eval-limit 10 --report-to none
 
 echo "== held-out rows"
