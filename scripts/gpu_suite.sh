@@ -7,7 +7,7 @@
 #          good. PYTHON has torch and NumPy; wheels are needed for what else it lacks of
 #            device, tests, pretraining: transformers tokenizers huggingface_hub safetensors regex pyyaml
 #              filelock packaging requests httpx tqdm typer rich click jinja2 sentencepiece matplotlib pytest
-#            prepare_text and the tests of fairseq-train, in addition: fairseq-fixed (built with
+#            prepare_text, prompt_data and the tests of fairseq-train, in addition: fairseq-fixed (built with
 #              READTHEDOCS=1) hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker
 #              tabulate colorama lxml scikit-learn scipy joblib threadpoolctl tensorboard
 #              and what these name as their requirements
@@ -91,8 +91,8 @@ for name in ${*:-device tests $benchmarks}; do
         part pretraining "$METRO cuda" \
             "$PYTHON" -m benchmarks.pretraining --batch-size 32 --rounds 2
         ;;
-    prepare_text)
-        part prepare_text "$METRO fairseq_cli.preprocess" "$PYTHON" -m benchmarks.prepare_text
+    prepare_text | prompt_data)
+        part "$name" "$METRO fairseq_cli.preprocess" "$PYTHON" -m "benchmarks.$name"
         ;;
     *) part "$name" "$METRO" "$PYTHON" -m "benchmarks.$name" ;;
     esac
