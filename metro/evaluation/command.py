@@ -114,12 +114,32 @@ class EvaluationCommand:
             raise ValueError("--run-name names one run, but there are several models; leave it out")
         if self.run_name and Path(self.run_name).name != self.run_name:
             raise ValueError(f"--run-name is {self.run_name!r}; use a name without slashes")
+        folders: dict[str, str] = {}
+        for name in self.models if len(self.models) > 1 else ():
+            folder = self.folder_name(name)
+            if folder in folders:
+                raise ValueError(
+                    f"models {folders[folder]} and {name} would share the run folder {folder}-"
+                    f"{suite.name}; evaluate them one at a time, each with a --run-name of its own"
+                )
+            folders[folder] = name
         if self.check_published:
             if self.limit is not None:
                 raise ValueError("--check-published needs all rows: leave --limit out")
             for name in self.models:
                 registered = registered_model(name)
                 published_values(registered, suite.name, self.method or registered.method)
+
+    def method_of(self, name: str) -> str:
+        """The method that a model is evaluated with."""
+        from metro.conversion.registry import find_registered
+
+        registered = find_registered(name)
+        return self.method or (registered.method if registered else "direct")
+
+    def folder_name(self, name: str) -> str:
+        """What a run folder is called by default, up to the suite."""
+        return f"{short_name(name)}-{self.method_of(name)}"
 
     def evaluate_model(self, name, whole, tasks, sources, processes) -> str | None:
         """One model on all tasks, loaded once; how it misses its published numbers, if it does."""
@@ -135,7 +155,7 @@ class EvaluationCommand:
 
         disable_progress_bar()  # of loading weights; ours is over the suite
         registered = find_registered(name)
-        method = self.method or (registered.method if registered else "direct")
+        method = self.method_of(name)
         screen = Screen(processes.is_first)
         screen.print(f"loading {name}")
         model, tokenizer = load(
@@ -158,7 +178,7 @@ class EvaluationCommand:
         )
         folder = None
         if processes.is_first:
-            path = self.out / (self.run_name or f"{short_name(name)}-{method}-{whole.name}")
+            path = self.out / (self.run_name or f"{self.folder_name(name)}-{whole.name}")
             if self.overwrite and (path / "run.json").is_file():
                 shutil.rmtree(path)
             info = run_info(

@@ -110,6 +110,22 @@ def test_several_models_and_methods_make_a_folder_each(tmp_path, model, toys, te
     assert names == ["metro_tiny_a-channel-toys", "t5_prompt_tiny_f-channel-toys"]
 
 
+@pytest.mark.parametrize("extra", [[], ["--overwrite"]])
+def test_models_that_would_share_a_folder_are_refused_first(tmp_path, model, toys, extra):
+    """Oracle: the message names both; nothing is evaluated, and no run before is deleted."""
+    arguments = [*options(toys, tmp_path / "out"), "--task", "truth"]
+    assert call(model, *arguments).exit_code == 0
+    other = tmp_path / "t5_prompt_tiny_f"
+    other.symlink_to(model)
+    done = call(model, other, *arguments, *extra)
+    assert isinstance(done.exception, ValueError), done.output
+    assert f"models {model} and {other} would share the run folder" in str(done.exception)
+    assert "one at a time, each with a --run-name of its own" in str(done.exception)
+    assert "loading" not in done.output
+    assert read_run(tmp_path / "out" / "t5_prompt_tiny_f-direct-toys").model == model
+    assert call(model, other, *arguments, "--method", "channel").exception is not None
+
+
 def test_overwrite_starts_again(tmp_path, model, toys):
     """Oracle: the same run with another limit is refused, then replaced."""
     arguments = [*options(toys, tmp_path), "--task", "truth"]
