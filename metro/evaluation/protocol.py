@@ -104,26 +104,30 @@ def choose_protocol(
         family: one of PROTOCOLS; None: by the kind of model.
         model_config: the model's configuration, for its kind and the longest sequence it takes.
         method: ``direct``, ``channel`` or ``flipped``.
-        max_source_length, max_target_length: instead of the family's, for all tasks.
+        max_source_length, max_target_length: instead of the family's, for all tasks; one of them
+            leaves the other as it is, but for channel's targets.
     """
     model_type = getattr(model_config, "model_type", "")
     if family is None:
         family = "metro" if model_type in ("metro_t5", "fairseq_t5") else "t5"
     protocol = PROTOCOLS[family]
-    if method == "channel":
-        longest = protocol.max_source_length
-        protocol = replace(protocol, max_target_length=longest, task_lengths={})
-    if max_source_length is not None or max_target_length is not None:
-        protocol = replace(
-            protocol,
-            max_source_length=(
-                protocol.max_source_length if max_source_length is None else max_source_length
-            ),
-            max_target_length=(
-                protocol.max_target_length if max_target_length is None else max_target_length
-            ),
-            task_lengths={},
+
+    def given_or(source: int, target: int) -> tuple[int, int]:
+        return (
+            source if max_source_length is None else max_source_length,
+            target if max_target_length is None else max_target_length,
         )
+
+    source, target = given_or(protocol.max_source_length, protocol.max_target_length)
+    task_lengths = {task: given_or(*lengths) for task, lengths in protocol.task_lengths.items()}
+    if method == "channel":
+        target, task_lengths = given_or(source, source)[1], {}
+    protocol = replace(
+        protocol,
+        max_source_length=source,
+        max_target_length=target,
+        task_lengths={t: both for t, both in task_lengths.items() if both != (source, target)},
+    )
     table = longest_sequence(model_config)
     if table is not None:
         protocol = replace(

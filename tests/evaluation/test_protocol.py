@@ -42,6 +42,31 @@ def test_lengths_fit_the_position_table_and_the_method():
     assert chosen.lengths("hellaswag") == (300, 64)
 
 
+def test_one_length_given_leaves_the_other():
+    """Oracle: FLIPPED's lengths by task, the side that is given replaced by hand."""
+    source = choose_protocol("flipped", T5Config(), "flipped", max_source_length=300)
+    target = choose_protocol("flipped", T5Config(), "flipped", max_target_length=100)
+    for task, at_300, at_100 in [
+        ("rte", (300, 64), (512, 100)),
+        ("hellaswag", (300, 64), (256, 100)),
+        ("story_cloze", (300, 128), (256, 100)),
+        ("wsc", (300, 128), (512, 100)),
+    ]:
+        assert (source.lengths(task), target.lengths(task)) == (at_300, at_100), task
+    both = choose_protocol(
+        "flipped", T5Config(), "flipped", max_source_length=300, max_target_length=100
+    )
+    assert both.lengths("wsc") == (300, 100) and both.task_lengths == {}
+
+
+def test_targets_of_channel_are_as_long_as_a_source_that_is_given():
+    """Oracle: the top of the module; a target length that is given as well stays."""
+    longer = choose_protocol("t0", T5Config(), "channel", max_source_length=1024)
+    assert longer.lengths("rte") == (1024, 1024)
+    shorter = choose_protocol("flipped", T5Config(), "channel", max_target_length=100)
+    assert shorter.lengths("wsc") == shorter.lengths("hellaswag") == (512, 100)
+
+
 def test_what_is_printed_says_where_lengths_come_from():
     """Oracle: by hand. 1024 is the default of T0's own script."""
     t0 = PROTOCOLS["t0"].describe()
