@@ -40,7 +40,7 @@ def check_published(summary: Summary, model: RegisteredModel, tolerance: float) 
     """Compare the tasks that were evaluated in full and that numbers were published for.
 
     A task misses its number if it is more than ``tolerance`` percentage points away from it, in
-    either direction.
+    either direction. The verdict names the tasks with a published number that were not compared.
 
     Raises:
         ValueError: the run is not what numbers were published for.
@@ -64,11 +64,15 @@ def check_published(summary: Summary, model: RegisteredModel, tolerance: float) 
         )
         if abs(points) > tolerance:
             missed.append(f"{task.task} {points:+.2f}")
+    checked = {task.task for task in tasks}
+    unchecked = [name for name in published if name not in checked]
+    rest = f"; not checked: {', '.join(unchecked)}" if unchecked else ""
     if not missed:
-        lines.append(f"all {len(tasks)} within {tolerance} points of the published accuracy")
+        whose = counted(len(tasks), "checked task") if unchecked else f"all {len(tasks)}"
+        lines.append(f"{whose} within {tolerance} points of the published accuracy{rest}")
         return PublishedCheck("\n".join(lines), None)
     failure = (
         f"{model.name} misses its published accuracy by more than {tolerance} points on "
-        f"{len(missed)} of {counted(len(tasks), 'task')}: {', '.join(missed)}"
+        f"{len(missed)} of {counted(len(tasks), 'task')}: {', '.join(missed)}{rest}"
     )
     return PublishedCheck("\n".join(lines), failure)

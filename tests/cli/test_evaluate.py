@@ -204,6 +204,22 @@ def test_missed_published_numbers_fail_the_command_when_all_has_been_run(
     assert call("same", *arguments, "--check-published").exit_code == 0
 
 
+def test_published_numbers_without_data_are_named_and_fail_the_command(
+    tmp_path, model, monkeypatch
+):
+    """Oracle: status 3 where data are missing, 0 where the user asked for less; both verdicts
+    name the task that was not checked."""
+    suite = write_suite(tmp_path / "data").rename(tmp_path / "data" / "t0.yaml")
+    models = {"m": dataclasses.replace(registered(truth=50.0, gone=50.0), name="m", hub_id=model)}
+    monkeypatch.setattr(registry, "registered_models", lambda: models)
+    arguments = [*options(suite, tmp_path / "out"), "--check-published", "--tolerance", "100"]
+    for narrowed, status in (["--task", "truth"], 0), (["--task", "truth", "--task", "gone"], 3):
+        done = call("m", *arguments, *narrowed)
+        assert done.exit_code == status, done.output
+        assert "1 checked task within 100.0 points" in done.output
+        assert "not checked: gone" in done.output
+
+
 def test_wrong_options_are_refused_before_torch_is_imported(tmp_path):
     """Oracle: an interpreter in which torch cannot be imported."""
     blocked = "import sys; sys.modules['torch'] = None; from metro.cli.main import main; main()"
