@@ -71,9 +71,8 @@ def flip(
     table.add_column("instruction that the option suggests")
     for row in shown.rows:
         mark = "→" if row.option == shown.winner else ""
-        score = "" if row.score is None else f"{row.score:.3f}"
-        share = "" if row.share is None else f"{100 * row.share:.1f} %"
         style = "bold" if mark else None
+        score, share = f"{row.score:.3f}", f"{100 * row.share:.1f} %"
         table.add_row(mark, Text(row.option), score, share, Text(row.generated), style=style)
     console = Console(soft_wrap=False)
     console.print(Text(f"instruction: {shown.instruction}"))

@@ -51,9 +51,17 @@ def flip_options(
     """Rank options by the instruction; see the top of the module.
 
     Raises:
-        ValueError: fewer than two options, options that read alike to the model, nothing to read.
+        ValueError: fewer than two options, options that read alike to the model, nothing to read,
+            an instruction with other sentinels than the text (it may have none).
     """
     check_texts(text, options, instruction)
+    if not SENTINEL.search(text):  # as templates whose instruction follows the input
+        text += "<extra_id_0>"
+    if instruction is not None:
+        if not SENTINEL.search(instruction):
+            instruction = f"<extra_id_0> {instruction}"
+        else:
+            check_sentinels(text, instruction)
     from transformers.utils.logging import disable_progress_bar
 
     from metro.conversion.loading import load
@@ -70,8 +78,6 @@ def flip_options(
         max_source_length=protocol.max_source_length,
         max_target_length=protocol.max_target_length,
     )
-    if not SENTINEL.search(text):  # as templates whose instruction follows the input
-        text += "<extra_id_0>"
     sources = encoder.labelled_sources([encoder_text(text, option) for option in options])
     check_distinct(sources, options)
     generated = generate(model, tokenizer, sources, max_new_tokens)
@@ -81,8 +87,6 @@ def flip_options(
         target = generated[own.index(max(own))]
         instruction = as_text(tokenizer, target)
     else:
-        if not SENTINEL.search(instruction):
-            instruction = f"<extra_id_0> {instruction}"
         [target] = encoder.targets([instruction])
         if len(target) < 3:
             raise ValueError(
@@ -113,16 +117,27 @@ def check_texts(text: str, options: list[str], instruction: str | None) -> None:
             raise ValueError("one of --options is empty; give a text")
 
 
+def check_sentinels(text: str, instruction: str) -> None:
+    """Every sentinel of one is in the other: the model learned to write those that it read."""
+    read, written = ({int(k) for k in SENTINEL.findall(each)} for each in (text, instruction))
+    if read != written:
+        names = [", ".join(f"<extra_id_{k}>" for k in sorted(each)) for each in (read, written)]
+        raise ValueError(
+            f"--input has the sentinels {names[0]}, --instruction {names[1]}; put each where its "
+            "piece of the instruction was in the input, and in front of the piece"
+        )
+
+
 def check_distinct(sources: list[list[int]], options: list[str]) -> None:
     """Options that the vocabulary cannot tell apart would tie."""
     seen: dict[tuple[int, ...], str] = {}
     for source, option in zip(sources, options, strict=True):
-        other = seen.setdefault(tuple(source), option)
-        if other is not option:
+        if (other := seen.get(tuple(source))) is not None:
             raise ValueError(
                 f"options {other!r} and {option!r} are the same to the model (equal tokens); give "
                 "different ones"
             )
+        seen[tuple(source)] = option
 
 
 @torch.inference_mode()

@@ -57,6 +57,12 @@ def test_the_command_prints_options_and_winner(model):
     assert "instruction: <extra_id_0> true ?" in done.output
 
 
+def test_equal_options_are_refused_in_the_library(model):
+    """Oracle: literals of one program are the same object; the model cannot tell them apart."""
+    with pytest.raises(ValueError, match="options 'yes' and 'yes' are the same to the model"):
+        flip_options(model, "so it is", ["yes", "no", "yes"])
+
+
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
@@ -78,6 +84,16 @@ def test_a_tie_is_called_one(scores, said):
         (["--input", "x", "--options", "a"], "give at least two"),
         (["--input", "x", "--options", "a", " "], "one of --options is empty"),
         (["--input", "x", "--options", "Yes", "yes"], "are the same to the model"),
+        (["--input", "x", "--options", "yes", "yes"], "'yes' and 'yes' are the same to the model"),
+        (
+            ["--input", "x", "--options", "a", "b", "--instruction", "<extra_id_0> c<extra_id_1>"],
+            "--input has the sentinels <extra_id_0>, --instruction <extra_id_0>, <extra_id_1>",
+        ),
+        (
+            ["--input", "<extra_id_2>x<extra_id_0>", "--options", "a", "b"]
+            + ["--instruction", "<extra_id_0> c"],
+            "--input has the sentinels <extra_id_0>, <extra_id_2>, --instruction <extra_id_0>;",
+        ),
         (
             ["--input", "x", "--options", "a", "b", "--instruction", "<extra_id_0> "],
             "without text beside sentinels",
