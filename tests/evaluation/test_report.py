@@ -112,6 +112,15 @@ def test_tables_have_as_many_cells_in_every_line(tmp_path, section):
     assert len(Page(page("x", [long])).tables[0]) == 1 + 57 + 1  # header, subjects, average
 
 
+def test_only_tasks_of_a_part_of_the_prompts_are_faint(tmp_path, section):
+    """Oracle: rte of the second run has 1 prompt of 10; " of " in a prompt's name says nothing."""
+    assert page("x", [section]).count('<tr class="part">') == 1
+    named = write_run(tmp_path / "named", {"anatomy": {"pick one of these": 0.3}}, suite="mmlu")
+    (section,) = compare([read_run(named)])
+    assert section.one_prompt and "pick one of these" in page("x", [section])
+    assert '<tr class="part">' not in page("x", [section])
+
+
 def test_differences_are_printed_with_a_sign():
     """Oracle: by hand; what rounds to nothing has no sign of its own."""
     assert [signed(x) for x in (0.0123, -0.0123, 0.00001, -0.00001)] == [
