@@ -17,7 +17,11 @@ from metro.evaluation.results import PromptResult, read_results
 
 # What has to be the same for a run to go on, weights last: another dtype changes them too. Versions
 # may change.
-IDENTITY = ("model", "method", "suite", "protocol", "options", "weights")
+IDENTITY = (
+    "model", "method", "suite", "suite_content", "protocol", "options", "sources", "weights"
+)  # fmt: skip
+ADDED = ("suite_content", "sources")
+"""Of IDENTITY, what runs of earlier versions may not have; it is not compared then."""
 
 
 class RunFolder:
@@ -56,8 +60,14 @@ class RunFolder:
         now = json.loads(json.dumps(info))
         for name in IDENTITY:
             old, new = before.get(name), now[name]
-            if old == new:
+            if old == new or (name in ADDED and name not in before):
                 continue
+            if name == "suite_content":
+                raise ValueError(
+                    f"{self.folder} holds a run of suite {now['suite']} with other tasks or "
+                    "prompts: its file was changed or moved since; give another --run-name, or "
+                    "--overwrite"
+                )
             if name == "weights":
                 raise ValueError(
                     f"{self.folder} holds a run of other weights of {now['model']}: it was trained "

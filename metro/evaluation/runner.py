@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,10 @@ def run_info(
     settings: Settings,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """``run.json``: everything that the numbers depend on. ``suite`` is the whole suite."""
+    """``run.json``: what the numbers depend on. ``suite`` is the whole suite.
+
+    Of the weights and the suite's tasks a digest is kept, of rows and templates the folders.
+    """
     return {
         "model": model_name,
         "registered": registered,
@@ -87,6 +91,15 @@ def run_info(
             "label_words": sources.label_words,
             "seed": sources.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "suite_content": suite.fingerprint(),
+        "sources": {
+            name: str(Path(folder).resolve()) if folder is not None else None
+            for name, folder in (
+                ("data_dir", sources.data_dir),
+                ("templates", sources.templates),
+                ("bigbench_dir", sources.bigbench_dir),
+            )
         },
         "versions": versions,
         "tasks": {name: list(spec.prompts) for name, spec in suite.tasks.items()},

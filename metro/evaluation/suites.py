@@ -33,6 +33,7 @@ and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +74,11 @@ class Suite:
     name: str
     title: str
     tasks: dict[str, TaskSpec]
+
+    def fingerprint(self) -> str:
+        """Of all tasks, so that a file that was changed is told apart; their order is free."""
+        specs = (replace(s, data=s.data and s.data.resolve()) for s in self.tasks.values())
+        return hashlib.sha256("".join(sorted(map(repr, specs))).encode()).hexdigest()[:16]
 
     def narrowed(self, tasks: Sequence[str] = (), prompts: Sequence[str] = ()) -> "Suite":
         """The suite with these tasks and prompts only.

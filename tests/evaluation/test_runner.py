@@ -3,7 +3,9 @@
 Oracles: a run that nothing disturbed, a plain evaluation of each prompt, and the files themselves.
 """
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -145,6 +147,36 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
     with pytest.raises(ValueError, match="is not empty and has no run.json"):
         run(other, suite_file, *loaded)
     assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_another_content_of_the_suite_is_refused(finished, suite_file, loaded):
+    """Oracle: a prompt that reads differently under its name; tasks in another order are the
+    same."""
+    suite = read_suite(suite_file)
+    reordered = dataclasses.replace(suite, tasks=dict(reversed(suite.tasks.items())))
+    assert reordered.fingerprint() == suite.fingerprint()
+    text = suite_file.read_text()
+    try:
+        suite_file.write_text(text.replace("Is it true that", "Is it so that"))
+        with pytest.raises(ValueError, match="holds a run of suite toys with other tasks or"):
+            run(finished[0], suite_file, *loaded)
+    finally:
+        suite_file.write_text(text)
+    assert run(finished[0], suite_file, *loaded).num_new == 0
+
+
+def test_another_data_folder_is_refused_where_it_was_recorded(
+    finished, suite_file, loaded, tmp_path
+):
+    """Oracle: the message names the option; a run of an earlier version goes on."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="sources: bigbench_dir None, this one has"):
+        run(folder, suite_file, *loaded, bigbench_dir=tmp_path)
+    info = json.loads((folder / "run.json").read_text())
+    assert info["sources"]["data_dir"] == str(suite_file.parent.resolve())
+    del info["sources"], info["suite_content"]
+    (folder / "run.json").write_text(json.dumps(info))
+    assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path).num_new == 0
 
 
 def test_another_model_at_the_same_place_is_refused(finished, suite_file, testdata):
