@@ -511,9 +511,10 @@ class Stop:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(signum)
             again = "" if signum == signal.SIGTERM else " (Ctrl-C again: at once, without saving)"
-            logger.warning(
-                "%s: saving after the current update, then stopping%s", self.signal.name, again
-            )
+            said = f"{self.signal.name}: saving after the current update, then stopping{again}\n"
+            os.write(
+                2, said.encode()
+            )  # a logger may be writing just now, and cannot be entered twice
 
         try:
             before = {

@@ -10,7 +10,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
 from tests.plugins import conftest as plugins  # noqa: E402
 from tests.plugins.conftest import METRO, NO_DROPOUT, T5, assert_equal_runs, load  # noqa: E402
 
-corpus, train = plugins.corpus, plugins.train  # fixtures
+corpus, run_here, train = plugins.corpus, plugins.run_here, plugins.train  # fixtures
 
 SIZES = [
     "--encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-layers 2 --max-update 2",

@@ -62,6 +62,7 @@ def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, re
         "++model.attention_dropout=0 model.generator_zero_dropout=false dataset.max_tokens=256",
         "++criterion.weighted_lm_loss=false lr_scheduler.warmup_updates=2",
         "++lr_scheduler.total_num_update=40 common.log_interval=1 ++dataset.num_workers=0",
+        "optimization.lr=[0.003]",
     ]
     run("fairseq-hydra-train", *options, "optimization.max_update=3", processes=2)
     resumed = run("fairseq-hydra-train", *options, "optimization.max_update=9", processes=2)
