@@ -124,8 +124,8 @@ def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) 
         start, cpu_start = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         losses.append(backward(model, batch))
-        gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         if number == 0:  # warm-up, and what is compared
+            gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
             norm = float(torch.stack(gradients).norm())
             continue
         optimizer.step()

@@ -27,9 +27,10 @@ def evaluate(
     from metro.data.prompted_examples import PromptedExamples, read_manifest
     from metro.evaluation.examples import EvaluationExample
     from metro.evaluation.metrics import measure
+    from metro.evaluation.protocol import longest_sequence
     from metro.evaluation.rank_classification import PairScorer, RankClassifier
 
-    longest = getattr(model.config, "max_positions", 512)
+    longest = longest_sequence(model.config) or max(lengths)
     encoder = PromptEncoder(
         tokenizer,
         max_source_length=min(lengths[0], longest),

@@ -56,11 +56,11 @@ fairseq-hydra-train --config-dir fairseq_plugins/configs/finetuning --config-nam
   ++task.max_source_tokens="$length" dataset.max_tokens="${TOKENS:-2000}" \
   optimization.max_update="$updates" optimization.lr="[$rate]" \
   lr_scheduler.warmup_updates=$((updates / 10)) dataset.validate_interval_updates="$updates"
-[ -f "$out/fairseq_hf/config.json" ] ||
-  metro convert to-hf "$out/fairseq/checkpoint_last.pt" --out "$out/fairseq_hf"
+[ "$out/fairseq_hf/config.json" -nt "$out/fairseq/checkpoint_last.pt" ] ||
+  metro convert to-hf "$out/fairseq/checkpoint_last.pt" --out "$out/fairseq_hf" --overwrite
 
 echo "== Trainer: $updates updates"
-[ -f "$out/trainer/config.json" ] || metro finetune --config tiny --model "$checkpoint" \
+metro finetune --config tiny --model "$checkpoint" \
   --vocab "$vocab" --data "$out/text" --output-dir "$out/trainer" --max-steps "$updates" \
   --batch-size "${BATCH:-32}" --learning-rate "$rate" --warmup-steps $((updates / 10)) \
   --max-input-length "$length" --eval-steps "$updates" --eval-limit 10 --report-to none

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the GPU tests and all benchmarks on this machine, without a network.
 #
-#   [OUT=folder] [WHEELS=folder] [PYTHON=python3] [PART_SECONDS=300] scripts/gpu_suite.sh [PART ...]
+#   [OUT=folder] [WHEELS=folder] [PYTHON=python3] [PART_SECONDS=600] scripts/gpu_suite.sh [PART ...]
 #
 # WHEELS   wheels to use beside what PYTHON has. They go to a temporary folder: nothing is installed for
 #          good. PYTHON has torch and NumPy; wheels are needed for what else it lacks of
@@ -23,7 +23,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
-PART_SECONDS=${PART_SECONDS:-300}
+PART_SECONDS=${PART_SECONDS:-600}
 export OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
