@@ -72,8 +72,9 @@ def are_linear(*layers: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than computing it."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "forward" in vars(module)
+    forward_hooks = module._forward_hooks or module._forward_pre_hooks
+    backward_hooks = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward_hooks or backward_hooks) or "forward" in vars(module)
 
 
 def fused_attend(

@@ -126,8 +126,9 @@ def test_hooks_of_layers_are_called():
         return forward(x)
 
     layers[1].layer_norm.forward = replaced
-    loss_of(fused)
-    assert set(called) == {"hook", "pre-hook", "forward"}
+    attention.v.register_full_backward_pre_hook(lambda *_: called.append("backward pre-hook"))
+    loss_of(fused).backward()
+    assert set(called) == {"hook", "pre-hook", "forward", "backward pre-hook"}
 
 
 def test_dropout_is_drawn_anew_and_only_in_training():
