@@ -5,13 +5,14 @@ formula, and what is written into checkpoints, are those of fairseq's own, which
 still chooses.
 """
 
+import torch
 from fairseq.optim import adam
 
 from metro.ops.adamw import adamw_step
 
 
 class FusedAdam(adam.Adam):
-    """Float32 parameters on a GPU take one step together; others go fairseq's way."""
+    """Float32 parameters on one GPU take one step together; others go fairseq's way."""
 
     fused_devices = ("cuda",)
 
@@ -24,11 +25,11 @@ class FusedAdam(adam.Adam):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         states = [self.state[p] for p in params]
         steps = {state.get("step", 0) for state in states}
-        fits = all(p.dtype == p.grad.dtype and p.is_contiguous() for p in params)
-        is_float32 = {str(p.dtype) for p in params} == {"torch.float32"}
-        devices = {p.device.type for p in params}
-        together = len(self.param_groups) == 1 and len(steps) == 1
-        if not (fits and is_float32 and together and devices <= set(self.fused_devices)):
+        fits = all(
+            is_plain(x) and x.device.type in self.fused_devices for p in params for x in (p, p.grad)
+        )
+        together = len(self.param_groups) == len(steps) == len({p.device for p in params}) == 1
+        if not (fits and together):
             return super().step(closure)
         loss = None if closure is None else closure()
         group, step = self.param_groups[0], steps.pop() + 1
@@ -49,6 +50,11 @@ class FusedAdam(adam.Adam):
             weight_decay=group["weight_decay"],
         )
         return loss
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether PyTorch's fused kernel reads it as it lies in memory."""
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def use_fused_adam() -> None:
