@@ -151,7 +151,8 @@ class PairScorer:
         """log P(target | source) of every pair; ``progress`` is told the share that is done."""
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         # Shared out by groups, which do not depend on the number of processes: nor do the scores,
-        # to the last bit.
+        # to the last bit where all compute with as many threads (a product's sums may be taken in
+        # another order with more).
         packs = can_pack(self.model)
         batches = (make_packed_batches if packs else make_batches)(new, self.batch_tokens)
         groups = group_batches(batches)

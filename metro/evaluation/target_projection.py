@@ -49,25 +49,35 @@ class Projector:
         )
         target_N = torch.cat([rows.target_N for rows, _ in self.waiting])
         pair_N = torch.cat([index[rows.pair_N] for rows, index in self.waiting])
-        weight_VD, bias_V = self.projection
-        logit_N = (hidden_RD[row_N].float() * weight_VD[target_N].float()).sum(-1)
-        if bias_V is not None:
-            logit_N += bias_V[target_N].float()
-        log_p_N = logit_N - log_normalizer(hidden_RD, weight_VD, bias_V)[row_N]
+        log_p_N = target_log_probabilities(hidden_RD, row_N, target_N, *self.projection)
         self.scores.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
         self.waiting = []
 
 
-def log_normalizer(hidden_RD, weight_VD, bias_V=None) -> torch.Tensor:
-    """``F.linear(hidden, weight, bias).float().logsumexp(-1)``, a block of words at a time."""
-    on_cpu = hidden_RD.device.type == "cpu"
-    # On the CPU a block's logits (4 MiB a core) stay in its cache until they are summed.
-    num_logits = 2**20 * torch.get_num_threads() if on_cpu else 2**24
+def target_log_probabilities(hidden_RD, row_N, target_N, weight_VD, bias_V=None) -> torch.Tensor:
+    """``F.linear(hidden, weight, bias).float().log_softmax(-1)[row, target]`` by blocks of words.
+
+    A target's logit is taken out of its block: in half precision it is rounded just as in the sum
+    that it is compared with, so that a certain token has a log-probability of 0.
+    """
+    # Not a matter of the number of threads, on which the order of the sums would then depend. On
+    # the CPU a block's logits (8 MiB) stay near in its caches until they are summed.
+    num_logits = 2**21 if hidden_RD.device.type == "cpu" else 2**24
     num_words = max(512, num_logits // len(hidden_RD))
-    weights_WD = weight_VD.split(num_words)
-    biases_W = [None] * len(weights_WD) if bias_V is None else bias_V.split(num_words)
-    parts_R = [
-        F.linear(hidden_RD, weight_WD, bias_W).float().logsumexp(-1)
-        for weight_WD, bias_W in zip(weights_WD, biases_W, strict=True)
-    ]
-    return torch.stack(parts_R).logsumexp(0)
+    sorted_N, order_N = target_N.sort(stable=True)
+    bounds = [*range(0, len(weight_VD), num_words), len(weight_VD)]
+    places = torch.searchsorted(sorted_N, torch.tensor(bounds, device=target_N.device)).tolist()
+    if places[0] > 0 or places[-1] < len(target_N):
+        raise ValueError(
+            f"target tokens are {int(sorted_N[0])} to {int(sorted_N[-1])}, but the model knows 0 "
+            f"to {len(weight_VD) - 1}; use the tokenizer that belongs to it"
+        )
+    logit_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_RD.device)
+    parts_R = []
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        bias_W = None if bias_V is None else bias_V[first:end]
+        logits_RW = F.linear(hidden_RD, weight_VD[first:end], bias_W).float()
+        here = order_N[places[number] : places[number + 1]]
+        logit_N[here] = logits_RW[row_N[here], target_N[here] - first]
+        parts_R.append(logits_RW.logsumexp(-1))
+    return logit_N - torch.stack(parts_R).logsumexp(0)[row_N]
