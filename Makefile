@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := fairseq-needs,train,dev
+EXTRAS := fairseq-needs,train,triton,dev
 TORCH  := torch==2.13.0
 # OpenMP threads that wait sleep instead of spinning: with another busy process on the same cores,
 # spinning made a training step of the tiny model about seven times slower.
