@@ -73,6 +73,9 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchTask:
             f"options that are not empty, one with score 1), nor have {len(without) - 1} others; "
             "only multiple-choice tasks can be evaluated by ranking options"
         )
+    without = [i for i, example in enumerate(examples) if "input" not in example]
+    if without:
+        raise ValueError(f"{path}: example {without[0]} has no 'input', the text that is asked")
     return BigBenchTask(
         content.get("task_prefix", ""),
         content.get("example_input_prefix", "\nQ: "),

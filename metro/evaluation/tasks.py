@@ -80,9 +80,6 @@ class Task:
         self.spec, self.sources, self.name = spec, sources, spec.name
         self.prompts = list(spec.prompts)
 
-    def num_rows(self, prompt: str) -> int:
-        raise NotImplementedError
-
     def weight(self, prompt: str) -> float:
         """Rough amount of work, for the progress bar: characters of all rows."""
         raise NotImplementedError
@@ -141,9 +138,6 @@ class TemplateTask(Task):
     def row(self, index: int) -> dict:
         return self.rows[index]
 
-    def num_rows(self, prompt: str) -> int:
-        return len(self.indices)
-
     def weight(self, prompt: str) -> float:
         few = self.indices[:: max(1, len(self.indices) // 20)]
         size = sum(len(str(self.row(index))) for index in few) / max(1, len(few))
@@ -197,6 +191,10 @@ class MmluTask(TemplateTask):
 
     def row(self, index: int) -> dict:
         row = self.rows[index]
+        for name in ("question", "choices", "answer"):
+            if name not in row:
+                place = getattr(self.rows, "path", f"subject {self.name}")
+                raise ValueError(f"{place}: row {index} has no {name!r}, so it is none of MMLU")
         letters = [chr(ord("A") + number) for number in range(len(row["choices"]))]
         answer = row["answer"]
         return {
@@ -226,13 +224,10 @@ class BigBenchTask(Task):
             for prompt in self.prompts
         }
 
-    def num_rows(self, prompt: str) -> int:
-        return len(choose_rows(len(self.files[prompt].examples), None, self.sources.limit))
-
     def weight(self, prompt: str) -> float:
-        few = self.files[prompt].examples[:20]
-        size = sum(len(str(example)) for example in few) / len(few)
-        return self.num_rows(prompt) * (100 + size)
+        examples = self.files[prompt].examples
+        size = sum(len(str(example)) for example in examples[:20]) / len(examples[:20])
+        return len(choose_rows(len(examples), None, self.sources.limit)) * (100 + size)
 
     def iterate(self, prompt: str, *, flipped: bool) -> Iterator[EvaluationExample | str]:
         first = self.prompts.index(prompt) * SUBTASK_STRIDE

@@ -51,6 +51,8 @@ def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
         parse_task({"examples": [{"input": "a", "target_scores": {"x": 0, "y": 0}}]})
     with pytest.raises(ValueError, match="options that are not empty"):
         parse_task({"examples": [{"input": "a", "target_scores": {"": 1, "y": 0}}]})
+    with pytest.raises(ValueError, match="task.json: example 1 has no 'input'"):
+        parse_task({"examples": [good, {"target_scores": {"x": 1, "y": 0}}]})
     with pytest.raises(ValueError, match="has no examples; a task with subtasks"):
         parse_task({"name": "parent", "examples": []})
     (tmp_path / "task.json").write_text("{")
