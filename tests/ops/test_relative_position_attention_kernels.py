@@ -4,6 +4,7 @@ They run on a GPU, or in Triton's interpreter, which has to be chosen before Tri
 without a GPU the last test runs this file again in a process of its own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -294,44 +295,90 @@ def test_it_compiles_in_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "dtype, name",
-    [(torch.float16, "fp16"), pytest.param(torch.float32, "fp32", marks=pytest.mark.slow)],
-)
-def test_kernels_compile_and_fit(architecture, width, dtype, name, monkeypatch, tmp_path):
-    """Oracle: Triton's own compiler, down to machine code; no GPU is needed."""
+VARIANTS = {
+    "encoder": {"HAS_BIAS", "DROPS"},
+    "auxiliary model's last layer": {"HAS_BIAS", "HAS_MASK", "HAS_POSITIONS", "DROPS"},
+    "decoder's last layer": {"IS_CAUSAL", "HAS_POSITIONS"},
+    "cross-attention": {"HAS_MASK"},
+    "causal with all but positions": {"HAS_BIAS", "HAS_MASK", "IS_CAUSAL", "DROPS"},
+}
+"""Which of the inputs there are, by where training has them."""
+NEEDED_FOR = {"HAS_BIAS": ["bias"], "HAS_MASK": ["key_mask", "key_range"]}
+NEEDED_FOR |= {"HAS_POSITIONS": ["positions"], "DROPS": ["query_random", "key_random"]}
+"""Pointers that are ``None`` without their flag, which Triton compiles as a constant."""
+
+
+def compiles():
+    """Architecture, variant, width and type: those with most inputs in all, the others in one."""
+    fullest = ("auxiliary model's last layer", "causal with all but positions")
+    others = [(64, "bf16"), (64, "fp32"), (128, "fp16"), (128, "fp32")]
+    for architecture, name in itertools.product(SHARED_MEMORY, VARIANTS):
+        for width, dtype in [(64, "fp16"), *(others if name in fullest else [])]:
+            is_quick = architecture == 90 or name == fullest[0]
+            marks = () if is_quick and (width, dtype) == (64, "fp16") else pytest.mark.slow
+            test_id = f"sm_{architecture}, {name}, {width}, {dtype}"
+            yield pytest.param(architecture, name, width, dtype, marks=marks, id=test_id)
+
+
+def compile_kernel(function, pointers, constants, architecture, **launch):
+    """Triton's own compiler, down to machine code; no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    numbers = dict.fromkeys(("scale", "kept_scale"), "fp32")
+    constants = {name: x for name, x in constants.items() if name in function.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else (pointers | numbers).get(name, "i32")
+        for name in function.arg_names
+    }
+    aligned = {  # as pointers and strides are
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("architecture, variant, width, dtype", list(compiles()))
+def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatch, tmp_path):
+    """Oracle: Triton's own compiler."""
     from metro.ops import relative_position_attention_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = dict.fromkeys(("scale", "kept_scale"), "fp32") | {"key_mask": "*u8"}
-    types |= dict.fromkeys(("key_range", "query_random", "key_random"), "*i32")
-    types |= dict.fromkeys(("bias", "lse", "delta", "partials"), "*fp32") | {"positions": "*i64"}
-    half = dict.fromkeys("q k v out grad_out grad_q grad_k grad_v".split(), f"*{name}")
-    flags = {"HAS_BIAS": True, "HAS_MASK": True, "IS_CAUSAL": True, "DROPS": True}
-    flags |= {"HAS_POSITIONS": False, "K": width, "TILES": 16}
+    pointers = dict.fromkeys("q k v out grad_out grad_q grad_k grad_v".split(), f"*{dtype}")
+    pointers |= dict.fromkeys(("bias", "lse", "delta", "partials"), "*fp32")
+    pointers |= dict.fromkeys(("key_range", "query_random", "key_random"), "*i32")
+    pointers |= {"key_mask": "*u8", "positions": "*i64"}
+    flags = (*NEEDED_FOR, "IS_CAUSAL")
+    constants = {flag: flag in VARIANTS[variant] for flag in flags} | {"K": width, "TILES": 16}
+    for flag, names in NEEDED_FOR.items():
+        constants |= {} if constants[flag] else dict.fromkeys(names)
     for kernel in ("forward", "query_gradient", "key_gradient", "bias"):
+        if kernel == "bias" and not constants["HAS_BIAS"]:
+            continue
         function = getattr(kernels, f"{kernel}{'_gradient' * (kernel == 'bias')}_kernel")
-        sizes = kernels.block_sizes(kernel, width, dtype)
+        torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
+        sizes = kernels.block_sizes(kernel, width, torch_dtype)
         launch = {option: sizes.pop(option) for option in ("num_warps", "num_stages")}
-        given = {key: x for key, x in (flags | sizes).items() if key in function.arg_names}
-        signature = {
-            argument: "constexpr" if argument in given else (types | half).get(argument, "i32")
-            for argument in function.arg_names
-        }
-        aligned = {  # as pointers and strides are
-            (i,): [["tt.divisibility", 16]]
-            for i, argument in enumerate(function.arg_names)
-            if signature[argument].startswith("*") or argument[:2] in ("q_", "k_", "v_")
-        }
-        source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=aligned)
-        compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]
+        compile_kernel(function, pointers, constants | sizes, architecture, **launch)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_small_kernels_compile(architecture, monkeypatch, tmp_path):
+    """Oracle: Triton's own compiler."""
+    from metro.ops import relative_position_attention_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"out": "*fp16", "grad_out": "*fp16", "delta": "*fp32"}
+    sizes = kernels.block_sizes("query_gradient", 64, torch.float16)
+    sizes = {"K": 64, "BLOCK_T": sizes["BLOCK_T"], "BLOCK_K": sizes["BLOCK_K"]}
+    compile_kernel(kernels.delta_kernel, pointers, sizes, architecture)
+    pointers = {"key_mask": "*u8", "key_range": "*i32"}
+    compile_kernel(kernels.key_range_kernel, pointers, {"BLOCK": 1024}, architecture)
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the interpreter runs on the CPU")
