@@ -14,6 +14,7 @@ a run, H heads, K head width.
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Sequence
 from types import MethodType
 from typing import NamedTuple
@@ -120,27 +121,35 @@ def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, packed: Packed, *_, **__):
     return out_1NHK.transpose(1, 2), None
 
 
+_patching = threading.Lock()
+
+
 @contextlib.contextmanager
 def packed_attention(model):
-    """Let the model's attention take :class:`Packed`, and its feed-forward compute in place."""
+    """Let the model's attention take :class:`Packed`, and its feed-forward compute in place.
+
+    One thread at a time: several may score the same model, each waits for its turn. Meanwhile the
+    model must not be used in other ways.
+    """
     before = []
-    for module in model.modules():
-        replaced = {}
-        if isinstance(module, Attention):
-            replaced = {"attend": attend_packed}
-        elif isinstance(module, FeedForward):
-            replaced = {"forward": MethodType(fused_feed_forward, module)}
-        for name, function in replaced.items():
-            before.append((module, name, vars(module).get(name)))
-            setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for module, name, function in before:
-            if function is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, function)
+    with _patching:
+        try:
+            for module in model.modules():
+                replaced = {}
+                if isinstance(module, Attention):
+                    replaced = {"attend": attend_packed}
+                elif isinstance(module, FeedForward):
+                    replaced = {"forward": MethodType(fused_feed_forward, module)}
+                for name, function in replaced.items():
+                    before.append((module, name, vars(module).get(name)))
+                    setattr(module, name, function)
+            yield
+        finally:
+            for module, name, function in before:
+                if function is None:
+                    vars(module).pop(name, None)
+                else:
+                    setattr(module, name, function)
 
 
 def runs_of(sizes: Sequence[int]) -> list[tuple[int, int, slice]]:
@@ -174,7 +183,7 @@ def decode_packed(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch
     own = []
     for first, count, part in runs_of(sizes):
         masks = torch.stack([tree.mask() for tree in trees[first : first + count]])
-        own.append(Run(count, part, part, masks.unsqueeze(1).to(head.weight.dtype)))
+        own.append(Run(count, part, part, masks.unsqueeze(1).to(model.dtype)))
     with packed_attention(model):
         encoded = run_stack(
             model.encoder,
@@ -197,7 +206,8 @@ def decode_packed(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch
         for place, token, pair in tree.asked
     ]
     row_N, target_N, pair_N = torch.tensor(asked).unbind(1)
-    return DecodedRows(hidden[0], row_N, target_N, pair_N), head.weight, head.bias
+    weight, bias = (x if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias))
+    return DecodedRows(hidden[0], row_N, target_N, pair_N), weight, bias
 
 
 def cross_runs(trees: Sequence[Tree], lengths: Sequence[int]) -> list[Run]:

@@ -4,7 +4,9 @@ Oracle: each pair alone through the model, all logits; trees, runs and batches a
 counts by hand.
 """
 
+import concurrent.futures
 import random
+import types
 
 import pytest
 import torch
@@ -164,6 +166,46 @@ def test_the_model_is_left_as_it_was_also_after_an_error():
     after = [dict(vars(module)) for module in model.modules()]
     assert [set(x) for x in after] == [set(x) for x in before]
     assert all(a.get("attend") is b.get("attend") for a, b in zip(after, before, strict=True))
+
+
+def test_the_model_is_left_as_it_was_when_interrupted_while_it_is_prepared(monkeypatch):
+    """Oracle: the attributes of all modules before. The second feed-forward is interrupted."""
+    calls = []
+
+    def interrupt(function, module):
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return types.MethodType(function, module)
+
+    monkeypatch.setattr(packed_scoring, "MethodType", interrupt)
+    model = make_model()
+    before = [dict(vars(module)) for module in model.modules()]
+    batch = Batch([(5, END)], [(0, (7, END))])
+    with pytest.raises(KeyboardInterrupt):
+        decode_packed(model, batch)
+    assert [dict(vars(module)) for module in model.modules()] == before
+    decode_packed(model, batch)  # nor is it held any more
+
+
+def test_threads_may_score_one_model():
+    """Oracle: the same pairs in one thread; the model's attributes before."""
+    model, pairs = make_model(), draw_pairs(120)
+    before = [dict(vars(module)) for module in model.modules()]
+    expected = PairScorer(model, batch_tokens=30).score(pairs)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        scorers = [PairScorer(model, batch_tokens=30) for _ in range(4)]
+        found = list(pool.map(lambda scorer: scorer.score(pairs), scorers))
+    assert found == [expected] * 4
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_an_output_embedding_of_another_type_is_converted():
+    """Oracle: the same values in the model's type throughout."""
+    model, pairs = make_model().bfloat16(), draw_pairs(20)
+    expected = PairScorer(model).score(pairs)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().float())
+    assert PairScorer(model).score(pairs) == expected
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
