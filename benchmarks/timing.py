@@ -1,12 +1,13 @@
 """Time and memory of an operation's two passes, on the CPU and on a GPU.
 
 On a GPU both passes are captured as a CUDA graph and replayed: launched one by one from Python,
-small kernels are waited for longer than they run. What cannot be captured is timed as it is
-launched.
+small kernels are waited for longer than they run. A capture that fails leaves PyTorch's random
+numbers unusable, so it is for the caller to say what can be captured.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -55,15 +56,9 @@ def seconds_of(run, leaves, device: str) -> float:
     return time.perf_counter() - start
 
 
-def timer_of(run, leaves, device: str) -> tuple[Callable[[], float], str]:
-    """What measures the seconds of both passes once, and how: ``replayed`` or ``launched``."""
-    if device == "cuda":
-        try:
-            return replay_timer(run, leaves), "replayed"
-        except Exception as error:  # whatever a rival does that a graph cannot hold
-            torch.cuda.synchronize()
-            print(f"timed as it is launched: {type(error).__name__}: {str(error).splitlines()[:1]}")
-    return lambda: seconds_of(run, leaves, device), "launched"
+def timer_of(run, leaves, device: str, replayed: bool) -> Callable[[], float]:
+    """What measures the seconds of both passes once, ``replayed`` as a graph or as launched."""
+    return replay_timer(run, leaves) if replayed else partial(seconds_of, run, leaves, device)
 
 
 def replay_timer(run, leaves) -> Callable[[], float]:
@@ -91,7 +86,8 @@ def replay_timer(run, leaves) -> Callable[[], float]:
 
 
 def peak_bytes(run, leaves) -> int:
-    """GPU memory of both passes, beyond what was there."""
+    """GPU memory of both passes, beyond what was there and what compiling and tuning take."""
+    both_passes(run, leaves)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
