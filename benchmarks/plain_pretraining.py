@@ -5,6 +5,7 @@ computed whole, the relative bias is looked up for every query-key pair and repe
 heads, attention weights are materialised.
 """
 
+from functools import cache
 from types import MethodType
 
 import torch
@@ -33,14 +34,22 @@ def plain_bias(attention, length: int) -> torch.Tensor | None:
     """H,T,T: one lookup for every query-key pair."""
     if attention.relative_attention_bias is None:
         return None
-    config = attention.config
-    buckets = relative_position_buckets(
-        config.relative_attention_num_buckets, config.relative_attention_max_distance, length
+    config, table = attention.config, attention.relative_attention_bias
+    pairs_TT = buckets_of_pairs(
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
+        length,
+        table.weight.device,
     )
+    return table(pairs_TT).permute(2, 0, 1).contiguous()
+
+
+@cache
+def buckets_of_pairs(num_buckets: int, max_distance: int, length: int, device) -> torch.Tensor:
+    """T,T, once per length, as the original keeps them."""
     positions = torch.arange(length)
-    pairs_TT = buckets[positions - positions[:, None] + length - 1]
-    table = attention.relative_attention_bias
-    return table(pairs_TT.to(table.weight.device)).permute(2, 0, 1).contiguous()
+    distances_TT = positions - positions[:, None] + length - 1
+    return relative_position_buckets(num_buckets, max_distance, length)[distances_TT].to(device)
 
 
 def make_plain(model: MetroPretrainingModel) -> None:
