@@ -68,15 +68,15 @@ class RankClassifier:
     def rank(self, examples: Sequence[EvaluationExample], *, progress=None) -> list[Ranking]:
         """Scores and predictions, in the order of the examples."""
         pairs, counts = self.pairs(examples)
-        num_alike = self.num_alike
         scores = self.scorer.score(pairs, progress=progress)
         if self.normalization == "mean":
             scores = [score / len(pair.target) for score, pair in zip(scores, pairs, strict=True)]
         elif self.normalization == "calibrated":
-            empty = self.pairs([without_input(example) for example in examples])[0]
+            # The targets are the same, and counted already where they were cut.
+            sources = self.sources([without_input(example) for example in examples])
+            empty = [Pair(s, pair.target) for s, pair in zip(sources, pairs, strict=True)]
             reference = self.scorer.score(empty)
             scores = [score - other for score, other in zip(scores, reference, strict=True)]
-        self.num_alike = num_alike
         rankings, end = [], 0
         for count in counts:
             mine = scores[end : end + count]
@@ -86,20 +86,7 @@ class RankClassifier:
 
     def pairs(self, examples: Sequence[EvaluationExample]) -> tuple[list[Pair], list[int]]:
         """The pairs of all options of all examples, and how many each example has."""
-        owners = [example for example in examples for _ in example.choices]
-        choices = [choice for example in examples for choice in example.choices]
-        if self.method == "direct":
-            sources = self.encode_once([example.input for example in owners], self.encoder.sources)
-            targets = self.encode_once(choices, self.encoder.targets)
-        elif self.method == "channel":
-            sources = self.encode_once(choices, self.encoder.sources)
-            targets = self.encode_once([example.input for example in owners], self.encoder.targets)
-        else:
-            sources = self.encode_once(
-                [encoder_text(e.flipped_input, c) for e, c in zip(owners, choices, strict=True)],
-                self.encoder.labelled_sources,
-            )
-            targets = self.encode_once([e.instruction for e in owners], self.encoder.targets)
+        sources, targets = self.sources(examples), self.targets(examples)
         pairs = [Pair(s, t) for s, t in zip(sources, targets, strict=True)]
         counts = [len(example.choices) for example in examples]
         ends = itertools.accumulate(counts)
@@ -108,6 +95,27 @@ class RankClassifier:
             for example, count, end in zip(examples, counts, ends, strict=True)
         )
         return pairs, counts
+
+    def sources(self, examples: Sequence[EvaluationExample]) -> list[tuple[int, ...]]:
+        """What the encoder reads, one per option of each example."""
+        asked = [(example, choice) for example in examples for choice in example.choices]
+        if self.method == "direct":
+            return self.encode_once([e.input for e, _ in asked], self.encoder.sources)
+        if self.method == "channel":
+            return self.encode_once([choice for _, choice in asked], self.encoder.sources)
+        texts = [encoder_text(e.flipped_input, choice) for e, choice in asked]
+        return self.encode_once(texts, self.encoder.labelled_sources)
+
+    def targets(self, examples: Sequence[EvaluationExample]) -> list[tuple[int, ...]]:
+        """Whose probability is asked, one per option of each example."""
+        asked = [(example, choice) for example in examples for choice in example.choices]
+        if self.method == "direct":
+            texts = [choice for _, choice in asked]
+        elif self.method == "channel":
+            texts = [example.input for example, _ in asked]
+        else:
+            texts = [example.instruction for example, _ in asked]
+        return self.encode_once(texts, self.encoder.targets)
 
     @staticmethod
     def encode_once(texts: Sequence[str], encode) -> list[tuple[int, ...]]:

@@ -171,6 +171,16 @@ def test_mean_divides_by_target_tokens_and_calibration_subtracts_the_empty_promp
     assert calibrated.scores == [s - w for s, w in zip(plain, without, strict=True)]
 
 
+@pytest.mark.parametrize("normalization", ["sum", "calibrated"])
+def test_a_cut_option_is_counted_once(testdata, normalization):
+    """Oracle: by hand; one of two options is longer than 8 tokens."""
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    encoder = PromptEncoder(tokenizer, max_target_length=8)
+    example = EvaluationExample(0, "is it so ?", ["yes", "no , " * 9], 0)
+    RankClassifier(PairScorer(model), encoder, normalization=normalization).rank([example])
+    assert encoder.num_cut_targets == 1
+
+
 def test_bad_settings_are_refused(testdata, tiny_t5):
     """Oracle: the message names the value and what to use."""
     _, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
