@@ -152,6 +152,8 @@ class EvaluationCommand:
         from metro.evaluation.run_folder import RunFolder
         from metro.evaluation.runner import Settings, environment_versions, evaluate, run_info
         from metro.evaluation.summary import print_summary, summarize, write_summary
+        from metro.fuse import fuse
+        from metro.modeling.configuration_metro_t5 import MetroT5Config
 
         disable_progress_bar()  # of loading weights; ours is over the suite
         registered = find_registered(name)
@@ -165,6 +167,8 @@ class EvaluationCommand:
             attn_implementation=self.attention,
             vocab=self.vocab,
         )
+        if processes.device.type == "cuda" and isinstance(model.config, MetroT5Config):
+            fuse(model)  # on the CPU packed_scoring.py does more
         batch_tokens = self.batch_tokens
         if batch_tokens is None:
             batch_tokens = 65536 if processes.device.type == "cuda" else 4096
