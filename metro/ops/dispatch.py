@@ -23,14 +23,25 @@ def is_eager_cuda(x: torch.Tensor) -> bool:
     return is_ours and not torch.compiler.is_compiling()
 
 
-def has_triton() -> bool:
-    """Whether ``auto`` may choose kernels: Triton is installed, and METRO_TRITON is not 0."""
-    return os.environ.get("METRO_TRITON") != "0" and is_triton_installed()
+@torch.compiler.assume_constant_result  # the compiler cannot trace it: it is asked once for a graph
+def has_kernels(device: torch.device) -> bool:
+    """Whether ``auto`` may choose kernels on a device: a GPU of Ampere or later, as they are for.
+
+    And Triton is installed, and METRO_TRITON is not 0. Waits for nothing.
+    """
+    if device.type != "cuda" or os.environ.get("METRO_TRITON") == "0":
+        return False
+    return is_triton_installed() and compute_capability(device) >= (8, 0)
 
 
 @functools.cache
 def is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def check_kernel(x: torch.Tensor) -> None:

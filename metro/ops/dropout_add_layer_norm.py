@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import check_kernel, has_triton, is_eager_cuda
+from metro.ops.dispatch import check_kernel, has_kernels, is_eager_cuda
 from metro.ops.dropout import dropout
 
 MAX_WIDTH = 4096
@@ -44,9 +44,9 @@ def dropout_add_layer_norm(
         training: nothing is dropped otherwise.
         impl: ``reference`` (PyTorch's, with :func:`metro.ops.dropout.dropout`), ``triton``
             (described above, sums in float32; drawn from PyTorch's generator of the device without
-            waiting for it), or ``auto``: ``triton`` on GPUs that have it, outside
-            ``torch.compile``. Where ``torch.compile`` makes a faster one of the formula is for
-            ``benchmarks/ops.py`` to say.
+            waiting for it), or ``auto``: ``triton`` on GPUs of Ampere or later that have it,
+            outside ``torch.compile``. Where ``torch.compile`` makes a faster one of the formula
+            is for ``benchmarks/ops.py`` to say.
 
     Returns:
         As PyTorch's: of the wider of the two types, float32 under autocast.
@@ -57,7 +57,7 @@ def dropout_add_layer_norm(
     p = p if training else 0.0
     if impl == "auto":
         fits = weight.shape[-1] <= MAX_WIDTH
-        impl = "triton" if is_eager_cuda(x) and fits and has_triton() else "reference"
+        impl = "triton" if is_eager_cuda(x) and fits and has_kernels(x.device) else "reference"
     if impl == "reference":
         return F.layer_norm(residual + dropout(x, p), weight.shape, weight, bias, eps)
     if impl != "triton":

@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import KERNEL_TYPES, check_kernel, has_triton, is_eager_cpu
+from metro.ops.dispatch import KERNEL_TYPES, check_kernel, has_kernels, is_eager_cpu
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
 from metro.ops.threads import for_each
 
 CAUSAL_BLOCK = 128
 """Queries at a time in causal attention; keys after the block are not looked at."""
-HAS_TRITON = has_triton()
-"""Looked up once: ``torch.compile`` cannot trace the look-up."""
 
 
 def relative_position_attention(
@@ -87,12 +85,13 @@ def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
     """What ``auto`` means: ``cached`` for float32 on the CPU; on a GPU ``triton``.
 
     On a GPU ``reference`` where there is neither a bias nor a mask: there PyTorch has kernels that
-    need none. So too for few pairs, as in generation, token by token, and without Triton.
-    ``benchmarks/ops.py`` compares them, and FlexAttention; the faster is to be chosen here.
+    need none. So too for few pairs, as in generation, token by token, without Triton, and on GPUs
+    before Ampere. ``benchmarks/ops.py`` compares them, and FlexAttention; the faster is to be
+    chosen here.
     """
     if is_eager_cpu(q):
         return "cached"
-    if q.device.type != "cuda" or q.dtype not in KERNEL_TYPES or not HAS_TRITON:
+    if q.dtype not in KERNEL_TYPES or not has_kernels(q.device):
         return "reference"
     if q.shape[2] < 16 or q.shape[2] * k.shape[2] < 64 * 64:
         return "reference"

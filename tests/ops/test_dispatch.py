@@ -6,14 +6,27 @@ import torch
 from metro.ops import dispatch
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_kernels_are_chosen_where_triton_is_installed_and_not_switched_off(monkeypatch, installed):
+@pytest.mark.parametrize("installed, gpu", [(True, (8, 0)), (True, (7, 5)), (False, (9, 0))])
+def test_kernels_are_chosen_on_gpus_they_are_for_and_not_switched_off(monkeypatch, installed, gpu):
     monkeypatch.setattr(dispatch, "is_triton_installed", lambda: installed)
-    for value, expected in ((None, installed), ("1", installed), ("0", False)):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda device: gpu)
+    serves = installed and gpu >= (8, 0)
+    for value, expected in ((None, serves), ("1", serves), ("0", False)):
         monkeypatch.delenv("METRO_TRITON", raising=False)
         if value is not None:
             monkeypatch.setenv("METRO_TRITON", value)
-        assert dispatch.has_triton() is expected
+        assert dispatch.has_kernels(torch.device("cuda", 0)) is expected
+        assert not dispatch.has_kernels(torch.device("cpu"))
+
+
+def test_the_compiler_asks_for_kernels_in_one_graph(monkeypatch):
+    monkeypatch.delenv("METRO_TRITON", raising=False)
+
+    def step(x):
+        return x + (2.0 if dispatch.has_kernels(x.device) else 1.0)
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == 1.0
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
