@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from metro.ops import linear_cross_entropy as op
 from metro.ops.linear_cross_entropy import linear_cross_entropy
@@ -218,6 +219,13 @@ def test_the_graph_keeps_one_chunk_of_logits_at_most(monkeypatch):
         linear_cross_entropy(hidden, weight, targets, bias_V=bias)
     incoming = sum(x.untyped_storage().nbytes() for x in (hidden, weight, bias, targets))
     assert sum(kept.values()) <= incoming + 8 * 1000 * 4 + 64 * (3 * 4 + 1)
+
+
+def test_chunks_are_larger_on_gpus():
+    """Of 32k words 512 rows on the CPU and 2,048 on a GPU, whose tensors need none to be named."""
+    with FakeTensorMode():
+        steps = [next(op.chunks(1, torch.empty(2**15, 1, device=x))).stop for x in ("cpu", "cuda")]
+    assert steps == [512, 2048]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_values_and_gradients_equal_the_formula(
     monkeypatch, options, rows, width, vocab_size, has_bias, ignored
 ):
     """One chunk of all rows, or several."""
-    monkeypatch.setattr(op, "CHUNK_LOGITS", 200)
+    for name in ("CHUNK_LOGITS", "CUDA_CHUNK_LOGITS"):
+        monkeypatch.setattr(op, name, 200)
     leaves, targets = inputs(rows, width, vocab_size, has_bias, ignored)
     want, want_correct = formula(*leaves, targets, **options)
     upstream = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
