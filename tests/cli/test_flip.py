@@ -86,8 +86,8 @@ def test_a_tie_is_called_one(scores, said):
         (["--input", "x", "--options", "Yes", "yes"], "are the same to the model"),
         (["--input", "x", "--options", "yes", "yes"], "'yes' and 'yes' are the same to the model"),
         (
-            ["--input", "x", "--options", "a", "b", "--instruction", "<extra_id_0> c<extra_id_1>"],
-            "--input has the sentinels <extra_id_0>, --instruction <extra_id_0>, <extra_id_1>",
+            ["--input", "x", "--options", "a", "b", "--instruction", "Title: <extra_id_1> c"],
+            "--input has the sentinels <extra_id_0>, --instruction <extra_id_1>",
         ),
         (
             ["--input", "<extra_id_2>x<extra_id_0>", "--options", "a", "b"]
