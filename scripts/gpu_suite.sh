@@ -91,6 +91,7 @@ for name in ${*:-device tests $benchmarks}; do
         part pretraining "$METRO cuda" \
             "$PYTHON" -m benchmarks.pretraining --batch-size 32 --rounds 2
         ;;
+    evaluation) part evaluation "$METRO cuda" "$PYTHON" -m benchmarks.evaluation --device cuda ;;
     prepare_text | prompt_data)
         part "$name" "$METRO fairseq_cli.preprocess" "$PYTHON" -m "benchmarks.$name"
         ;;

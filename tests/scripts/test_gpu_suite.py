@@ -112,10 +112,11 @@ def test_a_part_whose_needs_are_missing_is_skipped_with_the_reason(suite):
 
 
 def test_without_a_gpu_the_suite_is_not_ok(suite):
-    code, report, _ = suite("tests", "device", has_gpu=False)
+    code, report, _ = suite("tests", "evaluation", "device", has_gpu=False)
     assert code == 1 and report["ok"] is False and report["gpu"] is None
     assert results_of(report) == {
         "tests": "skipped: needs cuda: torch sees no GPU",
+        "evaluation": "skipped: needs cuda: torch sees no GPU",
         "device": "passed",
     }
 
