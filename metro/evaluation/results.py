@@ -2,7 +2,8 @@
 
     OUT/<run name>/
       run.json        {"model", "method", "suite", "title": of the suite, "registered": name or
-                       null, "protocol": {...}, "options": {...}, "versions": {...},
+                       null, "weights": digest, "protocol": {...}, "options": {...},
+                       "suite_content": digest, "sources": {folders}, "versions": {...},
                        "tasks": {task: [prompt, ...]}}
       results.jsonl   one object per finished (task, prompt), written when it is finished
       scores/<task>/<prompt>.jsonl   one object per example:
