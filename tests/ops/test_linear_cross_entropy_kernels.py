@@ -1,12 +1,7 @@
 """The Triton kernels against the formula in float64, and whether they compile without a GPU.
 
-They run on a GPU, or in Triton's interpreter, which has to be chosen before Triton is imported:
-without a GPU the last test runs this file again in a process of its own.
+Where they run: see triton_tests.py.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,15 +16,16 @@ from tests.ops.test_linear_cross_entropy import (
     op,
 )
 from tests.ops.test_linear_sample_cross_entropy import chi_square, draws
+from tests.ops.triton_tests import (
+    DEVICE,
+    HAS_GPU,
+    INTERPRETED,
+    SHARED_MEMORY,
+    assert_passes_in_the_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
-runs = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="needs a GPU or TRITON_INTERPRET=1")
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes that a block may have, by architecture."""
 
 
 @pytest.fixture(autouse=True)
@@ -191,14 +187,7 @@ def test_kernels_compile_and_fit(architecture, dtype, name, monkeypatch, tmp_pat
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")
 def test_kernels_pass_in_the_interpreter():
     """The tests above, in a process that imports Triton with its interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    assert_passes_in_the_interpreter(__file__, timeout=600)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")
