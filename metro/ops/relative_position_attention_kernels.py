@@ -27,7 +27,8 @@ Sums are in float32; float32 inputs are not rounded to tf32.
 PyTorch's FlexAttention is the rival. It has no dropout and adds to the bias's gradient atomically;
 whether these kernels stay is decided by ``benchmarks/ops.py``, which measures both on a GPU.
 
-Why more than 400 lines: the kernels share the functions of a tile.
+Why more than 400 lines: the kernels share the functions of a tile, and most lines are arguments of
+kernels, one each.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """
