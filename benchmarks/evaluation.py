@@ -35,11 +35,11 @@ import torch
 from torch.nn import Linear
 
 from benchmarks.common import ROOT, print_table, write_results
-from metro.data.prompt_encoding import PromptEncoder
-from metro.evaluation.pair_scoring import PairScorer
-from metro.evaluation.rank_classification import METHODS, RankClassifier
-from metro.evaluation.suites import find_suite
-from metro.evaluation.tasks import Sources, load_tasks
+from metro.data.prompts.encoding import PromptEncoder
+from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.scoring.rank_classification import METHODS, RankClassifier
+from metro.evaluation.tasks.kinds import Sources, load_tasks
+from metro.evaluation.tasks.suites import find_suite
 from metro.fuse import fuse
 
 SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))

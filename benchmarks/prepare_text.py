@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
-from metro.data.demo_text import write_demo_text
+from metro.data.text.demo_text import write_demo_text
 from metro.environment import available_cores
 
 METRO = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--valid-fraction", "0"]

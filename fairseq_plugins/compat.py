@@ -35,8 +35,8 @@ from fairseq.file_io import PathManager
 from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
 from fairseq.trainer import Trainer
 
-from metro.conversion.atomic_output import flush
-from metro.conversion.safe_loading import allowed_classes, explain_refusal
+from metro.models.safe_loading import allowed_classes, explain_refusal
+from metro.utils.files import flush
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from fairseq.data import FairseqDataset
 from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import order_by_lengths
-from metro.data.prompted_examples import MANIFEST
+from metro.data.prompts.stored import MANIFEST
 from metro.finetuning.binarised import BinarisedTasks, longer
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData

@@ -6,7 +6,7 @@ known to the Auto classes of transformers, as soon as those are imported.
 
 import importlib
 
-from metro.conversion.auto_classes import register_on_import as _register_on_import
+from metro.models.auto_classes import register_on_import as _register_on_import
 
 __version__ = "0.1.0"
 
@@ -17,8 +17,8 @@ _PUBLIC: dict[str, str] = {
     "MetroT5ForConditionalGeneration": "metro.modeling.modeling_metro_t5",
     "MetroT5Tokenizer": "metro.modeling.tokenization_metro_t5",
     "MetroPretrainingModel": "metro.pretraining.model",
-    "load": "metro.conversion.loading",
-    "LoadedModel": "metro.conversion.loading",
+    "load": "metro.models.loading",
+    "LoadedModel": "metro.models.loading",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -22,7 +22,7 @@ from plot_training import LOSSES, draw, parse_line, read_log
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metro.data.demo_text import write_demo_text
+from metro.data.text.demo_text import write_demo_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "fairseq_plugins/configs/pretraining"

@@ -23,12 +23,12 @@ def evaluate(
     """One row per data set. `limit`: examples per template, spread evenly over the split."""
     import numpy as np
 
-    from metro.data.prompt_encoding import PromptEncoder
-    from metro.data.prompted_examples import PromptedExamples, read_manifest
-    from metro.evaluation.examples import EvaluationExample
-    from metro.evaluation.metrics import measure
-    from metro.evaluation.protocol import longest_sequence
-    from metro.evaluation.rank_classification import PairScorer, RankClassifier
+    from metro.data.prompts.encoding import PromptEncoder
+    from metro.data.prompts.stored import PromptedExamples, read_manifest
+    from metro.evaluation.scoring.metrics import measure
+    from metro.evaluation.scoring.rank_classification import PairScorer, RankClassifier
+    from metro.evaluation.tasks.examples import EvaluationExample
+    from metro.evaluation.tasks.protocol import longest_sequence
 
     longest = longest_sequence(model.config) or max(lengths)
     encoder = PromptEncoder(

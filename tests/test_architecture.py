@@ -17,15 +17,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Folder of metro/ -> the parts of metro/ that it may import beside itself.
 MAY_IMPORT = {
+    "utils": set(),
+    "environment": set(),
     "modeling": set(),
     "ops": set(),
     "fuse": {"modeling", "ops"},
-    "environment": set(),
-    "pretraining": {"modeling", "ops", "fuse", "data"},
-    "data": {"modeling", "environment"},
-    "conversion": {"modeling", "pretraining", "data", "environment"},
-    "finetuning": {"modeling", "ops", "fuse", "data", "pretraining", "conversion", "environment"},
-    "evaluation": {"modeling", "ops", "fuse", "data", "finetuning", "conversion", "environment"},
+    "data": {"utils", "environment", "modeling"},
+    "pretraining": {"utils", "modeling", "ops", "fuse", "data"},
+    "models": {"utils", "environment", "modeling", "ops", "data", "pretraining"},
+    "conversion": {"utils", "environment", "modeling", "data", "pretraining", "models"},
+    "finetuning": {
+        "utils",
+        "environment",
+        "modeling",
+        "ops",
+        "fuse",
+        "data",
+        "models",
+        "conversion",
+    },
+    "evaluation": {"utils", "environment", "modeling", "ops", "fuse", "data", "models"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

@@ -10,8 +10,8 @@ from fairseq_plugins.models._options import (
     check_vocabulary,
     metro_t5_config,
 )
-from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.fuse import fuse
+from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.auxiliary import RTD_HEADS, SHARED_EMBEDDINGS, AuxiliaryConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel

@@ -10,10 +10,10 @@ from fairseq_plugins.models._options import (
     check_vocabulary,
     metro_t5_config,
 )
-from metro.conversion.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.finetuning.losses import LossOptions, batch_loss
 from metro.fuse import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 
 
 @dataclass

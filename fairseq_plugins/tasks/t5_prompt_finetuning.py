@@ -16,11 +16,11 @@ from omegaconf import II, MISSING
 
 from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, task_names
 from fairseq_plugins.tasks._common import SentinelTask
-from metro.conversion.vocabulary_folder import build_tokenizer
-from metro.data.prompt_encoding import PromptEncoder
+from metro.data.prompts.encoding import PromptEncoder
 from metro.finetuning.binarised import BinarisedTasks
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
+from metro.models.vocabulary_folder import build_tokenizer
 
 logger = logging.getLogger(__name__)
 

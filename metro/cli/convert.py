@@ -46,16 +46,16 @@ def convert_to_hf(
 
     Takes checkpoints of this project and of the original METRO-T0 code.
     """
-    from metro.conversion.atomic_output import check_output
-    from metro.conversion.model_source import check_file
     from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.models.source import check_file
+    from metro.utils.files import check_output
 
     check_output(out, overwrite, (checkpoint,))  # here too, before seconds of imports
     check_file(checkpoint)
     if vocab:
         Vocabulary.from_folder(vocab)
     from metro.conversion.fairseq_to_hf import to_hf
-    from metro.conversion.loading import resolve_dtype
+    from metro.models.loading import resolve_dtype
 
     done = to_hf(
         checkpoint,
@@ -92,13 +92,13 @@ def convert_to_fairseq(
 
     Takes exports of this project and the folders that METRO-T0's authors released.
     """
-    from metro.conversion.atomic_output import check_output
-    from metro.conversion.model_source import check_model_folder
+    from metro.models.source import check_model_folder
+    from metro.utils.files import check_output
 
     check_output(out, overwrite, (folder,))
     check_model_folder(folder)
     from metro.conversion.hf_to_fairseq import to_fairseq
-    from metro.conversion.loading import resolve_dtype
+    from metro.models.loading import resolve_dtype
 
     done = to_fairseq(folder, out, names=names, dtype=resolve_dtype(dtype), overwrite=overwrite)
     parts = "main model, auxiliary model, RTD head" if done.has_auxiliary else "main model"

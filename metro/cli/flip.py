@@ -47,7 +47,7 @@ def flip(
     from rich.table import Table
     from rich.text import Text
 
-    from metro.conversion.model_source import model_source
+    from metro.models.source import model_source
 
     model_source(model)  # a wrong name is refused seconds before torch is imported
     print(f"loading {model}", file=sys.stderr, flush=True)

@@ -70,9 +70,9 @@ def generate(
 
     One answer per line, in the order of the texts; an empty line stays empty.
     """
-    from metro.conversion.atomic_output import check_output
-    from metro.conversion.model_source import model_source
     from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.models.source import model_source
+    from metro.utils.files import check_output
 
     source = open_texts(texts or [], input)
     if output:
@@ -82,7 +82,7 @@ def generate(
         Vocabulary.from_folder(vocab)
     hub = "" if Path(place).exists() else f" ({place} on the Hugging Face hub)"
     print(f"loading {model}{hub}", file=sys.stderr, flush=True)
-    from metro.conversion.generation import GenerationSettings, answer_texts  # seconds, for torch
+    from metro.models.generation import GenerationSettings, answer_texts  # seconds, for torch
 
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens, max_input_tokens=max_input_tokens, num_beams=num_beams,
@@ -201,7 +201,7 @@ def open_output(path: Path | None, overwrite: bool):
     if path is None:
         yield lambda line: print(line, flush=True)
         return
-    from metro.conversion.atomic_output import new_file
+    from metro.utils.files import new_file
 
     with new_file(path, overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield lambda line: file.write(line + "\n")

@@ -20,7 +20,7 @@ def models(
 
     Their names are understood by every command that takes a model.
     """
-    from metro.conversion import registry, registry_cards
+    from metro.models import registry, registry_cards
 
     if write_cards:
         if name or as_json:
@@ -45,8 +45,8 @@ def show_list(all_models) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from metro.conversion.registry import show_parameters
-    from metro.conversion.registry_cards import ResultTable, show_percent
+    from metro.models.registry import show_parameters
+    from metro.models.registry_cards import ResultTable, show_percent
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "weights", "data", "T0 Eval", "hub id"):
@@ -76,7 +76,7 @@ def show_one(model) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from metro.conversion.registry_cards import facts_of, result_tables
+    from metro.models.registry_cards import facts_of, result_tables
 
     console = Console()
     console.print(f"[bold]{model.name}[/]  {escape(model.title)}\n")

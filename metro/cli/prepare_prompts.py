@@ -73,8 +73,8 @@ def prepare_prompts(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    from metro.data.prompt_preparation import prepare_prompts as prepare
-    from metro.data.prompt_settings import plan_prompts, read_settings
+    from metro.data.prompts.preparation import prepare_prompts as prepare
+    from metro.data.prompts.settings import plan_prompts, read_settings
 
     options = dict(
         vocab=vocab,
@@ -127,7 +127,7 @@ def _print_plan(lines, settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from metro.data.prompt_sources import Unavailable
+    from metro.data.prompts.sources import Unavailable
 
     unit = "tokens" if settings.vocabulary else "words"
     table = Table(title=f"mixture {settings.mixture.name}, as {settings.format}")
@@ -169,7 +169,7 @@ def _print_unavailable(console, rows) -> None:
 
 
 def _print_result(work: Work, result) -> None:
-    from metro.data.prompt_sources import Unavailable
+    from metro.data.prompts.sources import Unavailable
 
     manifest = result.manifest
     _print_unavailable(work.console, [Unavailable(**row) for row in manifest["unavailable"]])

@@ -53,7 +53,7 @@ def prepare_text(
         TransferSpeedColumn,
     )
 
-    from metro.data.corpus import prepare_text as prepare
+    from metro.data.text.corpus import prepare_text as prepare
 
     work = Work(
         TextColumn("{task.description}"),

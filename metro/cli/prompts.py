@@ -31,8 +31,8 @@ def list_prompts(
 ) -> None:
     """List templates with their metrics; --json prints everything."""
     from metro.data.datasets import name_of
-    from metro.data.mixtures import find_mixture, split_dataset_name
-    from metro.data.prompts import find_templates
+    from metro.data.prompts.mixtures import find_mixture, split_dataset_name
+    from metro.data.prompts.templates import find_templates
 
     tree = find_templates(templates)
     names = tree.datasets()
@@ -101,9 +101,9 @@ def show_prompts(
 
     Rows that give no example are named on the error output.
     """
-    from metro.data.mixtures import split_dataset_name
-    from metro.data.prompt_view import Refused, view_rows
-    from metro.data.prompts import find_templates
+    from metro.data.prompts.mixtures import split_dataset_name
+    from metro.data.prompts.templates import find_templates
+    from metro.data.prompts.view import Refused, view_rows
 
     tree = find_templates(templates)
     name = split_dataset_name(dataset, tree)

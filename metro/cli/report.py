@@ -26,7 +26,7 @@ def report(
     """
     from rich.console import Console
 
-    from metro.evaluation.report import average, build_sections, find_runs, write_report
+    from metro.evaluation.report.build import average, build_sections, find_runs, write_report
 
     sections = build_sections(find_runs(runs, out), published or ["all"], suite)
     paths = write_report(sections, out, title)

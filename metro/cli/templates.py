@@ -30,7 +30,7 @@ def fetch(
 
     The checksum is pinned, and no code of the package is run. Every command finds them there.
     """
-    from metro.data.template_download import fetch_templates
+    from metro.data.prompts.template_download import fetch_templates
 
     fetched = fetch_templates(file=file, index=index, again=again)
     there = " (they were there; --again replaces them)" if fetched.was_there else ""

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 import metro.modeling
-from metro.conversion.atomic_output import new_folder
-from metro.conversion.fairseq_checkpoint import untied
 from metro.conversion.model_card import model_card
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.fairseq_checkpoint import untied
+from metro.utils.files import new_folder
 
 EXPORTED_CODE = (
     "configuration_metro_t5.py",

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from metro.conversion.atomic_output import check_output
 from metro.conversion.export import PRETRAINING_WEIGHTS, write_folder
-from metro.conversion.fairseq_checkpoint import (
+from metro.conversion.model_card import model_card
+from metro.conversion.training_facts import summary, training_file, training_rows
+from metro.models.fairseq_checkpoint import (
     generation_config,
     read_checkpoint,
     shared_with_main,
     untied,
 )
-from metro.conversion.model_card import model_card
-from metro.conversion.training_facts import summary, training_file, training_rows
-from metro.conversion.vocabulary_folder import build_tokenizer, find_vocabulary
+from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
+from metro.utils.files import check_output
 
 
 @dataclass

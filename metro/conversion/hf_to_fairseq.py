@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from metro.conversion.atomic_output import check_output, new_file
-from metro.conversion.auto_classes import register
 from metro.conversion.export import PRETRAINING_WEIGHTS, TRAINING
-from metro.conversion.fairseq_checkpoint import (
+from metro.conversion.fairseq_to_hf import cast
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.auto_classes import register
+from metro.models.fairseq_checkpoint import (
     PRETRAINING_TASKS,
     TIED,
     auxiliary_config,
     shared_with_main,
 )
-from metro.conversion.fairseq_names import original_state, plugin_state
-from metro.conversion.fairseq_to_hf import cast
-from metro.conversion.folder_weights import read_folder, read_tensors
-from metro.conversion.model_source import check_model_folder
-from metro.conversion.vocabulary_folder import FILES, build_tokenizer
-from metro.conversion.weights_check import check_weights, expected_shapes
-from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.fairseq_names import original_state, plugin_state
+from metro.models.folder_weights import read_folder, read_tensors
+from metro.models.source import check_model_folder
+from metro.models.vocabulary_folder import FILES, build_tokenizer
+from metro.models.weights_check import check_weights, expected_shapes
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
+from metro.utils.files import check_output, new_file
 
 NAMES = ("original", "metro")
 NO_HISTORY = {  # fairseq wants an entry, and reads nothing but the updates of it

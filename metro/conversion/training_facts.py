@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metro.conversion.fairseq_checkpoint import FairseqCheckpoint, model_name
 from metro.conversion.model_card import PAPER
+from metro.models.fairseq_checkpoint import FairseqCheckpoint, model_name
 
 KEPT_SETTINGS = (
     "model",

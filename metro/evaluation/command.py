@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from metro.evaluation.naming import counted
-from metro.evaluation.suites import Suite, find_suite
+from metro.evaluation.report.naming import counted
+from metro.evaluation.tasks.suites import Suite, find_suite
 
 MISSING_DATA = 3
 """Exit status where tasks were left out for want of data."""
@@ -58,7 +58,7 @@ class EvaluationCommand:
         whole = find_suite(self.suite)
         chosen = whole.narrowed(self.tasks, self.prompts)
         self.check_options(whole)
-        from metro.evaluation.tasks import Sources, load_tasks
+        from metro.evaluation.tasks.kinds import Sources, load_tasks
 
         sources = Sources(
             self.data_dir,
@@ -74,8 +74,8 @@ class EvaluationCommand:
         if not tasks:
             first = next(iter(missing.values()), "no prompt is left")
             raise ValueError(f"no task of {whole.name} can be evaluated: {first}")
-        from metro.evaluation.processes import join_processes  # and torch with it
-        from metro.evaluation.rank_classification import NORMALIZATIONS
+        from metro.evaluation.runs.processes import join_processes  # and torch with it
+        from metro.evaluation.scoring.rank_classification import NORMALIZATIONS
 
         check_choice("--normalization", self.normalization, NORMALIZATIONS)
         processes = join_processes(self.device)
@@ -99,11 +99,11 @@ class EvaluationCommand:
 
     def check_options(self, suite: Suite) -> None:
         """What can be wrong without looking at data or importing torch."""
-        from metro.conversion.model_source import model_source
-        from metro.conversion.registry import METHODS, registered_model
-        from metro.data.instruction import INSTRUCTION_TEXTS
-        from metro.evaluation.protocol import PROTOCOLS
-        from metro.evaluation.published_check import published_values
+        from metro.data.prompts.instruction import INSTRUCTION_TEXTS
+        from metro.evaluation.runs.published_check import published_values
+        from metro.evaluation.tasks.protocol import PROTOCOLS
+        from metro.models.registry import METHODS, registered_model
+        from metro.models.source import model_source
 
         for name in self.models:
             model_source(name)
@@ -132,7 +132,7 @@ class EvaluationCommand:
 
     def method_of(self, name: str) -> str:
         """The method that a model is evaluated with."""
-        from metro.conversion.registry import find_registered
+        from metro.models.registry import find_registered
 
         registered = find_registered(name)
         return self.method or (registered.method if registered else "direct")
@@ -145,15 +145,15 @@ class EvaluationCommand:
         """One model on all tasks, loaded once; how it misses its published numbers, if it does."""
         from transformers.utils.logging import disable_progress_bar
 
-        from metro.conversion.loading import load
-        from metro.conversion.registry import find_registered
-        from metro.evaluation.protocol import choose_protocol
-        from metro.evaluation.results import read_run
-        from metro.evaluation.run_folder import RunFolder
-        from metro.evaluation.runner import Settings, environment_versions, evaluate, run_info
-        from metro.evaluation.summary import print_summary, summarize, write_summary
+        from metro.evaluation.runs.results import read_run
+        from metro.evaluation.runs.run_folder import RunFolder
+        from metro.evaluation.runs.runner import Settings, environment_versions, evaluate, run_info
+        from metro.evaluation.runs.summary import print_summary, summarize, write_summary
+        from metro.evaluation.tasks.protocol import choose_protocol
         from metro.fuse import fuse
         from metro.modeling.configuration_metro_t5 import MetroT5Config
+        from metro.models.loading import load
+        from metro.models.registry import find_registered
 
         disable_progress_bar()  # of loading weights; ours is over the suite
         registered = find_registered(name)
@@ -205,7 +205,7 @@ class EvaluationCommand:
             screen.print("everything was there already; nothing was computed")
         if not self.check_published:
             return None
-        from metro.evaluation.published_check import check_published
+        from metro.evaluation.runs.published_check import check_published
 
         check = check_published(summary, registered, self.tolerance)
         screen.print(check.table)

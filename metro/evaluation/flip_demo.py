@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from metro.data.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
-from metro.data.prompt_encoding import PromptEncoder
-from metro.evaluation.pair_scoring import Pair, PairScorer
-from metro.evaluation.protocol import choose_protocol
+from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
+from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
+from metro.evaluation.tasks.protocol import choose_protocol
 
 
 class OptionRow(NamedTuple):
@@ -64,8 +64,8 @@ def flip_options(
             check_sentinels(text, instruction)
     from transformers.utils.logging import disable_progress_bar
 
-    from metro.conversion.loading import load
-    from metro.conversion.registry import find_registered
+    from metro.models.loading import load
+    from metro.models.registry import find_registered
 
     disable_progress_bar()
     model, tokenizer = load(model_name, dtype=dtype, device=device, vocab=vocab)

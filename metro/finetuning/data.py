@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metro.data.capped_mixture import CappedMixture
-from metro.data.prompt_encoding import PromptEncoder
+from metro.data.prompts.encoding import PromptEncoder
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.objectives import (
     Unusable,
@@ -68,7 +68,7 @@ class PromptData:
         limit: int | None = None,
         replace: bool = True,
     ):
-        from metro.data.prompted_examples import PromptedExamples, read_manifest
+        from metro.data.prompts.stored import PromptedExamples, read_manifest
 
         check_objective(objective)
         if limit is not None and limit < 1:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metro.finetuning.projection import ProjectionInput, projection_input, unwrap
+from metro.models.projection import ProjectionInput, projection_input, unwrap
 from metro.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 EPSILON = 0.01

@@ -21,7 +21,7 @@ from metro.finetuning.flipped import (
     token_losses,
     unlikelihood,
 )
-from metro.finetuning.projection import projection_input, unwrap
+from metro.models.projection import projection_input, unwrap
 
 
 class LossOptions(NamedTuple):

@@ -23,8 +23,8 @@ from itertools import chain
 
 import numpy as np
 
-from metro.data.instruction import SENTINEL, encoder_text
-from metro.data.prompt_encoding import PromptEncoder
+from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.instruction import SENTINEL, encoder_text
 from metro.finetuning.collation import EncodedPrompt
 
 OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")

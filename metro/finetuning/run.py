@@ -99,7 +99,7 @@ def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, fol
     """The Trainer with data, loss and batches as the settings say."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from metro.data.prompt_encoding import PromptEncoder
+    from metro.data.prompts.encoding import PromptEncoder
     from metro.finetuning.progress import ConsoleCallback
     from metro.finetuning.trainer import trainer_class
 
@@ -209,9 +209,9 @@ def training_arguments(settings: FinetuningSettings):
 
 def load_for_training(settings: FinetuningSettings):
     """Model (weights in float32) and tokenizer."""
-    from metro.conversion.loading import load
     from metro.fuse import fuse
     from metro.modeling.configuration_metro_t5 import MetroT5Config
+    from metro.models.loading import load
 
     model, tokenizer = load(
         settings.model,
@@ -332,7 +332,7 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
 
 def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
     """The prepared prompts; a mixture's name is prepared first, by one process."""
-    from metro.data.prompted_examples import MANIFEST
+    from metro.data.prompts.stored import MANIFEST
 
     if Path(settings.data).is_dir():
         return Path(settings.data)
@@ -344,7 +344,7 @@ def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
 
 
 def _prepare(settings: FinetuningSettings, folder: Path) -> None:
-    from metro.data.prompt_preparation import prepare_prompts
+    from metro.data.prompts.preparation import prepare_prompts
 
     print(f"preparing the mixture {settings.data} in {folder}", flush=True)
     prepare_prompts(

@@ -219,10 +219,10 @@ def check_sources(settings: FinetuningSettings) -> None:
     Raises:
         ValueError: one of them is not there, or is something else.
     """
-    from metro.conversion.model_source import model_source
-    from metro.data.mixtures import find_mixture
-    from metro.data.prompted_examples import read_manifest
+    from metro.data.prompts.mixtures import find_mixture
+    from metro.data.prompts.stored import read_manifest
     from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.models.source import model_source
 
     model_source(settings.model)
     if settings.vocab:

@@ -15,11 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from metro.cli.main import app
-from metro.conversion import registry
-from metro.evaluation.results import read_run
+from metro.evaluation.runs.results import read_run
+from metro.models import registry
 from tests.conftest import ROOT
-from tests.evaluation.test_published_check import registered
-from tests.evaluation.test_runner import all_scores, without_times
+from tests.evaluation.runs.test_published_check import registered
+from tests.evaluation.runs.test_runner import all_scores, without_times
 from tests.evaluation.toy import write_suite
 
 METRO = [sys.executable, "-m", "metro.cli.main"]

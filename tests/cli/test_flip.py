@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from metro.cli.flip import tie
 from metro.cli.main import app
-from metro.data.prompt_encoding import PromptEncoder
+from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.flip_demo import flip_options
 from tests.evaluation.golden import load_exported
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from metro.cli.main import load_command
-from metro.conversion.generation import (
+from metro.models.generation import (
     GenerationSettings,
     answer_texts,
     with_sentinels,

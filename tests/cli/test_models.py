@@ -5,7 +5,7 @@ import json
 import pytest
 
 from metro.cli.main import load_command
-from metro.conversion.registry import registered_models
+from metro.models.registry import registered_models
 
 
 @pytest.fixture

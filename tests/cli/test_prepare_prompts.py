@@ -2,10 +2,10 @@
 
 import pytest
 
-from metro.data.prompted_examples import PromptedExamples, read_manifest
+from metro.data.prompts.stored import PromptedExamples, read_manifest
 from tests.cli.test_main import run_metro
 from tests.data.conftest import text, vocab  # noqa: F401, fixtures
-from tests.data.prompt_toys import make_world, write_rows
+from tests.data.prompts.toys import make_world, write_rows
 
 
 @pytest.fixture(scope="module")

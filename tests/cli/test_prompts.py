@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.test_main import run_metro
-from tests.data.prompt_toys import make_world
+from tests.data.prompts.toys import make_world
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """`metro templates fetch` as a user meets it, from a file: tests need no network."""
 
 from tests.cli.test_main import run_metro
-from tests.data.test_template_download import package
+from tests.data.prompts.test_template_download import package
 
 
 def test_wrong_package_is_one_line_and_leaves_nothing(tmp_path):

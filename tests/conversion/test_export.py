@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import metro
 import metro.modeling
-from metro.conversion.atomic_output import _exchange, new_file, new_folder
 from metro.conversion.export import EXPORTED_CODE, export_model
 from metro.conversion.fairseq_to_hf import to_hf
+from metro.utils.files import _exchange, new_file, new_folder
 
 ALONE = """
 import socket, sys
@@ -207,7 +207,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(testdata, tmp_p
 
 KILLER = """
 import os, signal, sys, time
-import metro.conversion.atomic_output as atomic_output
+import metro.utils.files as atomic_output
 from metro.conversion.fairseq_to_hf import to_hf
 
 checkpoint, vocab = sys.argv[1:]

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import metro
-from metro.conversion.fairseq_names import metro_name
 from metro.conversion.fairseq_to_hf import to_hf
-from metro.conversion.generation import GenerationSettings, answer_texts
-from tests.conversion.conftest import CHECKPOINTS
+from metro.models.fairseq_names import metro_name
+from metro.models.generation import GenerationSettings, answer_texts
+from tests.conftest import CHECKPOINTS
 
 
 def batch(testdata, name):
@@ -265,7 +265,7 @@ def test_vocabulary_is_found_through_the_checkpoint(tmp_path, testdata, where, m
 
 def test_a_vocabulary_made_uncased_stays_so(tmp_path, testdata):
     """Oracle: the note that `metro prepare-text` leaves; without it the pieces decide."""
-    from metro.conversion.vocabulary_folder import build_tokenizer
+    from metro.models.vocabulary_folder import build_tokenizer
 
     for name in ("sp.model", "dict.txt"):
         data = (testdata / "vocab/vocab_64k" / name).read_bytes()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from metro.conversion.fairseq_to_hf import to_hf
 from metro.conversion.hf_to_fairseq import to_fairseq
-from tests.conversion.conftest import CHECKPOINTS
+from tests.conftest import CHECKPOINTS
 
 
 def load(path):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from metro.data.corpus import prepare_text
+from metro.data.text.corpus import prepare_text
 from tests.data.prepared import random_text, silent
-from tests.data.prompt_toys import make_world
+from tests.data.prompts.toys import make_world
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metro.data.corpus import prepare_text
+from metro.data.text.corpus import prepare_text
 
 ALL_FILES = ("dict.txt", "sp.model", "train.bin", "train.idx", "valid.bin", "valid.idx")
 

@@ -14,9 +14,9 @@ from metro.data.datasets import (
     dataset_table,
     load_rows,
 )
-from metro.data.mixtures import find_mixture
-from metro.data.prompt_settings import plan_prompts, read_settings
-from tests.data.prompt_toys import YES_NO, files_of, prepare, write_rows, write_templates
+from metro.data.prompts.mixtures import find_mixture
+from metro.data.prompts.settings import plan_prompts, read_settings
+from tests.data.prompts.toys import YES_NO, files_of, prepare, write_rows, write_templates
 
 ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
 

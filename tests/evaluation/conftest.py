@@ -2,8 +2,8 @@
 
 import pytest
 
-from metro.evaluation.comparison import compare
-from metro.evaluation.results import read_run
+from metro.evaluation.report.comparison import compare
+from metro.evaluation.runs.results import read_run
 from tests.evaluation.run_folders import PROMPTS, PUBLISHED, TITLES, write_run
 
 

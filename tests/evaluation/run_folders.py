@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from metro.evaluation.published import PublishedRow
+from metro.evaluation.runs.published import PublishedRow
 
 PROMPTS = {
     "rte": {f"prompt {i}": 0.5 + 0.02 * i for i in range(10)},  # mean 0.59
@@ -32,7 +32,7 @@ def write_run(
     chance: float = 0.5,
     num_examples: int = 20,
 ) -> Path:
-    """A run folder in the form at the top of metro/evaluation/results.py.
+    """A run folder in the form at the top of metro/evaluation/runs/results.py.
 
     Args:
         accuracies: task -> prompt -> a fraction (no score file then), or whether each example was

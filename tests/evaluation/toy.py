@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from metro.evaluation.processes import Processes
-from metro.evaluation.protocol import choose_protocol
-from metro.evaluation.run_folder import RunFolder
-from metro.evaluation.runner import Settings, evaluate, run_info
-from metro.evaluation.suites import read_suite
-from metro.evaluation.tasks import Sources, load_tasks
+from metro.evaluation.runs.processes import Processes
+from metro.evaluation.runs.run_folder import RunFolder
+from metro.evaluation.runs.runner import Settings, evaluate, run_info
+from metro.evaluation.tasks.kinds import Sources, load_tasks
+from metro.evaluation.tasks.protocol import choose_protocol
+from metro.evaluation.tasks.suites import read_suite
 
 SUITE = """
 title: Toys

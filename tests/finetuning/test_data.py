@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from metro.data.prompt_encoding import PromptEncoder
+from metro.data.prompts.encoding import PromptEncoder
 from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.data import PromptData
 from tests.finetuning.prepared import write_prepared

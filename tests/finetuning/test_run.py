@@ -252,7 +252,7 @@ def test_evaluation_without_an_example_of_use_says_so(settings, tmp_path):
         return {**example, "answer_choices": None} if example["input"] in held_out else example
 
     plain = write_prepared(tmp_path / "plain", 60)
-    from metro.data.prompted_examples import PromptedExamples
+    from metro.data.prompts.stored import PromptedExamples
 
     held_out = {
         example["input"]

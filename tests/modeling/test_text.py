@@ -62,9 +62,8 @@ def test_remembered_splits_equal_plain_splitter_on_random_text(monkeypatch):
 
 def test_module_does_not_load_transformers():
     """Workers of data preparation import it, once each."""
-    code = (
-        "import sys, metro.data.corpus; assert not {'torch', 'transformers'} & set(sys.modules), 1"
-    )
+    loaded = "{'torch', 'transformers'} & set(sys.modules)"
+    code = f"import sys, metro.data.text.corpus; assert not {loaded}, 1"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -13,8 +13,8 @@ from fairseq import checkpoint_utils, optim, tasks
 from fairseq.trainer import Trainer
 
 from fairseq_plugins.models._options import metro_t5_config
-from metro.conversion.fairseq_names import metro_name
 from metro.finetuning.losses import LossOptions, batch_loss
+from metro.models.fairseq_names import metro_name
 from tests.finetuning.prepared import write_prepared
 from tests.plugins import conftest, test_models
 from tests.plugins.conftest import ROOT, Result, assert_equal_runs, load

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from metro.conversion.fairseq_names import metro_name, rename_fairseq_state
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.fairseq_names import metro_name, rename_fairseq_state
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel

@@ -1,0 +1,1 @@
+"""Prompts: templates, mixtures, rendered examples, prepared folders."""

@@ -1,0 +1,114 @@
+"""Prompted text -> ids, the same for finetuning and evaluation.
+
+What encoder and decoder read for the two kinds of models:
+
+==========  ==================================  ==================
+model       source                              target
+==========  ==================================  ==================
+METRO-T5    ``<s> text </s>``                   ``text </s>``
+T5          ``text </s>`` (T0: ``text``)        ``text </s>``
+==========  ==================================  ==================
+
+Sentinels count as one token. METRO's tokenizer reads a ``<sen001>`` that is written out in a text
+as ordinary characters, as pretraining did; here the text is cut there and the ids joined.
+"""
+
+from collections.abc import Sequence
+
+from metro.data.prompts.instruction import SENTINEL, sentinels_for
+
+
+class PromptEncoder:
+    """Encodes sources and targets for one tokenizer, remembering how its special tokens go.
+
+    Args:
+        tokenizer: of Hugging Face.
+        source_special_tokens: whether sources get begin and end symbols (False: as T0's published
+            evaluation).
+        max_source_length, max_target_length: tokens kept, special ones included.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        source_special_tokens: bool = True,
+        max_source_length: int = 512,
+        max_target_length: int = 256,
+    ):
+        for name, value in (
+            ("max_source_length", max_source_length),
+            ("max_target_length", max_target_length),
+        ):
+            if value < 3:
+                raise ValueError(f"{name} is {value}; use at least 3")
+        self.tokenizer = tokenizer
+        ends = tokenizer("", add_special_tokens=True)["input_ids"]
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no end symbol (eos_token)")
+        self.begin = [i for i in ends if i != eos] if source_special_tokens else []
+        self.end = [eos] if source_special_tokens else []
+        self.eos_token_id = eos
+        self.max_source_length, self.max_target_length = max_source_length, max_target_length
+        self.num_cut_targets = 0
+        self._knows_extra_ids = "<extra_id_0>" in tokenizer.get_vocab()
+        self._sentinel_ids: list[int] | None = None
+
+    def sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encoder ids."""
+        room = self.max_source_length - len(self.begin) - len(self.end)
+        ids = [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
+        return [i or [self.eos_token_id] for i in ids]  # a source of nothing cannot be encoded
+
+    def labelled_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encoder ids of FLIPPED's encoder texts: where one is too long the end of the input is
+        cut, not the label behind it (without which all options would read alike).
+        """
+        room = self.max_source_length - len(self.begin) - len(self.end)
+        encoded = self.plain(texts)
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if len(ids) > room:
+                tail = self.plain(["output:" + text.rpartition("\n output:")[2]])[0]
+                encoded[number] = [*ids[: max(0, room - len(tail))], *tail[-room:]]
+        return [[*self.begin, *ids, *self.end] for ids in encoded]
+
+    def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
+        """Decoder ids, ending with the end symbol."""
+        room = self.max_target_length - 1 if truncate else None
+        encoded = self.plain(texts)
+        if truncate:
+            self.num_cut_targets += sum(len(ids) > room for ids in encoded)
+        return [[*ids[:room], self.eos_token_id] for ids in encoded]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without special tokens; sentinels are one id each."""
+        if self._knows_extra_ids or not any(map(SENTINEL.search, texts)):
+            return self._encode(texts)
+        cut = [SENTINEL.split(text) for text in texts]  # text, number, text, number, ..., text
+        # Options of one example share most pieces.
+        pieces = list(dict.fromkeys(x for parts in cut for x in parts[::2] if x.strip()))
+        ids = dict(zip(pieces, self._encode(pieces), strict=True))
+        found = []
+        for parts in cut:
+            row = list(ids[parts[0]]) if parts[0] in ids else []
+            for number, piece in zip(parts[1::2], parts[2::2], strict=True):
+                row.append(self._sentinel_id(int(number)))
+                row += ids.get(piece, [])
+            # Blanks alone, without a sentinel, are read as the tokenizer reads them.
+            found.append(row if len(parts) > 1 or row else self._encode(parts)[0])
+        return found
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def _sentinel_id(self, number: int) -> int:
+        if self._sentinel_ids is None:
+            tokens = sentinels_for(self.tokenizer)
+            self._sentinel_ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        if number >= len(self._sentinel_ids):
+            raise ValueError(
+                f"<extra_id_{number}> is in the text, but the vocabulary has "
+                f"{len(self._sentinel_ids)} sentinels; use a shorter template or another vocabulary"
+            )
+        return self._sentinel_ids[number]

@@ -1,0 +1,197 @@
+"""FLIPPED: a prompt template split into the instruction and the input instance.
+
+Ye et al. (ICLR 2023), sections 3.1 and 3.2. The instruction is the literal text of a template
+outside its Jinja braces, the input instance is what the braces render to. Run k of literal text
+becomes ``<extra_id_k>`` in the encoder text, and ``<extra_id_k> run`` in the decoder text::
+
+    {{premise}} Is it true that "{{hypothesis}}"?
+
+    encoder  input: Ann sings.<extra_id_0>Ann can sing.<extra_id_1>
+              output: Yes
+    decoder  <extra_id_0>  Is it true that "<extra_id_1> "?
+
+``instruction_text`` says which runs the decoder text has:
+
+* ``"published"``: every run of the template, also those of Jinja branches that an example does not
+  take (``{% if question == "cause" %} because... {% else %} so... {% endif %}``), as in the paper.
+* ``"rendered"``: the runs that were rendered, renumbered from 0, each once: what a reader of the
+  prompt sees. Of the templates that FLIPPED trains on it changes the 8 of quartz; of those that it
+  is evaluated on, 8 of COPA ("exercise", "i_am_hesitating", "plausible_alternatives", "C1 or C2?
+  premise, so/because…", "best_option", "more likely", "cause_effect", "choose") and 2 of WSC ("p
+  is/are r", "Who or what is/are"); all others have no condition around literal text, or one whose
+  branch every row takes. ``is_conditional`` finds candidates among other templates.
+
+Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of their own: there
+``<sen001>`` stands for ``<extra_id_0>`` and so on (``<sen000>`` is the mask): ``sentinels_for``.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+INSTRUCTION_TEXTS = ("published", "rendered")
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+METRO_SENTINEL = re.compile(r"<sen(\d{3,})>")
+# A Jinja tag with the strings inside it, which may hold braces.
+_INSIDE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^"'])*?"""
+_TAG = re.compile(rf"\{{\{{{_INSIDE}\}}\}}|\{{%{_INSIDE}%\}}|\{{\#.*?\#\}}", re.DOTALL)
+# Private characters, which no data has: around the number of a run while rendering, and at "|||".
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_ANSWER_MARK = "\ue002"
+
+
+class NotFlippable(ValueError):
+    """The template, rendered with this row, has no instruction to guess."""
+
+
+class Flipped(NamedTuple):
+    """One example as FLIPPED sees it, without a label."""
+
+    input: str
+    """Encoder text: the input instance with sentinels where the instruction was."""
+    instruction: str
+    """Decoder text: the runs of instruction, each behind its sentinel."""
+
+
+class Split(NamedTuple):
+    """A template cut at the Jinja tags of its input side."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    """(text, is it a Jinja tag?) from left to right, up to ``|||``."""
+    runs: tuple[str, ...]
+    """The literal text between the tags, verbatim, also where it is blanks only."""
+    answer: str | None
+    """The Jinja text behind ``|||``, None where there is no such mark."""
+
+    def with_sentinels(self, form: str = "<extra_id_{}>") -> str:
+        """The Jinja text with run k replaced by ``form.format(k)``.
+
+        Conditions may enclose ``|||``, so the answer's side stays; the mark becomes a private
+        character, as data may contain ``|||``.
+        """
+        numbers = iter(range(len(self.runs)))
+        text = "".join(
+            text if is_tag else form.format(next(numbers)) for text, is_tag in self.pieces
+        )
+        return text if self.answer is None else text + _ANSWER_MARK + self.answer
+
+
+class Template(Protocol):
+    """What this module needs of a ``metro.data.prompts.templates.PromptTemplate``."""
+
+    dataset: str
+    name: str
+    jinja: str
+
+    def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str: ...
+
+
+def split_template(jinja: str) -> Split:
+    """The part of a template left of ``|||``, cut at its Jinja tags."""
+    source, mark, answer = jinja.partition("|||")
+    pieces, end = [], 0
+    for tag in _TAG.finditer(source):
+        if tag.start() > end:
+            pieces.append((source[end : tag.start()], False))
+        pieces.append((tag.group(), True))
+        end = tag.end()
+    if end < len(source):
+        pieces.append((source[end:], False))
+    runs = tuple(text for text, is_tag in pieces if not is_tag)
+    return Split(tuple(pieces), runs, answer if mark else None)
+
+
+def join_instruction(runs: Sequence[str]) -> str:
+    """The decoder text of numbered runs: ``<extra_id_0> run_0<extra_id_1> run_1...``."""
+    return "".join(f"<extra_id_{number}> {run}" for number, run in enumerate(runs))
+
+
+def flip(
+    template: Template, row: dict, *, instruction_text: str = "published", seed: int | None = 0
+) -> Flipped:
+    """Input instance and instruction of one row.
+
+    Args:
+        template: the prompt template; its ``render_text`` draws Jinja's ``choice`` by ``seed``.
+        row: the data set's row.
+        instruction_text: ``"published"`` or ``"rendered"``, see the top of the module.
+        seed: the same as for rendering the prompt and its options, so that all of them agree.
+
+    Raises:
+        NotFlippable: the template has no text outside its braces (or rendered none of it).
+        ValueError: ``instruction_text`` is unknown.
+    """
+    if instruction_text not in INSTRUCTION_TEXTS:
+        raise ValueError(
+            f"instruction_text is {instruction_text!r}; use one of {', '.join(INSTRUCTION_TEXTS)}"
+        )
+    split = split_template(template.jinja)
+    if not split.runs:
+        raise NotFlippable(
+            f"template {template.name!r} of {template.dataset} has no instruction: no text outside "
+            "its Jinja braces; leave it out of FLIPPED"
+        )
+    published = instruction_text == "published"
+    form = "<extra_id_{}>" if published else "\ue000{}\ue001"
+    text = template.render_text(split.with_sentinels(form), row, seed=seed)
+    if split.answer is not None and _ANSWER_MARK not in text:
+        raise NotFlippable(
+            f"template {template.name!r} of {template.dataset} renders no answer for this row: it "
+            "does not apply to it; leave the row out"
+        )
+    text = text.partition(_ANSWER_MARK)[0].strip()
+    if published:
+        return Flipped(text, join_instruction(split.runs))
+    seen: dict[int, int] = {}  # run -> its new number
+
+    def renumber(mark: re.Match) -> str:
+        return f"<extra_id_{seen.setdefault(int(mark.group(1)), len(seen))}>"
+
+    text = _MARK.sub(renumber, text)
+    if not seen:
+        raise NotFlippable(
+            f"template {template.name!r} of {template.dataset} renders no text outside its Jinja "
+            "braces for this row; leave the row out of FLIPPED"
+        )
+    return Flipped(text, join_instruction([split.runs[run] for run in seen]))
+
+
+def encoder_text(flipped_input: str, label: str) -> str:
+    """What the encoder reads: input instance and label."""
+    return f"input: {flipped_input}\n output: {label}"
+
+
+def is_conditional(template: Template) -> bool:
+    """Whether literal text stands inside a Jinja condition or loop of the template.
+
+    Then its ``"rendered"`` instruction may differ from the published one.
+    """
+    depth = 0
+    for text, is_tag in split_template(template.jinja).pieces:
+        word = re.match(r"\{%[-+]?\s*(\w+)", text) if is_tag else None
+        if word and word.group(1) in ("if", "for"):
+            depth += 1
+        elif word and word.group(1) in ("endif", "endfor"):
+            depth -= 1
+        elif not is_tag and depth > 0:
+            return True
+    return False
+
+
+def sentinels_for(tokenizer) -> list[str]:
+    """The tokens of a vocabulary that stand for ``<extra_id_0>``, ``<extra_id_1>``, ...
+
+    Raises:
+        ValueError: it has neither T5's nor METRO's sentinels.
+    """
+    names = tokenizer.get_vocab()
+    for form, first in (("<extra_id_{}>", 0), ("<sen{:03d}>", 1)):
+        found = []
+        while form.format(first + len(found)) in names:
+            found.append(form.format(first + len(found)))
+        if found:
+            return found
+    raise ValueError(
+        f"{type(tokenizer).__name__} has no sentinels (<extra_id_0> or <sen001>), which FLIPPED "
+        "needs; take a T5 or METRO model, or add the tokens to vocabulary and embedding"
+    )

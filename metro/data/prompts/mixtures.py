@@ -1,0 +1,205 @@
+"""Which templates of which data sets a mixture has, and how many examples an epoch takes of each.
+
+The published mixtures are data (``mixtures.yaml``); a file of the same form as one of its entries,
+with its data sets written out, is a mixture of one's own::
+
+    data_sets: [ag_news, super_glue/rte]
+    cap: 10000
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from metro.data.datasets import name_of
+from metro.data.prompts.templates import PromptTemplate, TemplateTree
+
+_TABLE = Path(__file__).with_name("mixtures.yaml")
+_CAPS = ("template", "data_set")
+_FORM = {
+    **dict.fromkeys(("data_sets", "groups", "leave_out", "leave_out_containing"), list),
+    **dict.fromkeys(("original_tasks_only", "needs_choices", "fold_whitespace"), bool),
+    **dict.fromkeys(("metric", "cap_of", "validation"), str),
+    "cap": int,
+}
+_WORDS = {
+    list: "a list of names",
+    bool: "true or false",
+    str: "a name",
+    int: "a number of at least 1",
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A choice of prompt tasks."""
+
+    name: str
+    data_sets: tuple[tuple[str, str | None], ...]
+    excluded_tasks: frozenset[str] = frozenset()
+    excluded_parts: tuple[str, ...] = ()
+    """A task whose name contains one of these is left out."""
+    original_tasks_only: bool = False
+    metric: str | None = None
+    needs_choices: bool = False
+    """Only templates with answer choices, and only examples whose answer is one of them."""
+    cap: int = 500_000
+    cap_of: str = "template"
+    fold_whitespace: bool = True
+    validation: str | None = None
+    """Name of the mixture whose tasks are validated on; None: this one's."""
+    validation_only: bool = False
+
+    def reason_to_leave_out(self, template: PromptTemplate) -> str | None:
+        """Why the mixture does not have this template; None if it has it."""
+        task = template.task_name
+        if task in self.excluded_tasks:
+            return "on the published list of tasks left out"
+        if any(part in task for part in self.excluded_parts):
+            return "its data set is skipped in validation"
+        if self.original_tasks_only and not template.original_task:
+            return "not the task its data set was made for"
+        if self.metric and self.metric not in template.metrics:
+            return f"its metric is not {self.metric}"
+        if self.needs_choices and not template.answer_choices:
+            return "no answer choices"
+        return None
+
+    def templates(
+        self, tree: TemplateTree, dataset: str, subset: str | None
+    ) -> list[PromptTemplate]:
+        """The mixture's templates of one data set, in the order of the tree."""
+        return [
+            template
+            for template in tree.templates(dataset, subset)
+            if self.reason_to_leave_out(template) is None
+        ]
+
+    def in_tree(self, tree: TemplateTree) -> "Mixture":
+        """The mixture with its data sets under the tree's names.
+
+        The text ``Zaid/coqa_expanded`` does not say that it is a data set without subset.
+        """
+        known = {name_of(*names): names for names in tree.datasets()}
+        found = (known.get(name_of(*names), names) for names in self.data_sets)
+        return replace(self, data_sets=tuple(found))
+
+    def cap_per_template(self, num_templates: int) -> int:
+        """The most examples of one template in an epoch.
+
+        With ``cap_of: data_set`` it is the data set's cap, which its templates share.
+        """
+        return self.cap if self.cap_of == "data_set" else max(1, self.cap // max(1, num_templates))
+
+    def narrowed(self, names: list[str] | None) -> "Mixture":
+        """The mixture with the named data sets alone (``super_glue/rte``).
+
+        Raises:
+            ValueError: one of them is not in the mixture; the message names similar ones.
+        """
+        if not names:
+            return self
+        known = {name_of(*data_set): data_set for data_set in self.data_sets}
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:8]
+                raise ValueError(
+                    f"mixture {self.name} has no data set {name!r}: it has "
+                    f"{', '.join(close)}, ... (`metro prompts list --mixture {self.name}`)"
+                )
+        chosen = tuple(known[name] for name in known if name in set(names))
+        return replace(self, data_sets=chosen)
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict:
+    import yaml
+
+    return yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+
+
+def mixture_names() -> list[str]:
+    return list(_table()["mixtures"])
+
+
+def find_mixture(name: str | Path) -> Mixture:
+    """The mixture of that name, or of that YAML file.
+
+    Raises:
+        ValueError: there is none; the message names the known ones.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return _read_mixture(path)
+    wanted = str(name).lower()
+    for key, facts in _table()["mixtures"].items():
+        if wanted in (key, key.replace("_", "-"), *facts.get("aliases", ())):
+            return _build(key, facts)
+    raise ValueError(
+        f"no mixture {str(name)!r}: there are {', '.join(mixture_names())}, or give a FILE.yaml"
+    )
+
+
+def _build(name: str, facts: dict) -> Mixture:
+    table = _table()
+    facts = dict(facts)
+    facts.pop("aliases", None)
+    names = [item for group in facts.pop("groups", ()) for item in table["groups"][group]]
+    names += facts.pop("data_sets", ())
+    lists = table["blacklists"]
+    excluded = frozenset(x for key in facts.pop("leave_out", ()) for x in lists[key])
+    parts = tuple(x for key in facts.pop("leave_out_containing", ()) for x in lists[key])
+    data_sets = tuple(map(_split_name, dict.fromkeys(names)))
+    return Mixture(name, data_sets, excluded, parts, **facts)
+
+
+def _split_name(name: str) -> tuple[str, str | None]:
+    dataset, _, subset = name.partition("/")
+    return dataset, subset or None
+
+
+def split_dataset_name(name: str, tree: TemplateTree) -> tuple[str, str | None]:
+    """``super_glue/rte`` as data set and subset, as the tree knows it.
+
+    Raises:
+        ValueError: the tree has no such data set; the message names similar ones.
+    """
+    for known in tree.datasets():
+        if name_of(*known) == name:
+            return known
+    tree.templates(*_split_name(name))  # raises, with similar names
+    return _split_name(name)
+
+
+def _read_mixture(path: Path) -> Mixture:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no mixture file {path}")
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(facts, dict) or not (facts.get("data_sets") or facts.get("groups")):
+        raise ValueError(f"{path} names no data sets: write `data_sets: [ag_news, ...]`")
+    for key, value in facts.items():
+        if key not in _FORM:
+            close = difflib.get_close_matches(str(key), _FORM, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_FORM))}"
+            raise ValueError(f"{path} has an unknown key {key!r}: {hint}")
+        is_right = type(value) is _FORM[key]  # `true` is no number
+        if not is_right or (_FORM[key] is list and not all(isinstance(x, str) for x in value)):
+            raise ValueError(f"{path}: {key} is {value!r}, and must be {_WORDS[_FORM[key]]}")
+    if facts.get("cap_of", "template") not in _CAPS:
+        raise ValueError(f"{path}: cap_of is {facts['cap_of']!r}, and must be one of {_CAPS}")
+    if facts.get("cap", 1) < 1:
+        raise ValueError(f"{path}: cap is {facts['cap']}, and must be {_WORDS[int]}")
+    for key, known in (("groups", "groups"), ("leave_out", "blacklists"),
+                       ("leave_out_containing", "blacklists")):  # fmt: skip
+        for name in facts.get(key, ()):
+            if name not in _table()[known]:
+                raise ValueError(
+                    f"{path}: {key} names {name!r}: there are {', '.join(_table()[known])}"
+                )
+    return _build(path.stem, facts)

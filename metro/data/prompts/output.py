@@ -1,0 +1,232 @@
+"""The output folder of ``prepare-prompts``, and the files of a task in it, written resumably.
+
+fairseq: ``<side>/<task>/<side>.src-tgt.{src,tgt}.{bin,idx}`` as the original's task reads them,
+beside ``<side>/data_cap.json`` and ``valid/valid_datasets.json``. jsonl: see
+``prompted_examples.py``. The folder appears under its name when it is complete.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from metro.data.indexed_file import IndexedFileWriter, WritePosition
+from metro.data.prepared_folder import LOCK, STATE, PreparedFolder, read_json, write_json
+from metro.data.prompts.stored import MANIFEST
+from metro.modeling.text_metro_t5 import Vocabulary
+
+SIDES = ("train", "valid")
+_RAW = ".sizes"  # of the work in progress
+_HEADER_BYTES = 128
+_INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
+
+
+class JsonlTaskWriter:
+    """``<side>.jsonl`` with offsets and source rows beside it."""
+
+    START = [0, 0]
+
+    def __init__(self, folder: Path, side: str, position: list | None):
+        self.num_examples, self.num_bytes = position or self.START
+        prefix = folder / side
+        self._files = [
+            _open_at(prefix.with_name(prefix.name + suffix), size, not position)
+            for suffix, size in (
+                (".jsonl", self.num_bytes),
+                (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
+                (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
+            )
+        ]
+
+    @property
+    def position(self) -> list:
+        return [self.num_examples, self.num_bytes]
+
+    def append(self, payload: tuple) -> None:
+        lines, sizes, rows = payload
+        starts = self.num_bytes + np.cumsum(sizes) - sizes
+        for file, content in zip(
+            self._files,
+            (lines, starts.astype(_INT64).tobytes(), rows.astype(_INT32).tobytes()),
+            strict=True,
+        ):
+            file.write(content)
+        self.num_examples += len(sizes)
+        self.num_bytes += len(lines)
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def finish(self) -> None:
+        _, offsets, rows = self._files
+        offsets.write(np.array([self.num_bytes], _INT64).tobytes())
+        for file, dtype, count in ((offsets, _INT64, 1), (rows, _INT32, 0)):
+            file.seek(0)
+            file.write(_npy_header(dtype, self.num_examples + count))
+        self.flush()
+        self.close()
+
+
+class FairseqTaskWriter:
+    """Sources and targets in fairseq's memory-mapped format."""
+
+    START = [0, 0, 0, 0]
+
+    def __init__(self, folder: Path, side: str, position: list | None, dtype: np.dtype):
+        position = position or self.START
+        self._writers = [
+            IndexedFileWriter(folder / f"{side}.src-tgt.{end}", dtype, WritePosition(*place))
+            for end, place in (("src", position[:2]), ("tgt", position[2:]))
+        ]
+
+    @property
+    def num_examples(self) -> int:
+        return self._writers[0].num_items
+
+    @property
+    def position(self) -> list:
+        return [number for writer in self._writers for number in writer.position]
+
+    def append(self, payload: tuple) -> None:
+        self._writers[0].append(*payload[:2])
+        self._writers[1].append(*payload[2:])
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def finish(self) -> None:
+        for writer in self._writers:
+            writer.finish()
+
+
+def _npy_header(dtype: np.dtype, count: int) -> bytes:
+    """The beginning of an array file, of one length whatever the count."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    text = text.ljust(_HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _open_at(path: Path, num_bytes: int, is_new: bool):
+    """Open for writing behind the first ``num_bytes``, which are kept."""
+    if is_new:
+        path.write_bytes(b"\0" * num_bytes)  # room for a header
+    file = path.open("r+b")
+    if file.seek(0, os.SEEK_END) < num_bytes:
+        file.close()
+        raise ValueError(
+            f"{path} is shorter than before the interruption: start again with --overwrite"
+        )
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+class PromptFolder(PreparedFolder):
+    """``OUT`` and ``OUT.partial`` of ``prepare-prompts``."""
+
+    manifest_name = MANIFEST
+    command = "metro prepare-prompts"
+
+    def task_folder(self, side: str, task: str) -> Path:
+        folder = self.partial / side / task
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def drop_task(self, side: str, task: str) -> None:
+        shutil.rmtree(self.partial / side / task, ignore_errors=True)
+
+    def place_vocabulary(self, vocabulary: Vocabulary) -> None:
+        for name in ("sp.model", "dict.txt"):
+            shutil.copyfile(vocabulary.folder / name, self.partial / name)
+
+    def write_fairseq_tables(self, splits: dict[str, dict], groups: dict[str, list[str]]) -> None:
+        """What the original's task reads beside the data; dictionaries are linked, not copied."""
+        for side, tasks in splits.items():
+            (self.partial / side).mkdir(exist_ok=True)
+            caps = {task: facts["cap"] for task, facts in tasks.items()}
+            _write_text(self.partial / side / "data_cap.json", json.dumps(caps, indent=4))
+            _link(self.partial / "dict.txt", self.partial / side / "dict.txt")
+            for task in tasks:
+                for end in ("src", "tgt"):
+                    target = self.partial / side / task / f"dict.{end}.txt"
+                    _link(self.partial / "dict.txt", target)
+        text = json.dumps(groups, indent=4)
+        _write_text(self.partial / "valid" / "valid_datasets.json", text)
+
+    def complete(self, manifest: dict | None = None) -> dict:
+        path = self.partial / MANIFEST
+        if manifest is None:
+            manifest = read_json(path)
+        else:
+            files = {
+                file.relative_to(self.partial).as_posix(): {"bytes": file.stat().st_size}
+                for file in sorted(self.partial.rglob("*"))
+                if file.is_file()
+                and not file.name.endswith(_RAW)
+                and file.name not in (STATE, LOCK, MANIFEST)
+            }
+            manifest = {"settings": self.settings, **manifest, "files": files}
+            write_json(path, manifest)
+        for file in [*self.partial.rglob("*")]:
+            name = file.relative_to(self.partial).as_posix()
+            if file.is_file() and name not in manifest["files"] and file != path:
+                file.unlink()
+        self._remove_earlier_output()
+        os.rename(self.partial, self.out)
+        return manifest
+
+    def _remove_earlier_output(self) -> None:
+        """An empty folder, or files that an earlier run wrote and --overwrite gives up."""
+        for name in (read_json(self.out / MANIFEST) or {"files": {}})["files"]:
+            (self.out / name).unlink(missing_ok=True)
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        folders = [path for path in self.out.rglob("*") if path.is_dir()]
+        for folder in [*sorted(folders, reverse=True), self.out]:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+        if self.out.exists():
+            raise FileExistsError(
+                f"{self.out} holds other files ({next(self.out.iterdir()).name}, ...): move them "
+                f"away and run the same command again; the result is ready in {self.partial}"
+            )
+
+    def _clear_partial(self) -> None:
+        ours = {MANIFEST, STATE, LOCK, MANIFEST + ".tmp", STATE + ".tmp", "dict.txt", "sp.model"}
+        if foreign := sorted(
+            path.name for path in self.partial.iterdir() if path.name not in {*ours, *SIDES}
+        ):
+            raise FileExistsError(
+                f"{self.partial} is needed as a work folder and holds other files "
+                f"({', '.join(foreign)}): move them away or choose another --out"
+            )
+        for path in self.partial.iterdir():
+            if path.name in SIDES:
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,277 @@
+"""Data sets and prompt templates to finetuning data: the work of `metro prepare-prompts`.
+
+A part is one side (train or valid) of one data set. Parts are done one after the other, each in
+chunks of rows over all cores; after each chunk the parent appends to the files of the part's tasks.
+A killed run is continued by the same command, behind the last saved chunk. Neither the number of
+workers nor an interruption changes a byte.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from metro.data.datasets import DatasetUnavailable
+from metro.data.indexed_file import best_dtype
+from metro.data.prompts.examples import (
+    ChunkRenderer,
+    Dropped,
+    FairseqEncoder,
+    JsonlEncoder,
+    Part,
+)
+from metro.data.prompts.output import FairseqTaskWriter, JsonlTaskWriter, PromptFolder
+from metro.data.prompts.settings import ignored_options, read_settings
+from metro.data.prompts.sources import PartPlan, Unavailable
+from metro.environment import available_cores
+from metro.utils.worker_pool import map_in_order
+
+CHUNK_EXAMPLES = 2000
+CHECKPOINT_SECONDS = 5.0
+_SYNC_THREADS = 32
+
+
+class PromptProgress(NamedTuple):
+    """How far the work is."""
+
+    step: str
+    """The data set."""
+    done: int
+    """Renderings (rows times templates) of all parts so far."""
+    parts_done: int
+    num_parts: int
+
+
+class PreparedPrompts(NamedTuple):
+    """What ``prepare_prompts`` made."""
+
+    folder: Path
+    manifest: dict
+    was_finished: bool
+    """The folder was complete before, and nothing was done."""
+
+
+def prepare_prompts(
+    mixture: str,
+    out: str | Path,
+    *,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Callable[[PromptProgress], None] = lambda _: None,
+    **options,
+) -> PreparedPrompts:
+    """Turn data sets and templates into a folder that finetuning reads; continue a killed call.
+
+    Args:
+        mixture: name of a published mixture, or a YAML file.
+        out: folder to make. It appears when it is complete.
+        num_workers: processes; default all cores.
+        overwrite: replace an output, or an unfinished run, that was made with other settings.
+        say: receives the few lines that a user should read.
+        progress: called after each chunk.
+        options: those of ``read_settings``.
+
+    Raises:
+        ValueError: an option is wrong, or not a single example could be made.
+    """
+    settings = read_settings(mixture, **options)
+    num_workers = available_cores() if num_workers is None else num_workers
+    if num_workers < 1:
+        raise ValueError(f"--workers is {num_workers}, and must be at least 1")
+    folder = PromptFolder(Path(out), settings.fingerprint())
+    finished = folder.finished_manifest(overwrite)
+    if finished and not (overwrite and finished["unavailable"]):
+        missing = len(finished["unavailable"])
+        again = f" ({missing} parts could not be had; --overwrite tries again)" if missing else ""
+        say(f"{folder.out} is already finished; nothing to do{again}")
+        return PreparedPrompts(folder.out, finished, True)
+    earlier = folder.open(overwrite)
+    if earlier and "files" in earlier:  # killed while the finished files were being moved
+        return PreparedPrompts(folder.out, folder.complete(), False)
+    for note in ignored_options(settings):
+        say(f"warning: {note}")
+    work = _Preparation(settings, folder, earlier or {}, num_workers, say, progress)
+    return PreparedPrompts(folder.out, work.run(), False)
+
+
+class _Preparation:
+    """The run of one command."""
+
+    def __init__(self, settings, folder: PromptFolder, earlier: dict, num_workers, say, progress):
+        self.settings, self.folder, self.num_workers = settings, folder, num_workers
+        self.say, self.progress = say, progress
+        self.done: dict[str, dict] = earlier.get("done", {})
+        self.current: dict = earlier.get("current", {})
+        self.unavailable: list[Unavailable] = [*settings.sources.without_templates()]
+        self.dtype = best_dtype(len(settings.vocabulary)) if settings.vocabulary else None
+        self.num_rendered = sum(facts["rendered"] for facts in self.done.values())
+
+    def run(self) -> dict:
+        plans = self.settings.sources.plans()
+        if self.done or self.current:
+            self.say(f"continuing after {len(self.done)} of {len(plans)} parts")
+        elif self.settings.vocabulary:
+            self.folder.place_vocabulary(self.settings.vocabulary)
+        self.folder.save_state(self._state())
+        for number, plan in enumerate(plans):
+            if plan.key in self.done:
+                continue
+            try:
+                part = self.settings.sources.load(plan)
+            except DatasetUnavailable as error:
+                self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
+                continue
+            self._do(plan, part, number, len(plans))
+        self.progress(PromptProgress("all", self.num_rendered, len(plans), len(plans)))
+        return self._finish(plans)
+
+    def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
+        earlier = self.current if self.current.get("part") == plan.key else {}
+        if earlier and earlier["rows"] != part.num_rows:
+            raise ValueError(
+                f"{plan.key} had {earlier['rows']:,} rows before the interruption and has "
+                f"{part.num_rows:,} now: start again with --overwrite"
+            )
+        if self.current and not earlier:  # a part that is gone since: its files are dropped below
+            self.current = {}
+        start = earlier.get("next", 0)
+        places = earlier.get("positions", [None] * len(plan.templates))
+        tasks = earlier.get("tasks") or [{"dropped": {}, "noted": {}} for _ in plan.templates]
+        writers = [
+            self._writer(plan, template.task_name, place)
+            for template, place in zip(plan.templates, places, strict=True)
+        ]
+        step = max(1, CHUNK_EXAMPLES // len(plan.templates))
+        bounds = [
+            (first, min(first + step, part.num_rows)) for first in range(start, part.num_rows, step)
+        ]
+        renderer = (part, self.settings.rendering, self._encoder())
+        num_workers = min(self.num_workers, max(1, len(bounds)))
+        saved, base = time.monotonic(), self.num_rendered
+        self.progress(PromptProgress(plan.key, base, number, num_parts))
+        try:
+            for (_, stop), chunk in map_in_order(ChunkRenderer, renderer, bounds, num_workers):
+                for writer, task, encoded in zip(writers, tasks, chunk, strict=True):
+                    writer.append(encoded.payload)
+                    _merge(task["dropped"], encoded.dropped)
+                    _merge(task["noted"], encoded.noted)
+                self.num_rendered = base + stop * len(plan.templates)
+                self.progress(PromptProgress(plan.key, self.num_rendered, number, num_parts))
+                if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                    _together(writers, "flush")
+                    positions = [writer.position for writer in writers]
+                    self.current = {
+                        "part": plan.key,
+                        "rows": part.num_rows,
+                        "next": stop,
+                        "positions": positions,
+                        "tasks": tasks,
+                    }
+                    self.folder.save_state(self._state())
+                    saved = time.monotonic()
+        except BaseException:
+            for writer in writers:
+                writer.close()
+            raise
+        _together(writers, "finish")
+        for writer, task in zip(writers, tasks, strict=True):
+            task["num_examples"] = writer.num_examples
+        self.current = {}
+        self.done[plan.key] = {"rendered": part.num_rows * len(plan.templates), "tasks": tasks}
+        self.folder.save_state(self._state())
+
+    def _writer(self, plan: PartPlan, task: str, position: list | None):
+        folder = self.folder.task_folder(plan.side, task)
+        if self.settings.format == "jsonl":
+            return JsonlTaskWriter(folder, plan.side, position)
+        return FairseqTaskWriter(folder, plan.side, position, self.dtype)
+
+    def _encoder(self):
+        if self.settings.format == "jsonl":
+            return JsonlEncoder()
+        return FairseqEncoder(self.settings.vocabulary, self.settings.lower, self.dtype)
+
+    def _state(self) -> dict:
+        return {"done": self.done, "current": self.current}
+
+    def _finish(self, plans: list[PartPlan]) -> dict:
+        splits: dict[str, dict] = {"train": {}, "valid": {}}
+        groups: dict[str, list[str]] = {}
+        empty = []
+        for plan in plans:
+            if plan.key not in self.done:
+                for template in plan.templates:  # of a part that was begun and is gone since
+                    self.folder.drop_task(plan.side, template.task_name)
+                continue
+            for template, task in zip(plan.templates, self.done[plan.key]["tasks"], strict=True):
+                if not task["num_examples"]:
+                    self.folder.drop_task(plan.side, template.task_name)
+                    empty.append(f"{plan.side}/{template.task_name}")
+                    continue
+                splits[plan.side][template.task_name] = {
+                    "dataset": plan.dataset,
+                    "subset": plan.subset,
+                    "prompt_name": template.name,
+                    "num_examples": task["num_examples"],
+                    "cap": plan.cap,
+                }
+                if plan.side == "valid":
+                    group = "_".join(filter(None, (plan.dataset, plan.subset)))
+                    for key in (group, "valid"):
+                        groups.setdefault(key, []).append(template.task_name)
+        dropped, noted = self._counts("dropped"), self._counts("noted")
+        wanted = "valid" if self.settings.mixture.validation_only else "train"
+        if not splits[wanted]:
+            self.folder.discard()
+            raise ValueError(self._nothing(dropped))
+        if self.settings.format == "fairseq":
+            self.folder.write_fairseq_tables(splits, groups)
+        manifest = {
+            "format": self.settings.format,
+            "mixture": self.settings.mixture.name,
+            "cap_of": self.settings.mixture.cap_of,
+            "seed": self.settings.rendering.seed,
+            "instruction_text": self.settings.rendering.instruction_text,
+            "splits": splits,
+            "valid_datasets": groups,
+            "unavailable": [row._asdict() for row in self.unavailable],
+            "left_out": self.settings.sources.left_out(),
+            "empty_tasks": empty,
+            "dropped": dropped,
+            "noted": noted,
+        }
+        return self.folder.complete(manifest)
+
+    def _counts(self, kind: str) -> dict[str, dict]:
+        """Reason -> how many examples, and where the first one stands."""
+        total: dict[str, dict] = {}
+        for facts in self.done.values():
+            for task in facts["tasks"]:
+                for reason, (count, first) in task[kind].items():
+                    entry = total.setdefault(reason, {"count": 0, "first": first})
+                    entry["count"] += count
+        return total
+
+    def _nothing(self, dropped: dict) -> str:
+        name = self.settings.mixture.name
+        reasons = [f"{row.name} ({row.side}): {row.reason}" for row in self.unavailable]
+        reasons += [f"{d['count']:,} dropped: {reason} ({d['first']})" for reason, d in
+                    dropped.items()]  # fmt: skip
+        shown = "".join(f"\n  {reason}" for reason in reasons[:20])
+        more = f"\n  and {len(reasons) - 20} more" if len(reasons) > 20 else ""
+        return f"mixture {name}: not a single example could be made{shown}{more}"
+
+
+def _together(writers: list, method: str) -> None:
+    """Files are synchronised with the disk in threads, which costs one wait instead of many."""
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # ends before workers are forked again
+        for done in [pool.submit(getattr(writer, method)) for writer in writers]:
+            done.result()
+
+
+def _merge(table: dict, new: dict[str, Dropped]) -> None:
+    for reason, (count, first) in new.items():
+        earlier = table.get(reason)
+        table[reason] = [earlier[0] + count, earlier[1]] if earlier else [count, first]

@@ -1,0 +1,328 @@
+"""Renders Jinja text of strangers: prompt templates run in a sandbox with bounded time and memory.
+
+A template is data that somebody wrote: it may read the row that it is given and nothing else. So
+only the parts of Jinja that prompt templates need are there (a list of what is allowed, not of
+what is forbidden), and everything whose cost a template could choose is metered: characters made,
+loop steps, sizes of single values, seconds. What exceeds a bound raises ``TemplateRefused``.
+
+The helpers are promptsource's: filters ``choice`` and ``most_frequent``, function ``zip``. Draws of
+``choice`` come from the seed of the rendering, never from a global generator.
+"""
+
+import copy
+import re
+from functools import lru_cache
+from typing import Any
+
+from metro.data.prompts.limits import (
+    CONCAT,
+    LOOP,
+    MAX_DEPTH,
+    MAX_LIST_ITEMS,
+    MAX_SOURCE_CHARS,
+    WEIGH,
+    MissingAnswer,
+    TemplateRefused,
+    as_text,
+    bounded_range,
+    bounded_zip,
+    check_operation,
+    join_texts,
+    make_filters,
+    make_tests,
+    now,
+    product_charge,
+    replace_text,
+    weigh,
+)
+
+_METHODS = frozenset(
+    "capitalize casefold count endswith find get index isalnum isalpha isdigit islower isspace "
+    "istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace "
+    "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+    "values".split()
+)
+_CHANGES = frozenset({"append", "extend", "pop", "update"})
+"""Methods that change a list or dict: templates that call one get a row of their own."""
+_PRODUCTS = frozenset({"strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"})
+"""Methods whose time may be the product of two lengths."""
+_FUNCTIONS = frozenset({"range", "zip", "namespace"})
+_TAGS = "If For Assign AssignBlock Output With".split()
+_EXPRESSIONS = (
+    "TemplateData Const Name NSRef List Tuple Dict Pair Keyword Slice Getattr Getitem Call Filter "
+    "Test Concat Compare Operand CondExpr And Or Not Add Sub Mul Div FloorDiv Mod Pow Neg Pos"
+).split()
+_CHANGE = re.compile(r"\.\s*(?:" + "|".join(sorted(_CHANGES)) + r")\b")
+_RAW = re.compile(r"\{%[-+]?\s*raw\b")
+_PIPE, _PIPE_STAND_IN = "|||", "\uf8f0\uf8f1\uf8f0"
+
+
+def _check_and_meter(tree):
+    """Refuse what is not allowed; route through the meter what makes, compares or repeats values.
+
+    Whatever a template makes is weighed when it is made, so that no later step (comparing, hashing,
+    printing) meets lists that hold each other endlessly.
+    """
+    from jinja2 import nodes
+
+    allowed = tuple(getattr(nodes, name) for name in [*_TAGS, *_EXPRESSIONS, "Template"])
+
+    def visit(node, depth: int) -> int:
+        """Nodes and literal characters below and with this one: what a step of a loop costs."""
+        if depth > MAX_DEPTH:
+            raise TemplateRefused(f"nests deeper than {MAX_DEPTH}")
+        kind = type(node).__name__
+        if not isinstance(node, allowed) or (isinstance(node, nodes.For) and node.recursive):
+            raise TemplateRefused(f"uses `{kind.lower()}`, which prompt templates may not")
+        if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
+            raise TemplateRefused(f"reads the attribute {node.attr!r}")
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+            if isinstance(node.arg.value, str) and node.arg.value.startswith("__"):
+                raise TemplateRefused(f"reads the attribute {node.arg.value!r}")
+        if isinstance(node, nodes.Call):
+            name = getattr(node.node, "attr", None) or getattr(node.node, "name", None)
+            is_method = isinstance(node.node, nodes.Getattr)
+            known = _METHODS | _CHANGES if is_method else _FUNCTIONS
+            if not isinstance(node.node, (nodes.Getattr, nodes.Name)) or name not in known:
+                raise TemplateRefused(f"calls `{name or kind}`, which prompt templates may not")
+        if (
+            isinstance(node, nodes.Filter)
+            and node.name == "join"
+            and (len(node.args) > 1 or any(pair.key == "attribute" for pair in node.kwargs))
+        ):
+            raise TemplateRefused("uses `join` with an attribute: write map(attribute=...) first")
+        size = 1 + sum(visit(child, depth + 1) for child in node.iter_child_nodes())
+        if isinstance(node, nodes.TemplateData):
+            size += len(node.data)
+        compares = isinstance(node, (nodes.Compare, nodes.Operand))
+        for field, value in list(node.iter_fields()):
+            if isinstance(value, nodes.Expr):
+                setattr(node, field, _metered(nodes, value, compares))
+            elif isinstance(value, list):
+                value[:] = [_metered(nodes, item, False) for item in value]
+        if isinstance(node, nodes.For):
+            node.iter = _as_filter(nodes, node.iter, LOOP, [nodes.Const(size)])
+        return size
+
+    visit(tree, 0)
+    return tree
+
+
+def _as_filter(nodes, value, name: str, args: list):
+    return nodes.Filter(
+        value, name, args, [], None, None, lineno=value.lineno, environment=value.environment
+    )
+
+
+def _metered(nodes, value, is_compared: bool):
+    if isinstance(value, nodes.Concat):
+        values = nodes.List(value.nodes, lineno=value.lineno, environment=value.environment)
+        return _as_filter(nodes, values, CONCAT, [])
+    makes = isinstance(value, (nodes.List, nodes.Dict)) or (
+        isinstance(value, nodes.Tuple) and value.ctx == "load"
+    )
+    cuts = isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Slice)
+    if makes or cuts or (is_compared and not isinstance(value, nodes.Const)):
+        return _as_filter(nodes, value, WEIGH, [])
+    return value
+
+
+@lru_cache(maxsize=1)
+def _environment():
+    import jinja2.utils
+    from jinja2 import Undefined, pass_context
+    from jinja2.sandbox import SandboxedEnvironment
+
+    class Missing(Undefined):
+        """An absent field renders as nothing and equals nothing, as usual, and is noted."""
+
+        __slots__ = ()
+
+        def _note(self):
+            name = self._undefined_name
+            if isinstance(name, Missing):  # {...}[missing field]
+                name._note()
+            elif isinstance(name, str):
+                now.missing.append(name)
+
+        def __str__(self):
+            self._note()
+            return ""
+
+        def __iter__(self):
+            self._note()
+            return iter(())
+
+        def __len__(self):
+            self._note()
+            return 0
+
+        def __bool__(self):
+            self._note()
+            return False
+
+        def __eq__(self, other):
+            self._note()
+            return super().__eq__(other)
+
+        def __ne__(self, other):
+            return not self == other
+
+        __hash__ = Undefined.__hash__
+
+    class Namespace(jinja2.utils.Namespace):
+        def __repr__(self):  # not what it holds, which nobody has weighed
+            return "<namespace>"
+
+    class Environment(SandboxedEnvironment):
+        intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
+
+        def _parse(self, source, name, filename):
+            return _check_and_meter(super()._parse(source, name, filename))
+
+        def unsafe_undefined(self, obj, attribute):
+            raise TemplateRefused(f"reads the attribute {attribute!r}")
+
+        def call_binop(self, context, operator, left, right):
+            check_operation(operator, left, right)
+            result = super().call_binop(context, operator, left, right)
+            now.charge(weigh(result))
+            return result
+
+        def call(__self, __context, __function, *args, **kwargs):  # noqa: N805, names as Jinja's
+            kwargs.pop("_loop_vars", None)  # Jinja's own, inside of loops
+            kwargs.pop("_block_vars", None)
+            if __function in (bounded_range, bounded_zip, Namespace):
+                return __function(*args, **kwargs)
+            owner = getattr(__function, "__self__", None)
+            name = getattr(__function, "__name__", None)
+            known = name in _METHODS or name in _CHANGES
+            if not known or not isinstance(owner, (str, list, tuple, dict)):
+                raise TemplateRefused(f"calls `{name}`, which prompt templates may not")
+            now.charge(1 + (sum(map(weigh, args)) if name in _CHANGES else len(owner)))
+            if name in _PRODUCTS:
+                product_charge(owner, *args, *kwargs.values())
+            if name == "join":
+                return join_texts(owner, *args, **kwargs)
+            if name == "replace":
+                return replace_text(owner, *args, **kwargs)
+            result = __function(*args, **kwargs)
+            if name in _CHANGES and len(owner) > MAX_LIST_ITEMS:
+                raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+            if isinstance(result, (str, list, tuple)):
+                now.charge(weigh(result))
+            return result
+
+    environment = Environment(undefined=Missing, optimized=False, cache_size=0)
+    environment.filters.clear()
+    environment.filters.update(make_filters())
+    environment.tests = make_tests(environment.tests)
+    environment.globals.clear()
+    environment.globals.update(range=bounded_range, zip=bounded_zip, namespace=Namespace)
+
+    @pass_context
+    def finalize(context, value):
+        text = value if type(value) is str else as_text(value)
+        now.charge(len(text))
+        return text
+
+    environment.finalize = finalize
+    return environment
+
+
+@lru_cache(maxsize=8192)
+def compile_source(source: str):
+    """The compiled template; once per text.
+
+    Raises:
+        TemplateRefused: it uses what templates may not, or is no template.
+    """
+    from jinja2 import TemplateError
+
+    if len(source) > MAX_SOURCE_CHARS:
+        raise TemplateRefused(f"is longer than {MAX_SOURCE_CHARS:,} characters")
+    if _RAW.search(source):  # its braces are text, which nothing else here knows
+        raise TemplateRefused("uses `raw`, which prompt templates may not")
+    try:
+        return _environment().from_string(source)
+    except TemplateRefused:
+        raise
+    except (TemplateError, SyntaxError) as error:
+        raise TemplateRefused(f"is no template: {error}") from None
+    except (RecursionError, MemoryError, OverflowError, ValueError) as error:
+        raise TemplateRefused(f"is no template: {type(error).__name__}: {error}") from None
+
+
+@lru_cache(maxsize=8192)
+def _changes_lists(source: str) -> bool:
+    return bool(_CHANGE.search(source))
+
+
+class ProtectedRow(dict):
+    """A row after ``protect``, for rendering it with many templates; remembers its options."""
+
+    __slots__ = ("choices",)
+
+    def __init__(self, row: dict):
+        super().__init__(protect(row))
+        self.choices: dict[tuple, list[str]] = {}
+
+
+def protect(value: Any) -> Any:
+    """``value`` with every ``|||`` in its texts made invisible to the split of prompt and answer.
+
+    The value itself is returned where there is none, which is nearly always.
+    """
+    if isinstance(value, str):
+        return value.replace(_PIPE, _PIPE_STAND_IN) if _PIPE in value else value
+    if isinstance(value, dict):
+        changed = {key: protect(item) for key, item in value.items()}
+        return changed if any(changed[key] is not value[key] for key in value) else value
+    if isinstance(value, (list, tuple)):
+        items = [protect(item) for item in value]
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
+
+
+def unprotect(text: str) -> str:
+    return text.replace(_PIPE_STAND_IN, _PIPE) if _PIPE_STAND_IN in text else text
+
+
+class RenderedSource:
+    """Text of one rendering (still protected), and what happened meanwhile."""
+
+    __slots__ = ("text", "missing", "used_choices")
+
+    def __init__(self, text: str, missing: list[str], used_choices: list[int]):
+        self.text, self.missing, self.used_choices = text, missing, used_choices
+
+
+def render_source(source: str, values: dict, seed: int | None) -> RenderedSource:
+    """Render Jinja text with the (protected) fields of ``values``.
+
+    Args:
+        seed: of the filter ``choice``; None takes the first item of every list.
+
+    Raises:
+        TemplateRefused: the template exceeds a bound.
+        MissingAnswer: it asks for an answer choice that is not there.
+        ValueError: it fails on this row; the message says how.
+    """
+    from jinja2.sandbox import SecurityError
+
+    template = compile_source(source)
+    if _changes_lists(source):
+        values = copy.deepcopy(values)
+    now.start(seed)
+    try:
+        text = template.render(values)
+    except (TemplateRefused, MissingAnswer):
+        raise
+    except SecurityError as error:
+        raise TemplateRefused(f"reaches outside its row: {error}") from None
+    except (RecursionError, MemoryError) as error:
+        raise TemplateRefused(f"needs too much memory: {type(error).__name__}") from None
+    except Exception as error:  # a stranger's code: whatever it raises is its own failure
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"fails on this row: {kind}{error}") from None
+    return RenderedSource(text, now.missing, now.used_choices)

@@ -1,0 +1,311 @@
+"""Where the examples of a mixture come from, and the plan that follows: parts, rows, caps.
+
+Two sources: rows and templates, or P3 (``bigscience/P3`` on the hub), whose prompts are ready
+rendered: one configuration per task, fields ``inputs_pretokenized``, ``targets_pretokenized`` and
+in some tasks ``answer_choices``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from metro.data import datasets
+from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.prompts.examples import Part, Problem, SplitRows, make_example
+from metro.data.prompts.mixtures import Mixture, find_mixture
+from metro.data.prompts.sandbox import unprotect
+from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
+
+SOURCES = ("templates", "p3")
+VALIDATION_CHOICES = ("published", "all", "none")
+P3 = "bigscience/P3"
+_SAMPLED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class P3Task(PromptTemplate):
+    """A task of P3 in a template's place: its rows are rendered already."""
+
+    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+        fields = {"inputs_pretokenized", "targets_pretokenized"}
+        if missing := tuple(sorted(fields - set(row))):
+            return RenderedExample("", "", None, None, missing)
+        text, target = (
+            unprotect(str(row[name])).strip()
+            for name in ("inputs_pretokenized", "targets_pretokenized")
+        )
+        choices = row.get("answer_choices") or None
+        choices = [str(choice).strip() for choice in choices] if choices else None
+        label = choices.index(target) if choices and target in choices else None
+        return RenderedExample(text, target, choices, label, ())
+
+
+class Unavailable(NamedTuple):
+    """A data set (or one side of it) that could not be had."""
+
+    side: str
+    name: str
+    reason: str
+
+
+class PartPlan(NamedTuple):
+    """A part before its rows are loaded."""
+
+    dataset: str
+    subset: str | None
+    side: str
+    templates: tuple[PromptTemplate, ...]
+    cap: int
+    """Most examples of each template in an epoch (of all together: ``cap_of: data_set``)."""
+
+    @property
+    def name(self) -> str:
+        """The data set, and the task where that is a part of its own."""
+        is_task = isinstance(self.templates[0], P3Task)
+        name = name_of(self.dataset, self.subset)
+        return f"{name}/{self.templates[0].task_name}" if is_task else name
+
+    @property
+    def key(self) -> str:
+        return f"{self.side}/{self.name}"
+
+
+class PromptSources:
+    """The parts of a mixture and their rows.
+
+    Args:
+        mixture: what is wanted.
+        tree: templates (with P3, too: they say which tasks there are).
+        source: ``templates`` or ``p3``.
+        data_dir: local data sets instead of the hub's (for P3: ``P3/<task>/<split>.jsonl``).
+        validation: which tasks are validated on: those of the ``published`` validation mixture,
+            ``all`` of the mixture, or ``none``.
+        limit, valid_limit: most rows of a data set on either side.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tree: TemplateTree,
+        *,
+        source: str = "templates",
+        data_dir: Path | None = None,
+        validation: str = "published",
+        limit: int | None = None,
+        valid_limit: int | None = None,
+    ):
+        _check_one_of("--source", source, SOURCES)
+        _check_one_of("--validation", validation, VALIDATION_CHOICES)
+        if source == "p3" and mixture.cap_of == "data_set":
+            raise ValueError(
+                f"mixture {mixture.name} cannot come from P3, whose prompts do not say which part "
+                "is the instruction: leave --source out"
+            )
+        for name, value in (("--limit", limit), ("--valid-limit", valid_limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+        self.mixture, self.tree = mixture.in_tree(tree), tree
+        self.source, self.data_dir = source, data_dir
+        self.validation = validation
+        self.limits = {"train": limit, "valid": valid_limit or limit}
+
+    @cached_property
+    def _plan(self) -> tuple[list[PartPlan], list[Unavailable]]:
+        plans, unavailable = [], []
+        named: dict[tuple[str, str], str] = {}  # (side, task) -> template
+        validated = self._validation_mixture()
+        for dataset, subset in self.mixture.data_sets:
+            for side in ("train", "valid"):
+                mixture = self.mixture if side == "train" else validated
+                if mixture is None or (side == "train" and mixture.validation_only):
+                    continue
+                try:
+                    templates = mixture.templates(self.tree, dataset, subset)
+                except ValueError as error:
+                    if side == "train" or self.mixture.validation_only:
+                        unavailable.append(Unavailable(side, name_of(dataset, subset), str(error)))
+                    continue
+                if not templates:
+                    continue  # left out by the mixture's own rules
+                for template in templates:
+                    where = f"{template.name!r} of {name_of(dataset, subset)}"
+                    other = named.setdefault((side, template.task_name), where)
+                    if other != where:
+                        raise ValueError(
+                            f"templates {other} and {where} both make the task "
+                            f"{template.task_name}: rename one of them"
+                        )
+                cap = mixture.cap_per_template(len(templates))
+                if self.source == "p3":
+                    for template in templates:
+                        task = (P3Task(*astuple(template)),)
+                        plans.append(PartPlan(dataset, subset, side, task, cap))
+                else:
+                    plans.append(PartPlan(dataset, subset, side, tuple(templates), cap))
+        return plans, unavailable
+
+    def plans(self) -> list[PartPlan]:
+        """The parts, in the mixture's order; no rows are loaded."""
+        return self._plan[0]
+
+    def left_out(self) -> dict[str, str]:
+        """Tasks that the mixture's own rules leave out, and why."""
+        found = {}
+        for dataset, subset in self.mixture.data_sets:
+            try:
+                templates = self.tree.templates(dataset, subset)
+            except ValueError:
+                continue  # listed as unavailable
+            for template in templates:
+                if reason := self.mixture.reason_to_leave_out(template):
+                    found[template.task_name] = reason
+        return found
+
+    def without_templates(self) -> list[Unavailable]:
+        return self._plan[1]
+
+    def _validation_mixture(self) -> Mixture | None:
+        if self.validation == "none":
+            return None
+        if self.validation == "published" and self.mixture.validation:
+            return find_mixture(self.mixture.validation)
+        return self.mixture
+
+    def splits(self, plan: PartPlan) -> list[str]:
+        """Train: those whose name begins with ``train``; valid: all others.
+
+        P3 has rendered splits without labels, too, so that the table of the data set decides.
+
+        Raises:
+            DatasetUnavailable: the data set, or this side of it, cannot be had.
+        """
+        found = datasets.available_splits(*self._names(plan), data_dir=self.data_dir)
+        entry = datasets.dataset_table().get(name_of(plan.dataset, plan.subset))
+        has_table = self.source == "p3" and entry and entry.splits
+        usable = [split for split in found if split in entry.splits] if has_table else found
+        wanted = [split for split in usable if split.startswith("train") == (plan.side == "train")]
+        if not wanted:
+            side = "training" if plan.side == "train" else "validation"
+            raise DatasetUnavailable(f"no {side} split with labels: it has {', '.join(found)}")
+        return wanted
+
+    def local_files(self) -> list[list]:
+        """Name, size and time of every file that will be read; none of a data set of the hub."""
+        found = []
+        for plan in self.plans() if self.data_dir is not None else ():
+            try:
+                for split in self.splits(plan):
+                    file = datasets.local_file(self.data_dir, *self._names(plan), split)
+                    stat = file.stat()
+                    name = file.relative_to(self.data_dir).as_posix()
+                    found.append([name, stat.st_size, stat.st_mtime_ns])
+            except DatasetUnavailable:
+                continue  # listed when it is loaded
+        return found
+
+    def load(self, plan: PartPlan) -> Part:
+        """The part with its rows.
+
+        Raises:
+            DatasetUnavailable: they cannot be had.
+        """
+        names = self._names(plan)
+        splits = tuple(
+            SplitRows(split, datasets.load_rows(*names, split, data_dir=self.data_dir))
+            for split in self.splits(plan)
+        )
+        part = Part(
+            plan.dataset, plan.subset, plan.side, splits, plan.templates, self.limits[plan.side]
+        )
+        if not part.num_rows:
+            raise DatasetUnavailable(f"{name_of(*names)} has no rows")
+        return part
+
+    def sample(self, plan: PartPlan) -> tuple[Part, int]:
+        """The part with a few of its rows, and how many it really has.
+
+        Data sets of the hub are not downloaded for it.
+
+        Raises:
+            DatasetUnavailable: they cannot be had.
+        """
+        if self.data_dir is not None:
+            part = self.load(plan)
+            return part._replace(limit=min(_SAMPLED_ROWS, part.num_rows)), part.num_rows
+        names, splits, total = self._names(plan), [], 0
+        for split in self.splits(plan):
+            rows, num_rows = datasets.peek(*names, split, _SAMPLED_ROWS)
+            splits.append(SplitRows(split, rows))
+            total += num_rows
+        limit = self.limits[plan.side]
+        part = Part(
+            plan.dataset, plan.subset, plan.side, tuple(splits), plan.templates, _SAMPLED_ROWS
+        )
+        return part, total if limit is None else min(total, limit)
+
+    def _names(self, plan: PartPlan) -> tuple[str, str | None]:
+        if self.source != "p3":
+            return plan.dataset, plan.subset
+        task = plan.templates[0].task_name
+        return (P3, task) if self.data_dir is None else ("P3", task)
+
+
+class PlannedRow(NamedTuple):
+    """One line of what `--dry-run` prints."""
+
+    side: str
+    data_set: str
+    templates: int
+    rows: int
+    examples: int
+    cap: int
+    per_epoch: int
+    """Examples that an epoch reads."""
+    tokens: int
+    """Of an epoch, source and target, estimated from a few rows (words, where no vocabulary)."""
+
+
+def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[PlannedRow | Unavailable]:
+    """The plan with its sizes: counted rows, and tokens measured on a few of them."""
+    yield from sources.without_templates()
+    for plan in sources.plans():
+        try:
+            part, num_rows = sources.sample(plan)
+        except DatasetUnavailable as error:
+            yield Unavailable(plan.side, plan.name, str(error))
+            continue
+        tried, lengths = 0, []
+        for number, split, row, _ in part.rows(0, part.num_rows):
+            for template in part.templates:
+                tried += 1
+                if row is None:
+                    continue
+                try:
+                    example = make_example(template, row, number, split, settings)
+                except Problem:
+                    continue
+                lengths.append(count_tokens(example["input"]) + count_tokens(example["target"]))
+        total = num_rows * len(part.templates)
+        examples = round(total * len(lengths) / max(1, tried))
+        capped = min(examples, per_epoch(sources.mixture, plan, num_rows))
+        mean = sum(lengths) / max(1, len(lengths))
+        yield PlannedRow(
+            plan.side, plan.name, len(plan.templates), num_rows, examples, plan.cap, capped,
+            round(capped * mean),
+        )  # fmt: skip
+
+
+def per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
+    """Examples of a part in an epoch, if no row is dropped."""
+    if plan.side == "valid":
+        return num_rows * len(plan.templates)
+    if mixture.cap_of == "data_set":
+        return min(plan.cap, num_rows)
+    return min(plan.cap, num_rows) * len(plan.templates)
+
+
+def _check_one_of(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} is {value!r}, and must be one of {', '.join(known)}")

@@ -1,0 +1,370 @@
+"""Prompt templates in promptsource's form: a tree of ``templates.yaml`` files, and their rendering.
+
+A template is Jinja text: prompt, ``|||``, answer. ``answer_choices`` is Jinja text too; it renders
+to the options joined by ``|||`` and is a list inside the template. Every ``{{ ... }}`` is cut at
+2048 characters, ``|||`` inside data splits nothing, and both parts are stripped: the same strings
+as promptsource's, from a sandbox (``prompt_sandbox.py``).
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metro.data.datasets import name_of
+from metro.data.prompts.limits import CUT, AnswerChoices
+from metro.data.prompts.sandbox import (
+    ProtectedRow,
+    compile_source,
+    protect,
+    render_source,
+    unprotect,
+)
+
+MAX_VALUE_CHARS = 2048
+"""Of a value that ``{{ ... }}`` prints."""
+_CUT = f" | {CUT} }}}}"
+_MAX_YAML_DEPTH = 20
+_HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
+
+
+class Rendered(NamedTuple):
+    """A prompt and its answer."""
+
+    input: str
+    target: str | None
+    """None where the template gives this row no answer part."""
+
+
+class RenderedExample(NamedTuple):
+    """Everything of one row under one template, from one set of draws."""
+
+    input: str
+    target: str | None
+    choices: list[str] | None
+    label: int | None
+    """Index of the target among the choices; None where it is not one of them."""
+    missing: tuple[str, ...]
+    """Fields that the template printed and the row does not have."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """One template of one data set."""
+
+    dataset: str
+    subset: str | None
+    name: str
+    jinja: str
+    answer_choices: str | None
+    """Jinja text of the options, joined by ``|||``; None where any text may be an answer."""
+    metrics: tuple[str, ...] = ()
+    original_task: bool = False
+    """The task is the one that the data set was made for."""
+    choices_in_prompt: bool | None = None
+    reference: str = ""
+
+    @cached_property
+    def task_name(self) -> str:
+        """``dataset[_subset]_template`` with everything but letters, digits, ``_`` and ``.``
+        folded into ``_``: the name of this task in the published mixtures."""
+        parts = [self.dataset, *([self.subset] if self.subset else []), self.name]
+        return re.sub(r"[^a-zA-Z0-9_.]+", "_", "_".join(parts))
+
+    def render(self, row: dict, *, seed: int | None = 0) -> Rendered:
+        """The prompt and its answer.
+
+        Args:
+            row: the data set's row.
+            seed: of the filter ``choice``; equal seeds draw alike. None takes the first of each
+                list.
+
+        Raises:
+            ValueError: the template fails on this row, or is refused.
+        """
+        return Rendered(*self.render_example(row, seed=seed)[:2])
+
+    def choices(self, row: dict, *, seed: int | None = 0) -> list[str] | None:
+        """The options of this row; None where the template has none."""
+        return self._choices(self._fields(row), seed)
+
+    def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str:
+        """Any Jinja text, rendered as this template's own would be; neither split nor stripped."""
+        fields = self._fields(row)
+        with self._named():
+            values = self._with_choices(fields, self._choices(fields, seed))
+            return unprotect(render_source(_cut_values(jinja_source), values, seed).text)
+
+    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+        """Prompt, answer, options and label index, in one go."""
+        fields = self._fields(row)
+        choices = self._choices(fields, seed)
+        with self._named():
+            values = self._with_choices(fields, choices)
+            rendered = render_source(_cut_values(self.jinja), values, seed)
+        parts = [unprotect(part).strip() for part in rendered.text.split("|||")]
+        target = parts[1] if len(parts) > 1 else None
+        label = None
+        if choices and target:
+            label = _label_of(target, choices, rendered.used_choices)
+        missing = tuple(dict.fromkeys(rendered.missing))
+        return RenderedExample(parts[0], target, choices, label, missing)
+
+    def check(self) -> None:
+        """Compile everything.
+
+        Raises:
+            ValueError: the template is refused; the message says why.
+        """
+        with self._named():
+            compile_source(_cut_values(self.jinja))
+            if self.answer_choices:
+                compile_source(self.answer_choices)
+
+    def _fields(self, row: dict) -> ProtectedRow:
+        if type(row) is ProtectedRow:
+            return row
+        if "answer_choices" in row:
+            raise ValueError(
+                f"a row of {name_of(self.dataset, self.subset)} has a field "
+                "'answer_choices', which is the templates' word for the options: rename it"
+            )
+        return ProtectedRow(row)
+
+    def _choices(self, fields: ProtectedRow, seed: int | None) -> list[str] | None:
+        source = self.answer_choices
+        if not source:
+            return None
+        key = (source, seed)  # templates of a data set mostly share their options
+        if key not in fields.choices:
+            with self._named():
+                text = source if "{" not in source else render_source(source, fields, seed).text
+            fields.choices[key] = [unprotect(part).strip() for part in text.split("|||")]
+        return list(fields.choices[key])
+
+    @staticmethod
+    def _with_choices(fields: dict, choices: list[str] | None) -> dict:
+        options = None if choices is None else AnswerChoices(protect(choices))
+        return {**fields, "answer_choices": options}
+
+    def _named(self) -> "_Named":
+        return _Named(self)
+
+
+class _Named:
+    """Says in an error which template it was."""
+
+    def __init__(self, template: PromptTemplate):
+        self.template = template
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, ValueError) and error.args and not hasattr(error, "problem"):
+            where = name_of(self.template.dataset, self.template.subset)
+            error.problem = str(error.args[0])
+            error.args = (f"template {self.template.name!r} of {where} {error.problem}",)
+
+
+def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
+    """Which option the target is.
+
+    Equal options are told apart by the one that the template read last. A target that an option is
+    a part of ("positive review.") is that option if the template read it.
+    """
+    last = used[-1] if used else None
+    if last is not None and choices[last] and choices[last] in target:
+        if choices[last] == target or target not in choices:
+            return last
+    return choices.index(target) if target in choices else None
+
+
+@lru_cache(maxsize=8192)
+def _cut_values(source: str) -> str:
+    """promptsource's cut, textual as there: it binds to the last operand of an expression."""
+    return source.replace("}}", _CUT)
+
+
+class TemplateTree:
+    """A folder of ``<dataset>[/<subset>]/templates.yaml`` files; each is read when asked for."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not any(path.glob("*/templates.yaml")) and (path / "templates").is_dir():
+            path = path / "templates"
+        if not path.is_dir():
+            raise ValueError(f"no folder of templates at {path}: {_REMEDY}")
+        self.path = path
+        self._templates: dict[tuple[str, str | None], dict[str, PromptTemplate]] = {}
+
+    @cached_property
+    def _files(self) -> dict[tuple[str, str | None], Path]:
+        found = {}
+        for file in sorted(self.path.rglob("templates.yaml")):
+            found[_names_in(file, self.path)] = file
+        if not found:
+            raise ValueError(f"no templates.yaml below {self.path}: {_REMEDY}")
+        return found
+
+    def datasets(self) -> list[tuple[str, str | None]]:
+        """Every (dataset, subset) that has templates, sorted."""
+        return sorted(self._files, key=lambda names: (names[0], names[1] or ""))
+
+    def templates(self, dataset: str, subset: str | None = None) -> list[PromptTemplate]:
+        """The templates of a data set, in the order of the file.
+
+        Raises:
+            ValueError: the tree has none for it; the message names similar ones.
+        """
+        return list(self._of(dataset, subset).values())
+
+    def template(self, dataset: str, subset: str | None, name: str) -> PromptTemplate:
+        """The template of that name.
+
+        Raises:
+            ValueError: there is none; the message names similar ones.
+        """
+        named = self._of(dataset, subset)
+        if name not in named:
+            raise ValueError(
+                f"{name_of(dataset, subset)} has no template {name!r}: {_similar(name, named)}"
+            )
+        return named[name]
+
+    def _of(self, dataset: str, subset: str | None) -> dict[str, PromptTemplate]:
+        key = (dataset, subset)
+        if key not in self._templates:
+            if key not in self._files:
+                known = [name_of(*names) for names in self.datasets()]
+                raise ValueError(
+                    f"no templates for {name_of(*key)} in {self.path}: "
+                    f"{_similar(name_of(*key), known)}"
+                )
+            self._templates[key] = {
+                template.name: template for template in read_templates(self._files[key], *key)
+            }
+        return self._templates[key]
+
+
+_REMEDY = (
+    "give a promptsource tree with --templates DIR (or METRO_TEMPLATES), or run "
+    "`metro templates fetch` once"
+)
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    lowered = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)
+    return (
+        f"did you mean {' or '.join(repr(lowered[other]) for other in close)}?"
+        if close
+        else (f"it has {', '.join(map(repr, known[:8]))}{', ...' if len(known) > 8 else ''}")
+    )
+
+
+def _names_in(file: Path, root: Path) -> tuple[str, str | None]:
+    """Data set and subset as the head of the file names them, else by its folders."""
+    with file.open(encoding="utf-8") as text:
+        named = dict(_HEADER.findall(text.read(400)))
+    parts = file.parent.relative_to(root).parts
+    dataset = named.get("dataset", parts[0] if parts else "").strip("'\"")
+    subset = named.get("subset", "" if "dataset" in named else "/".join(parts[1:])).strip("'\"")
+    return dataset, subset or None
+
+
+@lru_cache(maxsize=1)
+def _loader():
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        """Plain data, and promptsource's two tags, which become plain data as well."""
+
+    for tag in ("!Template", "!TemplateMetadata"):
+        Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
+    return Loader
+
+
+def read_templates(
+    file: Path, dataset: str | None = None, subset: str | None = None
+) -> list[PromptTemplate]:
+    """The templates of one ``templates.yaml``. Only plain data is built: no tag runs code.
+
+    Raises:
+        ValueError: the file is not of promptsource's form.
+    """
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=_loader()):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH:  # the C loader would overflow its stack
+                raise ValueError(f"{file} is not a file of templates: it nests too deeply")
+        content = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a file of templates: {reason}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("templates"), dict):
+        raise ValueError(f"{file} is not a file of templates: it has no mapping `templates`")
+    dataset = dataset or str(content.get("dataset"))
+    subset = subset or content.get("subset") or None
+    found: dict[str, PromptTemplate] = {}
+    for key, entry in content["templates"].items():
+        template = _read_template(file, key, entry, dataset, subset)
+        if template.name in found:
+            raise ValueError(f"{file} has two templates named {template.name!r}: rename one")
+        found[template.name] = template
+    return list(found.values())
+
+
+def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str | None):
+    where = f"{file}: template {key}"
+    for field in ("name", "jinja"):
+        if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+            raise ValueError(f"{where} has no text `{field}`")
+    metadata = entry.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where} has metadata without fields")
+    metrics = metadata.get("metrics") or []
+    # Values are not shown: aliases of YAML make a few lines as long as one likes.
+    for field, value in (
+        ("answer_choices", entry.get("answer_choices") or ""),
+        ("reference", entry.get("reference") or ""),
+        *(("metrics", metric) for metric in (metrics if isinstance(metrics, list) else [metrics])),
+    ):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: `{field}` is a {type(value).__name__}, not a text")
+    in_prompt = metadata.get("choices_in_prompt")
+    return PromptTemplate(
+        dataset=dataset,
+        subset=subset,
+        name=entry["name"],
+        jinja=entry["jinja"],
+        answer_choices=entry.get("answer_choices") or None,
+        metrics=tuple(metrics),
+        original_task=bool(metadata.get("original_task")),
+        choices_in_prompt=None if in_prompt is None else bool(in_prompt),
+        reference=entry.get("reference") or "",
+    )
+
+
+def find_templates(path: str | Path | None = None) -> TemplateTree:
+    """The tree at ``path``, else ``$METRO_TEMPLATES``, else the cache of `metro templates fetch`.
+
+    Raises:
+        ValueError: there is none; the message says what to do.
+    """
+    from metro.data.prompts.template_download import cached_templates
+
+    for place in (path, os.environ.get("METRO_TEMPLATES"), cached_templates()):
+        if place:
+            return TemplateTree(place)
+    raise ValueError(f"no templates: {_REMEDY}")

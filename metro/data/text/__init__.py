@@ -1,0 +1,1 @@
+"""Pretraining text: reading, vocabulary, encoding, the binarised corpus."""

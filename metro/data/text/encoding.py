@@ -1,0 +1,138 @@
+"""What is done with a chunk of text, in worker processes: decode, normalise, encode.
+
+Lines of plain text are items, an empty one is an item of its own that separates documents. A jsonl
+record or a data set's record is a document: its non-blank lines are items, followed by a separator.
+A separator holds nothing but ``</s>``; so does any line of which the vocabulary leaves nothing
+over.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metro.data.text.reading import Chunk, Skip
+from metro.modeling.text_metro_t5 import EOS_ID, Vocabulary, normalize_text
+
+
+class EncodedChunk(NamedTuple):
+    """The items of a chunk, in order."""
+
+    ids: np.ndarray
+    """Ids of all items one after the other, each ending with ``</s>``."""
+    sizes: np.ndarray
+    """int32, ids per item; 1 is a separator of documents."""
+    skips: list[Skip]
+
+
+class ChunkEncoder:
+    """Chunk -> items."""
+
+    def __init__(self, vocabulary: Path, lower: bool, dtype: np.dtype):
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(vocabulary / "sp.model"))
+        self.vocabulary = Vocabulary(processor, vocabulary)  # already verified by the parent
+        self.lower, self.dtype = lower, dtype
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        skips = list(chunk.skips)
+        if chunk.is_jsonl or isinstance(chunk.payload, list):
+            items = list(self._encode_documents(documents(chunk, skips)))
+        else:
+            items = self._encode(text_lines(chunk, skips))
+        sizes = np.fromiter(map(len, items), dtype=np.int32, count=len(items))
+        ids = np.fromiter(chain.from_iterable(items), dtype=self.dtype, count=int(sizes.sum()))
+        return EncodedChunk(ids, sizes, skips)
+
+    def _encode(self, lines: list[str]) -> list[list[int]]:
+        items = self.vocabulary.encode_lines([normalize_text(line, self.lower) for line in lines])
+        for item in items:
+            item.append(EOS_ID)
+        return items
+
+    def _encode_documents(self, texts: Iterator[str]) -> Iterator[list[int]]:
+        for text in texts:
+            items = [item for item in self._encode(text.split("\n")) if len(item) > 1]
+            if items:
+                yield from items
+                yield [EOS_ID]
+
+
+class WordCounter:
+    """Chunk -> how often each normalised word occurs."""
+
+    def __init__(self, lower: bool):
+        self.lower = lower
+
+    def __call__(self, chunk: Chunk) -> Counter[str]:
+        is_documents = chunk.is_jsonl or isinstance(chunk.payload, list)
+        texts = documents(chunk, []) if is_documents else text_lines(chunk, [])
+        return Counter(
+            chain.from_iterable(normalize_text(text, self.lower).split() for text in texts)
+        )
+
+
+def text_lines(chunk: Chunk, skips: list[Skip]) -> list[str]:
+    """The lines of a chunk of plain text; those that are not UTF-8 are noted in ``skips``."""
+    try:
+        lines = chunk.payload.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        lines = [line for _, line in _decoded_lines(chunk, skips)]
+        return lines
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def documents(chunk: Chunk, skips: list[Skip]) -> Iterator[str]:
+    """The text of each record of a chunk; records without usable text are left out and noted."""
+    if isinstance(chunk.payload, list):
+        numbered = enumerate(chunk.payload, start=chunk.first_line)
+    else:
+        numbered = _json_texts(chunk, skips)
+    for number, text in numbered:
+        if not text.isascii() and not _is_encodable(text):
+            skips.append(Skip(number, "not valid Unicode (lone surrogate)"))
+        else:
+            yield text
+
+
+def _json_texts(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]:
+    for number, line in _decoded_lines(chunk, skips):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            skips.append(Skip(number, "not JSON"))
+            continue
+        text = record.get("text") if isinstance(record, dict) else None
+        if isinstance(text, str):
+            yield number, text
+        else:
+            skips.append(Skip(number, "no string field 'text'"))
+
+
+def _decoded_lines(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]:
+    first_line = chunk.first_line + len(chunk.skips)  # an over-long line can only be the first
+    lines = chunk.payload.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=first_line):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError:
+            skips.append(Skip(number, "not valid UTF-8"))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

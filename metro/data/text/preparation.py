@@ -1,0 +1,221 @@
+"""The items of a corpus on their way to the files: splits, counts, the state to continue from."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype
+from metro.data.prepared_folder import PreparedFolder
+from metro.data.text import reading as text_input
+from metro.data.text.encoding import ChunkEncoder, EncodedChunk
+from metro.data.text.reading import Chunk, ReadPosition, TextSource
+from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
+from metro.utils.worker_pool import map_in_order
+
+CHECKPOINT_SECONDS = 5.0
+_MAX_SKIP_EXAMPLES = 10
+
+
+class Progress(NamedTuple):
+    """How far a step is."""
+
+    step: str
+    done: int
+    total: int | None
+    """Bytes of input on disk; None where that is unknown."""
+
+
+@dataclass
+class PreparationState:
+    """Where a run is: together with the files on disk, all that is needed to continue it."""
+
+    position: ReadPosition = ReadPosition(0, 0, 0)
+    train: WritePosition = WritePosition(0, 0)
+    valid: WritePosition = WritePosition(0, 0)
+    num_documents: int = 0
+    num_text_items: int = 0
+    """Items other than separators, in train and valid together."""
+    num_unknown: int = 0
+    ends_with_separator: bool = True
+    """Whether the next item begins a document."""
+    source_of_last_item: int = 0
+    last_train_document: int = 0
+    """Item of train with which its last document begins."""
+    items_per_source: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    skip_examples: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, content: dict) -> "PreparationState":
+        content = {key: value for key, value in content.items() if key != "settings"}
+        content["position"] = ReadPosition(*content["position"])
+        content["train"] = WritePosition(*content["train"])
+        content["valid"] = WritePosition(*content["valid"])
+        return cls(**content)
+
+
+class Preparation:
+    """The files being written and the state that goes with them."""
+
+    def __init__(
+        self,
+        folder: PreparedFolder,
+        sources: list[TextSource],
+        state: PreparationState,
+        fraction: float,
+    ):
+        self.folder, self.sources, self.state, self.fraction = folder, sources, state, fraction
+        self.vocab_size = len(Vocabulary.from_folder(folder.partial))
+        self.dtype = best_dtype(self.vocab_size)
+        self.train = IndexedFileWriter(folder.partial / "train", self.dtype, state.train)
+        self.valid = IndexedFileWriter(folder.partial / "valid", self.dtype, state.valid)
+
+    def encode_all(
+        self, lower: bool, num_workers: int, progress: Callable[[Progress], None]
+    ) -> None:
+        """Encode what is left of the inputs."""
+        total = text_input.total_bytes(self.sources)
+        before = text_input.bytes_before(self.sources)
+        chunks = text_input.read_chunks(self.sources, self.state.position)
+        arguments = (self.folder.partial, lower, self.dtype)
+        saved = time.monotonic()
+        for chunk, encoded in map_in_order(ChunkEncoder, arguments, chunks, num_workers):
+            self._add(chunk, encoded)
+            progress(Progress("encoding", before[chunk.end.source] + chunk.bytes_on_disk, total))
+            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+
+    def finish(self, say: Callable[[str], None]) -> dict:
+        """See to it that both splits have something, write the indices, and sum up."""
+        state = self.state
+        if not state.num_text_items:
+            self.folder.discard()
+            raise ValueError(
+                f"no text in the input ({', '.join(source.name for source in self.sources)}): "
+                + (self._describe_skips() or "all files are empty")
+            )
+        if self.fraction and not self.valid.num_items:
+            self._fill_validation()
+        for source in self.sources:
+            if not state.items_per_source.get(source.name):
+                say(f"warning: {source.name} is empty or has no usable text")
+        if state.skipped:
+            say(f"warning: {self._describe_skips()}")
+        for note in state.notes:
+            say(f"note: {note}")
+        counts = {
+            "documents": state.num_documents,
+            "lines": state.num_text_items,
+            "train_items": self.train.num_items,
+            "train_tokens": self.train.num_tokens,
+            "valid_items": self.valid.num_items,
+            "valid_tokens": self.valid.num_tokens,
+            "unknown_tokens": state.num_unknown,
+            "vocab_size": self.vocab_size,
+        }
+        self.train.finish()
+        if self.fraction:
+            self.valid.finish()
+        else:
+            self.valid.close()
+            self.valid.bin_path.unlink()
+        return {
+            "counts": counts,
+            "items_per_input": state.items_per_source,
+            "skipped": state.skipped,
+            "skip_examples": state.skip_examples,
+            "notes": state.notes,
+        }
+
+    def _add(self, chunk: Chunk, encoded: EncodedChunk) -> None:
+        state, name = self.state, self.sources[chunk.end.source].name
+        ids, sizes = encoded.ids, encoded.sizes
+        state.position = chunk.end
+        if len(sizes) and state.source_of_last_item != chunk.end.source:
+            state.source_of_last_item = chunk.end.source
+            if not state.ends_with_separator:
+                ids = np.concatenate([np.array([EOS_ID], self.dtype), ids])
+                sizes = np.concatenate([np.array([1], np.int32), sizes])
+        is_text = sizes > 1
+        follows_separator = np.concatenate([[state.ends_with_separator], ~is_text[:-1]])
+        starts_document = is_text & follows_separator[: len(sizes)]
+        # Separators belong to the document before them, or to the first one.
+        document = np.maximum(state.num_documents - 1 + np.cumsum(starts_document), 0)
+        is_valid = is_validation_document(document, self.fraction)
+        train_starts = np.flatnonzero(starts_document[~is_valid])
+        if len(train_starts):
+            state.last_train_document = self.train.num_items + int(train_starts[-1])
+        if is_valid.any():
+            is_valid_id = np.repeat(is_valid, sizes)
+            self.valid.append(ids[is_valid_id], sizes[is_valid])
+            self.train.append(ids[~is_valid_id], sizes[~is_valid])
+        else:
+            self.train.append(ids, sizes)
+        state.num_documents += int(starts_document.sum())
+        state.num_text_items += int(is_text.sum())
+        state.num_unknown += int(np.count_nonzero(ids == UNK_ID))
+        state.items_per_source[name] = state.items_per_source.get(name, 0) + int(is_text.sum())
+        if len(sizes):
+            state.ends_with_separator = not is_text[-1]
+        for skip in encoded.skips:
+            state.skipped[skip.reason] = state.skipped.get(skip.reason, 0) + 1
+            if len(state.skip_examples) < _MAX_SKIP_EXAMPLES:
+                state.skip_examples.append(f"{name}:{skip.line}: {skip.reason}")
+
+    def _save(self) -> None:
+        """Data first, then the state that counts on it."""
+        self.train.flush()
+        self.valid.flush()
+        self.state.train, self.state.valid = self.train.position, self.valid.position
+        self.folder.save_state(asdict(self.state))
+
+    def _fill_validation(self) -> None:
+        """No document fell to validation: take the last one, or a part of the only one."""
+        state, train = self.state, self.train
+        num_moved = train.num_items - state.last_train_document
+        if state.num_documents > 1:
+            note = (
+                f"none of the {state.num_documents} documents fell to the validation set at "
+                "fraction "
+                f"{self.fraction:g}: it is the last document"
+            )
+        else:
+            num_separators = num_moved - state.num_text_items
+            num_lines = max(1, round(self.fraction * state.num_text_items))
+            num_moved = min(num_lines, max(1, state.num_text_items - 1)) + num_separators
+            note = (
+                "the input is one document (no empty line): its last lines are the validation set"
+            )
+            if state.num_text_items == 1:
+                note = "the input is a single line: the validation set is a copy of it"
+        ids, sizes = train.read_last(num_moved)
+        self.valid.append(ids, sizes)
+        self.valid.flush()
+        state.notes.append(note)
+        keep = train.position
+        if state.num_text_items > 1:
+            keep = WritePosition(train.num_items - num_moved, train.num_tokens - len(ids))
+        # The state first: a run killed here is continued with the shorter train files.
+        state.train, state.valid = keep, self.valid.position
+        self.folder.save_state(asdict(state))
+        train.truncate(keep)
+
+    def _describe_skips(self) -> str:
+        parts = [f"{count:,} {reason}" for reason, count in sorted(self.state.skipped.items())]
+        first = "".join(f"\n  {example}" for example in self.state.skip_examples)
+        return f"lines skipped: {', '.join(parts)}; the first ones:{first}" if parts else ""
+
+
+def is_validation_document(index: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are set aside: drawn by their number alone (splitmix64), never document 0."""
+    z = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z.astype(np.float64) < fraction * 2.0**64) & (index > 0)

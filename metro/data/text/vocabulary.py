@@ -1,0 +1,108 @@
+"""Trains a vocabulary like the published ones: a SentencePiece unigram model, and its ``dict.txt``.
+
+The settings are those stored in the published ``sp.model`` files. As there, the input is the words
+of the normalised text with their frequencies, so memory and time depend on the distinct words only.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from metro.data.text.reading import TextSource, read_chunks, total_bytes
+from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
+
+SAMPLE_BYTES = 256 << 20
+MIN_VOCAB_SIZE = NUM_SPECIAL_IDS + 2  # and [MASK], and one character
+MAX_WORDS = 4_000_000
+_COVERAGE = {"nmt_nfkc_cf": 0.999995, "nmt_nfkc": 0.999999}  # of the published 32k and 64k models
+_LEAST_COVERAGE = 0.98  # that SentencePiece takes
+_NUM_THREADS = 8  # sums depend on it, so it is fixed whatever the machine has
+
+
+def sample_chunks(sources: list[TextSource], sample_bytes: int = SAMPLE_BYTES):
+    """Chunks spread evenly over the inputs, about ``sample_bytes`` of them; always the same ones.
+
+    Inputs of unknown length are read from their beginning until that is enough.
+    """
+    total = total_bytes(sources)
+    stride = 1 if total is None else max(1, -(-total // sample_bytes))
+    seen = 0
+    for number, chunk in enumerate(read_chunks(sources)):
+        if number % stride:
+            continue
+        seen += (
+            len(chunk.payload) if isinstance(chunk.payload, bytes) else sum(map(len, chunk.payload))
+        )
+        yield chunk
+        if total is None and seen >= sample_bytes:
+            return
+
+
+def merge_counts(parts: Iterable[Counter[str]], max_words: int = MAX_WORDS) -> Counter[str]:
+    """Sum of word counts; the rarest words are dropped while there are more than ``max_words``."""
+    counts: Counter[str] = Counter()
+    threshold = 1
+    for part in parts:
+        counts.update(part)
+        while len(counts) > max_words:
+            counts = Counter({word: count for word, count in counts.items() if count > threshold})
+            threshold += 1
+    return counts
+
+
+def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path) -> None:
+    """Write ``sp.model`` and ``dict.txt`` with ``size`` ids, the four special ones included.
+
+    Raises:
+        ValueError: ``size`` does not fit the text; the message names one that does.
+    """
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    rule = "nmt_nfkc_cf" if lower else "nmt_nfkc"
+    # A fixed order; tabs cannot occur within a word.
+    words = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=(f"{word}\t{count}" for word, count in words),
+            model_writer=model,
+            input_format="tsv",
+            model_type="unigram",
+            vocab_size=size,
+            normalization_rule_name=rule,
+            character_coverage=_coverage(counts, size, _COVERAGE[rule]),
+            max_sentence_length=10240,
+            max_sentencepiece_length=32,
+            bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+            bos_piece="[CLS]", pad_piece="[PAD]", eos_piece="[SEP]", unk_piece="[UNK]",
+            user_defined_symbols=["[MASK]"],
+            num_threads=_NUM_THREADS,
+            minloglevel=2,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        if largest := re.search(r"value <= (\d+)", str(error)):
+            remedy = f"the largest that this text allows is {largest[1]}"
+        elif smallest := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            remedy = f"the smallest that this text allows is {smallest[1]}"
+        else:
+            remedy = f"SentencePiece: {error}"
+        raise ValueError(
+            f"cannot train a vocabulary of {size} pieces on {len(counts)} distinct words: {remedy}"
+        ) from None
+    processor = SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = processor.id_to_piece(list(range(NUM_SPECIAL_IDS, processor.get_piece_size())))
+    (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    (folder / "sp.model").write_bytes(model.getvalue())
+
+
+def _coverage(counts: Counter[str], size: int, published: float) -> float:
+    """The published character coverage, or less where it would fill half the vocabulary."""
+    chars: Counter[str] = Counter()
+    for word, count in counts.items():
+        for char in word:
+            chars[char] += count
+    frequencies = sorted(chars.values(), reverse=True)
+    total, covered = sum(frequencies), sum(frequencies[: size // 2])
+    return max(_LEAST_COVERAGE, min(published, covered / max(total, 1)))

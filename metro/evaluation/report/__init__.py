@@ -1,0 +1,1 @@
+"""The comparison report: tables, page, figures."""

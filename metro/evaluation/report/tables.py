@@ -1,0 +1,297 @@
+"""The report as Markdown, CSV and LaTeX.
+
+Markdown and LaTeX show the table as the papers print it: percent with two digits, tasks across
+where they fit, down where there are many. The CSV files are tidy, one value per line, as fractions.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+
+from metro.evaluation.report.comparison import Row, Section
+from metro.evaluation.report.naming import task_title
+from metro.evaluation.runs.summary import Summary, interval_text, percent
+
+MOST_COLUMNS = 14  # tasks side by side; more, or long names, go down the page
+LONGEST_TITLE = 12
+MINUS = "−"
+PARTIAL = "†"
+
+
+def is_wide(section: Section) -> bool:
+    """Whether tasks go across, as in the papers' tables of T0 Eval."""
+    longest = max(len(task_title(task)) for task in section.tasks)
+    return len(section.tasks) <= MOST_COLUMNS and longest <= LONGEST_TITLE
+
+
+def cell(row: Row, task: str) -> str:
+    """Percent with two digits; a difference has a sign; what is not there is an empty string."""
+    value = row.values.get(task)
+    if value is None:
+        return ""
+    text = signed(value) if row.kind == "difference" else percent(value)
+    return text + PARTIAL if task in row.partial else text
+
+
+def average_cell(row: Row, section: Section) -> str:
+    """The average; where it is over fewer tasks than the table has, it says over how many."""
+    if row.average is None:
+        return ""
+    text = signed(row.average) if row.kind == "difference" else percent(row.average)
+    if row.num_averaged == len(section.tasks):
+        return text
+    return f"{text} ({row.num_averaged} of {len(section.tasks)})"
+
+
+def signed(fraction: float) -> str:
+    text = f"{100 * abs(fraction):.2f}"
+    if float(text) == 0:
+        return "±" + text
+    return (MINUS if fraction < 0 else "+") + text
+
+
+def name_of(row: Row, section: Section) -> str:
+    """A run's label, with its method if the section has several methods."""
+    if row.kind == "published":
+        return f"{row.label}, published ({section.letters(row)})"
+    methods = {report_run.run.method for report_run in section.runs}
+    if row.kind == "run" and len(methods) > 1 and not row.says_method:
+        return f"{row.label}, {row.detail}"
+    return row.label
+
+
+def grid(section: Section) -> list[list[str]]:
+    """The table as text, header first: tasks across if they fit, down otherwise."""
+    titles = ["", *map(task_title, section.tasks), "AVG"]
+    lines = [titles]
+    for row in section.rows:
+        values = [cell(row, task) for task in section.tasks]
+        lines.append([name_of(row, section), *values, average_cell(row, section)])
+    return lines if is_wide(section) else [list(line) for line in zip(*lines, strict=True)]
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """The whole report."""
+    parts = [f"# {escape_markdown(title)}"]
+    for section in sections:
+        parts.append(f"## {escape_markdown(section.title)}")
+        parts.append(f"Mean {section.metric_title} over prompts, in percent. AVG: mean over tasks.")
+        parts.append(markdown_table(grid(section)))
+        remarks = [f"({letter}) {source}" for source, letter in section.sources.items()]
+        if any(row.partial for row in section.rows):
+            remarks.append(f"{PARTIAL} a part of the prompts, not in the average")
+        parts.append("\n".join(f"- {escape_markdown(text)}" for text in [*remarks, *section.notes]))
+        for report_run in section.runs:
+            parts.append(f"### {escape_markdown(report_run.label)}: per task")
+            parts.append(markdown_table(statistics_grid(section, report_run.summary)))
+        if not section.one_prompt:
+            parts.append("### Per prompt")
+            parts.append(markdown_table(prompt_grid(section)))
+    parts.append(
+        "Interval: 95 % bootstrap over examples. Std, lowest, highest: over prompts. "
+        "Chance: the accuracy of guessing."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def statistics_grid(section: Section, summary: Summary) -> list[list[str]]:
+    """Everything that is known of every task of a run; no spread where there is one prompt."""
+    if section.one_prompt:
+        lines = [["task", "prompt", "examples", "accuracy", "interval", "macro-F1", "chance"]]
+        for task in summary.tasks.values():
+            lines.append([
+                task_title(task.task), *task.accuracies, str(task.num_examples),
+                percent(task.mean), interval_text(task.interval), percent(task.macro_f1),
+                percent(task.chance),
+            ])  # fmt: skip
+        return lines
+    lines = [["task", "prompts", "examples", "mean", "median", "std", "lowest", "highest", "IQR",
+              "interval", "macro-F1", "chance"]]  # fmt: skip
+    for task in summary.tasks.values():
+        prompts = str(task.num_prompts)
+        lines.append([
+            task_title(task.task),
+            prompts if task.complete else f"{prompts} of {task.num_listed}",
+            str(task.num_examples),
+            *map(percent, (task.mean, task.median, task.std, task.lowest, task.highest)),
+            percent(task.quartiles[1] - task.quartiles[0]),
+            interval_text(task.interval),
+            percent(task.macro_f1),
+            percent(task.chance),
+        ])  # fmt: skip
+    return lines
+
+
+def prompt_grid(section: Section) -> list[list[str]]:
+    """A line per prompt, a column per run."""
+    lines = [["task", "prompt", *(report_run.label for report_run in section.runs)]]
+    for task, prompt in prompts_of(section):
+        values = []
+        for report_run in section.runs:
+            summary = report_run.summary.tasks.get(task)
+            found = section.values_per_prompt(summary).get(prompt) if summary else None
+            values.append(percent(found))
+        lines.append([task_title(task), prompt, *values])
+    return lines
+
+
+def prompts_of(section: Section) -> list[tuple[str, str]]:
+    """(task, prompt) of every prompt that a run has."""
+    return list(
+        dict.fromkeys(
+            (task, result.prompt)
+            for task in section.tasks
+            for report_run in section.runs
+            for result in report_run.run.by_task().get(task, [])
+        )
+    )
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Aligned, so that the source reads as a table too."""
+    cells = [[escape_markdown(text) for text in line] for line in lines]
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
+    text = [
+        "| " + " | ".join(
+            part.ljust(width) if column == 0 else part.rjust(width)
+            for column, (part, width) in enumerate(zip(line, widths, strict=True))
+        ) + " |"
+        for line in cells
+    ]  # fmt: skip
+    rule = "| " + " | ".join(
+        ("-" * width if column == 0 else "-" * (width - 1) + ":")
+        for column, width in enumerate(widths)
+    )
+    return "\n".join([text[0], rule + " |", *text[1:]])
+
+
+def escape_markdown(text: str) -> str:
+    """Text of a file as it is: no markup, no line break, no cell of its own."""
+    text = re.sub(r"\s+", " ", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|#~]|\b_|_\b)", r"\\\1", text)
+
+
+def tasks_csv(sections: Sequence[Section]) -> str:
+    """One line per (row, task), published rows too."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([
+        "suite", "kind", "model", "method", "source", "task", "metric", "value", "difference",
+        "complete", "prompts", "prompts_listed", "examples", "mean_accuracy", "median_accuracy",
+        "std", "lowest", "highest", "quartile_1", "quartile_3", "interval_low", "interval_high",
+        "macro_f1", "chance", "seconds", "folder",
+    ])  # fmt: skip
+    for section in sections:
+        for report_run in section.runs:
+            published = report_run.published.values if report_run.published else {}
+            for name, task in report_run.summary.tasks.items():
+                value = section.value(task)
+                difference = None
+                if value is not None and name in published:
+                    difference = value - published[name]
+                writer.writerow([safe(item) for item in [
+                    section.suite, "run", report_run.label, report_run.run.method,
+                    report_run.published.source if report_run.published else None, name,
+                    section.metric, value, difference, task.complete, task.num_prompts,
+                    task.num_listed, task.num_examples, task.mean, task.median, task.std,
+                    task.lowest, task.highest, *task.quartiles, *(task.interval or (None, None)),
+                    task.macro_f1, task.chance, task.seconds, str(report_run.run.folder),
+                ]])  # fmt: skip
+        for row in section.published:
+            for task, value in row.values.items():
+                line = [section.suite, "published", row.title, "", row.source, task]
+                line += [section.metric, value] + [""] * 18
+                writer.writerow([safe(item) for item in line])
+    return out.getvalue()
+
+
+def prompts_csv(sections: Sequence[Section]) -> str:
+    """One line per (run, task, prompt)."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([
+        "suite", "model", "method", "task", "prompt", "accuracy", "macro_f1", "chance", "examples",
+        "median_choices", "seconds", "folder",
+    ])  # fmt: skip
+    for section in sections:
+        for report_run in section.runs:
+            for results in report_run.run.by_task().values():
+                for r in results:
+                    writer.writerow([safe(item) for item in [
+                        r.suite, report_run.label, r.method, r.task, r.prompt, r.accuracy,
+                        r.macro_f1, r.chance, r.num_examples, r.median_choices, r.seconds,
+                        str(report_run.run.folder),
+                    ]])  # fmt: skip
+    return out.getvalue()
+
+
+def safe(item):
+    """A text that a spreadsheet would take for a formula gets an apostrophe; floats are short."""
+    if isinstance(item, str) and item[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + item
+    if isinstance(item, float):
+        return f"{item:.6g}" if math.isfinite(item) else ""
+    return item
+
+
+def latex(title: str, sections: Sequence[Section]) -> str:
+    """A booktabs table per suite, to be read with \\input."""
+    parts = [f"% {one_line(title)}", "% needs \\usepackage{booktabs}"]
+    parts += [latex_table(section) for section in sections]
+    return "\n".join(parts) + "\n"
+
+
+def latex_table(section: Section) -> str:
+    lines = [[escape_latex(text) for text in line] for line in grid(section)]
+    embolden(lines, section)
+    header, body = lines[0], lines[1:]
+    rows = [" & ".join(line) + r" \\" for line in body]
+    if is_wide(section):
+        kinds = [row.kind for row in section.rows]
+        for place in reversed(range(1, len(kinds))):
+            group = (
+                kinds[place - 1] in ("run", "difference"),
+                kinds[place] in ("run", "difference"),
+            )
+            if kinds[place] != kinds[place - 1] and not all(group):
+                rows.insert(place, r"\midrule")
+    else:
+        rows.insert(len(rows) - 1, r"\midrule")  # above the average
+    caption = f"{section.title}: mean {section.metric_title} over prompts, in percent."
+    if any(row.partial for row in section.rows):
+        caption += f" {PARTIAL} a part of the prompts, not in the average."
+    return "\n".join([
+        r"\begin{table}", r"\centering\small",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule",
+        " & ".join(header) + r" \\", r"\midrule", *rows, r"\bottomrule",
+        r"\end{tabular}", r"\end{table}",
+    ])  # fmt: skip
+
+
+def embolden(lines: list[list[str]], section: Section) -> None:
+    """The best run of every task, in place."""
+    for number, row in enumerate(section.rows, 1):
+        for column, task in enumerate([*section.tasks, "average"], 1):
+            if task in row.best:
+                line, place = (number, column) if is_wide(section) else (column, number)
+                lines[line][place] = rf"\textbf{{{lines[line][place]}}}"
+
+
+LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "’": "'", "–": "--",
+    MINUS: "$-$", "±": r"$\pm$", PARTIAL: r"\dag{}",
+}  # fmt: skip
+
+
+def escape_latex(text: str) -> str:
+    return "".join(LATEX_SPECIAL.get(character, character) for character in one_line(text))
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)

@@ -1,0 +1,1 @@
+"""Evaluation runs: the loop over prompts, run folders, summaries, published numbers."""

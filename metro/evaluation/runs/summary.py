@@ -1,0 +1,307 @@
+"""What a run says: per task over its prompts, and the average of the suite.
+
+A task's accuracy is the mean over its prompts; the average is the mean over tasks, the three rounds
+of ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of
+its suite is partial: shown, and left out of the average.
+
+The interval is a percentile bootstrap over *examples*, from the per-example scores: examples are
+drawn with replacement, the same draw for all prompts of a task (they ask about the same examples),
+and the mean over prompts is taken anew. It says how far another sample of examples could move the
+number, not how far other prompts could: that is the spread (standard deviation, quartiles,
+extremes). In the average tasks are drawn independently.
+
+R resamples, N examples, P prompts.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metro.evaluation.runs.results import PromptResult, Run
+from metro.evaluation.runs.run_folder import write_whole
+
+NUM_RESAMPLES = 1000
+CONFIDENCE = 0.95
+DRAWN_AT_ONCE = 2_000_000  # resamples x examples held in memory
+
+
+@dataclass
+class TaskSummary:
+    """One task over its prompts; all but counts, and seconds, are fractions."""
+
+    task: str
+    num_prompts: int
+    num_listed: int
+    """Prompts that the suite lists for this task."""
+    num_examples: int
+    """Of the prompt that has most."""
+    mean: float
+    median: float
+    std: float
+    """Population standard deviation over prompts, as numpy.std."""
+    lowest: float
+    highest: float
+    quartiles: tuple[float, float]
+    """25th and 75th percentile over prompts; their difference is the IQR."""
+    interval: tuple[float, float] | None
+    """Bootstrap interval of the mean; None without per-example scores."""
+    chance: float | None
+    """Accuracy of guessing, mean over prompts."""
+    macro_f1: float | None
+    """Mean over prompts."""
+    seconds: float | None
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """Accuracy of every prompt."""
+    macro_f1s: dict[str, float] = field(default_factory=dict)
+    """Macro-F1 of every prompt that has one."""
+
+    @property
+    def complete(self) -> bool:
+        return self.num_prompts >= self.num_listed
+
+
+@dataclass
+class Summary:
+    """One run."""
+
+    model: str
+    method: str
+    suite: str
+    tasks: dict[str, TaskSummary]
+    """Every task that has a result, partial ones too, in the order of the suite."""
+    missing: list[str]
+    """Tasks of the suite without any result."""
+    average: float | None
+    """Mean over the complete tasks of their means; None where no task is complete."""
+    average_interval: tuple[float, float] | None
+    average_chance: float | None
+    average_macro_f1: float | None
+    seconds: float | None
+    limit: int | None = None
+    """Examples per prompt that the run was limited to: its numbers are of a part of the data."""
+    confidence: float = CONFIDENCE
+    num_resamples: int = NUM_RESAMPLES
+
+    @property
+    def averaged(self) -> list[str]:
+        """The tasks that the average is over."""
+        return [name for name, task in self.tasks.items() if task.complete]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the average is that of the whole suite."""
+        return not self.missing and len(self.averaged) == len(self.tasks)
+
+    def as_dict(self) -> dict[str, Any]:
+        tasks = {
+            name: {**asdict(task), "complete": task.complete} for name, task in self.tasks.items()
+        }
+        return {
+            **asdict(self),
+            "tasks": tasks,
+            "averaged": self.averaged,
+            "complete": self.complete,
+        }
+
+
+def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Summary:
+    """Summary of a run, finished or not.
+
+    Args:
+        run: as `read_run` returns it.
+        num_resamples: of the bootstrap; 0 leaves intervals out.
+        seed: of the bootstrap. The same run and seed give the same intervals.
+    """
+    by_task = run.by_task()
+    tasks, resamples = {}, {}
+    for name, results in by_task.items():
+        # Seeded by task name, so that a task's interval does not depend on what else was run.
+        random = np.random.default_rng([seed, *name.encode()])
+        means_R = resample_means(run, results, num_resamples, random) if num_resamples else None
+        listed = run.tasks.get(name) or [result.prompt for result in results]
+        tasks[name] = summarize_task(name, results, len(listed), means_R)
+        resamples[name] = means_R
+    averaged = [name for name, task in tasks.items() if task.complete]
+    drawn = [resamples[name] for name in averaged if resamples[name] is not None]
+    return Summary(
+        model=run.model,
+        method=run.method,
+        suite=run.suite,
+        tasks=tasks,
+        missing=[name for name in run.tasks if name not in by_task],
+        average=mean_or_none([tasks[name].mean for name in averaged]),
+        average_interval=(
+            percentile_interval(np.mean(drawn, axis=0))
+            if drawn and len(drawn) == len(averaged)
+            else None
+        ),
+        average_chance=mean_or_none([tasks[name].chance for name in averaged]),
+        average_macro_f1=mean_or_none([tasks[name].macro_f1 for name in averaged]),
+        seconds=total_or_none([task.seconds for task in tasks.values()]),
+        limit=run.options.get("limit"),
+        num_resamples=num_resamples,
+    )
+
+
+def summarize_task(
+    name: str, results: list[PromptResult], num_listed: int, means_R: np.ndarray | None
+) -> TaskSummary:
+    accuracies = np.array([result.accuracy for result in results])
+    low, high = np.percentile(accuracies, [25, 75])
+    return TaskSummary(
+        task=name,
+        num_prompts=len(results),
+        num_listed=num_listed,
+        num_examples=max(result.num_examples for result in results),
+        mean=float(accuracies.mean()),
+        median=float(np.median(accuracies)),
+        std=float(accuracies.std()),
+        lowest=float(accuracies.min()),
+        highest=float(accuracies.max()),
+        quartiles=(float(low), float(high)),
+        interval=None if means_R is None else percentile_interval(means_R),
+        chance=mean_or_none([result.chance for result in results]),
+        macro_f1=mean_or_none([result.macro_f1 for result in results]),
+        seconds=total_or_none([result.seconds for result in results]),
+        accuracies={result.prompt: result.accuracy for result in results},
+        macro_f1s={r.prompt: r.macro_f1 for r in results if r.macro_f1 is not None},
+    )
+
+
+def resample_means(
+    run: Run, results: list[PromptResult], num_resamples: int, random: np.random.Generator
+) -> np.ndarray | None:
+    """(R,) means over prompts, each with other examples; None if the scores are not all there."""
+    right_PN = []
+    for result in results:
+        scores = run.scores(result)
+        if scores is None:
+            return None
+        right = {score.index: score.prediction == score.label for score in scores}
+        accuracy = sum(right.values()) / max(1, len(right))
+        if len(right) != result.num_examples or abs(accuracy - result.accuracy) > 1e-3:
+            raise ValueError(
+                f"{run.folder / result.scores_file} has {len(right)} examples with accuracy "
+                f"{accuracy:.4f}, results.jsonl says {result.num_examples} with "
+                f"{result.accuracy:.4f}: delete both and evaluate again"
+            )
+        right_PN.append(right)
+    indices = sorted(set().union(*right_PN))
+    if not indices:
+        return None
+    # Not every prompt has every example: some templates apply to a part of the data set.
+    present_NP = np.array([[n in right for right in right_PN] for n in indices], dtype=np.float32)
+    right_NP = np.array(
+        [[right.get(n, False) for right in right_PN] for n in indices], dtype=np.float32
+    )
+    means = []
+    while len(means) < num_resamples:
+        drawn = min(num_resamples - len(means), max(1, DRAWN_AT_ONCE // len(indices)))
+        picked = random.integers(len(indices), size=(drawn, len(indices)))
+        picked += np.arange(drawn)[:, None] * len(indices)
+        counts = np.bincount(picked.ravel(), minlength=picked.size).reshape(picked.shape)
+        weight_RN = counts.astype(np.float32)
+        num_right = (weight_RN @ right_NP).astype(np.float64)
+        num = (weight_RN @ present_NP).astype(np.float64)
+        # A prompt that was drawn no example of has no accuracy in that resample.
+        accuracy_RP = np.divide(num_right, num, where=num > 0, out=np.full_like(num, np.nan))
+        means.extend(np.nanmean(accuracy_RP, axis=1))
+    return np.array(means)
+
+
+def percentile_interval(values_R: np.ndarray) -> tuple[float, float]:
+    outside = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(values_R, [outside, 100 - outside])
+    return float(low), float(high)
+
+
+def mean_or_none(values: list[float | None]) -> float | None:
+    """Mean, None if a value is missing: a mean over what happens to be there would mislead."""
+    return None if not values or None in values else float(np.mean(values))
+
+
+def total_or_none(values: list[float | None]) -> float | None:
+    return None if not values or None in values else float(sum(values))
+
+
+def write_summary(summary: Summary, path: Path) -> None:
+    """As JSON, complete or not at all."""
+    write_whole(path, json.dumps(summary.as_dict(), indent=1) + "\n")
+
+
+def print_summary(summary: Summary, console: Any = None) -> None:
+    """A table for the terminal: percent, tasks in rows, the average last."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=None)
+    table.add_column("task", overflow="fold")  # gives way in a narrow terminal: numbers do not
+    for column in ("prompts", "mean", "median", "spread", "interval", "F1", "chance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for task in summary.tasks.values():
+        table.add_row(
+            escape(task.task),
+            str(task.num_prompts) if task.complete else f"{task.num_prompts} of {task.num_listed}",
+            percent(task.mean),
+            percent(task.median),
+            interval_text((task.lowest, task.highest)) if task.num_prompts > 1 else "",
+            interval_text(task.interval),
+            percent(task.macro_f1),
+            percent(task.chance),
+            style=None if task.complete else "dim",
+        )
+    if summary.average is not None:
+        table.add_section()
+        table.add_row(
+            "average" if summary.complete else f"average of {len(summary.averaged)}",
+            "",
+            percent(summary.average),
+            "",
+            "",
+            interval_text(summary.average_interval),
+            percent(summary.average_macro_f1),
+            percent(summary.average_chance),
+            style="bold",
+        )
+    console = console or Console()
+    console.print(table)
+    for note in notes(summary):
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def notes(summary: Summary) -> list[str]:
+    """What a reader has to know before using the numbers."""
+    found = []
+    partial = [
+        f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"
+        for task in summary.tasks.values()
+        if not task.complete
+    ]
+    if partial:
+        found.append(f"partial, not in the average: {some(partial)}")
+    if summary.missing:
+        found.append(f"without results, not in the average: {some(summary.missing)}")
+    if summary.limit is not None:
+        found.append(
+            f"limited to {summary.limit} examples per prompt: not comparable with numbers over all "
+            "examples"
+        )
+    return found
+
+
+def some(names: list[str], most: int = 8) -> str:
+    """The names, the first of them where there are many."""
+    rest = len(names) - most
+    return ", ".join(names) if rest < 2 else f"{', '.join(names[:most])} and {rest} more"
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{percent(interval[0], 1)}–{percent(interval[1], 1)}"

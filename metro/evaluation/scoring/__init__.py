@@ -1,0 +1,1 @@
+"""Scoring of answer choices and metrics."""

@@ -1,0 +1,1 @@
+"""Evaluation tasks: suites, their rows and examples, protocols."""

@@ -1,0 +1,1 @@
+"""Reading models: registry, sources, checkpoints, loading, generation."""

@@ -1,0 +1,332 @@
+"""A fairseq checkpoint, of the original METRO-T0 code or of this project, as METRO's parts.
+
+What the two call their parameters is in ``fairseq_names``. The settings (``cfg``) have the same
+names in both; in METRO checkpoints of the original two of them are wrong: ``encoder_layers`` and
+the dropout rates are those of the auxiliary model, written over the main model's. Depths are read
+from the weights there.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.modeling.text_metro_t5 import BOS_ID, EOS_ID, PAD_ID
+from metro.models.fairseq_names import (
+    is_fairseq_state,
+    rename_fairseq_state,
+    rename_plugin_state,
+)
+from metro.models.safe_loading import load_tensors_and_settings
+from metro.models.weights_check import MOST_NAMES, check_weights, expected_shapes
+from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.model import MetroPretrainingModel
+
+TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+TIED += ("lm_head.weight",)
+"""The main model's names of its one embedding matrix."""
+
+PRETRAINING_TASKS = ("t5", "t5_metro")
+
+
+@dataclass
+class FairseqCheckpoint:
+    """What a checkpoint holds, checked to be complete."""
+
+    path: Path
+    names: str
+    """Whose parameter names the file has: ``original`` or ``metro``."""
+    settings: dict[str, Any]
+    """``cfg`` as plain values."""
+    main: dict[str, torch.Tensor]
+    """The main model, all its names, as ``MetroT5ForConditionalGeneration`` has them."""
+    extra: dict[str, torch.Tensor]
+    """``auxiliary.*`` and ``rtd_head.*`` of ``MetroPretrainingModel``; empty for plain T5."""
+    config: MetroT5Config
+    auxiliary: AuxiliaryConfig | None
+    """The auxiliary model's sizes; ``None`` for plain T5."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """``optimizer_history``: one entry per training, with its updates."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Validation losses that the file states: ``valid`` (the last) and ``best``."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the result must know."""
+
+    @property
+    def task(self) -> dict[str, Any]:
+        return self.settings.get("task") or {}
+
+    @property
+    def is_pretrained_only(self) -> bool:
+        """Not finetuned: its decoder starts with ``<sen000>`` instead of ``</s>``."""
+        return self.task.get("_name") in PRETRAINING_TASKS
+
+    @property
+    def first_sentinel(self) -> int | None:
+        """Id of ``<sen000>``, where the settings say how many sentinels there are."""
+        count = self.task.get("tokens_per_sample")
+        return self.config.vocab_size - count if isinstance(count, int) else None
+
+
+def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
+    """Read a ``.pt`` file of fairseq and check it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds code, is damaged or is something else; tensors are missing,
+            unexpected or of another shape than the settings say (all are listed).
+    """
+    path = Path(path)
+    content = load_tensors_and_settings(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+        remedy = "use the .pt file that fairseq wrote"
+        if isinstance(content, Mapping) and any("embed" in str(name) for name in content):
+            remedy = "it holds bare weights: give the Hugging Face folder it lies in instead"
+        raise ValueError(f"{path} is not a checkpoint of fairseq (it has no `model`): {remedy}")
+    settings = _settings(content, path)
+    state = dict(content["model"])
+    if strange := [name for name, value in state.items() if not _is_parameter(name, value)]:
+        raise ValueError(
+            f"{path} holds something else than dense floating point tensors in its `model`: "
+            f"{', '.join(map(repr, strange[:MOST_NAMES]))}; use the .pt file that fairseq wrote"
+        )
+    names = "original" if is_fairseq_state(state) else "metro"
+    state = rename_fairseq_state(state) if names == "original" else rename_plugin_state(state)
+    main = {n.removeprefix("main."): t for n, t in state.items() if n.startswith("main.")}
+    extra = {name: tensor for name, tensor in state.items() if not name.startswith("main.")}
+    is_metro = bool(extra) or model_name(settings).startswith("t5_metro")
+    checkpoint = FairseqCheckpoint(
+        path,
+        names,
+        settings,
+        main,
+        extra,
+        config=model_config(settings, main, path, trust_depth=names == "metro" or not is_metro),
+        auxiliary=auxiliary_config(settings, extra, path) if is_metro else None,
+        history=_history(content.get("optimizer_history")),
+        losses=_losses(content.get("extra_state")),
+    )
+    _check(checkpoint)
+    if is_metro and names == "original" and checkpoint.auxiliary.zero_dropout:
+        checkpoint.notes.append(
+            "the original's METRO checkpoints state the auxiliary model's dropout rates instead of "
+            f"the main model's: dropout_rate is {checkpoint.config.dropout_rate} here; the "
+            "published configurations train with 0.1"
+        )
+    if checkpoint.is_pretrained_only and checkpoint.first_sentinel is not None:
+        checkpoint.config.decoder_start_token_id = checkpoint.first_sentinel
+    return checkpoint
+
+
+def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
+    """The groups of settings that the file has, ``model`` among them."""
+    try:
+        settings = plain(content.get("cfg"))
+        if not settings:  # before fairseq had configurations, all options were in one namespace
+            args = plain(content.get("args"))
+            if isinstance(args, dict):
+                settings = {"model": args, "task": {"_name": args.get("task"), **args}}
+    except RecursionError:
+        raise ValueError(f"{path} holds settings that contain themselves; it is damaged") from None
+    groups = settings.items() if isinstance(settings, dict) else ()
+    settings = {name: group for name, group in groups if isinstance(group, dict)}
+    if not settings.get("model"):
+        raise ValueError(
+            f"{path} holds no settings (cfg.model), so the sizes of its model are unknown; use the "
+            "file as fairseq wrote it"
+        )
+    return settings
+
+
+def _is_parameter(name, value) -> bool:
+    return (
+        isinstance(name, str)
+        and torch.is_tensor(value)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+    )
+
+
+def plain(value):
+    """Namespaces and omegaconf's containers as dictionaries and lists, at any depth."""
+    if hasattr(value, "_content") and hasattr(value, "_metadata"):  # omegaconf, maybe unresolved
+        from omegaconf import OmegaConf
+
+        value = OmegaConf.to_container(value, resolve=False)
+    elif type(value).__name__ == "Namespace":
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def model_name(settings: dict) -> str:
+    model = settings["model"]
+    return str(model.get("_name") or model.get("arch") or "")
+
+
+def model_config(
+    settings: dict, main: Mapping[str, torch.Tensor], path: Path, trust_depth: bool
+) -> MetroT5Config:
+    """Sizes as the settings state them; depth and vocabulary as the weights have them."""
+    cfg, shapes = settings["model"], {name: tuple(t.shape) for name, t in main.items()}
+
+    def depth(stack: str) -> int:
+        layers = [re.match(rf"{stack}\.block\.(\d+)\.", name) for name in main]
+        return max((int(layer[1]) + 1 for layer in layers if layer), default=0)
+
+    def stated(name: str, default=None):
+        value = cfg.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise ValueError(f"{path} does not say cfg.model.{name}; is it of another model?")
+        return value
+
+    def size(name: str, default=None) -> int:
+        value = stated(name, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{path} says cfg.model.{name} is {value!r}, which must be a whole number of at "
+                "least 1; use the file as fairseq wrote it"
+            )
+        return value
+
+    embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight")
+    if not embedding or len(embedding) != 2:
+        raise ValueError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
+    width, heads = size("encoder_embed_dim"), size("encoder_attention_heads")
+    encoder_layers = size("encoder_layers") if trust_depth else depth("encoder")
+    return MetroT5Config(
+        vocab_size=embedding[0],
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=size("encoder_ffn_embed_dim"),
+        num_layers=encoder_layers,
+        num_decoder_layers=size("decoder_layers", encoder_layers),
+        num_heads=heads,
+        relative_attention_num_buckets=size("encoder_rp_bins"),
+        relative_attention_max_distance=size("encoder_rp_max_dist"),
+        max_positions=size("max_positions"),
+        dropout_rate=float(stated("dropout", 0.1)),
+        attention_dropout_rate=float(stated("attention_dropout", stated("dropout", 0.1))),
+        activation_dropout_rate=float(stated("activation_dropout", 0.0)),
+        feed_forward_proj=str(stated("activation_fn")),
+        layer_norm_epsilon=1e-5,  # fairseq has no option for it
+        bos_token_id=BOS_ID,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        decoder_start_token_id=EOS_ID,
+        architectures=["MetroT5ForConditionalGeneration"],
+        dtype=main["decoder.first_layer_norm.weight"].dtype
+        if "decoder.first_layer_norm.weight" in main
+        else None,
+    )
+
+
+def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryConfig:
+    """The auxiliary model's and RTD head's settings, with what published files say for them."""
+    cfg = settings["model"]
+
+    def choice(name: str, if_true: str) -> str:
+        text = str(cfg.get(name, if_true)).lower()
+        return {"true": if_true, "false": "none"}.get(text, text)
+
+    layers = [re.match(r"auxiliary\.encoder\.block\.(\d+)\.", name) for name in extra]
+    try:
+        return AuxiliaryConfig(
+            num_layers=max((int(layer[1]) + 1 for layer in layers if layer), default=0),
+            zero_dropout=bool(cfg.get("generator_zero_dropout", False)),
+            sample_mode=str(cfg.get("generator_sample_mode") or "train"),
+            rtd_head=choice("rtd_head", "simple"),
+            share=choice("share_generator_discriminator_embed", "token"),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def untied(main: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The main model's tensors with the embedding matrix under one name, ``shared.weight``."""
+    return {name: tensor for name, tensor in main.items() if name not in TIED[1:]}
+
+
+def generation_config(checkpoint: FairseqCheckpoint) -> GenerationConfig:
+    """How texts of this model start and end.
+
+    ``</s>`` for both after finetuning. A model that is only pretrained starts with ``<sen000>``; it
+    ends with it too where it learned span corruption, while METRO's targets end with ``</s>``.
+    """
+    config = checkpoint.config
+    end = [EOS_ID]
+    if checkpoint.is_pretrained_only and checkpoint.first_sentinel is not None:
+        end = [checkpoint.first_sentinel]
+        end += [EOS_ID] if checkpoint.task["_name"] == "t5_metro" else []
+    return GenerationConfig(
+        bos_token_id=BOS_ID,
+        pad_token_id=PAD_ID,
+        eos_token_id=end[0] if len(end) == 1 else end,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+
+
+def shared_with_main(auxiliary: AuxiliaryConfig) -> dict[str, str]:
+    """Names of the auxiliary model's tensors that are the main model's: own name -> main's."""
+    shared = auxiliary.share.split("_")
+    names = {
+        "token": ["embed_tokens.weight"],
+        "pos": ["pos_embed.weight"],
+        "norm": ["first_layer_norm.weight", "first_layer_norm.bias"],
+    }
+    return {
+        f"auxiliary.encoder.{name}": f"encoder.{name}"
+        for part in shared
+        for name in names.get(part, [])
+    }
+
+
+def _check(checkpoint: FairseqCheckpoint) -> None:
+    """Complete, of the right shapes, and one embedding matrix under all its names."""
+    source, config = str(checkpoint.path), checkpoint.config
+    if checkpoint.auxiliary is None:
+        expected = expected_shapes(MetroT5ForConditionalGeneration, config)
+    else:
+        shapes = expected_shapes(MetroPretrainingModel, config, checkpoint.auxiliary)
+        expected = {name.removeprefix("main."): shape for name, shape in shapes.items()}
+    state = {**checkpoint.main, **checkpoint.extra}
+    check_weights(state, expected, source, "the model that its settings (cfg.model) describe")
+    same = {name: "shared.weight" for name in TIED[1:]}
+    if checkpoint.auxiliary is not None:
+        same |= shared_with_main(checkpoint.auxiliary)
+    different = [
+        f"{name} and {main}" for name, main in same.items() if not _equal(state[name], state[main])
+    ]
+    if different:
+        raise ValueError(
+            f"{source} holds two different tensors where the model has one: "
+            f"{', '.join(different)}; the file is mixed up"
+        )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def _history(entries) -> list[dict[str, Any]]:
+    entries = plain(entries)
+    entries = entries if isinstance(entries, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _losses(extra_state) -> dict[str, float]:
+    if not isinstance(extra_state, Mapping):
+        return {}
+    stated = {"valid": extra_state.get("val_loss"), "best": extra_state.get("best")}
+    return {name: float(loss) for name, loss in stated.items() if isinstance(loss, int | float)}

@@ -1,0 +1,1 @@
+"""Files, messages, seeds and worker processes: what every part uses."""

@@ -1,0 +1,107 @@
+"""Interrupted and repeated preparations end with the bytes of one that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metro.data.prompts import preparation as prompt_preparation
+from metro.data.prompts.stored import read_manifest
+from tests.data.prompts.toys import files_of, make_world, prepare
+
+RUN = """
+import sys
+from metro.data.prompts import preparation as prompt_preparation
+from tests.data.prompts.toys import prepare
+from pathlib import Path
+prompt_preparation.CHUNK_EXAMPLES, prompt_preparation.CHECKPOINT_SECONDS = 40, 0
+world, out, workers, vocab = sys.argv[1:]
+options = {"vocab": vocab} if vocab else {}
+print(prepare(Path(world), Path(out), num_workers=int(workers), **options)[1])
+"""
+
+
+@pytest.mark.parametrize(("workers", "format"), [(1, "jsonl"), (2, "fairseq")])
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
+    world, vocab, tmp_path, workers, format
+):
+    """Oracle: the same command left alone."""
+    options = {"vocab": vocab} if format == "fairseq" else {}
+    expected, _ = prepare(world, tmp_path / "expected", **options)
+    out, state = tmp_path / "out", tmp_path / "out.partial/state.json"
+    command = [sys.executable, "-c", RUN, world, out, workers, options.get("vocab", "")]
+    rng, resumed, kills = random.Random(), 0, 0
+    for attempt in range(12):
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+        if attempt < 3:
+            before = state.read_bytes() if state.exists() else None
+            while process.poll() is None:
+                if state.exists() and state.read_bytes() != before:
+                    time.sleep(rng.random() * 0.1)
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.005)
+        said, _ = process.communicate(timeout=60)
+        resumed += "continuing after" in said
+        if process.returncode == 0:
+            break
+        assert not out.exists()
+    print(f"{kills} kills, {resumed} continued")
+    assert resumed >= 1 and files_of(out) == files_of(expected.folder)
+    assert not out.with_name("out.partial").exists()
+
+
+def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp_path):
+    out = tmp_path / "out"
+    first, _ = prepare(world, out)
+    first_files = files_of(first.folder)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again, said = prepare(world, out)
+    assert again.was_finished and "already finished" in said[0]
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ValueError, match="seed was 0 and is 1.*--overwrite"):
+        prepare(world, out, seed=1)
+    other, _ = prepare(world, out, seed=1, overwrite=True)
+    other_files = files_of(other.folder)
+    assert other_files != first_files and read_manifest(out)["seed"] == 1
+    (out / "train/one_ask/train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="missing or was changed.*--overwrite"):
+        prepare(world, out, seed=1)
+    again, _ = prepare(world, out, seed=1, overwrite=True)
+    assert files_of(again.folder) == other_files
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        prepare(world, tmp_path / "taken")
+
+
+def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypatch):
+    world = make_world(tmp_path)
+    monkeypatch.setattr(prompt_preparation, "CHUNK_EXAMPLES", 30)
+    monkeypatch.setattr(prompt_preparation, "CHECKPOINT_SECONDS", 0)
+
+    def stop(now):
+        if now.done > 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world, tmp_path / "out", progress=stop)
+    file = world / "data/one/default/train.jsonl"
+    rows, written = file.read_bytes(), file.stat().st_mtime_ns
+    file.write_bytes(rows + b'{"text": "more", "label": 0}\n')
+    with pytest.raises(ValueError, match="unfinished run that differs: data_files was .* and is"):
+        prepare(world, tmp_path / "out")
+    file.write_bytes(rows)
+    os.utime(file, ns=(written, written))
+    result, said = prepare(world, tmp_path / "out")
+    assert "continuing after 0 of 4 parts" in said[0]
+    expected, _ = prepare(world, tmp_path / "expected")
+    assert files_of(result.folder) == files_of(expected.folder)
+    file.write_bytes(rows.replace(b"drei", b"four"))
+    with pytest.raises(ValueError, match="other settings: data_files was"):
+        prepare(world, tmp_path / "out")

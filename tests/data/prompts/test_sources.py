@@ -1,0 +1,84 @@
+"""Where examples come from: splits, P3, and names of data sets and tasks."""
+
+import pytest
+
+from metro.data import datasets
+from metro.data.prompts.stored import PromptedExamples
+from tests.data.prompts.toys import YES_NO, prepare, random_rows, write_rows, write_templates
+
+
+def test_several_train_splits_follow_one_another(world, tmp_path):
+    for split, seed in (("train_r2", 2), ("train_r1", 1), ("dev_r1", 3), ("test_r1", 4)):
+        write_rows(tmp_path / "data", "one", split, random_rows(seed, 5))
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    result, _ = prepare(
+        tmp_path,
+        tmp_path / "out",
+        templates=world / "templates",
+        mixture=str(tmp_path / "mix.yaml"),
+    )
+    train = PromptedExamples(result.folder / "train/one_ask")
+    assert [(e["split"], e["row"]) for e in train][4:6] == [("train_r1", 4), ("train_r2", 5)]
+    assert {e["split"] for e in PromptedExamples(result.folder / "valid/one_ask")} == {
+        "dev_r1", "test_r1",
+    }  # fmt: skip
+
+
+def test_ready_rendered_prompts_of_p3(world, tmp_path):
+    """P3's fields, one local folder per task; a task that is not there is listed."""
+    rows = [
+        {"inputs_pretokenized": " Is  it|||? ", "targets_pretokenized": "\nYes", "inputs": [1]},
+        {
+            "inputs_pretokenized": "Or?", "targets_pretokenized": "No",
+            "answer_choices": ["Yes", "No"],
+        },
+        {"inputs_pretokenized": "Nothing?", "targets_pretokenized": ""},
+        {"inputs": [1]},
+    ]  # fmt: skip
+    write_rows(tmp_path / "data", "P3", "train", rows, "one_ask")
+    result, _ = prepare(world, tmp_path / "out", data_dir=tmp_path / "data", source="p3")
+    examples = PromptedExamples(result.folder / "train/one_ask")
+    assert [(e["input"], e["target"], e["label"]) for e in examples] == [
+        ("Is it|||?", "Yes", None), ("Or?", "No", 1),
+    ]  # fmt: skip
+    assert {r: f["count"] for r, f in result.manifest["dropped"].items()} == {
+        "empty target": 1, "missing field": 1,
+    }  # fmt: skip
+    assert "one/one_copy" in {row["name"] for row in result.manifest["unavailable"]}
+
+
+def test_splits_of_p3_without_labels_are_left_out(world, tmp_path, monkeypatch):
+    """P3 rendered them with the label -1, which is the last option."""
+    table = {"one": datasets.DatasetEntry(splits=("train", "validation"))}
+    monkeypatch.setattr(datasets, "dataset_table", lambda: table)
+    rows = [{"inputs_pretokenized": "Is it?", "targets_pretokenized": "Yes"}]
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "data", "P3", split, rows, "one_ask")
+    write_rows(tmp_path / "data", "P3", "test", rows, "one_copy")
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    options = {"templates": world / "templates", "mixture": str(tmp_path / "mix.yaml")}
+    result, _ = prepare(tmp_path, tmp_path / "out", source="p3", **options)
+    made = [e["split"] for e in PromptedExamples(result.folder / "valid/one_ask")]
+    assert made == ["validation"]
+    reasons = {(row["side"], row["name"]): row["reason"] for row in result.manifest["unavailable"]}
+    assert reasons["valid", "one/one_copy"] == "no validation split with labels: it has test"
+
+
+def test_data_sets_with_a_name_space_are_found(tmp_path):
+    """`owner/set` is a data set without subset where the tree says so."""
+    write_templates(tmp_path / "templates", "owner/set", YES_NO)
+    write_rows(tmp_path / "data", "owner/set", "train", random_rows(0, 5))
+    (tmp_path / "mix.yaml").write_text("data_sets: [owner/set]\n")
+    result, _ = prepare(tmp_path, tmp_path / "out")
+    facts = result.manifest["splits"]["train"]["owner_set_ask"]
+    assert (facts["dataset"], facts["subset"], facts["num_examples"]) == ("owner/set", None, 5)
+
+
+def test_templates_that_share_the_name_of_a_task_are_refused(tmp_path):
+    templates = {"is it?": YES_NO["ask"], "is it!": YES_NO["copy"]}
+    write_templates(tmp_path / "templates", "one", templates)
+    write_rows(tmp_path / "data", "one", "train", random_rows(0, 5))
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    with pytest.raises(ValueError, match="'is it.' of one and 'is it!' of one both make the task"):
+        prepare(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,43 @@
+"""Prompted examples on disk are read as a sequence, by several processes."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from metro.data.prompts.stored import PromptedExamples
+from tests.data.prompts.toys import prepare, random_rows, write_rows
+
+
+def test_examples_are_a_picklable_sequence_with_source_rows(world, tmp_path):
+    rows = random_rows(0, 50)
+    rows[10]["text"] = " "  # empty target for "copy"
+    write_rows(tmp_path / "data", "one", "train", rows)
+    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    options = {"templates": world / "templates", "mixture": str(tmp_path / "mix.yaml")}
+    result, _ = prepare(tmp_path, tmp_path / "out", **options)
+    examples = PromptedExamples(result.folder / "train/one_copy")
+    assert examples.rows.tolist() == [i for i in range(50) if i != 10]
+    again = pickle.loads(pickle.dumps(examples))
+    assert again[10]["row"] == 11 and again[-1] == examples[len(examples) - 1]
+    assert [example["row"] for example in again[8:12]] == [8, 9, 11, 12]
+    assert sum(1 for _ in again) == 49
+    with pytest.raises(IndexError):
+        again[49]
+    by_hand = tmp_path / "hand.jsonl"
+    by_hand.write_text('{"input": "a", "row": 3}\n\n{"input": "b", "row": 5}\n')
+    found = PromptedExamples(by_hand)
+    assert [found[0]["input"], found[1]["input"]] == ["a", "b"] and found.rows.tolist() == [3, 5]
+    with (result.folder / "train/one_copy/train.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="prepare it again"):
+        PromptedExamples(result.folder / "train/one_copy")
+
+
+def test_prepared_rows_are_int32_and_offsets_int64(world, tmp_path):
+    result, _ = prepare(world, tmp_path / "out", limit=3)
+    folder = result.folder / "train/one_ask"
+    offsets = np.load(folder / "train.offsets.npy")
+    assert offsets.dtype == np.int64 and len(offsets) == 4
+    assert np.load(folder / "train.rows.npy").dtype == np.int32
+    assert offsets[-1] == (folder / "train.jsonl").stat().st_size

@@ -1,0 +1,349 @@
+"""Text becomes the bytes that fairseq-preprocess writes, whatever the workers, chunks and kills."""
+
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.plain_chain import normalize_plainly
+from metro.data.indexed_file import IndexedFileWriter, WritePosition
+from metro.data.text import reading as text_input
+from metro.data.text.corpus import prepare_text
+from metro.data.text.preparation import is_validation_document
+from metro.modeling.text_metro_t5 import Vocabulary
+from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text, silent
+
+
+def test_bytes_equal_fairseq_preprocess_on_the_same_lines(text, vocab, tmp_path):
+    """Oracle: fairseq-preprocess on pieces made by the plain normaliser and SentencePiece."""
+    if importlib.util.find_spec("fairseq") is None:
+        pytest.skip("fairseq is not installed")
+    processor = Vocabulary.from_folder(vocab).processor
+    hard = (
+        "plain\r\n\r\n \t \n''x'' ´y´\u200b\n日本 ☃☃ x\n[MASK] a[MASK]b <s>\n\x01\nlast, no newline"
+    )
+    (tmp_path / "hard.txt").write_bytes(hard.encode())
+    with (tmp_path / "pieces.txt").open("w", encoding="utf-8") as pieces:
+        for line in [*text.read_text(encoding="utf-8").split("\n")[:-1], "", *hard.split("\n")]:
+            pieces.write(" ".join(processor.encode(normalize_plainly(line, True), out_type=str)))
+            pieces.write("\n")
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--workers", "1"]
+    command += ["--srcdict", vocab / "dict.txt", "--trainpref", tmp_path / "pieces.txt"]
+    subprocess.run([*command, "--destdir", tmp_path / "theirs"], check=True, capture_output=True)
+    # The first file must not end with an empty line: then a boundary is added between the two.
+    assert not text.read_text(encoding="utf-8").endswith("\n\n")
+    prepare([text, tmp_path / "hard.txt"], tmp_path / "ours", vocab)
+    for name in ("train.bin", "train.idx", "dict.txt"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_writer_reproduces_recorded_files(testdata, tmp_path):
+    """Oracle: fairseq's own files; written in two parts with a crash's leftovers between them."""
+    prefix = testdata / "golden/wiki2tiny-bin/train"
+    items = items_of(prefix)
+    sizes = np.array([*map(len, items)], np.int32)
+    ids = np.concatenate(items).astype(np.uint16)
+    half, split = 1000, int(sizes[:1000].sum())
+    writer = IndexedFileWriter(tmp_path / "train", np.uint16)
+    writer.append(ids[:split], sizes[:half])
+    position = writer.position
+    writer.append(ids[:77], np.array([77]))
+    writer.close()
+    writer = IndexedFileWriter(tmp_path / "train", np.uint16, WritePosition(*position))
+    writer.append(ids[split:], sizes[half:])
+    writer.finish()
+    for suffix in (".bin", ".idx"):
+        written = (tmp_path / "train").with_suffix(suffix).read_bytes()
+        assert written == prefix.with_suffix(suffix).read_bytes()
+
+
+def test_index_of_items_beyond_four_gigabytes_has_exact_offsets(tmp_path, monkeypatch):
+    """Oracle: offsets are sums of sizes; the data file is sparse."""
+    monkeypatch.setattr("metro.data.indexed_file._ITEMS_AT_ONCE", 2)
+    sizes = np.array([1_500_000_000, 3, 2_000_000_000, 5, 7], np.int32)
+    (tmp_path / "big.sizes").write_bytes(sizes.tobytes())
+    with (tmp_path / "big.bin").open("wb") as file:
+        file.truncate(2 * int(sizes.sum(dtype=np.int64)))
+    position = WritePosition(5, int(sizes.sum(dtype=np.int64)))
+    IndexedFileWriter(tmp_path / "big", np.uint16, position).finish()
+    starts = np.frombuffer((tmp_path / "big.idx").read_bytes(), "<i8", 5, 26 + 20)
+    assert starts.tolist() == [0, 3_000_000_000, 3_000_000_006, 7_000_000_006, 7_000_000_016]
+
+
+@pytest.mark.parametrize(
+    "num_bytes, workers, chunk_bytes",
+    [(None, 3, 1000), (None, 2, 77), (None, 2, 1 << 20), (3000, 1, 1)],
+)
+def test_workers_and_chunks_never_change_the_output(
+    text, vocab, tmp_path, monkeypatch, num_bytes, workers, chunk_bytes
+):
+    """Oracle: one process that reads all at once."""
+    source = tmp_path / "source.txt"
+    source.write_bytes(text.read_bytes()[:num_bytes])
+    expected, _ = prepare([source, source], tmp_path / "one", vocab, valid_fraction=0.1)
+    assert expected.manifest["counts"]["valid_items"] > 0
+    monkeypatch.setattr(text_input, "CHUNK_BYTES", chunk_bytes)
+    settings = {"num_workers": workers, "valid_fraction": 0.1}
+    result, _ = prepare([source, source], tmp_path / "out", vocab, **settings)
+    assert files_of(result.folder) == files_of(expected.folder)
+    assert result.manifest == expected.manifest
+
+
+def test_whole_documents_are_set_aside_and_nothing_is_lost(text, vocab, tmp_path):
+    """Oracle: the unsplit output, cut into documents here."""
+    prepare([text], tmp_path / "all", vocab)
+    prepare([text], tmp_path / "split", vocab, valid_fraction=0.2)
+    documents, current = [], []
+    for item in items_of(tmp_path / "all/train"):
+        if len(item) > 1 and current and len(current[-1]) == 1 and any(len(i) > 1 for i in current):
+            documents.append(current)
+            current = []
+        current.append(item)
+    documents.append(current)
+    chosen = is_validation_document(np.arange(len(documents)), 0.2)
+    for split, is_member in (("train", ~chosen), ("valid", chosen)):
+        members = [doc for doc, member in zip(documents, is_member, strict=True) if member]
+        assert items_of(tmp_path / "split" / split) == [item for doc in members for item in doc]
+    assert 0.1 < chosen.mean() < 0.3
+
+
+def test_drawn_share_of_documents_is_the_asked_one():
+    """Oracle: a binomial draw stays within five standard deviations."""
+    for fraction in (0.005, 0.1, 0.5):
+        drawn = is_validation_document(np.arange(200_000), fraction)
+        assert abs(drawn.mean() - fraction) < 5 * (fraction * (1 - fraction) / 200_000) ** 0.5
+        assert not drawn[0]
+
+
+@pytest.mark.parametrize(
+    "content, train, valid, note",
+    [
+        ("a\nb\n\nc\nd\n\n", ["a", "b", ""], ["c", "d", ""], "it is the last document"),
+        ("a\nb\nc\n", ["a", "b"], ["c"], "one document"),
+        ("a\n", ["a"], ["a"], "single line"),
+    ],
+)
+def test_few_documents_still_give_both_splits(vocab, tmp_path, content, train, valid, note):
+    """Oracle: by hand."""
+    (tmp_path / "few.txt").write_text(content)
+    _, said = prepare([tmp_path / "few.txt"], tmp_path / "out", vocab, valid_fraction=0.001)
+    assert note in said
+    vocabulary = Vocabulary.from_folder(vocab)
+    for split, lines in (("train", train), ("valid", valid)):
+        expected = [vocabulary.encode(line, True) for line in lines]
+        assert items_of(tmp_path / "out" / split) == expected
+
+
+def test_jsonl_gz_and_datasets_equal_the_same_documents_as_text(vocab, tmp_path):
+    """Oracle: plain text with an empty line after each document."""
+    records = ["One line.", "Two\n\n  \nlines\r\n", "", "“Last”\n"]
+    plain = "One line.\n\nTwo\nlines\n\n“Last”\n\n"
+    lines = "".join(json.dumps({"text": record, "id": 3}) + "\n" for record in records)
+    (tmp_path / "a.txt").write_text(plain, encoding="utf-8")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "a.txt.gz").write_bytes(
+        gzip.compress(plain[:20].encode()) + gzip.compress(plain[20:].encode())
+    )
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    inputs = ["a.jsonl", "a.txt.gz", "a.jsonl.gz"]
+    if importlib.util.find_spec("datasets"):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/train.jsonl").write_text(lines)
+        inputs.append(f"hf:{tmp_path / 'data'}")
+    prepare([tmp_path / "a.txt"], tmp_path / "expected", vocab)
+    for number, name in enumerate(inputs):
+        source = name if name.startswith("hf:") else tmp_path / name
+        result, _ = prepare([source], tmp_path / f"out{number}", vocab)
+        assert files_of(result.folder) == files_of(tmp_path / "expected"), name
+
+
+def test_datasets_without_the_package_or_the_field_say_what_to_do(vocab, tmp_path, monkeypatch):
+    if importlib.util.find_spec("datasets"):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/train.jsonl").write_text('{"body": "x"}\n')
+        with pytest.raises(ValueError, match=r"no string field 'text'; its fields are \['body'\]"):
+            prepare([f"hf:{tmp_path / 'data'}"], tmp_path / "out", vocab)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        prepare(["hf:anything"], tmp_path / "out2", vocab)
+
+
+def test_unusable_lines_are_skipped_counted_and_named(vocab, tmp_path, monkeypatch):
+    """Oracle: the same inputs without those lines."""
+    monkeypatch.setattr(text_input, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(text_input, "MAX_LINE_BYTES", 500)
+    long = b"x" * 501
+    bad = [b"good", b"b\xffd", b"", long, b"also \xe2\x82", b"y" * 500, b"end", long]
+    (tmp_path / "bad.txt").write_bytes(b"\n".join(bad))
+    records = [
+        b'{"text": "fine"}',
+        b"{oops",
+        b'{"body": 1}',
+        b'"text"',
+        b'{"text": "\\ud800"}',
+        long,
+        b"\xff",
+        b'{"text": "too"}',
+    ]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(records) + b"\n")
+    (tmp_path / "good.txt").write_bytes(b"\n".join([b"good", b"", b"y" * 500, b"end"]))
+    (tmp_path / "good.jsonl").write_bytes(b"\n".join([records[0], records[-1]]))
+    result, said = prepare([tmp_path / "bad.txt", tmp_path / "bad.jsonl"], tmp_path / "out", vocab)
+    expected, _ = prepare(
+        [tmp_path / "good.txt", tmp_path / "good.jsonl"], tmp_path / "expected", vocab
+    )
+    assert files_of(result.folder) == files_of(expected.folder)
+    assert result.manifest["skipped"] == {
+        "longer than 500 bytes": 3,
+        "not JSON": 1,
+        "no string field 'text'": 2,
+        "not valid UTF-8": 3,
+        "not valid Unicode (lone surrogate)": 1,
+    }
+    for place in ("bad.txt:2: not valid UTF-8", "bad.txt:4: longer", "bad.txt:8: longer"):
+        assert place in said
+    for place in (
+        "jsonl:2: not JSON",
+        "jsonl:3: no string",
+        "jsonl:5: not valid",
+        "jsonl:6: longer",
+    ):
+        assert place in said
+
+
+def test_line_of_ten_megabytes_is_one_item(vocab, tmp_path):
+    """Oracle: SentencePiece on the whole line."""
+    line = ("the sun shone (hotly), didn't it? " * 300_000)[:10_000_000]
+    (tmp_path / "long.txt").write_text(f"before\n{line}\nafter\n")
+    prepare([tmp_path / "long.txt"], tmp_path / "out", vocab, num_workers=2)
+    vocabulary = Vocabulary.from_folder(vocab)
+    expected = [vocabulary.encode(text, True) for text in ("before", line, "after")]
+    assert items_of(tmp_path / "out/train") == expected
+
+
+def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
+    for name in ("empty.txt", "blank.txt"):
+        (tmp_path / name).write_text("" if name == "empty.txt" else "\n \n")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random_text(5, 50).encode())[:-20])
+    out = tmp_path / "out"
+    cases = [
+        ([tmp_path / "nowhere.txt", text], {}, FileNotFoundError, "no such input file: .*nowhere"),
+        ([tmp_path], {}, ValueError, "is a folder"),
+        ([], {}, ValueError, "no input"),
+        ([tmp_path / "empty.txt"], {}, ValueError, "no text in the input .*all files are empty"),
+        ([tmp_path / "blank.txt"], {}, ValueError, "no text in the input"),
+        ([tmp_path / "cut.txt.gz"], {"overwrite": True}, ValueError, "not a complete gzip file"),
+        ([text], {"valid_fraction": 1.0, "overwrite": True}, ValueError, "--valid-fraction is 1.0"),
+        ([text], {"num_workers": 0, "overwrite": True}, ValueError, "--workers is 0"),
+        ([text], {"train_vocab": 100}, ValueError, "either --vocab DIR or --train-vocab N"),
+        ([text], {"vocab": None, "train_vocab": 0}, ValueError, "--train-vocab is 0, .* least 6"),
+        ([text], {"vocab": None, "train_vocab": -5}, ValueError, "--train-vocab is -5, .* least 6"),
+    ]
+    for inputs, settings, error, message in cases:
+        with pytest.raises(error, match=message):
+            prepare(inputs, out, **{"vocab": vocab, **settings})
+        assert not out.exists()
+    _, said = prepare([tmp_path / "empty.txt", text], out, vocab, overwrite=True)
+    assert "warning: " in said and "empty.txt is empty" in said
+
+
+def test_finished_folder_is_left_alone_and_other_settings_need_overwrite(text, vocab, tmp_path):
+    out = tmp_path / "out"
+    prepare([text], out, vocab)
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again, said = prepare([text], out, vocab, num_workers=2)
+    assert again.was_finished and "already finished" in said
+    assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(ValueError, match="lower was True and is False.*--overwrite"):
+        prepare([text], out, vocab, lower=False)
+    (out / "notes.md").write_text("mine")
+    prepare([text], out, vocab, lower=False, valid_fraction=0.2, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {*ALL_FILES, "prepare_text.json", "notes.md"}
+    assert not out.with_name("out.partial").exists()
+    (out / "train.bin").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="train.bin is missing or was changed"):
+        prepare([text], out, vocab)
+
+
+def test_folder_of_other_things_is_not_touched(text, vocab, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not empty"):
+        prepare([text], tmp_path / "out", vocab)
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial/thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files .thesis.tex"):
+        prepare([text], tmp_path / "new", vocab)
+    assert (tmp_path / "new.partial/thesis.tex").exists()
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_trained_vocabulary_has_the_published_layout_and_is_the_same_each_time(
+    text, tmp_path, lower
+):
+    """Oracle: the layout of the published sp.model files."""
+    for name, workers in (("a", 1), ("b", 2)):
+        prepare_text(
+            [text], tmp_path / name, train_vocab=200, lower=lower, num_workers=workers, say=silent
+        )
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    vocabulary = Vocabulary.from_folder(tmp_path / "a")
+    processor = vocabulary.processor
+    assert len(vocabulary) == 200
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    assert processor.id_to_piece(list(range(5))) == special
+    assert processor.encode("a[MASK]")[-1] == 4
+    assert (vocabulary.encode("ÉTA", lower) == vocabulary.encode("éta", lower)) == lower
+
+
+@pytest.mark.parametrize(
+    "size, remedy",
+    [(5000, r"the largest that this text allows is \d+"), (9, "the smallest .* allows is 14$")],
+)
+def test_vocabulary_size_that_does_not_fit_the_text_is_refused(tmp_path, size, remedy):
+    (tmp_path / "small.txt").write_text("some few words\n")
+    message = f"vocabulary of {size} pieces on 3 distinct words: {remedy}"
+    with pytest.raises(ValueError, match=message):
+        prepare_text([tmp_path / "small.txt"], tmp_path / "out", train_vocab=size, num_workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.txt"]
+
+
+def test_small_vocabulary_gives_up_rare_characters(tmp_path):
+    """Oracle: a vocabulary of 60 ids cannot hold 300 characters, and is trained all the same."""
+    rare = " ".join(chr(0x4E00 + number) for number in range(300))
+    (tmp_path / "text.txt").write_text(random_text(6, 3000) + rare, encoding="utf-8")
+    result, _ = prepare([tmp_path / "text.txt"], tmp_path / "out", None, train_vocab=60)
+    assert result.manifest["counts"]["vocab_size"] == 60
+    assert result.manifest["counts"]["unknown_tokens"] >= 250
+
+
+def test_command_writes_a_folder_and_says_what_is_in_it(text, vocab, tmp_path):
+    command = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--vocab", str(vocab)]
+    command += ["--workers", "1", "--out", str(tmp_path / "out"), "--input", str(text), str(text)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "documents; train" in run.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*ALL_FILES, "prepare_text.json"}
+    run = subprocess.run([*command, "nowhere.txt", "--overwrite"], capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert "no such input file: nowhere.txt" in run.stderr
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_as_the_input_grows(text, vocab, tmp_path):
+    """Ten times the input takes less than a tenth more memory, all processes counted."""
+    from benchmarks.prepare_text import METRO, run_measured
+
+    content, peaks = text.read_bytes() * 40, []
+    for times in (1, 10):
+        path = tmp_path / f"{times}.txt"
+        with path.open("wb") as file:
+            for _ in range(times):
+                file.write(content)
+        command = [*METRO, "--out", tmp_path / f"out{times}", "--vocab", vocab, "--workers", 2]
+        peaks.append(run_measured([*command, "--input", path])[1])
+    assert peaks[1] < 1.1 * peaks[0] + 10, peaks

@@ -1,0 +1,257 @@
+"""Running a suite: what is written, when, and that nothing is lost or counted twice.
+
+Oracles: a run that nothing disturbed, a plain evaluation of each prompt, and the files themselves.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from metro.data.prompts.encoding import PromptEncoder
+from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.runner import Listener
+from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.scoring.rank_classification import RankClassifier
+from metro.evaluation.tasks.kinds import Sources, choose_rows, load_task
+from metro.evaluation.tasks.suites import read_suite
+from tests.evaluation.golden import load_exported
+from tests.evaluation.toy import run, write_suite
+
+UNITS = [("colour", "plain"), ("colour", "again"), ("colour", "listed"), ("truth", "ask")]
+
+
+@pytest.fixture(scope="module")
+def loaded(testdata):
+    return load_exported(testdata, "t5_prompt_tiny_f")
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory):
+    return write_suite(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, suite_file, loaded):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = run(folder, suite_file, *loaded)
+    return folder, outcome
+
+
+def without_times(folder):
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def all_scores(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text() for path in folder.rglob("scores/*/*.jsonl")
+    }
+
+
+@pytest.mark.parametrize("method", ["direct", "channel", "flipped"])
+def test_results_equal_a_plain_evaluation_of_each_prompt(tmp_path, suite_file, loaded, method):
+    """Oracle: the classifier called on each prompt by itself."""
+    run(tmp_path / "run", suite_file, *loaded, method=method)
+    found = read_run(tmp_path / "run")
+    assert [(r.task, r.prompt) for r in found.results] == UNITS
+    suite = read_suite(suite_file)
+    model, tokenizer = loaded
+    encoder = PromptEncoder(tokenizer, max_target_length=512 if method == "channel" else 256)
+    classifier = RankClassifier(PairScorer(model), encoder, method)
+    for result in found.results:
+        task = load_task(suite.tasks[result.task], Sources())
+        examples = task.examples(result.prompt, flipped=method == "flipped").examples
+        rankings = classifier.rank(examples)
+        right = sum(r.prediction == e.label for r, e in zip(rankings, examples, strict=True))
+        assert result.accuracy == right / len(examples)
+        assert result.num_examples == len(examples)
+        path = found.folder / result.scores_file
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line, ranking, example in zip(lines, rankings, examples, strict=True):
+            assert line["scores"] == pytest.approx(ranking.scores, abs=1e-4)
+            assert (line["index"], line["label"]) == (example.index, example.label)
+            assert line["prediction"] == ranking.prediction
+
+
+def test_chance_and_choices_are_of_the_rows(finished):
+    """Oracle: by hand. Half of the rows have 2 options, half 3."""
+    result = read_run(finished[0]).results[0]
+    assert result.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert result.median_choices == 2.5
+
+
+class StopAfter(Listener):
+    """Breaks off in the middle of the prompt after ``count`` finished ones."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def finished(self, result):
+        self.count -= 1
+
+    def advance(self, task, prompt, done):
+        if self.count == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_stopped_run_goes_on_and_ends_as_if_never_stopped(
+    tmp_path, suite_file, loaded, finished, count
+):
+    """Oracle: the undisturbed run, but for times."""
+    folder = tmp_path / "run"
+    if count == 0:
+        folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, suite_file, *loaded, listener=StopAfter(count))
+    assert len(read_run(folder).results) == count
+    outcome = run(folder, suite_file, *loaded)
+    assert outcome.num_new == len(UNITS) - count
+    assert without_times(folder) == without_times(finished[0])
+    assert all_scores(folder) == all_scores(finished[0])
+    assert run(folder, suite_file, *loaded).num_new == 0
+
+
+def test_prompts_that_render_alike_are_computed_once(suite_file, loaded):
+    """Oracle: "plain" and "again" are one template; the second needs nothing new."""
+    model, tokenizer = loaded
+    task = load_task(read_suite(suite_file).tasks["colour"], Sources())
+    scorer = PairScorer(model)
+    classifier = RankClassifier(scorer, PromptEncoder(tokenizer))
+    first = classifier.rank(task.examples("plain").examples)
+    computed = scorer.num_computed
+    assert classifier.rank(task.examples("again").examples) == first
+    assert scorer.num_computed == computed > 0
+
+
+def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded, tmp_path):
+    """Oracle: the message names what differs; the folder stays as it was."""
+    folder = finished[0]
+    before = without_times(folder)
+    with pytest.raises(ValueError, match="method 'direct', this one has 'channel'"):
+        run(folder, suite_file, *loaded, method="channel")
+    with pytest.raises(ValueError, match="options: limit None, this one has 5"):
+        run(folder, suite_file, *loaded, limit=5)
+    assert without_times(folder) == before
+    for content in ("{", "[1]", "3"):
+        spoilt = tmp_path / f"spoilt{len(content)}{content[-1]}"
+        spoilt.mkdir()
+        (spoilt / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="run.json is corrupt; delete"):
+            run(spoilt, suite_file, *loaded)
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty and has no run.json"):
+        run(other, suite_file, *loaded)
+    assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_another_content_of_the_suite_is_refused(finished, suite_file, loaded):
+    """Oracle: a prompt that reads differently under its name; tasks in another order are the
+    same."""
+    suite = read_suite(suite_file)
+    reordered = dataclasses.replace(suite, tasks=dict(reversed(suite.tasks.items())))
+    assert reordered.fingerprint() == suite.fingerprint()
+    text = suite_file.read_text()
+    try:
+        suite_file.write_text(text.replace("Is it true that", "Is it so that"))
+        with pytest.raises(ValueError, match="holds a run of suite toys with other tasks or"):
+            run(finished[0], suite_file, *loaded)
+    finally:
+        suite_file.write_text(text)
+    assert run(finished[0], suite_file, *loaded).num_new == 0
+
+
+def test_another_data_folder_is_refused_where_it_was_recorded(
+    finished, suite_file, loaded, tmp_path
+):
+    """Oracle: the message names the option; a run of an earlier version goes on."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="sources: bigbench_dir None, this one has"):
+        run(folder, suite_file, *loaded, bigbench_dir=tmp_path)
+    info = json.loads((folder / "run.json").read_text())
+    assert info["sources"]["data_dir"] == str(suite_file.parent.resolve())
+    del info["sources"], info["suite_content"]
+    (folder / "run.json").write_text(json.dumps(info))
+    assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path).num_new == 0
+
+
+def test_another_model_at_the_same_place_is_refused(finished, suite_file, testdata):
+    """Oracle: other weights under the name of the first; another dtype changes weights as well,
+    but is what the message names."""
+    with pytest.raises(ValueError, match="holds a run of other weights of toy") as error:
+        run(finished[0], suite_file, *load_exported(testdata, "metro_tiny_a"))
+    assert "\n" not in str(error.value)
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    with pytest.raises(ValueError, match="options: dtype 'float32', this one has 'bfloat16'"):
+        run(finished[0], suite_file, model.bfloat16(), tokenizer)
+
+
+def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
+    """Oracle: by hand: one row without answer, one with an empty option, one whose options are
+    alike; three good ones."""
+    suite_file = write_suite(tmp_path)
+    rows = [
+        {"thing": "a", "colours": ["red", "blue"], "answer": 0},
+        {"thing": "b", "colours": ["red", ""], "answer": 0},
+        {"thing": "c", "colours": ["red", "red"], "answer": 1},
+        {"thing": "d", "colours": ["red", "blue"], "answer": 7},
+        {"thing": "e", "colours": ["red", "blue"], "answer": 1},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "colour.jsonl").write_text(text)
+    outcome = run(tmp_path / "run", suite_file, *loaded)
+    result = read_run(tmp_path / "run").results[0]
+    assert result.num_examples == 3
+    assert without_times(tmp_path / "run")[0]["skipped"] == 2
+    assert "colour / plain: 1 row left out: an answer choice is empty" in outcome.notes
+    assert any(
+        "options that read alike in 1 row: they count as one" in note for note in outcome.notes
+    )
+    scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]
+    assert [score["index"] for score in scores] == [0, 2, 4]
+    assert (scores[1]["prediction"], scores[1]["label"]) == (0, 0)
+
+
+def test_a_task_without_any_usable_row_is_an_error(tmp_path, loaded):
+    """Oracle: the message names task, prompt and reason."""
+    suite_file = write_suite(tmp_path)
+    (tmp_path / "truth.jsonl").write_text('{"text": "a", "label": 9}\n')
+    with pytest.raises(ValueError, match="task truth, prompt 'ask': no row can be evaluated"):
+        run(tmp_path / "run", suite_file, *loaded)
+
+
+def test_long_options_are_cut_with_a_note(tmp_path, loaded):
+    """Oracle: an option of 300 words against a limit of 256 tokens."""
+    suite_file = write_suite(tmp_path)
+    row = {"thing": "a", "colours": ["red " * 300, "blue"], "answer": 1}
+    (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
+    outcome = run(tmp_path / "run", suite_file, *loaded)
+    assert any("1 option cut at 256 tokens" in note for note in outcome.notes)
+
+
+def test_rows_are_chosen_evenly_and_repeatably():
+    """Oracle: by hand."""
+    assert choose_rows(10, None, None) == list(range(10))
+    assert choose_rows(10, None, 4) == [0, 2, 5, 7]
+    sample = choose_rows(5000, 1000, None)
+    assert len(set(sample)) == 1000
+    assert sample == sorted(sample) == choose_rows(5000, 1000, None)
+    with pytest.raises(ValueError, match="limit is 0"):
+        Sources(limit=0)
+    with pytest.raises(ValueError, match="'swapped'; use one of words, published, original"):
+        Sources(label_words="swapped")
+
+
+def test_options_of_equal_tokens_are_noted(tmp_path, loaded):
+    """Oracle: an uncased vocabulary cannot tell "Red" from "red"."""
+    suite_file = write_suite(tmp_path)
+    row = {"thing": "a", "colours": ["Red", "red"], "answer": 1}
+    (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
+    outcome = run(tmp_path / "run", suite_file, *loaded)
+    note = "options that are the same tokens to the model in 1 row:"
+    assert any(note in text for text in outcome.notes)
+    assert read_run(tmp_path / "run").results[0].accuracy == 0.0

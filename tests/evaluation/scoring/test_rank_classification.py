@@ -1,0 +1,232 @@
+"""Rank classification against scores recorded from the original implementations.
+
+Oracles: the scores of METRO-T0's evaluation code and of FLIPPED's scoring step (recorded numbers),
+and a plain computation that runs the model once per option and takes log_softmax of all logits.
+"""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from metro.data.prompts.encoding import PromptEncoder
+from metro.evaluation.scoring.pair_scoring import Pair, PairScorer, make_batches
+from metro.evaluation.scoring.rank_classification import RankClassifier
+from metro.evaluation.tasks.examples import EvaluationExample
+from tests.evaluation.golden import load_exported
+from tests.finetuning.conftest import KINDS, small_model
+from tests.recorded_models import load_tiny_t5
+
+METHODS = ("flipped", "direct", "channel")
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(testdata):
+    return load_tiny_t5(testdata)
+
+
+@pytest.fixture(scope="module")
+def flipped_golden(testdata):
+    return json.loads((testdata / "golden" / "flipped" / "scoring.json").read_text())["examples"]
+
+
+def golden_pairs(example: dict, method: str) -> list[Pair]:
+    sources, targets = example[f"{method}_encoder_ids"], example[f"{method}_target_ids"]
+    if method == "direct":
+        return [Pair(tuple(sources), tuple(target)) for target in targets]
+    return [Pair(tuple(source), tuple(targets)) for source in sources]
+
+
+def plain_score(model, pair: Pair) -> float:
+    """One pair alone, all logits, float64."""
+    config = model.config
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor([pair.source]),
+            decoder_input_ids=torch.tensor([[config.decoder_start_token_id, *pair.target[:-1]]]),
+        ).logits[0]
+    log_p = logits.double().log_softmax(-1)
+    return log_p[range(len(pair.target)), pair.target].sum().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_equal_those_of_the_original(tiny_t5, flipped_golden, method):
+    """Oracle: FLIPPED's scoring step in double precision."""
+    pairs = [golden_pairs(example, method) for example in flipped_golden]
+    scores = PairScorer(tiny_t5).score([pair for some in pairs for pair in some])
+    for example, some in zip(flipped_golden, pairs, strict=True):
+        mine, scores = scores[: len(some)], scores[len(some) :]
+        assert mine == pytest.approx(example[method]["scores"], abs=1e-4 * len(some[0].target))
+        assert mine.index(max(mine)) == example[method]["argmax"]
+
+
+@pytest.mark.parametrize("name", ["metro_tiny_a", "t5_prompt_tiny_f"])
+def test_text_to_prediction_equals_metro_t0(testdata, name):
+    """Oracle: METRO-T0's evaluation code on 40 examples, from text to prediction."""
+    golden = json.loads((testdata / "golden" / "eval_scoring.json").read_text())
+    model, tokenizer = load_exported(testdata, name)
+    examples = [
+        EvaluationExample(i, e["input"], e["choices"], e["choices"].index(e["target"]))
+        for i, e in enumerate(golden["examples"])
+    ]
+    rankings = RankClassifier(PairScorer(model), PromptEncoder(tokenizer)).rank(examples)
+    for ranking, item in zip(rankings, golden["models"][name]["items"], strict=True):
+        assert ranking.scores == pytest.approx(item["choice_logprob_sums"], rel=1e-5, abs=1e-4)
+        assert ranking.prediction == item["prediction"]
+    right = sum(r.prediction == e.label for r, e in zip(rankings, examples, strict=True))
+    assert right / len(examples) == golden["models"][name]["accuracy"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch_tokens", [1, 100, 700, 10**6])
+def test_batch_size_and_order_do_not_matter(tiny_t5, flipped_golden, method, batch_tokens):
+    """Oracle: each pair alone through the model, all logits."""
+    pairs = [pair for example in flipped_golden for pair in golden_pairs(example, method)]
+    expected = {pair: plain_score(tiny_t5, pair) for pair in pairs}
+    random.Random(batch_tokens).shuffle(pairs)
+    scores = PairScorer(tiny_t5, batch_tokens=batch_tokens).score(pairs)
+    assert scores == pytest.approx([expected[pair] for pair in pairs], abs=1e-4)
+
+
+def test_metro_model_scores_shared_sources_like_each_pair_alone(testdata):
+    """Oracle: each pair alone, all logits; METRO's absolute positions must restart per option."""
+    model, _ = load_exported(testdata, "t5_prompt_tiny_f")
+    draw = random.Random(0)
+    ids = lambda low, high: tuple(draw.choices(range(5, 900), k=draw.randint(low, high)))  # noqa: E731
+    sources = [(0, *ids(1, 30), 2) for _ in range(5)]
+    pairs = [Pair(draw.choice(sources), (*ids(0, 9), 2)) for _ in range(23)]
+    scores = PairScorer(model, batch_tokens=400).score(pairs)
+    assert scores == pytest.approx([plain_score(model, pair) for pair in pairs], abs=1e-4)
+
+
+def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, monkeypatch):
+    """Oracle: counted rows of the encoder: 2 sources with 3 and 1 targets, one pair twice."""
+    rows = []
+    encoder = tiny_t5.get_encoder()
+    forward = encoder.forward
+    monkeypatch.setattr(
+        encoder,
+        "forward",
+        lambda *args, **kwargs: rows.append(len(kwargs["input_ids"])) or forward(*args, **kwargs),
+    )
+    a, b = (10, 11, 1), (12, 13, 14, 1)
+    pairs = [Pair(a, (20, 1)), Pair(a, (21, 1)), Pair(b, (20, 1)), Pair(a, (22, 1))]
+    scorer = PairScorer(tiny_t5)
+    first = scorer.score([*pairs, pairs[0]])
+    assert sum(rows) == 2
+    assert first[0] == first[-1]
+    assert scorer.score(pairs[::-1]) == first[:4][::-1]
+    assert sum(rows) == 2  # remembered
+    assert scorer.num_computed == 4
+
+
+def test_processes_that_share_the_work_get_the_same_bits(tiny_t5, flipped_golden):
+    """Oracle: one process. The processes' shares are added up."""
+    pairs = [p for e in flipped_golden for method in METHODS for p in golden_pairs(e, method)]
+    alone = PairScorer(tiny_t5, batch_tokens=300).score(pairs)
+    shares = []
+    for rank in range(3):
+        PairScorer(
+            tiny_t5,
+            batch_tokens=300,
+            rank=rank,
+            num_processes=3,
+            gather=lambda share: shares.append(share) or share,
+        ).score(pairs)
+    assert all((share != 0).any() for share in shares)
+    together = dict(zip(dict.fromkeys(pairs), sum(shares).tolist(), strict=True))
+    assert [together[pair] for pair in pairs] == alone
+
+
+def test_batches_hold_every_pair_once_within_the_budget():
+    """Oracle: counting. Padded size = pairs * (longest source + longest target)."""
+    draw = random.Random(1)
+    pairs = [
+        Pair(tuple([draw.randrange(3)] * draw.randint(1, 40)), tuple([5] * draw.randint(1, 20)))
+        for _ in range(300)
+    ]
+    batches = make_batches(pairs, 500)
+    seen = [Pair(batch.sources[owner], t) for batch in batches for owner, t in batch.pairs]
+    assert sorted(seen) == sorted(set(pairs))
+    for batch in batches:
+        width = max(map(len, batch.sources)) + max(len(target) for _, target in batch.pairs)
+        assert len(batch.pairs) * width <= 500
+    assert make_batches(random.Random(2).sample(pairs, 300), 500) == batches
+
+
+def test_mean_divides_by_target_tokens_and_calibration_subtracts_the_empty_prompt(testdata):
+    """Oracle: the plain sums, combined by hand."""
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    encoder, scorer = PromptEncoder(tokenizer), PairScorer(model)
+    example = EvaluationExample(0, "is it so ?", ["yes", "no , not at all"], 0)
+    plain = RankClassifier(scorer, encoder).rank([example])[0].scores
+    empty = dataclasses.replace(example, input="")
+    without = RankClassifier(scorer, encoder).rank([empty])[0].scores
+    lengths = [len(ids) for ids in encoder.targets(example.choices)]
+    mean = RankClassifier(scorer, encoder, normalization="mean").rank([example])[0]
+    assert mean.scores == [s / n for s, n in zip(plain, lengths, strict=True)]
+    calibrated = RankClassifier(scorer, encoder, normalization="calibrated").rank([example])[0]
+    assert calibrated.scores == [s - w for s, w in zip(plain, without, strict=True)]
+
+
+@pytest.mark.parametrize("normalization", ["sum", "calibrated"])
+def test_a_cut_option_is_counted_once(testdata, normalization):
+    """Oracle: by hand; one of two options is longer than 8 tokens."""
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    encoder = PromptEncoder(tokenizer, max_target_length=8)
+    example = EvaluationExample(0, "is it so ?", ["yes", "no , " * 9], 0)
+    RankClassifier(PairScorer(model), encoder, normalization=normalization).rank([example])
+    assert encoder.num_cut_targets == 1
+
+
+def test_bad_settings_are_refused(testdata, tiny_t5):
+    """Oracle: the message names the value and what to use."""
+    _, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    encoder, scorer = PromptEncoder(tokenizer), PairScorer(tiny_t5)
+    with pytest.raises(ValueError, match="'sideways'; use one of direct, channel, flipped"):
+        RankClassifier(scorer, encoder, "sideways")
+    with pytest.raises(ValueError, match="'median'; use one of sum, mean, calibrated"):
+        RankClassifier(scorer, encoder, normalization="median")
+    with pytest.raises(ValueError, match="use sum or mean"):
+        RankClassifier(scorer, encoder, "channel", "calibrated")
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        PairScorer(tiny_t5, batch_tokens=0)
+
+
+def test_examples_that_cannot_be_asked_are_refused():
+    """Oracle: the message names row and choice."""
+    with pytest.raises(ValueError, match="row 3 has no answer choices"):
+        EvaluationExample(3, "x", [], None)
+    with pytest.raises(ValueError, match="answer choice 1 of row 3 is empty"):
+        EvaluationExample(3, "x", ["a", " "], 0)
+    with pytest.raises(ValueError, match="label 2 of row 3 is none of its 2 choices"):
+        EvaluationExample(3, "x", ["a", "b"], 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05)])
+def test_gpu_scores_like_the_cpu(tiny_t5, flipped_golden, method, dtype, tolerance):
+    """Oracle: the CPU in float32; tolerances per token."""
+    import copy
+
+    pairs = [pair for example in flipped_golden for pair in golden_pairs(example, method)]
+    expected = PairScorer(tiny_t5).score(pairs)
+    model = copy.deepcopy(tiny_t5).to("cuda", dtype)
+    for pair, score, truth in zip(pairs, PairScorer(model).score(pairs), expected, strict=True):
+        assert score == pytest.approx(truth, abs=tolerance * len(pair.target))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_families_score_like_each_pair_alone(kind):
+    """Oracle: each pair alone, all logits. Sources are shared, so that caches are used."""
+    model = small_model(kind)
+    draw = random.Random(3)
+    ids = lambda low, high: tuple(draw.choices(range(4, 40), k=draw.randint(low, high)))  # noqa: E731
+    sources = [(*ids(1, 12), 2) for _ in range(3)]
+    pairs = [Pair(draw.choice(sources), (*ids(0, 6), 2)) for _ in range(12)]
+    scores = PairScorer(model, batch_tokens=150).score(pairs)
+    assert scores == pytest.approx([plain_score(model, pair) for pair in pairs], abs=1e-4)

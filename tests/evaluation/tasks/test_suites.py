@@ -1,0 +1,97 @@
+"""Suites as data.
+
+Oracles: the published lists of templates and subjects, and the paper's counts.
+"""
+
+import json
+
+import pytest
+
+from metro.evaluation.tasks.suites import find_suite, read_suite, suite_names
+
+COUNTS = {
+    "rte": 10, "cb": 15, "anli_r1": 15, "anli_r2": 15, "anli_r3": 15, "wsc": 10, "winogrande": 5,
+    "copa": 8, "story_cloze": 5, "hellaswag": 4, "wic": 10,
+}  # fmt: skip
+
+
+def test_t0_has_the_templates_of_metro_t0(testdata):
+    """Oracle: the published list, data set by data set."""
+    published = json.loads((testdata / "mixtures" / "t0_eval_templates.json").read_text())
+    tasks = find_suite("t0").tasks
+    assert {name: len(spec.prompts) for name, spec in tasks.items()} == COUNTS
+    listed = {(e["dataset"], e["subset_or_split"]): e["templates"] for e in published}
+    assert len(listed) == len(tasks)
+    for spec in tasks.values():
+        key = spec.split if spec.dataset == "anli" else spec.subset
+        found = listed.get((spec.dataset, key)) or listed[spec.dataset, None]
+        assert list(spec.prompts) == found
+
+
+def test_other_suites_have_the_papers_sizes(testdata):
+    """Oracle: 14 sets and 14 BIG-bench tasks of FLIPPED, 57 subjects, 5 pairs."""
+    tasks = find_suite("flipped14").tasks
+    assert len(tasks) == 14
+    counts = {name: len(tasks[name].prompts) for name in ("piqa", "arc_challenge", "openbookqa")}
+    assert counts == {"piqa": 7, "arc_challenge": 5, "openbookqa": 7}
+    assert len(find_suite("bigbench").tasks) == 14
+    assert len(find_suite("bigbench").tasks["conceptual_combinations"].prompts) == 6
+    sizes = json.loads((testdata / "mixtures" / "mmlu_validation_sizes.json").read_text())
+    assert set(find_suite("mmlu").tasks) == set(sizes)
+    assert len(find_suite("label_generalization").tasks) == 5
+    assert suite_names() == ["bigbench", "flipped14", "label_generalization", "mmlu", "t0"]
+
+
+def test_every_prompt_of_every_suite_is_a_template_with_options(testdata):
+    """Oracle: promptsource's tree."""
+    from metro.data.prompts.templates import TemplateTree
+
+    tree = TemplateTree(testdata / "prompts")
+    for name in ("t0", "flipped14", "mmlu", "label_generalization"):
+        for spec in find_suite(name).tasks.values():
+            place = (spec.template.get("dataset", spec.dataset),
+                     spec.template.get("subset", spec.subset))  # fmt: skip
+            for prompt in spec.prompts:
+                assert tree.template(*place, prompt).answer_choices
+
+
+def test_narrowing_keeps_the_named_and_refuses_the_unknown():
+    """Oracle: by hand."""
+    suite = find_suite("t0")
+    assert list(suite.narrowed(["wic", "rte"]).tasks) == ["rte", "wic"]
+    chosen = suite.narrowed(prompts=["must be true"])
+    assert list(chosen.tasks) == ["rte", "cb", "anli_r1", "anli_r2", "anli_r3"]
+    assert chosen.tasks["cb"].prompts == ("must be true",)
+    with pytest.raises(ValueError, match="no task 'rta': did you mean 'rte'"):
+        suite.narrowed(["rta"])
+    with pytest.raises(ValueError, match="prompt 'mustbe true': did you mean 'must be true'"):
+        suite.narrowed(["rte"], ["mustbe true"])
+    with pytest.raises(ValueError, match="no suite 't1': did you mean 't0'"):
+        find_suite("t1")
+    with pytest.raises(ValueError, match="no suite file none.yaml"):
+        find_suite("none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [", "is not YAML"),
+        ("title: x", "has no `tasks:`"),
+        ("kind: quiz\ntasks: {a: {}}", "kind is 'quiz'; use one of templates"),
+        ("tasks: {a: {dataset: d, split: s}}", "task a: 'prompts' is missing"),
+        ("tasks: {a: {dataset: d, prompts: [p]}}", "task a: 'split' is missing"),
+        ("tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x'}}}}", "'p' has no text `answer_"),
+        (
+            "tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x', answer_choices: 'y'}}}}",
+            "'p' has no answer: write it behind",
+        ),
+        ("tasks: {a: {data: d.jsonl, prompts: []}}", "task a has no prompts"),
+    ],
+)
+def test_bad_suite_files_are_refused(tmp_path, text, message):
+    """Oracle: the message names file, task and field."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_suite(path)
+    assert "mine.yaml" in str(error.value)

@@ -1,0 +1,289 @@
+"""``metro.load`` and the Auto classes: released folders natively, anything else by what it is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import metro
+from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
+from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.loading import LoadedModel, resolve_dtype
+from tests.conftest import CHECKPOINTS
+
+ROOT = Path(__file__).resolve().parents[2]
+REMOTE_FILES = ("configuration_fairseq_t5", "modeling_fairseq_t5", "tokenization_fairseq_t5")
+
+
+@pytest.fixture
+def hub_folder(testdata, tmp_path):
+    """A folder as on the Hub: with the authors' Python files, here files that tell if they run."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(testdata / "golden/hf_export" / name, folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        for stem in REMOTE_FILES:
+            trap = f"open({str(tmp_path / 'ran')!r}, 'w')\nraise RuntimeError('remote code ran')\n"
+            (folder / f"{stem}.py").write_text(trap)
+        change_json(
+            folder / "config.json",
+            auto_map={
+                "AutoConfig": "configuration_fairseq_t5.FairseqT5Config",
+                "AutoModelForSeq2SeqLM": "modeling_fairseq_t5.FairseqT5ForConditionalGeneration",
+            },
+        )
+        change_json(
+            folder / "tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["tokenization_fairseq_t5.FairseqT5Tokenizer", None]},
+        )
+        return folder
+
+    yield make
+    assert not (tmp_path / "ran").exists()
+
+
+def change_json(path: Path, **fields) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@torch.no_grad()
+def test_released_folder_loads_natively_and_equals_the_original(hub_folder, testdata, name):
+    """Oracle: states, logits, greedy and beam search of the original's Hugging Face model."""
+    model, tokenizer = metro.load(hub_folder(name))
+    assert type(model) is MetroT5ForConditionalGeneration and not model.training
+    assert type(tokenizer) is MetroT5Tokenizer
+    assert model.dtype == torch.float32  # as torch_dtype says, though the file holds float16
+    arrays = np.load(testdata / "golden" / f"hf_{name}.npz")
+    golden = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    recorded = json.loads((testdata / "golden/hf_generation.json").read_text())["models"][name]
+    inputs = tokenizer(recorded["sentences"], padding=True, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], golden["input_ids"])
+    mask = inputs["attention_mask"]
+    output = model(**inputs, decoder_input_ids=golden["decoder_input_ids"])
+    states = output.encoder_last_hidden_state - golden["encoder_last_hidden_state"]
+    assert states[mask.bool()].abs().max() < 1e-5
+    assert (output.logits - golden["logits"])[golden["labels"] > 1].abs().max() < 3e-5
+    greedy = model.generate(**inputs, max_length=40, do_sample=False)
+    assert torch.equal(greedy, golden["greedy"])
+    beams = dict(num_beams=4, max_length=30)
+    beam4 = model.generate(
+        **inputs, **beams, length_penalty=1.0, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(beam4.sequences, golden["beam4"])
+    # Sums divided by lengths; transformers 4.17 counted the start token where no end was reached.
+    is_cut = (golden["beam4"] != 2)[:, 1:].all(1)
+    scores = beam4.sequences_scores * torch.where(is_cut, 29 / 30, 1.0)
+    assert (scores - golden["beam4_sequences_scores"]).abs().max() < 1e-4
+    penalised = model.generate(
+        **inputs, **beams, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3
+    )
+    assert torch.equal(penalised, golden["beam4_lenpen2_early"])
+
+
+def test_auto_classes_load_a_released_folder_without_its_code(hub_folder):
+    """Oracle: the classes of ``metro.modeling``, and traps in place of the authors' files."""
+    folder = hub_folder("metro_tiny_a")
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert type(model) is MetroT5ForConditionalGeneration
+    assert model.config.model_type == "metro_t5"
+    assert type(AutoModel.from_pretrained(folder)) is MetroT5EncoderModel
+    assert type(AutoTokenizer.from_pretrained(folder)) is MetroT5Tokenizer
+
+
+def test_a_model_that_only_its_own_code_can_load_is_refused(hub_folder):
+    """Oracle: a model type that nobody has registered, and the traps of ``hub_folder``."""
+    folder = hub_folder("metro_tiny_a")
+    change_json(folder / "config.json", model_type="somebodys_own")
+    with pytest.raises(ValueError, match="custom code"):
+        metro.load(folder)
+
+
+def test_code_beside_the_auto_map_is_not_run_either(hub_folder):
+    """Oracle: the trap; transformers 4.57 runs such a file of a folder by itself."""
+    folder = hub_folder("t5_prompt_tiny_f")
+    (folder / "custom_generate").mkdir()
+    trap = folder / "configuration_fairseq_t5.py"
+    (folder / "custom_generate/generate.py").write_text(trap.read_text())
+    model, tokenizer = metro.load(folder)
+    assert model.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=2).shape == (1, 3)
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_attention_code_from_the_hub_is_never_asked_for(hub_folder, field, monkeypatch):
+    """Oracle: the name in config.json; nobody may get as far as fetching."""
+    folder = hub_folder("metro_tiny_a")
+    change_json(folder / "config.json", **{field: "somebody/their-kernel"})
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("kernel was asked for")
+
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", fetch, raising=False)
+    try:
+        model, _ = metro.load(folder)
+    except ValueError as error:
+        assert "somebody/their-kernel on the hub, which is code and is not run" in str(error)
+    else:  # versions that do not read the field
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_released_folder_saved_again_is_an_ordinary_metro_t5(hub_folder, tmp_path):
+    """Oracle: model type and classes in the files, equal weights after another load."""
+    model, tokenizer = metro.load(hub_folder("metro_tiny_b"))
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["model_type"] == "metro_t5" and "auto_map" not in config
+    settings = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "MetroT5Tokenizer"
+    again = metro.load(tmp_path / "again").model
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+AFTER_IMPORT = """
+import sys
+{imports}
+assert ("torch" in sys.modules) is {has_torch}
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+folder = sys.argv[1]
+print(type(AutoConfig.from_pretrained(folder)).__name__)
+print(type(AutoTokenizer.from_pretrained(folder)).__name__)
+print(type(AutoModelForSeq2SeqLM.from_pretrained(folder)).__name__)
+print([finder for finder in sys.meta_path if "metro" in type(finder).__module__])
+"""
+
+
+@pytest.mark.parametrize(
+    "imports, has_torch",
+    [
+        ("import metro", False),
+        pytest.param(
+            "import transformers.models.auto.modeling_auto, metro", True, marks=pytest.mark.slow
+        ),
+        pytest.param("import metro.modeling.modeling_metro_t5", True, marks=pytest.mark.slow),
+        pytest.param(
+            "import metro\nfrom transformers import GenerationMixin, AutoModel, Trainer",
+            True,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_import_metro_is_enough_in_any_order(hub_folder, imports, has_torch):
+    """Oracle: a fresh process; ``import metro`` alone loads neither torch nor transformers."""
+    code = AFTER_IMPORT.format(imports=imports, has_torch=has_torch)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(hub_folder("metro_tiny_a"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == [
+        "MetroT5Config",
+        "MetroT5Tokenizer",
+        "MetroT5ForConditionalGeneration",
+        "[]",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("name", ["metro_tiny_a", "t5_prompt_tiny_f"])
+def test_a_checkpoint_loads_as_its_export_does(exported, testdata, name):
+    """Oracle: the exported folder, loaded by transformers."""
+    checkpoint = testdata / "golden/checkpoints" / f"{name}.pt"
+    loaded = metro.load(checkpoint, vocab=testdata / "golden/tiny_vocab")
+    model = AutoModelForSeq2SeqLM.from_pretrained(exported(name))
+    assert isinstance(loaded, LoadedModel)
+    assert all(torch.equal(loaded.model.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert loaded.model.lm_head.weight is loaded.model.shared.weight
+    assert loaded.model.generation_config.eos_token_id == model.generation_config.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(exported(name))
+    text = "Homarus gammarus, the European lobster."
+    assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_loaded_checkpoint_does_not_change_with_its_file(testdata, tmp_path):
+    """Oracle: the weights as they were before the training wrote its next checkpoint there."""
+    path = tmp_path / "checkpoint_last.pt"
+    shutil.copyfile(testdata / "golden/checkpoints/t5_tiny_c.pt", path)
+    model, _ = metro.load(path, vocab=testdata / "golden/tiny_vocab")
+    before = model.shared.weight.clone()
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(model.shared.weight, before)
+
+
+def test_any_other_seq2seq_model_loads_too(testdata, tmp_path):
+    """Oracle: transformers' own T5 with the same weights."""
+    from transformers import AutoConfig, T5ForConditionalGeneration
+
+    fields = json.loads((testdata / "golden/flipped/tiny_t5_config.json").read_text())
+    config = AutoConfig.for_model("t5", **{k: v for k, v in fields.items() if k != "model_type"})
+    original = T5ForConditionalGeneration(config)
+    original.save_pretrained(tmp_path)
+    shutil.copyfile(testdata / "golden/tiny_vocab/sp.model", tmp_path / "spiece.model")
+    tokenizer_config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    model, _ = metro.load(tmp_path)
+    assert type(model) is T5ForConditionalGeneration and not model.training
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in original.state_dict().items())
+
+
+def test_dtype_and_attention_are_as_asked(hub_folder):
+    """Oracle: the model's own attributes."""
+    folder = hub_folder("metro_tiny_a")
+    model, _ = metro.load(folder, dtype="bf16", attn_implementation="eager", device="cpu")
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
+    assert resolve_dtype("float16") == torch.float16 and resolve_dtype("auto") is None
+    with pytest.raises(ValueError, match="int8.*use float32"):
+        resolve_dtype("int8")
+
+
+def test_a_sharded_folder_loads(exported, tmp_path):
+    """Oracle: the same weights in one file."""
+    model, tokenizer = metro.load(exported("metro_tiny_a"))
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    again = metro.load(tmp_path).model
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("metro_t0_bas", "did you mean metro_t0_base"),
+        ("METRO-T0++-Base", "did you mean metro_t0pp_base"),
+        ("nothing_of_this_name", "metro models"),
+        ("./no/such/folder", "no file or folder"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_may_have_been_meant(name, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        metro.load(name)
+
+
+def test_a_training_folder_is_refused_naming_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoint_last.pt").touch()
+    with pytest.raises(ValueError, match="no config.json.*checkpoint_last.pt"):
+        metro.load(tmp_path)
+
+
+def test_vocab_belongs_to_checkpoints_alone(exported, testdata):
+    with pytest.raises(ValueError, match="leave vocab out"):
+        metro.load(exported("metro_tiny_a"), vocab=testdata / "golden/tiny_vocab")
+
+
+def test_a_hub_id_without_a_network_is_one_line(monkeypatch):
+    """Oracle: the Hugging Face hub's own offline mode."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="hub.*copy its folder here") as error:
+        metro.load("somebody/no-such-model")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,82 @@
+"""`projection_input` against the logits of the model itself."""
+
+import pytest
+import torch
+
+from metro.models.projection import projection_input
+from tests.finetuning.conftest import KINDS, small_model
+
+
+def batch():
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+    ids[1, 5:] = 1
+    return {
+        "input_ids": ids,
+        "attention_mask": ids.ne(1),
+        "decoder_input_ids": torch.tensor([[2, 5, 6, 7], [2, 8, 9, 1]]),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projected_hidden_states_are_the_models_logits(kind):
+    model = small_model(kind)
+    with torch.no_grad():
+        logits = model(**batch()).logits
+        hidden, weight, bias = projection_input(model, **batch())
+        projected = torch.nn.functional.linear(hidden, weight, bias)
+        torch.testing.assert_close(projected, logits)
+        # nothing of the change is left
+        torch.testing.assert_close(model(**batch()).logits, logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["metro", "t5", "bart"])
+def test_encoder_outputs_can_be_given(kind):
+    model, inputs = small_model(kind), batch()
+    with torch.no_grad():
+        want = projection_input(model, **inputs).hidden_BTD
+        ids = inputs.pop("input_ids")
+        encoded = model.get_encoder()(ids, attention_mask=inputs["attention_mask"])
+        got = projection_input(model, encoder_outputs=encoded, **inputs).hidden_BTD
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_parameter_that_the_logits_reach(kind):
+    model = small_model(kind)
+    model(**batch()).logits.square().sum().backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    hidden, weight, bias = projection_input(model, **batch())
+    torch.nn.functional.linear(hidden, weight, bias).square().sum().backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_an_error_inside_the_model_leaves_it_as_it_was():
+    model = small_model("bart")
+    with pytest.raises(ValueError):
+        projection_input(model)
+    assert model(**batch()).logits.shape == (2, 4, 40)
+
+
+def test_a_model_that_changes_its_logits_afterwards_is_refused():
+    """Oracle: a model made to cap its logits, as T5Gemma does."""
+    model = small_model("t5")
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.tanh() * 30
+            return output
+
+    model.__class__ = Capped
+    with pytest.raises(ValueError, match="Capped changes its logits"):
+        projection_input(model, **batch())
+
+
+def test_a_model_without_output_embedding_is_refused():
+    model = small_model("t5")
+    with pytest.raises(ValueError, match="has no output embedding"):
+        projection_input(model.encoder, **batch())

@@ -1,0 +1,66 @@
+"""What cannot be read is refused at once: seconds before torch is there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metro.models.source import model_source
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMMANDS = """
+import sys
+from metro.cli.main import load_command
+
+for line in sys.stdin.read().splitlines():
+    name, *arguments = line.split()
+    try:
+        load_command(name)(arguments, standalone_mode=False)
+    except (ValueError, FileNotFoundError) as error:
+        print(error)
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_wrong_paths_and_names_are_refused_before_torch_is_imported(tmp_path):
+    """Oracle: the modules of the process after all of these commands."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").write_text("a")
+    (tmp_path / "model.pt").write_text("a")
+    refused = {
+        "generate metro_t0_bse text": "did you mean metro_t0_base",
+        "generate empty text": "empty has no config.json",
+        "generate empty --input none.txt": "there is no file none.txt to read texts from",
+        "generate metro_t0_base text --output taken": "taken exists",
+        "generate model.pt text --vocab empty": "empty has no sp.model",
+        "convert to-hf none.pt --out out": "there is no file none.pt",
+        "convert to-hf empty --out out": "empty is a folder",
+        "convert to-hf model.pt --out taken": "taken exists",
+        "convert to-hf model.pt --out out --vocab empty": "empty has no sp.model",
+        "convert to-fairseq empty --out out": "empty has no config.json",
+        "convert to-fairseq empty --out taken": "taken exists",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{COMMANDS}"],
+        input="\n".join(refused), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    *messages, modules = done.stdout.splitlines()
+    assert modules == "[]" and done.stderr == ""
+    for message, expected in zip(messages, refused.values(), strict=True):
+        assert expected in message
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("metro_t0p_base", "gonglinyuan/metro_t0p_base"),
+        ("bigscience/T0_3B", "bigscience/T0_3B"),
+        ("somebody/their-model", "somebody/their-model"),
+        (__file__, __file__),
+    ],
+)
+def test_a_name_leads_to_the_hub_and_a_path_to_itself(name, source):
+    """Oracle: by hand."""
+    assert model_source(name) == source
