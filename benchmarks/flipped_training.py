@@ -10,7 +10,7 @@ step, once for 40 examples (published: 240), which costs as much as some example
 "times as fast" compares examples a second, "by CPU time" the processor time of the two processes,
 which other work on the machine disturbs less; with one thread on idle cores they agree.
 
-Lengths are drawn like those of FLIPPED's mixture, its data sets in their published shares, in
+Lengths are drawn like those of FLIPPED's mixture, its datasets in their published shares, in
 METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512), instructions of
 21 (a tenth above 40). Batches are those of `metro finetune`: 64 are sorted by length together.
 """

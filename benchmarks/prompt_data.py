@@ -4,13 +4,13 @@ The plain way is `plain_prompts.py`: templates compiled per example, lines encod
 `fairseq-preprocess`. Both sides are whole commands, start-up included; they take turns, medians are
 compared, and their binarised files are compared byte for byte. What the commands cost before they
 have done much (starting, loading vocabularies, fairseq's dictionaries of each task) is measured
-with one row of each data set: its share is printed and has to be small, and the speedup is given
+with one row of each dataset: its share is printed and has to be small, and the speedup is given
 without it, too. A second table has the share of padding in batches of a training epoch, in random
 order and in the order of `t5_prompt_finetuning`.
 
     python -m benchmarks.prompt_data [--templates DIR --data-dir DIR --vocab DIR] [DATASET ...]
 
-Without data sets it invents two, and without a vocabulary it trains one of 4,000 pieces.
+Without datasets it invents two, and without a vocabulary it trains one of 4,000 pieces.
 """
 
 import argparse
@@ -58,7 +58,7 @@ templates:
 
 
 def invent(work, num_rows):
-    """Two data sets of English paragraphs with invented labels."""
+    """Two datasets of English paragraphs with invented labels."""
     write_demo_text(work / "demo.txt", 3_000_000)
     lines = [x for x in (work / "demo.txt").read_text().split("\n") if x.count(" ") > 12]
     rng = random.Random(0)
@@ -155,9 +155,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data_sets", nargs="*", help="as super_glue/rte")
     parser.add_argument("--templates", type=Path, help="promptsource tree")
-    parser.add_argument("--data-dir", type=Path, help="local data sets")
+    parser.add_argument("--data-dir", type=Path, help="local datasets")
     parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
-    parser.add_argument("--rows", type=int, default=2000, help="rows of each data set")
+    parser.add_argument("--rows", type=int, default=2000, help="rows of each dataset")
     args, env = parse_options(parser)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -37,6 +37,7 @@ from fairseq.trainer import Trainer
 
 from metro.models.safe_loading import allowed_classes, explain_refusal
 from metro.utils.files import flush
+from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _load(original, path, *args, **kwargs) -> dict:
     try:
         return _true_depth(original(path, *args, **kwargs))
     except pickle.UnpicklingError as error:
-        raise ValueError(explain_refusal(Path(path), error)) from error
+        raise UserError(explain_refusal(Path(path), error)) from error
 
 
 def repair_loading() -> None:
@@ -137,7 +138,7 @@ def repair_loading() -> None:
                         other,
                     )
                     return state
-                raise ValueError(
+                raise UserError(
                     f"{path} is damaged ({type(error).__name__}: {error}) and no other checkpoint "
                     "in its folder can be loaded; remove it to start again"
                 ) from error
@@ -184,7 +185,7 @@ def repair_loading() -> None:
                 if isinstance(reason, ValueError):
                     raise reason from None
                 if isinstance(reason, RuntimeError) and LOADING.match(str(reason)):
-                    raise ValueError(explain_mismatch(filename, str(reason))) from None
+                    raise UserError(explain_mismatch(filename, str(reason))) from None
                 raise
 
         return load_checkpoint
@@ -337,7 +338,7 @@ def refuse_separate_runs(training) -> None:
         tasks = int(os.environ.get(variable) or 1)
         is_slurm = launcher == "Slurm"
         if tasks > 1 and not (is_slurm and has_port and world > 1):
-            raise ValueError(
+            raise UserError(
                 f"{launcher} started {tasks} processes ({variable}) but distributed_world_size is "
                 f"{world} and distributed_port {training.distributed_port}: each would train its "
                 f"own model into the same folder. {remedy}{slurm_remedy if is_slurm else ''}"
@@ -348,7 +349,7 @@ def join_torchrun(training, world: int) -> None:
     """Fill in fairseq's distributed options from torchrun's environment."""
     automatic = {1, torch.cuda.device_count(), world}
     if training.distributed_world_size not in automatic:
-        raise ValueError(
+        raise UserError(
             f"distributed_world_size is {training.distributed_world_size} but torchrun started "
             f"{world} processes; leave distributed_world_size out: torchrun's number is used"
         )
@@ -387,7 +388,7 @@ def repair_processes() -> None:
                 return original(cfg, force_distributed)
             except AssertionError as error:
                 slurm = {name: os.environ.get(f"SLURM_{name}") for name in ("NNODES", "NTASKS")}
-                raise ValueError(
+                raise UserError(
                     f"distributed_world_size {world} does not fit what fairseq finds ({error}): "
                     f"{gpus} GPUs here, {slurm['NNODES']} Slurm nodes, {slurm['NTASKS']} Slurm "
                     "tasks. Start torchrun once per node (scripts/pretrain_slurm.sh) and leave "
@@ -474,7 +475,7 @@ def repair_processes() -> None:
 
 
 def _refuse_spawn(world: int) -> None:
-    raise ValueError(
+    raise UserError(
         f"distributed_world_size is {world} but this machine shows no GPU, and fairseq starts one "
         f"process per GPU. On CPUs: torchrun --nproc_per_node {world} $(which fairseq-train) ..."
     )
@@ -563,7 +564,7 @@ def repair_running() -> None:
         def __init__(self, cfg, *args, **kwargs):
             on_cpu = cfg.common.cpu or not torch.cuda.is_available()
             if on_cpu and cfg.common.fp16 and not cfg.common.memory_efficient_fp16:
-                raise ValueError(
+                raise UserError(
                     "common.fp16 is true but the run is on CPU; set common.fp16=false "
                     "(bf16 works on CPU too, but is slower there than fp32)"
                 )

@@ -1,4 +1,4 @@
-"""The pretraining data set: stored items -> blocks -> corrupted examples -> padded batches.
+"""The pretraining dataset: stored items -> blocks -> corrupted examples -> padded batches.
 
 The work on arrays is done by `metro.data.blocks` and `metro.data.collation`.
 
@@ -19,6 +19,7 @@ from fairseq.data.indexed_dataset import data_file_path, index_file_path
 from metro.data.blocks import batch_by_size, build_blocks, order_by_length
 from metro.data.collation import crop, join_block
 from metro.pretraining.masking import item_random
+from metro.utils.messages import UserError
 
 
 def check_files(path: str) -> None:
@@ -31,17 +32,17 @@ def check_files(path: str) -> None:
             + (
                 ""
                 if is_train
-                else "; to train without validation data set dataset."
+                else "; to train without validation dataset dataset."
                 "disable_validation=true (--disable-validation)"
             )
         )
     if not os.path.exists(data_file_path(path)):
-        raise ValueError(
+        raise UserError(
             f"{path}.idx is there but {path}.bin is missing; a split needs both: copy the .bin "
             "file as well, or binarise the text again"
         )
     if os.path.getsize(data_file_path(path)) == 0:
-        raise ValueError(
+        raise UserError(
             f"{path}.bin is empty (0 bytes); leave this shard out of task.data or binarise its "
             "text again"
         )
@@ -67,7 +68,7 @@ class PretrainingDataset(FairseqDataset):
         bos: int,
         num_words: int,
         seed: int,
-        name: str = "the data set",
+        name: str = "the dataset",
     ):
         super().__init__()
         self.items, self.corrupt, self.collate = items, corrupt, collate
@@ -79,7 +80,7 @@ class PretrainingDataset(FairseqDataset):
             items.sizes, break_mode, self.max_block, crop_items=crop != "none"
         )
         if len(self) == 0:
-            raise ValueError(
+            raise UserError(
                 f"{name} holds {len(items)} items but not one block of text (sample_break_mode "
                 f"{break_mode}); leave this shard out of task.data or binarise its text again"
             )
@@ -104,7 +105,7 @@ class PretrainingDataset(FairseqDataset):
         items = [self._item(i) for i in range(first, last + 1)]
         ids = join_block(items, offset, length, self.bos)
         if ids.max() >= self.num_words:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} holds id {ids.max()} (items {first} to {last}), but dict.txt ends at "
                 f"id {self.num_words - 1}; use the dict.txt that the data was binarised with"
             )

@@ -21,6 +21,7 @@ from metro.data.prompts.stored import MANIFEST
 from metro.finetuning.binarised import BinarisedTasks, longer
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
+from metro.utils.messages import UserError
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
 
@@ -144,14 +145,14 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
     if group:
         groups = read_json(where / VALID_GROUPS) if (where / VALID_GROUPS).is_file() else {}
         if group not in groups:
-            raise ValueError(
+            raise UserError(
                 f"there is no group {group!r} in {where / VALID_GROUPS} for the split {split!r}; "
                 f"use one of {', '.join(f'{kind}_{name}' for name in groups) or 'valid'}"
             )
         names = groups[group]
     for name in names:
         if name not in caps:
-            raise ValueError(f"{where / TRAIN_CAPS} has no cap for {name!r} of the split {split!r}")
+            raise UserError(f"{where / TRAIN_CAPS} has no cap for {name!r} of the split {split!r}")
         for side in ("src", "tgt"):
             check_files(str(where / name / f"{kind}.src-tgt.{side}"))
     return names, [caps[name] for name in names]
@@ -167,7 +168,7 @@ def read_json(path: str | os.PathLike) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); prepare the data again") from None
+        raise UserError(f"{path} is not JSON ({error}); prepare the data again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} has to hold a JSON object; prepare the data again")
+        raise UserError(f"{path} has to hold a JSON object; prepare the data again")
     return content

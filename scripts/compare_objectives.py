@@ -3,8 +3,8 @@
     python scripts/compare_objectives.py --model MODEL.pt --vocab DIR --fresh --data-dir ROWS \\
         --templates TREE --out runs/compare
 
-Prepares FLIPPED's mixture (only the data sets named by --dataset) and, unprepared for training, the
-data sets of --unseen; trains each objective for the same number of updates on the same examples an
+Prepares FLIPPED's mixture (only the datasets named by --dataset) and, unprepared for training, the
+datasets of --unseen; trains each objective for the same number of updates on the same examples an
 update; ranks the options of held-out rows. Run again, it goes on where it was stopped. The table is
 printed and written to OUT/table.json. `--fresh` takes only sizes and vocabulary of the model.
 """

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metro.data.text.demo_text import write_demo_text
+from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "fairseq_plugins/configs/pretraining"
@@ -96,7 +97,7 @@ def remember_inputs(folder: Path, texts: list[str]) -> None:
     """The folder belongs to one text."""
     path = folder / "inputs.json"
     if path.exists() and (earlier := json.loads(path.read_text())) != texts:
-        raise ValueError(
+        raise UserError(
             f"{folder}/ was made from {earlier or 'the default text'}, not from "
             f"{texts or 'the default text'}: remove it first (rm -r {folder})"
         )
@@ -135,7 +136,7 @@ def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None
             # The training inherits the lock with its output and holds it as long as it lives.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"a training still writes to {log}: wait for it, or stop it") from None
+            raise UserError(f"a training still writes to {log}: wait for it, or stop it") from None
         position = file.tell()
         process = subprocess.Popen(
             argv,

@@ -3,7 +3,7 @@
     python scripts/evaluate_prompts.py MODEL FOLDER [--method direct|channel|flipped]
 
 FOLDER is made by `metro prepare-prompts --format jsonl`; its split `valid` is read. One line per
-data set: the mean over its templates of accuracy, macro-F1 and the level of guessing.
+dataset: the mean over its templates of accuracy, macro-F1 and the level of guessing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def evaluate(
     limit: int | None = None,
     lengths: tuple[int, int] = (512, 256),
 ) -> list[dict]:
-    """One row per data set. `limit`: examples per template, spread evenly over the split."""
+    """One row per dataset. `limit`: examples per template, spread evenly over the split."""
     import numpy as np
 
     from metro.data.prompts.encoding import PromptEncoder
@@ -60,7 +60,7 @@ def evaluate(
         found.setdefault(name, []).append((measure(questions, predictions), len(questions)))
     return [
         {
-            "data set": name,
+            "dataset": name,
             "prompts": len(measured),
             "examples": sum(count for _, count in measured),
             "accuracy": mean(m.accuracy for m, _ in measured),
@@ -72,10 +72,10 @@ def evaluate(
 
 
 def print_rows(rows: list[dict], title: str) -> None:
-    print(f"{title}\n{'data set':24} prompts examples accuracy macro-F1   chance")
+    print(f"{title}\n{'dataset':24} prompts examples accuracy macro-F1   chance")
     for row in rows:
         shares = "".join(f"{row[name]:9.1%}" for name in ("accuracy", "macro-F1", "chance"))
-        print(f"{row['data set']:24} {row['prompts']:7} {row['examples']:8}{shares}")
+        print(f"{row['dataset']:24} {row['prompts']:7} {row['examples']:8}{shares}")
 
 
 def main() -> None:

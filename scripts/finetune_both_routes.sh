@@ -8,7 +8,7 @@
 # TEMPLATES: a promptsource tree (default: what `metro templates fetch` got). Every step is left out
 # when its result is there, or goes on where it was stopped.
 # Settings from the environment: DATASETS, UPDATES, TOKENS (of a fairseq batch), BATCH (examples of a
-# Trainer's batch), LIMIT (held-out rows per data set), RATE, LENGTH (encoder tokens).
+# Trainer's batch), LIMIT (held-out rows per dataset), RATE, LENGTH (encoder tokens).
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from metro.utils.messages import UserError
+
 LOSSES = {
     "generator_loss": "auxiliary model: masked language modelling",
     "discriminator_loss": "main model: corrective language modelling",
@@ -81,7 +83,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
 
     names = [name for name in LOSSES if name in curves["train"]]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"the log has no training line with any of {list(LOSSES)}: the first is written after "
             "common.log_interval updates, with common.log_format=json and the criterion t5_metro"
         )

@@ -8,6 +8,7 @@ from fairseq.logging import metrics
 
 from metro.finetuning.flipped import UNLIKELIHOOD_WEIGHT, check_unlikelihood_weight
 from metro.finetuning.losses import LossOptions
+from metro.utils.messages import UserError
 
 # logged mean -> (sum, what it is divided by, decimals); natural logarithms
 MEANS = {
@@ -49,7 +50,7 @@ class FlippedCriterion(FairseqCriterion):
         super().__init__(task)
         check_unlikelihood_weight(unlikelihood_weight)
         if loss_mean not in ("tokens", "examples"):
-            raise ValueError(f"loss_mean is {loss_mean!r}; use tokens or examples")
+            raise UserError(f"loss_mean is {loss_mean!r}; use tokens or examples")
         pad = task.target_dictionary.pad()
         self.options = LossOptions("flipped", pad, loss_mean, unlikelihood_weight)
 

@@ -6,6 +6,7 @@ from typing import Optional  # fairseq reads Optional[...], not X | None
 from fairseq.dataclass import FairseqDataclass
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.utils.messages import UserError
 
 
 @dataclass
@@ -58,12 +59,12 @@ def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:
     for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
         encoder, decoder = getattr(cfg, f"encoder_{name}"), getattr(cfg, f"decoder_{name}")
         if decoder is not None and decoder != encoder:
-            raise ValueError(
+            raise UserError(
                 f"encoder_{name} is {encoder} but decoder_{name} is {decoder}; METRO-T5 has one "
                 f"width for both: make them equal or leave decoder_{name} out"
             )
     if cfg.encoder_embed_dim % cfg.encoder_attention_heads:
-        raise ValueError(
+        raise UserError(
             f"encoder_embed_dim {cfg.encoder_embed_dim} is not divisible by "
             f"encoder_attention_heads {cfg.encoder_attention_heads}"
         )
@@ -95,7 +96,7 @@ def check_vocabulary(state: dict, config: MetroT5Config) -> None:
     for name, tensor in state.items():
         if name.endswith(("shared.weight", "embed_tokens.weight")):
             if tensor.shape[0] != config.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint has a vocabulary of {tensor.shape[0]} entries ({name}), the "
                     f"task one of {config.vocab_size} (dict.txt, special symbols and "
                     "tokens_per_sample sentinels). Use the dict.txt that the checkpoint was "

@@ -15,6 +15,7 @@ from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.auxiliary import RTD_HEADS, SHARED_EMBEDDINGS, AuxiliaryConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
+from metro.utils.messages import UserError
 
 
 @dataclass
@@ -66,14 +67,14 @@ def choice(name: str, value, valid: tuple[str, ...], if_true: str) -> str:
     text = str(value).lower()
     text = {"true": if_true, "false": "none"}.get(text, text)
     if text not in valid:
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(valid)}")
+        raise UserError(f"{name} is {value!r}; use one of {', '.join(valid)}")
     return text
 
 
 def auxiliary_config(cfg: MetroModelConfig) -> AuxiliaryConfig:
     """METRO's own options as the library takes them."""
     if cfg.no_generator:
-        raise ValueError(
+        raise UserError(
             "no_generator is true, but METRO learns from the auxiliary model's replacements; for "
             "pretraining without one use task t5 with model transformer_t5_base_rpe"
         )
@@ -116,13 +117,13 @@ class MetroT5Model(BaseFairseqModel):
         has_padding: bool | None = None,
     ) -> MetroLosses:
         if objective.rtd_weight > 0 and self.model.rtd_head is None:
-            raise ValueError(
+            raise UserError(
                 f"rtd_loss_weight is {objective.rtd_weight} but the model has rtd_head none; set "
                 "model.rtd_head=simple (or roberta), or criterion.rtd_loss_weight=0"
             )
         if self.training and objective.rtd_weight == 0 and self.model.rtd_head is not None:
             # The head would get no gradient, which DistributedDataParallel takes for an error.
-            raise ValueError(
+            raise UserError(
                 "rtd_loss_weight is 0 but the model has an RTD head, which would not be trained; "
                 "set model.rtd_head=none"
             )

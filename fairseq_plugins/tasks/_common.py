@@ -7,6 +7,7 @@ from fairseq.tasks import FairseqTask
 
 from fairseq_plugins.compat import stop
 from fairseq_plugins.loss_guard import LossGuard
+from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class SentinelTask(FairseqTask):
     def __init__(self, cfg, dictionary: Dictionary):
         super().__init__(cfg)
         if cfg.tokens_per_sample < 3:
-            raise ValueError(
+            raise UserError(
                 f"tokens_per_sample is {cfg.tokens_per_sample}; an example needs room for <s>, "
                 "</s> and a token: use at least 3"
             )
@@ -27,7 +28,7 @@ class SentinelTask(FairseqTask):
         for i in range(cfg.tokens_per_sample):
             index = dictionary.add_symbol(f"<sen{i:03d}>")
             if index != self.first_sentinel + i:
-                raise ValueError(
+                raise UserError(
                     f"dict.txt in {cfg.data} already holds <sen{i:03d}> (id {index}); sentinels "
                     "are added by the task: remove them from dict.txt"
                 )
@@ -36,7 +37,7 @@ class SentinelTask(FairseqTask):
     def get_batch_iterator(self, *args, **kwargs):
         """As fairseq's, with new loader processes in every epoch.
 
-        fairseq keeps them alive with the data set of the first epoch inside, so with
+        fairseq keeps them alive with the dataset of the first epoch inside, so with
         num_workers > 0 (its default is 1) the masks of epoch 1 would be used for ever.
         """
         iterator = super().get_batch_iterator(*args, **kwargs)
@@ -46,7 +47,7 @@ class SentinelTask(FairseqTask):
     def build_model(self, cfg, from_checkpoint: bool = False):
         model = super().build_model(cfg, from_checkpoint)
         if self.cfg.tokens_per_sample > model.max_positions():
-            raise ValueError(
+            raise UserError(
                 f"tokens_per_sample {self.cfg.tokens_per_sample} is larger than the model's "
                 f"max_positions {model.max_positions()}; lower the first or raise the second"
             )

@@ -1,4 +1,4 @@
-"""What both pretraining tasks share: options, shards, the data set."""
+"""What both pretraining tasks share: options, shards, the dataset."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from omegaconf import II, MISSING
 
 from fairseq_plugins.data import PretrainingDataset, check_files
 from fairseq_plugins.tasks._common import SentinelTask
+from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +53,15 @@ def check_shares(cfg, *names: str) -> None:
     values = [getattr(cfg, name) for name in names]
     for name, value in zip(names, values, strict=True):
         if not 0 <= value <= 1:  # also NaN
-            raise ValueError(f"{name} is {value}; it is a share: use 0 to 1")
+            raise UserError(f"{name} is {value}; it is a share: use 0 to 1")
     if sum(values) > 1:
-        raise ValueError(f"{' + '.join(names)} is {sum(values):g}; together they are at most 1")
+        raise UserError(f"{' + '.join(names)} is {sum(values):g}; together they are at most 1")
 
 
 def check_mask_length(cfg) -> None:
     """Refuse spans of no token."""
     if cfg.mask_multiple_length < 1:
-        raise ValueError(f"mask_multiple_length is {cfg.mask_multiple_length}; use 1 or more")
+        raise UserError(f"mask_multiple_length is {cfg.mask_multiple_length}; use 1 or more")
 
 
 class PretrainingTask(SentinelTask):
@@ -80,7 +81,7 @@ class PretrainingTask(SentinelTask):
         folders = utils.split_paths(data)
         paths = [os.path.join(folder, "dict.txt") for folder in folders]
         if not os.path.exists(paths[0]):
-            raise ValueError(
+            raise UserError(
                 f"no dict.txt in the data folder {folders[0]}; it is written by "
                 "`metro prepare-text` and fairseq-preprocess: copy the one that the data was "
                 "binarised with, or check task.data"
@@ -91,7 +92,7 @@ class PretrainingTask(SentinelTask):
             if os.path.exists(path):
                 with open(path, "rb") as file:
                     if file.read() != first:
-                        raise ValueError(
+                        raise UserError(
                             f"{path} differs from {paths[0]}; all shards must be binarised with "
                             "the same vocabulary"
                         )

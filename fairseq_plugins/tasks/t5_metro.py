@@ -12,6 +12,7 @@ from fairseq_plugins.tasks._pretraining import (
 )
 from metro.data.collation import MaskedExample, collate_masked
 from metro.pretraining.masking import mask_tokens, sampling_seed
+from metro.utils.messages import UserError
 
 
 @dataclass
@@ -35,7 +36,7 @@ class T5MetroTask(PretrainingTask):
     def __init__(self, cfg: T5MetroConfig, dictionary):
         super().__init__(cfg, dictionary)
         if cfg.mask_stdev != 0:
-            raise ValueError(
+            raise UserError(
                 f"mask_stdev is {cfg.mask_stdev}; masks of random length are not implemented "
                 "(no published run used them): set it to 0"
             )

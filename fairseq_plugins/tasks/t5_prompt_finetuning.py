@@ -21,6 +21,7 @@ from metro.finetuning.binarised import BinarisedTasks
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.models.vocabulary_folder import build_tokenizer
+from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +77,20 @@ class T5PromptFinetuningTask(SentinelTask):
         for name in ("max_source_tokens", "max_target_tokens"):
             value = getattr(cfg, name)
             if value is not None and not 3 <= value <= cfg.tokens_per_sample:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {value}; use 3 to tokens_per_sample ({cfg.tokens_per_sample})"
                 )
         if cfg.dataset_impl is not None:
             logger.warning("dataset_impl=%s is ignored: files say what they are", cfg.dataset_impl)
         if cfg.objective not in ("direct", "channel"):
-            raise ValueError(
+            raise UserError(
                 f"task.objective is {cfg.objective!r}; use direct or channel, or the criterion "
                 "flipped"
             )
         self.objective = cfg.objective
         self.is_text = is_text(cfg.data)
         if cfg.objective == "channel" and not self.is_text:
-            raise ValueError(
+            raise UserError(
                 f"task.objective is channel but {cfg.data} is binarised; prepare it with "
                 "metro prepare-prompts --format jsonl"
             )
@@ -102,7 +103,7 @@ class T5PromptFinetuningTask(SentinelTask):
         needed = ["dict.txt", "sp.model"] if is_text(cfg.data) else ["dict.txt"]
         for name in needed:
             if not os.path.exists(os.path.join(folder, name)):
-                raise ValueError(
+                raise UserError(
                     f"no {name} in {folder}; give the folder of the model's vocabulary as "
                     "++task.vocab=DIR (--vocab DIR), or check task.data"
                 )
@@ -114,7 +115,7 @@ class T5PromptFinetuningTask(SentinelTask):
         wanted = getattr(criterion, "objective", None)
         if wanted is not None:
             if not self.is_text:
-                raise ValueError(
+                raise UserError(
                     f"the criterion {wanted} needs prompts kept as text, but {self.cfg.data} is "
                     "binarised; prepare it with metro prepare-prompts --format jsonl and give "
                     "--vocab DIR to fairseq-train"

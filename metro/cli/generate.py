@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from metro.utils.messages import UserError
+
 SECONDS_OF_SILENCE = 20
 """While answers go into a file, a line on stderr after so many seconds."""
 
@@ -116,14 +118,14 @@ def generate(
 def open_texts(texts: list[str], path: Path | None):
     """The texts, as an iterator; files and stdin are read as they are needed."""
     if path and texts:
-        raise ValueError("give texts or --input, not both")
+        raise UserError("give texts or --input, not both")
     if path:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path} to read texts from")
         return unicode_alone(read_lines(path))
     if not texts:
         if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError("no text: write it behind the model, use --input FILE, or pipe it in")
+            raise UserError("no text: write it behind the model, use --input FILE, or pipe it in")
         texts = ["-"]
     parts = [lines_of_stdin() if text == "-" else [text] for text in texts]
     return unicode_alone(itertools.chain.from_iterable(parts))
@@ -136,7 +138,7 @@ def unicode_alone(texts):
             text.encode()
         except UnicodeEncodeError as error:
             bad = text[error.start : error.end]
-            raise ValueError(f"text {number} is not UTF-8 (it holds {bad!r})") from None
+            raise UserError(f"text {number} is not UTF-8 (it holds {bad!r})") from None
         yield text
 
 
@@ -152,17 +154,17 @@ def read_lines(path: Path):
                 line = line.rstrip("\r\n")
                 yield text_of(line, path, number) if path.suffix == ".jsonl" else line
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
+            raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
 def text_of(line: str, path: Path, number: int) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        raise UserError(f"{path}, line {number} is not JSON: {error}") from None
     text = row.get("text", row.get("input")) if isinstance(row, dict) else row
     if not isinstance(text, str):
-        raise ValueError(f"{path}, line {number} has no text in a field text or input")
+        raise UserError(f"{path}, line {number} has no text in a field text or input")
     return text
 
 
@@ -179,7 +181,7 @@ def load_quietly(name: str, device: str | None, dtype: str | None, vocab: Path |
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used ({reason}); try --device cpu") from None
+        raise UserError(f"device {device!r} cannot be used ({reason}); try --device cpu") from None
     if dtype is None:
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if fast else "float32"

@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "prepare-prompts": (
         "metro.cli.prepare_prompts:prepare_prompts",
-        "Turn data sets and prompt templates into finetuning data: T0, T0+, T0++, FLIPPED.",
+        "Turn datasets and prompt templates into finetuning data: T0, T0+, T0++, FLIPPED.",
     ),
     "finetune": (
         "metro.cli.finetune:finetune",

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from metro.utils.messages import UserError
+
 
 def models(
     name: Annotated[
@@ -24,7 +26,7 @@ def models(
 
     if write_cards:
         if name or as_json:
-            raise ValueError("--write-cards writes all cards: leave the name and --json out")
+            raise UserError("--write-cards writes all cards: leave the name and --json out")
         written = registry_cards.write_cards(write_cards)
         print(f"{len(written)} model cards written into {write_cards}")
     elif name is None:

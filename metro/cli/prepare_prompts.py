@@ -1,4 +1,4 @@
-"""`metro prepare-prompts`: data sets and prompt templates to finetuning data."""
+"""`metro prepare-prompts`: datasets and prompt templates to finetuning data."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from metro.cli.progress import Work
+from metro.utils.messages import UserError
 
 
 def prepare_prompts(
@@ -33,7 +34,7 @@ def prepare_prompts(
     ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Only this data set of the mixture, as super_glue/rte; repeatable."),
+        typer.Option(help="Only this dataset of the mixture, as super_glue/rte; repeatable."),
     ] = None,
     source: Annotated[
         str, typer.Option(help="templates, or p3: prompts that bigscience/P3 has rendered.")
@@ -43,7 +44,7 @@ def prepare_prompts(
         typer.Option(help="Tasks to validate on: published, all of the mixture, or none."),
     ] = "published",
     limit: Annotated[
-        int | None, typer.Option(help="At most N rows of a data set and side, spread evenly.")
+        int | None, typer.Option(help="At most N rows of a dataset and side, spread evenly.")
     ] = None,
     valid_limit: Annotated[
         int | None, typer.Option(help="The same for validation; default: --limit.")
@@ -64,9 +65,9 @@ def prepare_prompts(
         bool, typer.Option(help="Replace a result made with other settings.")
     ] = False,
 ) -> None:
-    """Turn data sets and prompt templates into finetuning data.
+    """Turn datasets and prompt templates into finetuning data.
 
-    Data sets that cannot be had are listed at the end; the exit code is 0 as long as there is
+    Datasets that cannot be had are listed at the end; the exit code is 0 as long as there is
     something to train on.
 
     Run the same command again to continue after an interruption.
@@ -95,7 +96,7 @@ def prepare_prompts(
         _print_plan(plan_prompts(settings), settings)
         return
     if out is None:
-        raise ValueError("--out is missing: name the folder to make (or add --dry-run)")
+        raise UserError("--out is missing: name the folder to make (or add --dry-run)")
     work = Work(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -131,9 +132,9 @@ def _print_plan(lines, settings) -> None:
 
     unit = "tokens" if settings.vocabulary else "words"
     table = Table(title=f"mixture {settings.mixture.name}, as {settings.format}")
-    for column in ("side", "data set"):
+    for column in ("side", "dataset"):
         table.add_column(column)
-    per = "data set" if settings.mixture.cap_of == "data_set" else "template"
+    per = "dataset" if settings.mixture.cap_of == "data_set" else "template"
     for column in ("templates", "rows", "examples", f"cap/{per}", "an epoch reads", f"~{unit}"):
         table.add_column(column, justify="right")
     rows = [line for line in lines if not isinstance(line, Unavailable)]
@@ -151,7 +152,7 @@ def _print_plan(lines, settings) -> None:
     console.print(table)
     _print_unavailable(console, [line for line in lines if isinstance(line, Unavailable)])
     if not rows:
-        raise ValueError(f"mixture {settings.mixture.name}: none of its data sets can be had")
+        raise UserError(f"mixture {settings.mixture.name}: none of its datasets can be had")
 
 
 def _print_unavailable(console, rows) -> None:
@@ -161,7 +162,7 @@ def _print_unavailable(console, rows) -> None:
     if not rows:
         return
     table = Table(title="not to be had")
-    for column in ("side", "data set", "why"):
+    for column in ("side", "dataset", "why"):
         table.add_column(column)
     for row in rows:
         table.add_row(row.side, row.name, Text(row.reason))

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from metro.utils.messages import UserError
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -21,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line."
 @app.command("list")
 def list_prompts(
     dataset: Annotated[
-        str | None, typer.Option(help="Only of this data set, as super_glue/rte.")
+        str | None, typer.Option(help="Only of this dataset, as super_glue/rte.")
     ] = None,
     mixture: Annotated[
         str | None, typer.Option(help="Only of this mixture: t0, t0p, t0pp, flipped, ...")
@@ -43,7 +45,7 @@ def list_prompts(
         wanted = split_dataset_name(dataset, tree)
         names = [name for name in names if name == wanted]
         if not names:
-            raise ValueError(f"mixture {mixture} has no data set {dataset!r}")
+            raise UserError(f"mixture {mixture} has no dataset {dataset!r}")
     absent = []
     for name in names:
         try:
@@ -77,9 +79,9 @@ def _print_template(template, as_json: bool) -> None:
 
 @app.command("show")
 def show_prompts(
-    dataset: Annotated[str, typer.Option(help="Data set, as super_glue/rte or imdb.")],
+    dataset: Annotated[str, typer.Option(help="Dataset, as super_glue/rte or imdb.")],
     prompt: Annotated[
-        str | None, typer.Option(help="Name of one template; default: all of the data set.")
+        str | None, typer.Option(help="Name of one template; default: all of the dataset.")
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -97,7 +99,7 @@ def show_prompts(
     seed: Annotated[int, typer.Option(help="Of templates that draw at random.")] = 0,
     json: AsJson = False,
 ) -> None:
-    """Show prompts, answers and options of a data set's rows.
+    """Show prompts, answers and options of a dataset's rows.
 
     Rows that give no example are named on the error output.
     """

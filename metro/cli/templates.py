@@ -34,4 +34,4 @@ def fetch(
 
     fetched = fetch_templates(file=file, index=index, again=again)
     there = " (they were there; --again replaces them)" if fetched.was_there else ""
-    print(f"{fetched.folder}: templates of {fetched.num_files} data sets{there}")
+    print(f"{fetched.folder}: templates of {fetched.num_files} datasets{there}")

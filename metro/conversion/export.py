@@ -24,6 +24,7 @@ from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.fairseq_checkpoint import untied
 from metro.utils.files import new_folder
+from metro.utils.messages import UserError
 
 EXPORTED_CODE = (
     "configuration_metro_t5.py",
@@ -68,7 +69,7 @@ def export_model(
         ValueError: ``out`` is there, or ``model`` is no METRO-T5.
     """
     if not isinstance(model, MetroT5ForConditionalGeneration):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} is not METRO-T5: save it with its own save_pretrained"
         )
     state = {name: tensor.detach().cpu() for name, tensor in untied(model.state_dict()).items()}

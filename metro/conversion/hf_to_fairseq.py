@@ -33,6 +33,7 @@ from metro.models.weights_check import check_weights, expected_shapes
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.files import check_output, new_file
+from metro.utils.messages import UserError
 
 NAMES = ("original", "metro")
 NO_HISTORY = {  # fairseq wants an entry, and reads nothing but the updates of it
@@ -82,13 +83,13 @@ def to_fairseq(
     """
     folder, out = Path(folder), Path(out)
     if names not in (None, *NAMES):
-        raise ValueError(f"names is {names!r}; use one of {', '.join(NAMES)}")
+        raise UserError(f"names is {names!r}; use one of {', '.join(NAMES)}")
     check_output(out, overwrite, (folder,))
     config = read_config(folder)
     training = _read_training(folder)
     names = names or training.get("names") or "original"
     if names not in NAMES:
-        raise ValueError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
+        raise UserError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
     num_sentinels = _num_sentinels(folder)
     has_vocabulary = all((folder / name).is_file() for name in FILES)
     if has_vocabulary:
@@ -158,9 +159,9 @@ def read_config(folder: Path) -> MetroT5Config:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # never ask
     except Exception as error:  # transformers raises nearly every class for a bad file
         text = " ".join(str(error).split())[:400]
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {text}") from error
+        raise UserError(f"{folder / 'config.json'} cannot be read: {text}") from error
     if not isinstance(config, MetroT5Config):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a model of type {config.model_type!r}; only METRO-T5 (metro_t5, "
             "fairseq_t5) has a form in fairseq here"
         )
@@ -173,7 +174,7 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
     known = [name for name in TIED if name in tensors]
     different = [name for name in known[1:] if not torch.equal(tensors[name], tensors[known[0]])]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds different tensors as {known[0]} and {', '.join(different)}, where the "
             "model has one; the file is mixed up"
         )
@@ -218,7 +219,7 @@ def _read_training(folder: Path) -> dict[str, Any]:
         reason = "settings.model and settings.task are not there"
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{path} is damaged ({reason}); copy it again, or remove it")
+    raise UserError(f"{path} is damaged ({reason}); copy it again, or remove it")
 
 
 def _num_sentinels(folder: Path) -> int:

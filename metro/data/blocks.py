@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metro.utils.messages import UserError
+
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 _CHUNK_ITEMS = 1 << 21  # bounds the temporary memory of build_blocks
 
@@ -50,17 +52,15 @@ def build_blocks(
     if crop_items:
         sizes = np.minimum(sizes, block_size)
     if break_mode not in BREAK_MODES:
-        raise ValueError(
-            f"sample_break_mode is {break_mode!r}; use one of {', '.join(BREAK_MODES)}"
-        )
+        raise UserError(f"sample_break_mode is {break_mode!r}; use one of {', '.join(BREAK_MODES)}")
     if break_mode != "eos" and block_size < 1:
-        raise ValueError(f"blocks of {block_size} tokens cannot be built; raise tokens_per_sample")
+        raise UserError(f"blocks of {block_size} tokens cannot be built; raise tokens_per_sample")
     if len(sizes) == 0:
         none = np.zeros(0, dtype=np.int32)
         return Blocks(none, none, none, none)
     if sizes.min() < 1:
         item = int(sizes.argmin())
-        raise ValueError(
+        raise UserError(
             f"item {item} of the corpus has {sizes[item]} tokens; every item needs at least its "
             "end-of-sentence token: binarise the text again"
         )
@@ -173,7 +173,7 @@ def batch_by_size(
     max_sentences = int(max_sentences) if max_sentences is not None and max_sentences > 0 else None
     longest = int(sizes.max())
     if max_tokens is not None and longest > max_tokens:
-        raise ValueError(
+        raise UserError(
             f"example {indices[int(sizes.argmax())]} has {longest} tokens, more than max_tokens "
             f"{max_tokens}; raise dataset.max_tokens or lower tokens_per_sample"
         )

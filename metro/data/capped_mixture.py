@@ -1,6 +1,6 @@
 """Which examples an epoch of a prompt mixture holds: every task up to its cap, as a moving window.
 
-T0 (Sanh et al. 2022) caps each template at 500,000 // (templates of its data set) examples. A task
+T0 (Sanh et al. 2022) caps each template at 500,000 // (templates of its dataset) examples. A task
 with more examples than its cap is walked through in one fixed permutation; an epoch takes up where
 the one before stopped and goes round at the end.
 
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from metro.utils.messages import UserError
 
 
 class ExamplePlace(NamedTuple):
@@ -32,12 +34,12 @@ class CappedMixture:
 
     def __init__(self, sizes: Sequence[int], caps: Sequence[int | None], seed: int):
         if len(sizes) != len(caps):
-            raise ValueError(f"{len(sizes)} tasks but {len(caps)} caps; give one cap per task")
+            raise UserError(f"{len(sizes)} tasks but {len(caps)} caps; give one cap per task")
         for task, cap in enumerate(caps):
             if cap is not None and cap < 1:
-                raise ValueError(f"the cap of task {task} is {cap}; use 1 or more, or leave it out")
+                raise UserError(f"the cap of task {task} is {cap}; use 1 or more, or leave it out")
         if min(sizes, default=0) < 0 or sum(sizes) == 0:
-            raise ValueError(f"a mixture of {len(sizes)} tasks without a single example")
+            raise UserError(f"a mixture of {len(sizes)} tasks without a single example")
         self.sizes = [int(size) for size in sizes]
         self.counts = [
             size if cap is None else min(size, int(cap))

@@ -20,7 +20,7 @@ class MaskedExample(NamedTuple):
     """One example of METRO pretraining."""
 
     index: int
-    """Its place in the data set."""
+    """Its place in the dataset."""
     original_ids: np.ndarray
     """int64 [N]."""
     masked_ids: np.ndarray
@@ -35,7 +35,7 @@ class MaskedBatch(NamedTuple):
     """A batch of METRO pretraining."""
 
     indices: torch.Tensor
-    """int64 [B]: places in the data set."""
+    """int64 [B]: places in the dataset."""
     lengths: torch.Tensor
     """int64 [B]: tokens without padding."""
     original_ids: torch.Tensor
@@ -60,7 +60,7 @@ class SpanExample(NamedTuple):
     """One example of span corruption."""
 
     index: int
-    """Its place in the data set."""
+    """Its place in the dataset."""
     input_ids: np.ndarray
     """int64: the text with sentinels for spans."""
     target_ids: np.ndarray
@@ -71,7 +71,7 @@ class SpanBatch(NamedTuple):
     """A batch of span corruption; inputs and targets have widths of their own."""
 
     indices: torch.Tensor
-    """int64 [B]: places in the data set."""
+    """int64 [B]: places in the dataset."""
     lengths: torch.Tensor
     """int64 [B]: input tokens without padding."""
     input_ids: torch.Tensor

@@ -1,7 +1,7 @@
-"""Rows of the data sets that prompts are made of: from a local folder, or from the hub.
+"""Rows of the datasets that prompts are made of: from a local folder, or from the hub.
 
 Local: ``<dir>/<dataset>/<subset or default>/<split>.jsonl``, one row per line, with the field names
-of the hub's version. Hub: the table ``datasets.yaml`` says where each data set lives today, and the
+of the hub's version. Hub: the table ``datasets.yaml`` says where each dataset lives today, and the
 package ``datasets`` loads it; no loading script is ever run.
 """
 
@@ -14,14 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from metro.utils.messages import UserError, install_command
+
 _TABLE = Path(__file__).with_name("datasets.yaml")
 _PARQUET_COPY = "refs/convert/parquet"
 _BLOCK = 1 << 24
 _LONGEST_BLANK = 64
 
 
-class DatasetUnavailable(ValueError):
-    """A data set cannot be had here; the message says what to do about it."""
+class DatasetUnavailable(UserError):
+    """A dataset cannot be had here; the message says what to do about it."""
 
 
 class DatasetEntry(NamedTuple):
@@ -44,7 +46,7 @@ def name_of(dataset: str, subset: str | None) -> str:
 
 @lru_cache(maxsize=1)
 def dataset_table() -> dict[str, DatasetEntry]:
-    """``datasets.yaml``: what is known of each data set."""
+    """``datasets.yaml``: what is known of each dataset."""
     import yaml
 
     table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
@@ -66,11 +68,11 @@ def load_rows(
     """The rows of a split; read when they are asked for.
 
     Args:
-        data_dir: folder of local data sets; nothing is taken from the hub then.
+        data_dir: folder of local datasets; nothing is taken from the hub then.
         limit: the first so many rows.
 
     Raises:
-        DatasetUnavailable: the data set or the split cannot be had.
+        DatasetUnavailable: the dataset or the split cannot be had.
     """
     if data_dir is not None:
         entry = dataset_table().get(name_of(dataset, subset))
@@ -84,10 +86,10 @@ def available_splits(
 ) -> list[str]:
     """The splits that can be used, in the table's order.
 
-    Those of the table where it knows the data set (a folder may hold other files), otherwise all.
+    Those of the table where it knows the dataset (a folder may hold other files), otherwise all.
 
     Raises:
-        DatasetUnavailable: the data set cannot be had.
+        DatasetUnavailable: the dataset cannot be had.
     """
     entry = dataset_table().get(name_of(dataset, subset))
     if data_dir is not None:
@@ -113,7 +115,7 @@ def available_splits(
 
 
 def _local_folder(data_dir: Path, dataset: str, subset: str | None) -> Path:
-    """The folder of a data set: named by the subset, ``default``, or the hub's configuration."""
+    """The folder of a dataset: named by the subset, ``default``, or the hub's configuration."""
     if not data_dir.is_dir():
         raise DatasetUnavailable(f"--data-dir {data_dir} is not a folder")
     root, entry = data_dir / dataset, dataset_table().get(name_of(dataset, subset))
@@ -180,9 +182,9 @@ class JsonlRows(Sequence):
         try:
             row = json.loads(self._file.read(end - start))
         except ValueError as error:
-            raise ValueError(f"{self.path}, row {index}: not JSON: {error}") from None
+            raise UserError(f"{self.path}, row {index}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {index}: a row is an object with fields")
+            raise UserError(f"{self.path}, row {index}: a row is an object with fields")
         return _with_derived(row, self.derive) if self.derive else row
 
     def __getstate__(self) -> dict:
@@ -263,7 +265,7 @@ def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list
     """The first rows of a split on the hub, and how many it has, without downloading it all.
 
     Raises:
-        DatasetUnavailable: the data set or the split cannot be had.
+        DatasetUnavailable: the dataset or the split cannot be had.
     """
     rows, entry = _open_on_hub(dataset, subset, split, streaming=True)
     splits = rows.info.splits or {}
@@ -308,7 +310,7 @@ _unreachable_since = -_OFFLINE_SECONDS - 1.0  # when this process last failed to
 def _without_waiting(hub) -> Iterator[None]:
     """Once the hub was not reached, look into the local cache alone.
 
-    Every attempt costs half a minute of retries otherwise, and a mixture has dozens of data sets.
+    Every attempt costs half a minute of retries otherwise, and a mixture has dozens of datasets.
     """
     global _unreachable_since
     import huggingface_hub.constants
@@ -344,7 +346,7 @@ def _datasets_package(name: str):
     except ImportError:
         raise DatasetUnavailable(
             f"{name} would come from the hub, which needs the package datasets: "
-            "pip install 'metro[train]', or give local rows with --data-dir DIR"
+            f"{install_command('train')}, or give local rows with --data-dir DIR"
         ) from None
     return datasets
 

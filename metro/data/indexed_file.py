@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metro.utils.messages import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
@@ -120,7 +122,7 @@ def _open_at(path: Path, num_bytes: int):
     found = file.seek(0, os.SEEK_END)
     if found < num_bytes:
         file.close()
-        raise ValueError(
+        raise UserError(
             f"{path} has {found} bytes where {num_bytes} were written before the interruption: "
             "it was "
             "changed since; start again with --overwrite"

@@ -5,12 +5,14 @@ manifest is the last file written there; then the folder takes its final name. S
 complete or not there.
 """
 
-import json
 import os
 import shutil
 import time
 import zlib
 from pathlib import Path
+
+from metro.utils.files import read_json, write_json
+from metro.utils.messages import UserError
 
 MANIFEST = "prepare_text.json"
 STATE = "state.json"
@@ -42,14 +44,14 @@ class PreparedFolder:
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
                 if overwrite:
                     return None
-                raise ValueError(
+                raise UserError(
                     f"{path} is missing or was changed after `{self.command}` wrote it: "
                     "prepare the folder again with --overwrite"
                 )
         if manifest and manifest["settings"] != self.settings:
             if overwrite:
                 return None
-            raise ValueError(
+            raise UserError(
                 f"{self.out} is finished and was made with other settings: "
                 f"{describe_differences(manifest['settings'], self.settings)}. "
                 "Choose another --out, or replace it with --overwrite"
@@ -74,7 +76,7 @@ class PreparedFolder:
         self._take_lock()
         if earlier and earlier != self.settings:
             if not overwrite:
-                raise ValueError(
+                raise UserError(
                     f"{self.partial} holds an unfinished run that differs: "
                     f"{describe_differences(earlier, self.settings)}. Run with the earlier "
                     "settings to continue it, or add --overwrite to begin again"
@@ -160,7 +162,7 @@ class PreparedFolder:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 if time.monotonic() > deadline:
-                    raise ValueError(
+                    raise UserError(
                         f"another process is preparing {self.out} now: wait for it or end it"
                     ) from None
             time.sleep(0.1)
@@ -185,25 +187,6 @@ def _describe_input_change(earlier: list[dict], now: list[dict]) -> str:
         return f"was {names[0]} and is {names[1]}"
     changed = [b["name"] for a, b in zip(earlier, now, strict=True) if a != b]
     return f"changed on disk: {', '.join(changed)}"
-
-
-def read_json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is not the JSON file that METRO wrote") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace the file in one step, so that a crash leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _crc32(path: Path) -> str:

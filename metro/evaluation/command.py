@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from metro.evaluation.report.naming import counted
 from metro.evaluation.tasks.suites import Suite, find_suite
+from metro.utils.messages import UserError, counted
 
 MISSING_DATA = 3
 """Exit status where tasks were left out for want of data."""
@@ -73,7 +73,7 @@ class EvaluationCommand:
         tasks, missing = load_tasks(chosen, sources)
         if not tasks:
             first = next(iter(missing.values()), "no prompt is left")
-            raise ValueError(f"no task of {whole.name} can be evaluated: {first}")
+            raise UserError(f"no task of {whole.name} can be evaluated: {first}")
         from metro.evaluation.runs.processes import join_processes  # and torch with it
         from metro.evaluation.scoring.rank_classification import NORMALIZATIONS
 
@@ -94,7 +94,7 @@ class EvaluationCommand:
             if not self.allow_missing:
                 print("--allow-missing makes this no failure", file=sys.stderr)
         if failures:
-            raise ValueError("; ".join(failures))
+            raise UserError("; ".join(failures))
         return MISSING_DATA if missing and not self.allow_missing else 0
 
     def check_options(self, suite: Suite) -> None:
@@ -111,21 +111,21 @@ class EvaluationCommand:
         check_choice("--protocol", self.protocol, (None, *PROTOCOLS))
         check_choice("--instruction-text", self.instruction_text, INSTRUCTION_TEXTS)
         if self.run_name and len(self.models) > 1:
-            raise ValueError("--run-name names one run, but there are several models; leave it out")
+            raise UserError("--run-name names one run, but there are several models; leave it out")
         if self.run_name and Path(self.run_name).name != self.run_name:
-            raise ValueError(f"--run-name is {self.run_name!r}; use a name without slashes")
+            raise UserError(f"--run-name is {self.run_name!r}; use a name without slashes")
         folders: dict[str, str] = {}
         for name in self.models if len(self.models) > 1 else ():
             folder = self.folder_name(name)
             if folder in folders:
-                raise ValueError(
+                raise UserError(
                     f"models {folders[folder]} and {name} would share the run folder {folder}-"
                     f"{suite.name}; evaluate them one at a time, each with a --run-name of its own"
                 )
             folders[folder] = name
         if self.check_published:
             if self.limit is not None:
-                raise ValueError("--check-published needs all rows: leave --limit out")
+                raise UserError("--check-published needs all rows: leave --limit out")
             for name in self.models:
                 registered = registered_model(name)
                 published_values(registered, suite.name, self.method or registered.method)
@@ -215,7 +215,7 @@ class EvaluationCommand:
 def check_choice(option: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
         names = ", ".join(name for name in known if name)
-        raise ValueError(f"{option} is {value!r}; use one of {names}")
+        raise UserError(f"{option} is {value!r}; use one of {names}")
 
 
 def short_name(model: str) -> str:

@@ -14,6 +14,7 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.tasks.protocol import choose_protocol
+from metro.utils.messages import UserError
 
 
 class OptionRow(NamedTuple):
@@ -89,7 +90,7 @@ def flip_options(
     else:
         [target] = encoder.targets([instruction])
         if len(target) < 3:
-            raise ValueError(
+            raise UserError(
                 f"nothing of the instruction {instruction!r} is left beside its sentinel; write "
                 "what is asked"
             )
@@ -105,16 +106,16 @@ def flip_options(
 
 def check_texts(text: str, options: list[str], instruction: str | None) -> None:
     if not text.strip():
-        raise ValueError("--input is empty; give the text that the options are about")
+        raise UserError("--input is empty; give the text that the options are about")
     if len(options) < 2:
-        raise ValueError(f"--options has {len(options)}; give at least two to choose from")
+        raise UserError(f"--options has {len(options)}; give at least two to choose from")
     if instruction is not None and not SENTINEL.sub("", instruction).strip():
-        raise ValueError(
+        raise UserError(
             f"--instruction is {instruction!r}: without text beside sentinels; leave it out"
         )
     for option in options:
         if not option.strip():
-            raise ValueError("one of --options is empty; give a text")
+            raise UserError("one of --options is empty; give a text")
 
 
 def check_sentinels(text: str, instruction: str) -> None:
@@ -122,7 +123,7 @@ def check_sentinels(text: str, instruction: str) -> None:
     read, written = ({int(k) for k in SENTINEL.findall(each)} for each in (text, instruction))
     if not read <= written:
         names = [", ".join(f"<extra_id_{k}>" for k in sorted(each)) for each in (read, written)]
-        raise ValueError(
+        raise UserError(
             f"--input has the sentinels {names[0]}, --instruction {names[1]}; put each where its "
             "piece of the instruction was in the input, and in front of the piece"
         )
@@ -133,7 +134,7 @@ def check_distinct(sources: list[list[int]], options: list[str]) -> None:
     seen: dict[tuple[int, ...], str] = {}
     for source, option in zip(sources, options, strict=True):
         if (other := seen.get(tuple(source))) is not None:
-            raise ValueError(
+            raise UserError(
                 f"options {other!r} and {option!r} are the same to the model (equal tokens); give "
                 "different ones"
             )

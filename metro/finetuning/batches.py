@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
+from metro.utils.messages import UserError
 
 BATCHING = ("length", "random")
 GROUP = 64  # batches that are sorted by length together
@@ -37,9 +38,9 @@ class EpochBatches(BatchSampler):
         num_processes: int = 1,
     ):
         if batching not in BATCHING:
-            raise ValueError(f"batching is {batching!r}; use one of {', '.join(BATCHING)}")
+            raise UserError(f"batching is {batching!r}; use one of {', '.join(BATCHING)}")
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; use 1 or more")
+            raise UserError(f"batch_size is {batch_size}; use 1 or more")
         self.data, self.batch_size, self.seed, self.batching = data, batch_size, seed, batching
         self.process, self.num_processes = process, num_processes
         self.drop_last = False

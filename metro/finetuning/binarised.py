@@ -11,6 +11,7 @@ import numpy as np
 
 from metro.data.capped_mixture import CappedMixture
 from metro.finetuning.collation import EncodedPrompt, truncate
+from metro.utils.messages import UserError
 
 
 class BinarisedTasks:
@@ -43,7 +44,7 @@ class BinarisedTasks:
     ):
         for task, (source, target) in enumerate(zip(sources, targets, strict=True)):
             if len(source) != len(target):
-                raise ValueError(
+                raise UserError(
                     f"task {task} of {name} has {len(source)} sources but {len(target)} targets; "
                     "prepare it again with metro prepare-prompts"
                 )
@@ -77,7 +78,7 @@ class BinarisedTasks:
         source, target = self.sources[task][row].numpy(), self.targets[task][row].numpy()
         highest = max(source.max(), target.max())
         if highest >= self.num_words:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} holds id {highest} (example {row} of task {task}), but dict.txt ends "
                 f"at id {self.num_words - 1}; use the dict.txt that the data was binarised with"
             )

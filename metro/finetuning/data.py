@@ -1,10 +1,10 @@
 """Training data from a folder of prepared prompts: what an epoch holds, and each example encoded.
 
 Two ways of sampling. ``capped``: every template up to its cap, the window of T0
-(`CappedMixture`). ``proportional``: every row of every data set once (at most 500,000 of one),
+(`CappedMixture`). ``proportional``: every row of every dataset once (at most 500,000 of one),
 under one template drawn uniformly among those that have the row, as FLIPPED does it.
 
-Letters: N examples of an epoch, R rows of a data set, K tasks (templates).
+Letters: N examples of an epoch, R rows of a dataset, K tasks (templates).
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ import numpy as np
 from metro.data.capped_mixture import CappedMixture
 from metro.data.prompts.encoding import PromptEncoder
 from metro.finetuning.collation import EncodedPrompt
-from metro.finetuning.objectives import (
-    Unusable,
-    check_objective,
-    draws,
-    encode_example,
-    stable_hash,
-)
+from metro.finetuning.objectives import Unusable, check_objective, encode_example, stable_hash
+from metro.utils.messages import UserError
+from metro.utils.seeds import draws
 
 SAMPLING = ("capped", "proportional")
 ROWS_PER_DATASET = 500_000
@@ -51,7 +47,7 @@ class PromptData:
         encoder: text to ids.
         seed: of the sampling and of the wrong labels.
         sampling: "capped", "proportional", or None: proportional for the mixture "flipped".
-        limit: at most so many examples per task (per data set where sampling is proportional).
+        limit: at most so many examples per task (per dataset where sampling is proportional).
         replace: take another example of the epoch where one cannot be used (for training); else
             `encode` returns None there.
     """
@@ -72,10 +68,10 @@ class PromptData:
 
         check_objective(objective)
         if limit is not None and limit < 1:
-            raise ValueError(f"the limit is {limit} examples per task; use 1 or more")
+            raise UserError(f"the limit is {limit} examples per task; use 1 or more")
         manifest = read_manifest(folder)
         if manifest["format"] != "jsonl":
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds binarised prompts (format {manifest['format']}), which fairseq "
                 "reads: fairseq-train --task t5_prompt_finetuning. For metro finetune prepare them "
                 "with metro prepare-prompts --format jsonl"
@@ -86,14 +82,14 @@ class PromptData:
             if facts["num_examples"] > 0
         }
         if not tasks:
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no examples in the split {split!r} "
                 f"(splits: {', '.join(manifest['splits']) or 'none'}); prepare them with "
                 "metro prepare-prompts"
             )
         sampling = sampling or default_sampling(manifest)
         if sampling not in SAMPLING:
-            raise ValueError(f"sampling is {sampling!r}; use one of {', '.join(SAMPLING)}")
+            raise UserError(f"sampling is {sampling!r}; use one of {', '.join(SAMPLING)}")
         self.objective, self.encoder, self.seed, self.replace = objective, encoder, seed, replace
         self.names, self.sampling, self.folder = list(tasks), sampling, Path(folder)
         self.examples = [
@@ -112,7 +108,7 @@ class PromptData:
         self._length_fits: dict[int, tuple[float, float]] = {}
 
     def _group(self, tasks: dict[str, dict], limit: int | None) -> None:
-        """Data sets, their rows, and which templates have which row."""
+        """Datasets, their rows, and which templates have which row."""
         groups: dict[tuple, list[int]] = {}
         for number, facts in enumerate(tasks.values()):
             groups.setdefault((facts["dataset"], facts["subset"]), []).append(number)
@@ -141,7 +137,7 @@ class PromptData:
         return self._plan[1]
 
     def _draw_templates(self, group: int, epoch: int) -> EpochPlan:
-        """Rows of a data set in one epoch, each under one of the templates that have it."""
+        """Rows of a dataset in one epoch, each under one of the templates that have it."""
         rows = self.group_rows[group][self.mixture.rows(group, epoch)]
         members = self.groups[group]
         places = np.stack([np.searchsorted(self.rows[task], rows) for task in members])  # K,R
@@ -205,7 +201,7 @@ class PromptData:
             if not self.replace:
                 return None
             if len(reasons) >= min(MOST_SKIPPED, 10 * len(self)):
-                raise ValueError(
+                raise UserError(
                     f"{len(reasons)} examples of {self.folder} in a row cannot be used under the "
                     f"objective {self.objective} ({', '.join(sorted(set(reasons)))}); prepare a "
                     "mixture of tasks with options (metro prepare-prompts --mixture flipped)"

@@ -21,6 +21,7 @@ from torch import nn
 
 from metro.models.projection import ProjectionInput, projection_input, unwrap
 from metro.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from metro.utils.messages import UserError
 
 EPSILON = 0.01
 UNLIKELIHOOD_WEIGHT = 3.0
@@ -126,7 +127,7 @@ def mean_weights(
     if mean == "tokens":
         return is_target_BT / (is_target_BT.sum() if num_items is None else num_items)
     if mean != "examples":
-        raise ValueError(f"mean is {mean!r}; use 'tokens' or 'examples'")
+        raise UserError(f"mean is {mean!r}; use 'tokens' or 'examples'")
     total = len(is_target_BT) if num_items is None else num_items
     return is_target_BT / is_target_BT.sum(1, keepdim=True).clamp(min=1) / total
 
@@ -143,7 +144,7 @@ def start_token(model: nn.Module) -> int:
     config = unwrap(model).config
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
-        raise ValueError(
+        raise UserError(
             f"the configuration of {type(unwrap(model)).__name__} has no decoder_start_token_id; "
             "set it in its config.json"
         )
@@ -161,4 +162,4 @@ def stack_padded(first_BS: torch.Tensor, second_BS: torch.Tensor, pad: int) -> t
 def check_unlikelihood_weight(weight: float) -> None:
     """Refuse a lambda that would reward the wrong label, or NaN."""
     if not 0 <= weight < float("inf"):
-        raise ValueError(f"unlikelihood_weight (lambda) is {weight}; use 0 or more (published: 3)")
+        raise UserError(f"unlikelihood_weight (lambda) is {weight}; use 0 or more (published: 3)")

@@ -26,18 +26,19 @@ import numpy as np
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import SENTINEL, encoder_text
 from metro.finetuning.collation import EncodedPrompt
+from metro.utils.messages import UserError
 
 OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
 NEEDS_WRONG_LABEL = ("flipped", "direct+ul")
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """This example cannot be used under the objective; the message is the reason."""
 
 
 def check_objective(objective: str) -> None:
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
 
 
 def encode_example(
@@ -122,15 +123,3 @@ def gold_and_others(example: dict) -> tuple[str, list[str]]:
 def stable_hash(text: str) -> int:
     """The same number for a text in every process."""
     return zlib.crc32(text.encode("utf-8"))
-
-
-def draws(*keys: int | np.ndarray) -> np.ndarray:
-    """uint64, uniform and independent for different keys (splitmix64 over each key in turn)."""
-    state = np.zeros((), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state

@@ -22,6 +22,7 @@ import yaml
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.settings import FinetuningSettings
+from metro.utils.messages import MissingPackage, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def finetune(settings: FinetuningSettings) -> FinetuneResult:
         ValueError: settings, data and model do not fit together.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("metro finetune needs accelerate: pip install '.[train]'")
+        raise MissingPackage("finetuning", "accelerate", "train")
     from transformers import set_seed
 
     out = Path(settings.output_dir)
@@ -149,7 +150,7 @@ def training_arguments(settings: FinetuningSettings):
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
-        raise ValueError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
+        raise UserError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
     report_to = [] if settings.report_to == "none" else settings.report_to.split(",")
     if settings.report_to == "auto":
         report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
@@ -199,7 +200,7 @@ def training_arguments(settings: FinetuningSettings):
         ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
-        raise ValueError(
+        raise UserError(
             f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "
             f"--nproc_per_node {arguments.n_gpu} $(which metro) finetune ... (or choose one GPU "
             "with CUDA_VISIBLE_DEVICES=0)"
@@ -280,7 +281,7 @@ def _starting_point(settings: FinetuningSettings, out: Path, arguments) -> str |
     """The checkpoint to resume from; refuses a folder that holds something else."""
     if settings.resume not in ("auto", "never"):
         if not (Path(settings.resume) / STATE).is_file():
-            raise ValueError(
+            raise UserError(
                 f"resume is {settings.resume!r}, which is no complete checkpoint-N folder of "
                 "metro finetune; use auto, never or such a folder"
             )
@@ -288,12 +289,12 @@ def _starting_point(settings: FinetuningSettings, out: Path, arguments) -> str |
     with arguments.main_process_first(local=False, desc="output_dir"):
         earlier = out / SETTINGS
         if out.exists() and not earlier.is_file() and any(out.iterdir()):
-            raise ValueError(
+            raise UserError(
                 f"{out} is not empty and not of metro finetune; choose another --output-dir"
             )
         checkpoints = complete_checkpoints(out)
         if settings.resume == "never" and (checkpoints or (out / "config.json").is_file()):
-            raise ValueError(
+            raise UserError(
                 f"{out} holds a run already; choose another --output-dir, remove it, or leave "
                 "--resume never out"
             )
@@ -324,7 +325,7 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
         if name not in MAY_CHANGE and before.get(name, now[name]) != now[name]
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{earlier.parent} holds a run with other settings: {'; '.join(changed)}. Use the same "
             "ones to continue it, or another --output-dir"
         )

@@ -5,9 +5,10 @@ Light on purpose: nothing heavy is imported here.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+
+from metro.utils.messages import UserError, did_you_mean
 
 
 def option(default, help: str):
@@ -27,8 +28,8 @@ class FinetuningSettings:
 
     vocab: str | None = option(None, "Folder with sp.model and dict.txt, for a fairseq .pt.")
     templates: str | None = option(None, "Template tree, where --data is a mixture.")
-    data_dir: str | None = option(None, "Local data sets, where --data is a mixture.")
-    dataset: list[str] | None = option(None, "Of a mixture, these data sets only.")
+    data_dir: str | None = option(None, "Local datasets, where --data is a mixture.")
+    dataset: list[str] | None = option(None, "Of a mixture, these datasets only.")
 
     max_input_length: int = option(512, "Encoder tokens; longer inputs are cut.")
     max_target_length: int = option(256, "Decoder tokens; longer targets are cut.")
@@ -84,21 +85,21 @@ class FinetuningSettings:
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 words = ", ".join(word for word in valid if word is not None)
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {words}")
+                raise UserError(f"{name} is {getattr(self, name)!r}; use one of {words}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; use {least} or more")
+                raise UserError(f"{name} is {value}; use {least} or more")
         if self.dropout is not None and self.dropout >= 1:
-            raise ValueError(f"dropout is {self.dropout}; use 0 up to less than 1")
+            raise UserError(f"dropout is {self.dropout}; use 0 up to less than 1")
         if len(self.adam_betas) != 2:
-            raise ValueError(f"adam_betas is {self.adam_betas}; give two, such as 0.9 and 0.98")
+            raise UserError(f"adam_betas is {self.adam_betas}; give two, such as 0.9 and 0.98")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; use more than 0")
+            raise UserError(f"learning_rate is {self.learning_rate}; use more than 0")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps is {self.max_steps}; use 1 or more, or -1")
+            raise UserError(f"max_steps is {self.max_steps}; use 1 or more, or -1")
         if self.label_smoothing and self.objective not in ("direct", "channel"):
-            raise ValueError(
+            raise UserError(
                 f"label_smoothing is {self.label_smoothing}, which {self.objective} does not have; "
                 "set it to 0"
             )
@@ -141,7 +142,7 @@ def _typed(name: str, value, annotation: str):
     if value is None:
         if "None" in annotation:
             return None
-        raise ValueError(f"{name} is empty; give a value or leave it out")
+        raise UserError(f"{name} is empty; give a value or leave it out")
     kind = annotation.removesuffix(" | None")
     try:
         if kind == "float":
@@ -157,7 +158,7 @@ def _typed(name: str, value, annotation: str):
             return [float(part) for part in values] if "float" in kind else [*map(str, values)]
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{name} is {value!r}; it has to be of the kind {kind}")
+    raise UserError(f"{name} is {value!r}; it has to be of the kind {kind}")
 
 
 REQUIRED = ("model", "data", "output_dir")
@@ -175,14 +176,13 @@ def read_settings(path: str | Path) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no options; write lines such as `objective: flipped`")
+        raise UserError(f"{path} holds no options; write lines such as `objective: flipped`")
     for key in content:
         if key not in NAMES:
-            near = difflib.get_close_matches(str(key), NAMES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(NAMES)}"
-            raise ValueError(f"{path} has an unknown option {key!r}; {hint}")
+            hint = did_you_mean(str(key), NAMES)
+            raise UserError(f"{path} has an unknown option {key!r}; {hint}")
     return content
 
 
@@ -195,7 +195,7 @@ def find_config(config: str | Path) -> Path:
     if Path(config).is_file():
         return Path(config)
     if str(config) not in shipped:
-        raise ValueError(
+        raise UserError(
             f"there is no file {config}, nor a configuration of that name; METRO has "
             f"{', '.join(shipped)}"
         )
@@ -209,7 +209,7 @@ def combine(config: str | Path | None, given: dict) -> FinetuningSettings:
     missing = [name for name in REQUIRED if options.get(name) is None]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"missing: {flags}; give them as options or in the file of --config")
+        raise UserError(f"missing: {flags}; give them as options or in the file of --config")
     return FinetuningSettings(**options)
 
 

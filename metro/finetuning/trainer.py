@@ -16,6 +16,7 @@ from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import PromptBatch, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import LossOptions, batch_loss
+from metro.utils.messages import UserError
 
 # logged mean -> (sum, what it is divided by)
 MEANS = {
@@ -207,7 +208,7 @@ class FinetuningLogic:
         if self.args.world_size > 1:
             sums = self._same_keys(sums)
         if not sums:
-            raise ValueError(
+            raise UserError(
                 f"no validation example of {data.folder} can be used under the objective "
                 f"{data.objective}; leave eval_steps out, or prepare tasks with options"
             )

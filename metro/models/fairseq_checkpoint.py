@@ -27,6 +27,7 @@ from metro.models.safe_loading import load_tensors_and_settings
 from metro.models.weights_check import MOST_NAMES, check_weights, expected_shapes
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
+from metro.utils.messages import UserError
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 TIED += ("lm_head.weight",)
@@ -88,11 +89,11 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
         remedy = "use the .pt file that fairseq wrote"
         if isinstance(content, Mapping) and any("embed" in str(name) for name in content):
             remedy = "it holds bare weights: give the Hugging Face folder it lies in instead"
-        raise ValueError(f"{path} is not a checkpoint of fairseq (it has no `model`): {remedy}")
+        raise UserError(f"{path} is not a checkpoint of fairseq (it has no `model`): {remedy}")
     settings = _settings(content, path)
     state = dict(content["model"])
     if strange := [name for name, value in state.items() if not _is_parameter(name, value)]:
-        raise ValueError(
+        raise UserError(
             f"{path} holds something else than dense floating point tensors in its `model`: "
             f"{', '.join(map(repr, strange[:MOST_NAMES]))}; use the .pt file that fairseq wrote"
         )
@@ -133,11 +134,11 @@ def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
             if isinstance(args, dict):
                 settings = {"model": args, "task": {"_name": args.get("task"), **args}}
     except RecursionError:
-        raise ValueError(f"{path} holds settings that contain themselves; it is damaged") from None
+        raise UserError(f"{path} holds settings that contain themselves; it is damaged") from None
     groups = settings.items() if isinstance(settings, dict) else ()
     settings = {name: group for name, group in groups if isinstance(group, dict)}
     if not settings.get("model"):
-        raise ValueError(
+        raise UserError(
             f"{path} holds no settings (cfg.model), so the sizes of its model are unknown; use the "
             "file as fairseq wrote it"
         )
@@ -188,13 +189,13 @@ def model_config(
         if value is None:
             value = default
         if value is None:
-            raise ValueError(f"{path} does not say cfg.model.{name}; is it of another model?")
+            raise UserError(f"{path} does not say cfg.model.{name}; is it of another model?")
         return value
 
     def size(name: str, default=None) -> int:
         value = stated(name, default)
         if type(value) is not int or value < 1:
-            raise ValueError(
+            raise UserError(
                 f"{path} says cfg.model.{name} is {value!r}, which must be a whole number of at "
                 "least 1; use the file as fairseq wrote it"
             )
@@ -202,7 +203,7 @@ def model_config(
 
     embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight")
     if not embedding or len(embedding) != 2:
-        raise ValueError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
+        raise UserError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
     width, heads = size("encoder_embed_dim"), size("encoder_attention_heads")
     encoder_layers = size("encoder_layers") if trust_depth else depth("encoder")
     return MetroT5Config(
@@ -250,7 +251,7 @@ def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryCon
             share=choice("share_generator_discriminator_embed", "token"),
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def untied(main: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -309,7 +310,7 @@ def _check(checkpoint: FairseqCheckpoint) -> None:
         f"{name} and {main}" for name, main in same.items() if not _equal(state[name], state[main])
     ]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{source} holds two different tensors where the model has one: "
             f"{', '.join(different)}; the file is mixed up"
         )

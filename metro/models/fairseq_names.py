@@ -13,6 +13,8 @@ import re
 
 import torch
 
+from metro.utils.messages import UserError
+
 STACKS = {
     "encoder": "main.encoder",
     "decoder": "main.decoder",
@@ -98,7 +100,7 @@ def metro_name(fairseq_name: str) -> str | None:
         return None
     name = _translate(fairseq_name, METRO_NAMES)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{fairseq_name!r} is not a parameter of METRO or T5; is this checkpoint of another "
             "model?"
         )
@@ -115,7 +117,7 @@ def original_name(metro_name: str) -> str | None:
         return None
     name = _translate(metro_name, ORIGINAL_NAMES)
     if name is None:
-        raise ValueError(f"{metro_name!r} is not a parameter of METRO")
+        raise UserError(f"{metro_name!r} is not a parameter of METRO")
     return name
 
 

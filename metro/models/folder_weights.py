@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from metro.models.safe_loading import load_tensors_and_settings
+from metro.utils.messages import UserError
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -32,15 +33,15 @@ def read_folder(folder: str | Path) -> dict[str, torch.Tensor]:
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+            raise UserError(f"{path} is damaged ({error}); copy it again") from None
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {name} names")
+            raise UserError(f"{folder} lacks {', '.join(missing)}, which {name} names")
         tensors = {}
         for part in parts:
             tensors |= read_tensors(folder / part)
         return tensors
-    raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    raise UserError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -52,10 +53,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".safetensors":
         content = load_tensors_and_settings(path)
         if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-            raise ValueError(f"{path} does not hold bare weights; is it a checkpoint of fairseq?")
+            raise UserError(f"{path} does not hold bare weights; is it a checkpoint of fairseq?")
         return content
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again") from error

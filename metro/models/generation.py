@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from metro.utils.messages import UserError
+
 _LEAST = {
     "max_input_tokens": 3,
     "num_beams": 1,
@@ -60,17 +62,17 @@ class GenerationSettings:
     def __post_init__(self):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least {least}")
+                raise UserError(f"{name} is {getattr(self, name)}; use at least {least}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; use more than 0")
+            raise UserError(f"temperature is {self.temperature}; use more than 0")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; use more than 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}; use more than 0 and at most 1")
         if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ValueError("temperature, top_k and top_p need sampling: add --sample")
+            raise UserError("temperature, top_k and top_p need sampling: add --sample")
         if self.num_answers > 1 and not self.sample and self.num_answers > self.num_beams:
-            raise ValueError(
+            raise UserError(
                 f"num_answers is {self.num_answers} with num_beams {self.num_beams}: use at least "
                 "as many beams, or sampling"
             )
@@ -96,7 +98,7 @@ class GenerationSettings:
         if self.max_new_tokens is None:
             return min(MOST_NEW_TOKENS, positions) if positions else MOST_NEW_TOKENS
         if positions and self.max_new_tokens > positions:
-            raise ValueError(
+            raise UserError(
                 f"max_new_tokens is {self.max_new_tokens}, but the model has {positions} positions"
             )
         return self.max_new_tokens
@@ -142,7 +144,7 @@ def with_sentinels(tokenizer):
     """
     names = [name for name in tokenizer.get_vocab() if re.fullmatch(r"<sen\d{3,}>", name)]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"sentinels was asked for, but {type(tokenizer).__name__} has no <sen001>, ...; T5's "
             "<extra_id_0>, ... are found in texts without it (leave --sentinels out)"
         )

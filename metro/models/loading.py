@@ -24,6 +24,7 @@ from metro.models.folder_weights import read_folder
 from metro.models.source import model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.models.weights_check import complain
+from metro.utils.messages import UserError
 
 PADDED_ROWS = 128
 """An embedding may have up to this many rows more than the tokenizer has entries."""
@@ -69,7 +70,7 @@ def load(
             loaded = _from_checkpoint(path, dtype, attn_implementation, vocab)
     else:
         if vocab is not None:
-            raise ValueError(
+            raise UserError(
                 f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is no checkpoint of fairseq: "
                 "other models bring their own vocabulary; leave vocab out"
             )
@@ -92,7 +93,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
+        raise UserError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
     return found
 
 
@@ -148,7 +149,7 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **never)
     except Exception as error:  # transformers raises nearly every class for a bad folder
-        raise ValueError(_explain(source, error)) from error
+        raise UserError(_explain(source, error)) from error
     is_metro = isinstance(config, MetroT5Config)
     complain(
         missing=sorted(info["missing_keys"]),
@@ -167,7 +168,7 @@ def _refuse_kernels(config) -> None:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = str(getattr(part, "_attn_implementation", None))
         if "/" in attention:
-            raise ValueError(
+            raise UserError(
                 f"config.json takes its attention from {attention} on the hub, which is code and "
                 "is not run: take _attn_implementation out of it"
             )
@@ -200,7 +201,7 @@ def _check_vocabulary(source: str, rows: int, entries: int) -> None:
     """As many embeddings as entries, or a few more (padded, which then makes a multiple of 8)."""
     padded = rows % 8 == 0 and 0 < rows - entries < PADDED_ROWS
     if rows != entries and not padded:
-        raise ValueError(
+        raise UserError(
             f"{source}: the tokenizer has {entries} entries but config.json says vocab_size {rows}:"
             " sp.model, dict.txt, tokenizer_config.json (n_sentinel_tokens) and config.json must "
             "come from the same model"

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from metro.utils.messages import UserError
+
 
 class ProjectionInput(NamedTuple):
     """`hidden @ weight.T + bias` are the model's logits."""
@@ -43,7 +45,7 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
     inner = unwrap(model)
     head = inner.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
-        raise ValueError(
+        raise UserError(
             f"{type(inner).__name__} has no output embedding; use a sequence-to-sequence model for "
             "generation (…ForConditionalGeneration)"
         )
@@ -56,14 +58,14 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
     with _replaced_forward(head, pass_through), _without_final_bias(inner) as final_bias:
         output = model(**{"use_cache": False, "return_dict": True, **forward_kwargs})
     if len(caught) != 1:
-        raise ValueError(
+        raise UserError(
             f"{type(inner).__name__} called its output embedding {len(caught)} times instead of "
             "once; it cannot be used here"
         )
     hidden_BTD = caught[0]
     if inner not in _checked:  # once per model: comparing waits for the device
         if not torch.equal(output.logits.to(hidden_BTD.dtype), hidden_BTD):
-            raise ValueError(
+            raise UserError(
                 f"{type(inner).__name__} changes its logits after the output embedding (soft "
                 "capping?), which this computation would miss; use another model"
             )

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from metro.utils.messages import UserError
+
 FAMILIES = ("metro", "t0", "flipped")
 METHODS = ("direct", "channel", "flipped")
 SUITES = ("t0", "flipped14", "bigbench", "label_generalization", "mmlu")
@@ -47,18 +49,18 @@ class RegisteredModel:
     def __post_init__(self):
         for field, known in (("family", FAMILIES), ("method", METHODS)):
             if getattr(self, field) not in known:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; use one of {known}")
+                raise UserError(f"{field} is {getattr(self, field)!r}; use one of {known}")
         if not isinstance(self.parameters, int) or self.parameters <= 0:
-            raise ValueError(f"parameters is {self.parameters!r}; use a positive whole number")
+            raise UserError(f"parameters is {self.parameters!r}; use a positive whole number")
         for table in self.published:
             if set(table) != {"suite", "source", "results"}:
-                raise ValueError(f"a table of published has {sorted(table)}; "
+                raise UserError(f"a table of published has {sorted(table)}; "
                                  "use suite, source and results")  # fmt: skip
             if table["suite"] not in SUITES:
-                raise ValueError(f"suite is {table['suite']!r}; use one of {SUITES}")
+                raise UserError(f"suite is {table['suite']!r}; use one of {SUITES}")
             for task, accuracy in table["results"].items():
                 if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 100:
-                    raise ValueError(f"{table['suite']} {task} is {accuracy!r}; use percent")
+                    raise UserError(f"{table['suite']} {task} is {accuracy!r}; use percent")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,9 +97,9 @@ def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
-        raise ValueError(f"{path} has no `models:` with an entry per model")
+        raise UserError(f"{path} has no `models:` with an entry per model")
     models = {}
     for name, fields in content["models"].items():
         try:
@@ -105,11 +107,11 @@ def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
             models[name] = RegisteredModel(name=name, **fields)
         except (TypeError, ValueError) as error:
             message = str(error).replace("RegisteredModel.__init__() ", "")
-            raise ValueError(f"{path}: {name}: {message}") from None
+            raise UserError(f"{path}: {name}: {message}") from None
     hub_ids = [model.hub_id for model in models.values()]
     for hub_id in hub_ids:
         if hub_ids.count(hub_id) > 1:
-            raise ValueError(f"{path}: hub_id {hub_id} is given to more than one model")
+            raise UserError(f"{path}: hub_id {hub_id} is given to more than one model")
     return models
 
 
@@ -131,7 +133,7 @@ def registered_model(name: str) -> RegisteredModel:
     if model is None:
         near = nearest_names(name)
         hint = f"did you mean {' or '.join(near)}?" if near else "`metro models` lists all"
-        raise ValueError(f"no registered model is called {name!r}: {hint}")
+        raise UserError(f"no registered model is called {name!r}: {hint}")
     return model
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from metro.models.source import check_file
+from metro.utils.messages import UserError
 
 NO_CODE = "is refused, and nothing in it was run: it does not consist of weights and settings alone"
 
@@ -65,9 +66,9 @@ def load_tensors_and_settings(path: str | Path):
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(explain_refusal(path, error)) from error
+        raise UserError(explain_refusal(path, error)) from error
     except Exception as error:  # RuntimeError, EOFError, BadZipFile, KeyError, UnicodeDecodeError
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
             f"{_first_sentence(error)}): it is cut off or another kind of file; copy it again"
         ) from error

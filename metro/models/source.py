@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from metro.models.registry import find_registered, nearest_names
+from metro.utils.messages import UserError
 
 
 def model_source(path_or_name: str | os.PathLike) -> str:
@@ -24,7 +25,7 @@ def model_source(path_or_name: str | os.PathLike) -> str:
                 if checkpoints
                 else "give a Hugging Face folder, or a .pt file of fairseq"
             )
-            raise ValueError(f"{name} has no config.json, so it is no model: {remedy}")
+            raise UserError(f"{name} has no config.json, so it is no model: {remedy}")
         return name
     registered = find_registered(name)
     if registered is not None:
@@ -33,7 +34,7 @@ def model_source(path_or_name: str | os.PathLike) -> str:
         return name
     near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(
+    raise UserError(
         f"there is no file or folder {name}, and no registered model of that name; {hint}`metro "
         "models` lists the registered ones"
     )
@@ -50,4 +51,4 @@ def check_file(path: Path) -> None:
 def check_model_folder(folder: Path) -> None:
     """Raise a ValueError where there is no Hugging Face folder of that name."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder")
+        raise UserError(f"{folder} has no config.json: give a Hugging Face folder")

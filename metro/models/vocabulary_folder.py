@@ -7,6 +7,7 @@ from typing import Any
 
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.utils.messages import UserError
 
 FILES = ("sp.model", "dict.txt")
 
@@ -31,7 +32,7 @@ def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
     for place in places:
         if all((place / name).is_file() for name in FILES):
             return place
-    raise ValueError(
+    raise UserError(
         f"no vocabulary for {checkpoint}: sp.model and dict.txt lie neither in "
         f"{' nor in '.join([*named, str(here)])}; name their folder (--vocab DIR, or vocab= in "
         "Python)"
@@ -74,7 +75,7 @@ def build_tokenizer(
     num_sentinels = vocab_size - len(vocabulary)
     if num_sentinels < 0 or tokens_per_sample not in (None, num_sentinels):
         sentinels = "" if tokens_per_sample is None else f" and {tokens_per_sample} sentinels"
-        raise ValueError(
+        raise UserError(
             f"the vocabulary in {folder} has {len(vocabulary)} entries{sentinels}, but the model's "
             f"embedding has {vocab_size} rows: take the sp.model and dict.txt that the model was "
             "trained with"

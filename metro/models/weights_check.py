@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from metro.utils.messages import UserError
+
 MOST_NAMES = 60
 """Of one kind of mistake; more are counted."""
 
@@ -53,7 +55,7 @@ def complain(
         if names
     ]
     if parts:
-        raise ValueError(
+        raise UserError(
             f"the weights in {source} are not those of {model}; {'; '.join(parts)}. The settings "
             "or the weights belong to another model, or the file is incomplete: take both from the "
             "same source"

@@ -19,6 +19,7 @@ from metro.ops.linear_sample_cross_entropy import (
     LinearSampleCrossEntropy,
     linear_sample_cross_entropy,
 )
+from metro.utils.messages import UserError
 
 RTD_HEADS = ("none", "simple", "roberta")
 SHARED_EMBEDDINGS = ("none", "token", "token_pos", "token_pos_norm")
@@ -51,9 +52,7 @@ class AuxiliaryConfig:
             ("sample_mode", SAMPLE_MODES),
         ):
             if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(valid)}"
-                )
+                raise UserError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(valid)}")
 
 
 class PredictionHead(nn.Module):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from metro.ops.linear_cross_entropy import linear_cross_entropy
+from metro.utils.messages import UserError
 
 SCORED_POSITIONS = ("none", "lm", "both")
 
@@ -46,12 +47,12 @@ class MetroObjective:
 
     def __post_init__(self):
         if self.positions not in SCORED_POSITIONS:
-            raise ValueError(
+            raise UserError(
                 f"masked_positions_only is {self.positions!r}; "
                 f"use one of {', '.join(SCORED_POSITIONS)}"
             )
         if self.weighted_lm and self.rtd_weight <= 0:
-            raise ValueError(
+            raise UserError(
                 "weighted_lm_loss needs the RTD head's probabilities: set rtd_loss_weight above 0"
             )
 

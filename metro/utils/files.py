@@ -9,11 +9,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from metro.utils.messages import UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -27,24 +31,24 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> N
         inputs: what is read to write it.
 
     Raises:
-        ValueError: there is something already, or replacing it would not be safe.
+        UserError: there is something already, or replacing it would not be safe.
     """
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
-        raise ValueError(f"{out} exists: choose another name, or replace it with --overwrite")
+        raise UserError(f"{out} exists: choose another name, or replace it with --overwrite")
     place = out.resolve()
     if place.is_dir():
         below = [path for path in (Path.cwd(), *inputs) if path.resolve().is_relative_to(place)]
         folders = sorted(path.name for path in place.iterdir() if path.is_dir())
         if below or folders:
             what = below[0] if below else f"the folder {folders[0]}"
-            raise ValueError(
+            raise UserError(
                 f"{out} is not replaced, as {what} lies in it and would be lost: choose another "
                 "name"
             )
     elif place in [path.resolve() for path in inputs]:
-        raise ValueError(f"{out} is what is read: choose another name")
+        raise UserError(f"{out} is what is read: choose another name")
 
 
 @contextlib.contextmanager
@@ -54,11 +58,11 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
     With ``overwrite`` a folder that is there stays as it is until then.
 
     Raises:
-        ValueError: see :func:`check_output`.
+        UserError: see :func:`check_output`.
     """
     check_output(out, overwrite, inputs)
     if out.is_file():
-        raise ValueError(f"{out} is a file: choose another name for the folder")
+        raise UserError(f"{out} is a file: choose another name for the folder")
     out = out.resolve()  # a link stays, and what it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.incomplete-"
@@ -89,11 +93,11 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
     """A file to write, which becomes ``out`` when the block ends without an error.
 
     Raises:
-        ValueError: see :func:`check_output`.
+        UserError: see :func:`check_output`.
     """
     check_output(out, overwrite, inputs)
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file in it")
+        raise UserError(f"{out} is a folder: name a file in it")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.incomplete-"
@@ -110,6 +114,35 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
     finally:
         os.close(lock)
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a crash leaves the old or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """Content of a JSON file, None where there is no such file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not the JSON file that METRO wrote") from None
 
 
 def flush(path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path
 
 
 def test_a_mixture_is_prepared_first(testdata, t5_folder, tmp_path):  # noqa: F811
-    """Real rows and templates; oracle: the number of rows of the one data set that is named."""
+    """Real rows and templates; oracle: the number of rows of the one dataset that is named."""
     if not (testdata / "data/quarel").is_dir():
         pytest.skip("no rows of quarel in the test data")
     done = run(

@@ -69,7 +69,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path):
     [
         ([], "--out is missing"),
         (["--out", "OUT", "--mixture", "t1"], "no mixture 't1'"),
-        (["--out", "OUT", "--dataset", "three"], "has no data set 'three'"),
+        (["--out", "OUT", "--dataset", "three"], "has no dataset 'three'"),
         (["--out", "OUT", "--format", "fairseq"], "add --vocab DIR"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A text and a vocabulary trained on it; data sets and templates for the tests of preparation."""
+"""A text and a vocabulary trained on it; datasets and templates for the tests of preparation."""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table of invented data sets in place of the published one."""
+    """A table of invented datasets in place of the published one."""
     entries: dict[str, DatasetEntry] = {}
     monkeypatch.setattr(datasets, "dataset_table", lambda: entries)
     return entries
@@ -85,7 +85,7 @@ def test_local_folder_is_found_by_subset_default_or_configuration(tmp_path, tabl
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A data set as on the hub: parquet files with a configuration, loaded by the real package."""
+    """A dataset as on the hub: parquet files with a configuration, loaded by the real package."""
     package = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")

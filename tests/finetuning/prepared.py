@@ -37,7 +37,7 @@ def example(prompt, text, literal, options, label) -> dict:
     }
 
 
-TASKS = {  # name -> (data set, how a row looks, rows: all but every third for the second template)
+TASKS = {  # name -> (dataset, how a row looks, rows: all but every third for the second template)
     "sentiment_how": ("sentiment", lambda row: sentiment(row, 0), lambda n: range(n)),
     "sentiment_like": ("sentiment", lambda row: sentiment(row, 1), lambda n: range(0, n, 3)),
     "topic_about": ("topic", lambda row: topic(row, 0), lambda n: range(n)),

@@ -32,7 +32,7 @@ def data(folder, encoder):
 
 
 def test_proportional_sampling_reads_every_row_once_under_one_of_its_templates(data):
-    """60 rows of each data set; only every third row has the second template of sentiment."""
+    """60 rows of each dataset; only every third row has the second template of sentiment."""
     prompts = data()
     assert prompts.sampling == "proportional" and len(prompts) == 120
     drawn = Counter()

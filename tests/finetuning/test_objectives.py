@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from metro.finetuning.objectives import Unusable, draws, encode_example, gold_and_others
+from metro.finetuning.objectives import Unusable, encode_example, gold_and_others
+from metro.utils.seeds import draws
 
 EXAMPLE = {
     "task": "t",

@@ -42,7 +42,7 @@ def run(*command, **environment) -> str:
 
 
 def check_rows(rows: list[dict], names: set[str]) -> None:
-    assert {row["data set"] for row in rows} == names
+    assert {row["dataset"] for row in rows} == names
     for row in rows:
         assert 0 < row["chance"] < 1 and 0 <= row["accuracy"] <= 1 and row["examples"] > 0
 

@@ -16,6 +16,7 @@ as ordinary characters, as pretraining did; here the text is cut there and the i
 from collections.abc import Sequence
 
 from metro.data.prompts.instruction import SENTINEL, sentinels_for
+from metro.utils.messages import UserError
 
 
 class PromptEncoder:
@@ -41,12 +42,12 @@ class PromptEncoder:
             ("max_target_length", max_target_length),
         ):
             if value < 3:
-                raise ValueError(f"{name} is {value}; use at least 3")
+                raise UserError(f"{name} is {value}; use at least 3")
         self.tokenizer = tokenizer
         ends = tokenizer("", add_special_tokens=True)["input_ids"]
         eos = tokenizer.eos_token_id
         if eos is None:
-            raise ValueError(f"{type(tokenizer).__name__} has no end symbol (eos_token)")
+            raise UserError(f"{type(tokenizer).__name__} has no end symbol (eos_token)")
         self.begin = [i for i in ends if i != eos] if source_special_tokens else []
         self.end = [eos] if source_special_tokens else []
         self.eos_token_id = eos
@@ -107,7 +108,7 @@ class PromptEncoder:
             tokens = sentinels_for(self.tokenizer)
             self._sentinel_ids = self.tokenizer.convert_tokens_to_ids(tokens)
         if number >= len(self._sentinel_ids):
-            raise ValueError(
+            raise UserError(
                 f"<extra_id_{number}> is in the text, but the vocabulary has "
                 f"{len(self._sentinel_ids)} sentinels; use a shorter template or another vocabulary"
             )

@@ -37,14 +37,14 @@ class RenderingSettings(NamedTuple):
 
 
 class SplitRows(NamedTuple):
-    """A split of a data set."""
+    """A split of a dataset."""
 
     split: str
     rows: Sequence[dict]
 
 
 class Part(NamedTuple):
-    """One side (train or valid) of one data set: all its templates over all its rows."""
+    """One side (train or valid) of one dataset: all its templates over all its rows."""
 
     dataset: str
     subset: str | None
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """They follow one another; row numbers go on."""
     templates: tuple[PromptTemplate, ...]
     limit: int | None
-    """Take so many rows, spread evenly: data sets may be sorted by label."""
+    """Take so many rows, spread evenly: datasets may be sorted by label."""
 
     @property
     def num_rows(self) -> int:

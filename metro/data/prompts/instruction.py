@@ -29,6 +29,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from metro.utils.messages import UserError
+
 INSTRUCTION_TEXTS = ("published", "rendered")
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 METRO_SENTINEL = re.compile(r"<sen(\d{3,})>")
@@ -40,7 +42,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 _ANSWER_MARK = "\ue002"
 
 
-class NotFlippable(ValueError):
+class NotFlippable(UserError):
     """The template, rendered with this row, has no instruction to guess."""
 
 
@@ -113,7 +115,7 @@ def flip(
 
     Args:
         template: the prompt template; its ``render_text`` draws Jinja's ``choice`` by ``seed``.
-        row: the data set's row.
+        row: the dataset's row.
         instruction_text: ``"published"`` or ``"rendered"``, see the top of the module.
         seed: the same as for rendering the prompt and its options, so that all of them agree.
 
@@ -122,7 +124,7 @@ def flip(
         ValueError: ``instruction_text`` is unknown.
     """
     if instruction_text not in INSTRUCTION_TEXTS:
-        raise ValueError(
+        raise UserError(
             f"instruction_text is {instruction_text!r}; use one of {', '.join(INSTRUCTION_TEXTS)}"
         )
     split = split_template(template.jinja)
@@ -191,7 +193,7 @@ def sentinels_for(tokenizer) -> list[str]:
             found.append(form.format(first + len(found)))
         if found:
             return found
-    raise ValueError(
+    raise UserError(
         f"{type(tokenizer).__name__} has no sentinels (<extra_id_0> or <sen001>), which FLIPPED "
         "needs; take a T5 or METRO model, or add the tokens to vocabulary and embedding"
     )

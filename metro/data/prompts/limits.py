@@ -11,6 +11,8 @@ import time
 from collections.abc import MappingView
 from typing import Any
 
+from metro.utils.messages import UserError
+
 MAX_SOURCE_CHARS = 100_000
 MAX_DEPTH = 100
 """Nesting of expressions and tags."""
@@ -31,11 +33,11 @@ CUT = "cut_to_2048_characters"  # one that stands for `string | truncate(2048)`
 _CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
 
 
-class TemplateRefused(ValueError):
+class TemplateRefused(UserError):
     """The template asks for what no template may: another attribute, too much time or memory."""
 
 
-class MissingAnswer(ValueError):
+class MissingAnswer(UserError):
     """``answer_choices`` has no such entry."""
 
 
@@ -200,7 +202,7 @@ def _weighed(value) -> Any:
 def _choice(items) -> Any:
     items = as_list(items)
     if not items:
-        raise ValueError("the filter `choice` draws from an empty list")
+        raise UserError("the filter `choice` draws from an empty list")
     return now.draw(items)
 
 

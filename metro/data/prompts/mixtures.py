@@ -1,19 +1,19 @@
-"""Which templates of which data sets a mixture has, and how many examples an epoch takes of each.
+"""Which templates of which datasets a mixture has, and how many examples an epoch takes of each.
 
 The published mixtures are data (``mixtures.yaml``); a file of the same form as one of its entries,
-with its data sets written out, is a mixture of one's own::
+with its datasets written out, is a mixture of one's own::
 
     data_sets: [ag_news, super_glue/rte]
     cap: 10000
 """
 
-import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from metro.data.datasets import name_of
 from metro.data.prompts.templates import PromptTemplate, TemplateTree
+from metro.utils.messages import UserError, did_you_mean
 
 _TABLE = Path(__file__).with_name("mixtures.yaml")
 _CAPS = ("template", "data_set")
@@ -57,9 +57,9 @@ class Mixture:
         if task in self.excluded_tasks:
             return "on the published list of tasks left out"
         if any(part in task for part in self.excluded_parts):
-            return "its data set is skipped in validation"
+            return "its dataset is skipped in validation"
         if self.original_tasks_only and not template.original_task:
-            return "not the task its data set was made for"
+            return "not the task its dataset was made for"
         if self.metric and self.metric not in template.metrics:
             return f"its metric is not {self.metric}"
         if self.needs_choices and not template.answer_choices:
@@ -69,7 +69,7 @@ class Mixture:
     def templates(
         self, tree: TemplateTree, dataset: str, subset: str | None
     ) -> list[PromptTemplate]:
-        """The mixture's templates of one data set, in the order of the tree."""
+        """The mixture's templates of one dataset, in the order of the tree."""
         return [
             template
             for template in tree.templates(dataset, subset)
@@ -77,9 +77,9 @@ class Mixture:
         ]
 
     def in_tree(self, tree: TemplateTree) -> "Mixture":
-        """The mixture with its data sets under the tree's names.
+        """The mixture with its datasets under the tree's names.
 
-        The text ``Zaid/coqa_expanded`` does not say that it is a data set without subset.
+        The text ``Zaid/coqa_expanded`` does not say that it is a dataset without subset.
         """
         known = {name_of(*names): names for names in tree.datasets()}
         found = (known.get(name_of(*names), names) for names in self.data_sets)
@@ -88,12 +88,12 @@ class Mixture:
     def cap_per_template(self, num_templates: int) -> int:
         """The most examples of one template in an epoch.
 
-        With ``cap_of: data_set`` it is the data set's cap, which its templates share.
+        With ``cap_of: data_set`` it is the dataset's cap, which its templates share.
         """
         return self.cap if self.cap_of == "data_set" else max(1, self.cap // max(1, num_templates))
 
     def narrowed(self, names: list[str] | None) -> "Mixture":
-        """The mixture with the named data sets alone (``super_glue/rte``).
+        """The mixture with the named datasets alone (``super_glue/rte``).
 
         Raises:
             ValueError: one of them is not in the mixture; the message names similar ones.
@@ -103,10 +103,9 @@ class Mixture:
         known = {name_of(*data_set): data_set for data_set in self.data_sets}
         for name in names:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:8]
-                raise ValueError(
-                    f"mixture {self.name} has no data set {name!r}: it has "
-                    f"{', '.join(close)}, ... (`metro prompts list --mixture {self.name}`)"
+                raise UserError(
+                    f"mixture {self.name} has no dataset {name!r}: {did_you_mean(name, known)} "
+                    f"(`metro prompts list --mixture {self.name}`)"
                 )
         chosen = tuple(known[name] for name in known if name in set(names))
         return replace(self, data_sets=chosen)
@@ -136,7 +135,7 @@ def find_mixture(name: str | Path) -> Mixture:
     for key, facts in _table()["mixtures"].items():
         if wanted in (key, key.replace("_", "-"), *facts.get("aliases", ())):
             return _build(key, facts)
-    raise ValueError(
+    raise UserError(
         f"no mixture {str(name)!r}: there are {', '.join(mixture_names())}, or give a FILE.yaml"
     )
 
@@ -160,10 +159,10 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 
 def split_dataset_name(name: str, tree: TemplateTree) -> tuple[str, str | None]:
-    """``super_glue/rte`` as data set and subset, as the tree knows it.
+    """``super_glue/rte`` as dataset and subset, as the tree knows it.
 
     Raises:
-        ValueError: the tree has no such data set; the message names similar ones.
+        ValueError: the tree has no such dataset; the message names similar ones.
     """
     for known in tree.datasets():
         if name_of(*known) == name:
@@ -180,26 +179,25 @@ def _read_mixture(path: Path) -> Mixture:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(facts, dict) or not (facts.get("data_sets") or facts.get("groups")):
-        raise ValueError(f"{path} names no data sets: write `data_sets: [ag_news, ...]`")
+        raise UserError(f"{path} names no datasets: write `data_sets: [ag_news, ...]`")
     for key, value in facts.items():
         if key not in _FORM:
-            close = difflib.get_close_matches(str(key), _FORM, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_FORM))}"
-            raise ValueError(f"{path} has an unknown key {key!r}: {hint}")
+            hint = did_you_mean(str(key), _FORM)
+            raise UserError(f"{path} has an unknown key {key!r}: {hint}")
         is_right = type(value) is _FORM[key]  # `true` is no number
         if not is_right or (_FORM[key] is list and not all(isinstance(x, str) for x in value)):
-            raise ValueError(f"{path}: {key} is {value!r}, and must be {_WORDS[_FORM[key]]}")
+            raise UserError(f"{path}: {key} is {value!r}, and must be {_WORDS[_FORM[key]]}")
     if facts.get("cap_of", "template") not in _CAPS:
-        raise ValueError(f"{path}: cap_of is {facts['cap_of']!r}, and must be one of {_CAPS}")
+        raise UserError(f"{path}: cap_of is {facts['cap_of']!r}, and must be one of {_CAPS}")
     if facts.get("cap", 1) < 1:
-        raise ValueError(f"{path}: cap is {facts['cap']}, and must be {_WORDS[int]}")
+        raise UserError(f"{path}: cap is {facts['cap']}, and must be {_WORDS[int]}")
     for key, known in (("groups", "groups"), ("leave_out", "blacklists"),
                        ("leave_out_containing", "blacklists")):  # fmt: skip
         for name in facts.get(key, ()):
             if name not in _table()[known]:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {key} names {name!r}: there are {', '.join(_table()[known])}"
                 )
     return _build(path.stem, facts)

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition
-from metro.data.prepared_folder import LOCK, STATE, PreparedFolder, read_json, write_json
+from metro.data.prepared_folder import LOCK, STATE, PreparedFolder
 from metro.data.prompts.stored import MANIFEST
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.files import read_json, write_json
+from metro.utils.messages import UserError
 
 SIDES = ("train", "valid")
 _RAW = ".sizes"  # of the work in progress
@@ -126,7 +128,7 @@ def _open_at(path: Path, num_bytes: int, is_new: bool):
     file = path.open("r+b")
     if file.seek(0, os.SEEK_END) < num_bytes:
         file.close()
-        raise ValueError(
+        raise UserError(
             f"{path} is shorter than before the interruption: start again with --overwrite"
         )
     file.truncate(num_bytes)

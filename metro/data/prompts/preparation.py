@@ -1,6 +1,6 @@
-"""Data sets and prompt templates to finetuning data: the work of `metro prepare-prompts`.
+"""Datasets and prompt templates to finetuning data: the work of `metro prepare-prompts`.
 
-A part is one side (train or valid) of one data set. Parts are done one after the other, each in
+A part is one side (train or valid) of one dataset. Parts are done one after the other, each in
 chunks of rows over all cores; after each chunk the parent appends to the files of the part's tasks.
 A killed run is continued by the same command, behind the last saved chunk. Neither the number of
 workers nor an interruption changes a byte.
@@ -25,6 +25,7 @@ from metro.data.prompts.output import FairseqTaskWriter, JsonlTaskWriter, Prompt
 from metro.data.prompts.settings import ignored_options, read_settings
 from metro.data.prompts.sources import PartPlan, Unavailable
 from metro.environment import available_cores
+from metro.utils.messages import UserError
 from metro.utils.worker_pool import map_in_order
 
 CHUNK_EXAMPLES = 2000
@@ -36,7 +37,7 @@ class PromptProgress(NamedTuple):
     """How far the work is."""
 
     step: str
-    """The data set."""
+    """The dataset."""
     done: int
     """Renderings (rows times templates) of all parts so far."""
     parts_done: int
@@ -62,7 +63,7 @@ def prepare_prompts(
     progress: Callable[[PromptProgress], None] = lambda _: None,
     **options,
 ) -> PreparedPrompts:
-    """Turn data sets and templates into a folder that finetuning reads; continue a killed call.
+    """Turn datasets and templates into a folder that finetuning reads; continue a killed call.
 
     Args:
         mixture: name of a published mixture, or a YAML file.
@@ -79,7 +80,7 @@ def prepare_prompts(
     settings = read_settings(mixture, **options)
     num_workers = available_cores() if num_workers is None else num_workers
     if num_workers < 1:
-        raise ValueError(f"--workers is {num_workers}, and must be at least 1")
+        raise UserError(f"--workers is {num_workers}, and must be at least 1")
     folder = PromptFolder(Path(out), settings.fingerprint())
     finished = folder.finished_manifest(overwrite)
     if finished and not (overwrite and finished["unavailable"]):
@@ -130,7 +131,7 @@ class _Preparation:
     def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
         earlier = self.current if self.current.get("part") == plan.key else {}
         if earlier and earlier["rows"] != part.num_rows:
-            raise ValueError(
+            raise UserError(
                 f"{plan.key} had {earlier['rows']:,} rows before the interruption and has "
                 f"{part.num_rows:,} now: start again with --overwrite"
             )
@@ -225,7 +226,7 @@ class _Preparation:
         wanted = "valid" if self.settings.mixture.validation_only else "train"
         if not splits[wanted]:
             self.folder.discard()
-            raise ValueError(self._nothing(dropped))
+            raise UserError(self._nothing(dropped))
         if self.settings.format == "fairseq":
             self.folder.write_fairseq_tables(splits, groups)
         manifest = {

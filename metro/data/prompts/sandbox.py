@@ -35,6 +35,7 @@ from metro.data.prompts.limits import (
     replace_text,
     weigh,
 )
+from metro.utils.messages import UserError
 
 _METHODS = frozenset(
     "capitalize casefold count endswith find get index isalnum isalpha isdigit islower isspace "
@@ -324,5 +325,5 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
         raise TemplateRefused(f"needs too much memory: {type(error).__name__}") from None
     except Exception as error:  # a stranger's code: whatever it raises is its own failure
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"fails on this row: {kind}{error}") from None
+        raise UserError(f"fails on this row: {kind}{error}") from None
     return RenderedSource(text, now.missing, now.used_choices)

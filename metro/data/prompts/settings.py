@@ -12,6 +12,7 @@ from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sources import PlannedRow, PromptSources, Unavailable, estimate
 from metro.data.prompts.templates import TemplateTree, find_templates
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.messages import UserError
 
 FORMAT_VERSION = 1
 FORMATS = ("fairseq", "jsonl")
@@ -77,16 +78,16 @@ def read_settings(
     is_flipped = found.cap_of == "data_set"
     format = format or ("fairseq" if vocab and not is_flipped else "jsonl")
     if format not in FORMATS:
-        raise ValueError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
+        raise UserError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
     if format == "fairseq" and is_flipped:
-        raise ValueError(
+        raise UserError(
             f"mixture {found.name} needs the answer choices of each example, which fairseq's "
             "format cannot hold: leave --format out (both training routes read jsonl for it)"
         )
     if format == "fairseq" and not vocab:
-        raise ValueError("--format fairseq needs a vocabulary: add --vocab DIR")
+        raise UserError("--format fairseq needs a vocabulary: add --vocab DIR")
     if instruction_text not in INSTRUCTION_TEXTS:
-        raise ValueError(
+        raise UserError(
             f"--instruction-text is {instruction_text!r}, and must be one of "
             f"{', '.join(INSTRUCTION_TEXTS)}"
         )

@@ -17,6 +17,7 @@ from metro.data.prompts.examples import Part, Problem, SplitRows, make_example
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
+from metro.utils.messages import UserError
 
 SOURCES = ("templates", "p3")
 VALIDATION_CHOICES = ("published", "all", "none")
@@ -43,7 +44,7 @@ class P3Task(PromptTemplate):
 
 
 class Unavailable(NamedTuple):
-    """A data set (or one side of it) that could not be had."""
+    """A dataset (or one side of it) that could not be had."""
 
     side: str
     name: str
@@ -62,7 +63,7 @@ class PartPlan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The data set, and the task where that is a part of its own."""
+        """The dataset, and the task where that is a part of its own."""
         is_task = isinstance(self.templates[0], P3Task)
         name = name_of(self.dataset, self.subset)
         return f"{name}/{self.templates[0].task_name}" if is_task else name
@@ -79,10 +80,10 @@ class PromptSources:
         mixture: what is wanted.
         tree: templates (with P3, too: they say which tasks there are).
         source: ``templates`` or ``p3``.
-        data_dir: local data sets instead of the hub's (for P3: ``P3/<task>/<split>.jsonl``).
+        data_dir: local datasets instead of the hub's (for P3: ``P3/<task>/<split>.jsonl``).
         validation: which tasks are validated on: those of the ``published`` validation mixture,
             ``all`` of the mixture, or ``none``.
-        limit, valid_limit: most rows of a data set on either side.
+        limit, valid_limit: most rows of a dataset on either side.
     """
 
     def __init__(
@@ -99,13 +100,13 @@ class PromptSources:
         _check_one_of("--source", source, SOURCES)
         _check_one_of("--validation", validation, VALIDATION_CHOICES)
         if source == "p3" and mixture.cap_of == "data_set":
-            raise ValueError(
+            raise UserError(
                 f"mixture {mixture.name} cannot come from P3, whose prompts do not say which part "
                 "is the instruction: leave --source out"
             )
         for name, value in (("--limit", limit), ("--valid-limit", valid_limit)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
+                raise UserError(f"{name} is {value}, and must be at least 1")
         self.mixture, self.tree = mixture.in_tree(tree), tree
         self.source, self.data_dir = source, data_dir
         self.validation = validation
@@ -133,7 +134,7 @@ class PromptSources:
                     where = f"{template.name!r} of {name_of(dataset, subset)}"
                     other = named.setdefault((side, template.task_name), where)
                     if other != where:
-                        raise ValueError(
+                        raise UserError(
                             f"templates {other} and {where} both make the task "
                             f"{template.task_name}: rename one of them"
                         )
@@ -176,10 +177,10 @@ class PromptSources:
     def splits(self, plan: PartPlan) -> list[str]:
         """Train: those whose name begins with ``train``; valid: all others.
 
-        P3 has rendered splits without labels, too, so that the table of the data set decides.
+        P3 has rendered splits without labels, too, so that the table of the dataset decides.
 
         Raises:
-            DatasetUnavailable: the data set, or this side of it, cannot be had.
+            DatasetUnavailable: the dataset, or this side of it, cannot be had.
         """
         found = datasets.available_splits(*self._names(plan), data_dir=self.data_dir)
         entry = datasets.dataset_table().get(name_of(plan.dataset, plan.subset))
@@ -192,7 +193,7 @@ class PromptSources:
         return wanted
 
     def local_files(self) -> list[list]:
-        """Name, size and time of every file that will be read; none of a data set of the hub."""
+        """Name, size and time of every file that will be read; none of a dataset of the hub."""
         found = []
         for plan in self.plans() if self.data_dir is not None else ():
             try:
@@ -226,7 +227,7 @@ class PromptSources:
     def sample(self, plan: PartPlan) -> tuple[Part, int]:
         """The part with a few of its rows, and how many it really has.
 
-        Data sets of the hub are not downloaded for it.
+        Datasets of the hub are not downloaded for it.
 
         Raises:
             DatasetUnavailable: they cannot be had.
@@ -308,4 +309,4 @@ def per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
 
 def _check_one_of(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{option} is {value!r}, and must be one of {', '.join(known)}")
+        raise UserError(f"{option} is {value!r}, and must be one of {', '.join(known)}")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from metro.data.datasets import JsonlRows
+from metro.utils.messages import UserError
 
 MANIFEST = "prompts.json"
 
@@ -27,7 +28,7 @@ class PromptedExamples(JsonlRows):
         if path.is_dir():
             files = sorted(path.glob("*.jsonl"))
             if len(files) != 1:
-                raise ValueError(
+                raise UserError(
                     f"{path} holds {len(files)} jsonl files where one is expected: give the "
                     "folder of a single task, as `metro prepare-prompts` writes it"
                 )
@@ -36,7 +37,7 @@ class PromptedExamples(JsonlRows):
             raise FileNotFoundError(f"no file {path}: make it with `metro prepare-prompts`")
         super().__init__(path)
         if int(self.offsets[-1]) != path.stat().st_size:
-            raise ValueError(
+            raise UserError(
                 f"{path} does not end where {self._beside('offsets').name} says: prepare it again"
             )
 
@@ -73,7 +74,7 @@ def read_manifest(folder: str | Path) -> dict:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a folder of prepared prompts (it has no {MANIFEST}): make one with "
             "`metro prepare-prompts --mixture M --out DIR`"
         )
@@ -81,7 +82,5 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["splits"]["train"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is not the manifest that `metro prepare-prompts` writes"
-        ) from None
+        raise UserError(f"{path} is not the manifest that `metro prepare-prompts` writes") from None
     return manifest

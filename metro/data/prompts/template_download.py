@@ -17,6 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from metro.utils.messages import UserError
+
 PROMPTSOURCE_VERSION = "0.2.3"
 PACKAGE = f"promptsource-{PROMPTSOURCE_VERSION}.tar.gz"
 SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
@@ -72,7 +74,7 @@ def fetch_templates(
     content = _read_package(Path(file)) if file else _download(index)
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
-        raise ValueError(
+        raise UserError(
             f"{file or PACKAGE} is not the pinned package: its sha256 is {found}, and {SHA256} was "
             "expected; nothing was unpacked"
         )
@@ -107,7 +109,7 @@ def unpack(package: bytes, folder: Path) -> None:
                 continue
             total += member.size
             if total > _MAX_BYTES:
-                raise ValueError(f"the package unpacks to more than {_MAX_BYTES:,} bytes")
+                raise UserError(f"the package unpacks to more than {_MAX_BYTES:,} bytes")
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.extractfile(member) as source, target.open("wb") as out:
@@ -136,11 +138,11 @@ def _download(index: str | None) -> bytes:
         links = re.findall(r'href="([^"]+)"', text)
         wanted = [link for link in links if urllib.parse.urlsplit(link).path.endswith(PACKAGE)]
         if not wanted:
-            raise ValueError(f"{_public(page)} lists no {PACKAGE}: {remedy}")
+            raise UserError(f"{_public(page)} lists no {PACKAGE}: {remedy}")
         return _get(urllib.parse.urljoin(page, wanted[0].replace("&amp;", "&")))
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise ValueError(
+        raise UserError(
             f"cannot download {PACKAGE} from {_public(page)}: {reason}; {remedy}"
         ) from None
 
@@ -148,11 +150,11 @@ def _download(index: str | None) -> bytes:
 def _get(url: str) -> bytes:
     scheme = urllib.parse.urlsplit(url).scheme
     if scheme not in ("http", "https", "file"):
-        raise ValueError(f"{_public(url)} is not an address of a package index")
+        raise UserError(f"{_public(url)} is not an address of a package index")
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=_tls()) as answer:
         content = answer.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
-        raise ValueError(f"{_public(url)} is larger than {_MAX_BYTES:,} bytes")
+        raise UserError(f"{_public(url)} is larger than {_MAX_BYTES:,} bytes")
     return content
 
 

@@ -6,10 +6,8 @@ to the options joined by ``|||`` and is a list inside the template. Every ``{{ .
 as promptsource's, from a sandbox (``prompt_sandbox.py``).
 """
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,6 +22,7 @@ from metro.data.prompts.sandbox import (
     render_source,
     unprotect,
 )
+from metro.utils.messages import UserError, did_you_mean
 
 MAX_VALUE_CHARS = 2048
 """Of a value that ``{{ ... }}`` prints."""
@@ -54,7 +53,7 @@ class RenderedExample(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One template of one data set."""
+    """One template of one dataset."""
 
     dataset: str
     subset: str | None
@@ -64,7 +63,7 @@ class PromptTemplate:
     """Jinja text of the options, joined by ``|||``; None where any text may be an answer."""
     metrics: tuple[str, ...] = ()
     original_task: bool = False
-    """The task is the one that the data set was made for."""
+    """The task is the one that the dataset was made for."""
     choices_in_prompt: bool | None = None
     reference: str = ""
 
@@ -79,7 +78,7 @@ class PromptTemplate:
         """The prompt and its answer.
 
         Args:
-            row: the data set's row.
+            row: the dataset's row.
             seed: of the filter ``choice``; equal seeds draw alike. None takes the first of each
                 list.
 
@@ -129,7 +128,7 @@ class PromptTemplate:
         if type(row) is ProtectedRow:
             return row
         if "answer_choices" in row:
-            raise ValueError(
+            raise UserError(
                 f"a row of {name_of(self.dataset, self.subset)} has a field "
                 "'answer_choices', which is the templates' word for the options: rename it"
             )
@@ -139,7 +138,7 @@ class PromptTemplate:
         source = self.answer_choices
         if not source:
             return None
-        key = (source, seed)  # templates of a data set mostly share their options
+        key = (source, seed)  # templates of a dataset mostly share their options
         if key not in fields.choices:
             with self._named():
                 text = source if "{" not in source else render_source(source, fields, seed).text
@@ -198,7 +197,7 @@ class TemplateTree:
         if not any(path.glob("*/templates.yaml")) and (path / "templates").is_dir():
             path = path / "templates"
         if not path.is_dir():
-            raise ValueError(f"no folder of templates at {path}: {_REMEDY}")
+            raise UserError(f"no folder of templates at {path}: {_REMEDY}")
         self.path = path
         self._templates: dict[tuple[str, str | None], dict[str, PromptTemplate]] = {}
 
@@ -208,7 +207,7 @@ class TemplateTree:
         for file in sorted(self.path.rglob("templates.yaml")):
             found[_names_in(file, self.path)] = file
         if not found:
-            raise ValueError(f"no templates.yaml below {self.path}: {_REMEDY}")
+            raise UserError(f"no templates.yaml below {self.path}: {_REMEDY}")
         return found
 
     def datasets(self) -> list[tuple[str, str | None]]:
@@ -216,7 +215,7 @@ class TemplateTree:
         return sorted(self._files, key=lambda names: (names[0], names[1] or ""))
 
     def templates(self, dataset: str, subset: str | None = None) -> list[PromptTemplate]:
-        """The templates of a data set, in the order of the file.
+        """The templates of a dataset, in the order of the file.
 
         Raises:
             ValueError: the tree has none for it; the message names similar ones.
@@ -231,8 +230,8 @@ class TemplateTree:
         """
         named = self._of(dataset, subset)
         if name not in named:
-            raise ValueError(
-                f"{name_of(dataset, subset)} has no template {name!r}: {_similar(name, named)}"
+            raise UserError(
+                f"{name_of(dataset, subset)} has no template {name!r}: {did_you_mean(name, named)}"
             )
         return named[name]
 
@@ -241,9 +240,9 @@ class TemplateTree:
         if key not in self._templates:
             if key not in self._files:
                 known = [name_of(*names) for names in self.datasets()]
-                raise ValueError(
+                raise UserError(
                     f"no templates for {name_of(*key)} in {self.path}: "
-                    f"{_similar(name_of(*key), known)}"
+                    f"{did_you_mean(name_of(*key), known)}"
                 )
             self._templates[key] = {
                 template.name: template for template in read_templates(self._files[key], *key)
@@ -257,19 +256,8 @@ _REMEDY = (
 )
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    lowered = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)
-    return (
-        f"did you mean {' or '.join(repr(lowered[other]) for other in close)}?"
-        if close
-        else (f"it has {', '.join(map(repr, known[:8]))}{', ...' if len(known) > 8 else ''}")
-    )
-
-
 def _names_in(file: Path, root: Path) -> tuple[str, str | None]:
-    """Data set and subset as the head of the file names them, else by its folders."""
+    """Dataset and subset as the head of the file names them, else by its folders."""
     with file.open(encoding="utf-8") as text:
         named = dict(_HEADER.findall(text.read(400)))
     parts = file.parent.relative_to(root).parts
@@ -307,20 +295,20 @@ def read_templates(
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_YAML_DEPTH:  # the C loader would overflow its stack
-                raise ValueError(f"{file} is not a file of templates: it nests too deeply")
+                raise UserError(f"{file} is not a file of templates: it nests too deeply")
         content = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not a file of templates: {reason}") from None
+        raise UserError(f"{file} is not a file of templates: {reason}") from None
     if not isinstance(content, dict) or not isinstance(content.get("templates"), dict):
-        raise ValueError(f"{file} is not a file of templates: it has no mapping `templates`")
+        raise UserError(f"{file} is not a file of templates: it has no mapping `templates`")
     dataset = dataset or str(content.get("dataset"))
     subset = subset or content.get("subset") or None
     found: dict[str, PromptTemplate] = {}
     for key, entry in content["templates"].items():
         template = _read_template(file, key, entry, dataset, subset)
         if template.name in found:
-            raise ValueError(f"{file} has two templates named {template.name!r}: rename one")
+            raise UserError(f"{file} has two templates named {template.name!r}: rename one")
         found[template.name] = template
     return list(found.values())
 
@@ -329,10 +317,10 @@ def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str |
     where = f"{file}: template {key}"
     for field in ("name", "jinja"):
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-            raise ValueError(f"{where} has no text `{field}`")
+            raise UserError(f"{where} has no text `{field}`")
     metadata = entry.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise ValueError(f"{where} has metadata without fields")
+        raise UserError(f"{where} has metadata without fields")
     metrics = metadata.get("metrics") or []
     # Values are not shown: aliases of YAML make a few lines as long as one likes.
     for field, value in (
@@ -341,7 +329,7 @@ def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str |
         *(("metrics", metric) for metric in (metrics if isinstance(metrics, list) else [metrics])),
     ):
         if not isinstance(value, str):
-            raise ValueError(f"{where}: `{field}` is a {type(value).__name__}, not a text")
+            raise UserError(f"{where}: `{field}` is a {type(value).__name__}, not a text")
     in_prompt = metadata.get("choices_in_prompt")
     return PromptTemplate(
         dataset=dataset,
@@ -367,4 +355,4 @@ def find_templates(path: str | Path | None = None) -> TemplateTree:
     for place in (path, os.environ.get("METRO_TEMPLATES"), cached_templates()):
         if place:
             return TemplateTree(place)
-    raise ValueError(f"no templates: {_REMEDY}")
+    raise UserError(f"no templates: {_REMEDY}")

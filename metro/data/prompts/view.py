@@ -7,6 +7,7 @@ from metro.data.datasets import available_splits, load_rows, name_of
 from metro.data.prompts.examples import Problem, RenderingSettings, make_example
 from metro.data.prompts.instruction import encoder_text
 from metro.data.prompts.templates import PromptTemplate
+from metro.utils.messages import UserError
 
 OBJECTIVES = ("direct", "channel", "flipped")
 
@@ -44,9 +45,9 @@ def view_example(example: dict, objective: str) -> dict:
         encoder, decoder = answers, [example["input"]] * len(answers)
     else:
         if options is None:
-            raise ValueError("has no answer choices, which FLIPPED needs")
+            raise UserError("has no answer choices, which FLIPPED needs")
         if example["flipped_input"] is None:
-            raise ValueError("has no instruction, or an answer that is not among its choices")
+            raise UserError("has no instruction, or an answer that is not among its choices")
         encoder = [encoder_text(example["flipped_input"], option) for option in options]
         decoder = [example["instruction"]] * len(options)
     return {**example, "objective": objective, "encoder_texts": encoder, "decoder_texts": decoder}
@@ -69,16 +70,14 @@ def view_rows(
     instruction_text: str = "published",
     seed: int = 0,
 ) -> Iterator[dict | Refused]:
-    """Every row of a split under every template (all of one data set)."""
+    """Every row of a split under every template (all of one dataset)."""
     if objective not in OBJECTIVES:
-        raise ValueError(
-            f"--objective is {objective!r}, and must be one of {', '.join(OBJECTIVES)}"
-        )
+        raise UserError(f"--objective is {objective!r}, and must be one of {', '.join(OBJECTIVES)}")
     dataset, subset = templates[0].dataset, templates[0].subset
     split = split or default_split(dataset, subset, data_dir)
     rows = load_rows(dataset, subset, split, data_dir=data_dir, limit=limit)
     if not len(rows):
-        raise ValueError(f"split {split!r} of {name_of(dataset, subset)} has no rows")
+        raise UserError(f"split {split!r} of {name_of(dataset, subset)} has no rows")
     settings = RenderingSettings(seed, False, False, instruction_text)
     for template in templates:
         for number in range(len(rows)):

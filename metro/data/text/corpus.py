@@ -27,6 +27,7 @@ from metro.data.text.vocabulary import (
 )
 from metro.environment import available_cores
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.messages import UserError
 from metro.utils.worker_pool import map_in_order
 
 FORMAT_VERSION = 1
@@ -71,16 +72,14 @@ def prepare_text(
         progress: called after each chunk.
     """
     if (vocab is None) == (train_vocab is None):
-        raise ValueError("give a vocabulary: either --vocab DIR or --train-vocab N")
+        raise UserError("give a vocabulary: either --vocab DIR or --train-vocab N")
     if train_vocab is not None and train_vocab < MIN_VOCAB_SIZE:
-        raise ValueError(f"--train-vocab is {train_vocab}, and must be at least {MIN_VOCAB_SIZE}")
+        raise UserError(f"--train-vocab is {train_vocab}, and must be at least {MIN_VOCAB_SIZE}")
     if not 0 <= valid_fraction < 1:
-        raise ValueError(
-            f"--valid-fraction is {valid_fraction}, and must be at least 0 and below 1"
-        )
+        raise UserError(f"--valid-fraction is {valid_fraction}, and must be at least 0 and below 1")
     num_workers = available_cores() if num_workers is None else num_workers
     if num_workers < 1:
-        raise ValueError(f"--workers is {num_workers}, and must be at least 1")
+        raise UserError(f"--workers is {num_workers}, and must be at least 1")
     sources = text_input.open_sources(inputs)
     settings = {
         "format": FORMAT_VERSION,
@@ -156,7 +155,7 @@ def _place_vocabulary(
 
     counts = merge_counts(counted())
     if not counts:
-        raise ValueError("no text in the input to train a vocabulary on")
+        raise UserError("no text in the input to train a vocabulary on")
     progress(Progress("training the vocabulary", 0, None))
     train_vocabulary(counts, train_vocab, lower, folder.partial)
     Vocabulary.from_folder(folder.partial)  # raises unless the two files agree

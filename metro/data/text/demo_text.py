@@ -12,6 +12,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from metro.utils.messages import UserError
+
 # In this order, so that a short text is mostly about Python and mathematics.
 PACKAGES = ["numpy", "scipy", "sklearn", "sympy", "networkx", "matplotlib", "pandas", "torch"]
 SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "_vendor"}
@@ -107,7 +109,7 @@ def write_demo_text(path: Path, num_bytes: int, roots: Iterable[Path] | None = N
             if written >= num_bytes:
                 break
     if written == 0:
-        raise ValueError(
+        raise UserError(
             "no Python sources with documentation found to make a demonstration text from; "
             'give a text of your own: make demo DEMO_TEXT="my.txt"'
         )

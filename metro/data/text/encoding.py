@@ -1,7 +1,7 @@
 """What is done with a chunk of text, in worker processes: decode, normalise, encode.
 
 Lines of plain text are items, an empty one is an item of its own that separates documents. A jsonl
-record or a data set's record is a document: its non-blank lines are items, followed by a separator.
+record or a dataset's record is a document: its non-blank lines are items, followed by a separator.
 A separator holds nothing but ``</s>``; so does any line of which the vocabulary leaves nothing
 over.
 """

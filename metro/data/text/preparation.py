@@ -13,6 +13,8 @@ from metro.data.text import reading as text_input
 from metro.data.text.encoding import ChunkEncoder, EncodedChunk
 from metro.data.text.reading import Chunk, ReadPosition, TextSource
 from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
+from metro.utils.messages import UserError
+from metro.utils.seeds import draws
 from metro.utils.worker_pool import map_in_order
 
 CHECKPOINT_SECONDS = 5.0
@@ -96,7 +98,7 @@ class Preparation:
         state = self.state
         if not state.num_text_items:
             self.folder.discard()
-            raise ValueError(
+            raise UserError(
                 f"no text in the input ({', '.join(source.name for source in self.sources)}): "
                 + (self._describe_skips() or "all files are empty")
             )
@@ -213,9 +215,5 @@ class Preparation:
 
 
 def is_validation_document(index: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are set aside: drawn by their number alone (splitmix64), never document 0."""
-    z = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return (z.astype(np.float64) < fraction * 2.0**64) & (index > 0)
+    """Which documents are set aside: drawn by their number alone, never document 0."""
+    return (draws(index).astype(np.float64) < fraction * 2.0**64) & (index > 0)

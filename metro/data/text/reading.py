@@ -1,4 +1,4 @@
-"""Reads training text in chunks of complete lines: plain text, jsonl, .gz of both, data sets.
+"""Reads training text in chunks of complete lines: plain text, jsonl, .gz of both, datasets.
 
 Chunks come in order and can start at any earlier chunk's end, so a run that was interrupted goes on
 where it was. Nothing larger than a chunk, or than one line, is ever in memory.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from metro.utils.messages import MissingPackage, UserError
+
 CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 HF_PREFIX = "hf:"
@@ -25,7 +27,7 @@ class ReadPosition(NamedTuple):
     source: int
     """Index of the input."""
     offset: int
-    """Bytes read of it (of the decompressed text), or records of a data set."""
+    """Bytes read of it (of the decompressed text), or records of a dataset."""
     line: int
     """Lines or records before this place."""
 
@@ -44,7 +46,7 @@ class Chunk(NamedTuple):
     """Some complete lines of one input."""
 
     payload: bytes | list[str]
-    """Lines of a file, or whole documents of a data set."""
+    """Lines of a file, or whole documents of a dataset."""
     is_jsonl: bool
     first_line: int
     """Number of the first line, counted from 1."""
@@ -111,13 +113,13 @@ def open_sources(names: list[str]) -> list[TextSource]:
         ValueError: no input, or a folder.
     """
     if not names:
-        raise ValueError("no input: give --input FILE")
+        raise UserError("no input: give --input FILE")
     sources = [TextSource(str(name)) for name in names]
     paths = [Path(source.name) for source in sources if not source.is_dataset]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"no such input file: {', '.join(missing)}")
     if folders := [str(path) for path in paths if path.is_dir()]:
-        raise ValueError(f"input is a folder, name the files in it: {', '.join(folders)}")
+        raise UserError(f"input is a folder, name the files in it: {', '.join(folders)}")
     for path in paths:
         path.open("rb").close()
     return sources
@@ -139,7 +141,7 @@ def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterato
                 first_line, start = start.line + 1, end
                 yield Chunk(payload, source.is_jsonl, first_line, end, raw.tell(), skips)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
+            raise UserError(
                 f"{source.name} is not a complete gzip file ({error}); it reads well up to line "
                 f"{start.line}"
             ) from None
@@ -187,7 +189,7 @@ def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iter
         for record in records:
             text = record.get("text")
             if not isinstance(text, str):
-                raise ValueError(
+                raise UserError(
                     f"{source.name}: record {start.line + len(texts) + 1} has no string field "
                     f"'text'; its fields are {sorted(record)}"
                 )
@@ -206,14 +208,12 @@ def _load_dataset(source: TextSource):
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError(
-            f"reading {source.name} needs the package datasets: pip install datasets"
-        ) from None
+        raise MissingPackage(f"reading {source.name}", "datasets", "train") from None
     dataset, config = source.dataset_and_config()
     try:
         return load_dataset(dataset, config, split="train", streaming=True)
     except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
-        raise ValueError(f"cannot read {source.name}: {type(error).__name__}: {error}") from None
+        raise UserError(f"cannot read {source.name}: {type(error).__name__}: {error}") from None
 
 
 def total_bytes(sources: list[TextSource]) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from metro.data.text.reading import TextSource, read_chunks, total_bytes
 from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
+from metro.utils.messages import UserError
 
 SAMPLE_BYTES = 256 << 20
 MIN_VOCAB_SIZE = NUM_SPECIAL_IDS + 2  # and [MASK], and one character
@@ -88,7 +89,7 @@ def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path)
             remedy = f"the smallest that this text allows is {smallest[1]}"
         else:
             remedy = f"SentencePiece: {error}"
-        raise ValueError(
+        raise UserError(
             f"cannot train a vocabulary of {size} pieces on {len(counts)} distinct words: {remedy}"
         ) from None
     processor = SentencePieceProcessor(model_proto=model.getvalue())

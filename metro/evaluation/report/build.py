@@ -6,13 +6,12 @@ from pathlib import Path
 
 from metro.evaluation.report.comparison import Row, Section, compare
 from metro.evaluation.report.figure import standalone
-from metro.evaluation.report.naming import counted
 from metro.evaluation.report.page import page, slug
 from metro.evaluation.report.tables import latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.results import read_run
-from metro.evaluation.runs.run_folder import write_whole
-from metro.evaluation.runs.summary import percent
+from metro.utils.files import write_text
+from metro.utils.messages import UserError, counted, percent
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
@@ -29,18 +28,18 @@ def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> l
             found.append(folder)
             continue
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; give run folders that `metro evaluate` wrote")
+            raise UserError(f"{folder} is no folder; give run folders that `metro evaluate` wrote")
         if is_report(folder) or (out is not None and folder.resolve() == Path(out).resolve()):
             continue
         inside = sorted(path.parent for path in folder.glob("*/run.json"))
         if not inside:
-            raise ValueError(
+            raise UserError(
                 f"{folder} is not a run folder, nor does it hold one (no run.json); give folders "
                 "that `metro evaluate` wrote"
             )
         found += inside
     if not found:
-        raise ValueError("no run to report on: give the folders that `metro evaluate` wrote")
+        raise UserError("no run to report on: give the folders that `metro evaluate` wrote")
     return found
 
 
@@ -58,7 +57,7 @@ def build_sections(
     suites = list(dict.fromkeys(run.suite for run in runs))
     if suite is not None:
         if suite not in suites:
-            raise ValueError(f"no run of suite {suite!r}: the runs are of {', '.join(suites)}")
+            raise UserError(f"no run of suite {suite!r}: the runs are of {', '.join(suites)}")
         runs = [run for run in runs if run.suite == suite]
     titles = {name: model.title for name, model in registered_models().items()}
     return compare(runs, published_rows(published), titles)
@@ -108,7 +107,7 @@ def write_report(
     for name in figures_of(out) - files.keys():
         (out / name).unlink(missing_ok=True)
     for name, content in files.items():
-        write_whole(out / name, content)
+        write_text(out / name, content)
     return [out / name for name in files]
 
 

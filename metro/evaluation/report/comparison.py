@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from metro.evaluation.report.naming import colours, counted, labels, model_name, suite_title
+from metro.evaluation.report.naming import colours, labels, model_name, suite_title
 from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.results import Run
 from metro.evaluation.runs.summary import Summary, TaskSummary, notes, summarize
 from metro.models.registry import SUITES
+from metro.utils.messages import UserError, counted
 
 # What the papers print for a suite; accuracy where it is not named.
 SUITE_METRICS = {"label_generalization": "macro_f1"}
@@ -154,17 +155,17 @@ def compare(
 
 def check_runs(runs: Sequence[Run]) -> None:
     if not runs:
-        raise ValueError("no run to report on: give the folders that `metro evaluate` wrote")
+        raise UserError("no run to report on: give the folders that `metro evaluate` wrote")
     seen: dict[Path, Path] = {}
     for run in runs:
         if not run.results:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} has no finished prompt yet (results.jsonl is empty or missing): "
                 "leave it out, or let `metro evaluate` go on"
             )
         real = run.folder.resolve()
         if real in seen:
-            raise ValueError(f"{run.folder} is given twice: give every run once")
+            raise UserError(f"{run.folder} is given twice: give every run once")
         seen[real] = run.folder
 
 

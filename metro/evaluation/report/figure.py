@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from metro.evaluation.report.comparison import ReportRun, Section
-from metro.evaluation.report.naming import counted, task_title
+from metro.evaluation.report.naming import task_title
 from metro.evaluation.report.svg_marks import RADIUS, diamond, line, mark, spread, text
-from metro.evaluation.report.tables import is_wide, percent
+from metro.evaluation.report.tables import is_wide
 from metro.evaluation.runs.published import PublishedRow
+from metro.utils.messages import counted, percent
 
 NUM_COLOURS = 6
 PANEL_HEIGHT = 290

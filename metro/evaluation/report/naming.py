@@ -1,7 +1,7 @@
 """What the report calls suites, tasks and runs."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metro.evaluation.runs.results import Run
@@ -65,11 +65,6 @@ def colours(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) 
     order = list(dict.fromkeys(keys))
     found = [order.index(keys[number]) for number in members]
     return found if len(set(found)) == len(found) else list(range(len(members)))
-
-
-def counted(number: int, noun: str, show: Callable[[int], str] = str) -> str:
-    """1 task, 2 tasks."""
-    return f"{show(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def short_model_name(model: str) -> str:

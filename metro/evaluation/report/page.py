@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 import metro
 from metro.evaluation.report import figure
 from metro.evaluation.report.comparison import ReportRun, Row, Section
-from metro.evaluation.report.naming import counted, task_title
+from metro.evaluation.report.naming import task_title
 from metro.evaluation.report.svg_marks import mark
 from metro.evaluation.report.tables import (
     PARTIAL,
@@ -28,7 +28,8 @@ from metro.evaluation.report.tables import (
     statistics_grid,
 )
 from metro.evaluation.runs.results import PromptResult
-from metro.evaluation.runs.summary import interval_text, percent
+from metro.evaluation.runs.summary import interval_text
+from metro.utils.messages import counted, percent
 
 
 class PromptLine(NamedTuple):

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from metro.evaluation.report.comparison import Row, Section
 from metro.evaluation.report.naming import task_title
-from metro.evaluation.runs.summary import Summary, interval_text, percent
+from metro.evaluation.runs.summary import Summary, interval_text
+from metro.utils.messages import percent
 
 MOST_COLUMNS = 14  # tasks side by side; more, or long names, go down the page
 LONGEST_TITLE = 12

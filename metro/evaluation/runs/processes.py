@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
+from metro.utils.messages import UserError
+
 
 class Processes(NamedTuple):
     """Which process this is."""
@@ -54,13 +56,13 @@ def join_processes(device: str | None = None) -> Processes:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device is {device!r}; use cpu, cuda or cuda:N") from None
+        raise UserError(f"--device is {device!r}; use cpu, cuda or cuda:N") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device is {device!r}, but there is no GPU here; use cpu")
+            raise UserError(f"--device is {device!r}, but there is no GPU here; use cpu")
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
         if chosen.index >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"process {rank} would use {chosen}, but there are {torch.cuda.device_count()} "
                 "GPUs; start fewer processes per machine"
             )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from metro.models.registry import RegisteredModel, registered_model, registered_models
+from metro.utils.messages import UserError
 
 SAME = 0.0002  # two sources agree where they round differently; fraction
 
@@ -32,7 +33,7 @@ def published_rows(selection: Sequence[str] = ("all",)) -> list[PublishedRow]:
     names = [name for item in selection for name in item.split(",") if name]
     if "none" in names or "all" in names:
         if len(names) > 1:
-            raise ValueError(f"--published {' '.join(names)}: all and none stand alone")
+            raise UserError(f"--published {' '.join(names)}: all and none stand alone")
         models = list(registered_models().values()) if names == ["all"] else []
     else:
         found = [registered_model(name) for name in names]

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from metro.evaluation.report.naming import counted
 from metro.evaluation.runs.published import rows_of
 from metro.evaluation.runs.summary import Summary
 from metro.models.registry import RegisteredModel
+from metro.utils.messages import UserError, counted
 
 
 class PublishedCheck(NamedTuple):
@@ -24,7 +24,7 @@ def published_values(model: RegisteredModel, suite: str, method: str) -> dict[st
         ValueError: there are none for this suite and method.
     """
     if method != model.method:
-        raise ValueError(
+        raise UserError(
             f"{model.name} was published with method {model.method}, the run uses {method}: leave "
             "--method out to check its numbers"
         )
@@ -33,7 +33,7 @@ def published_values(model: RegisteredModel, suite: str, method: str) -> dict[st
         if row.suite == suite:
             return row.values
     suites = ", ".join(sorted({row.suite for row in rows})) or "none"
-    raise ValueError(f"no numbers of {model.name} on suite {suite} are registered; it has {suites}")
+    raise UserError(f"no numbers of {model.name} on suite {suite} are registered; it has {suites}")
 
 
 def check_published(summary: Summary, model: RegisteredModel, tolerance: float) -> PublishedCheck:
@@ -46,7 +46,7 @@ def check_published(summary: Summary, model: RegisteredModel, tolerance: float) 
         ValueError: the run is not what numbers were published for.
     """
     if summary.limit is not None:
-        raise ValueError(
+        raise UserError(
             f"the run used {summary.limit} rows per task, published numbers use all: leave --limit "
             "out to check them"
         )

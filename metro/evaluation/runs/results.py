@@ -19,12 +19,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metro.utils.messages import UserError
+
 
 class ExampleScore(NamedTuple):
     """One example of one prompt."""
 
     index: int
-    """Which example of the data set: prompts of a task are compared by it."""
+    """Which example of the dataset: prompts of a task are compared by it."""
     prediction: int
     label: int
 
@@ -89,7 +91,7 @@ class Run:
                 if label is not None:
                     scores.append(ExampleScore(line["index"], line["prediction"], label))
             except KeyError as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number}: no {error}; delete the file and evaluate again"
                 ) from None
         return scores
@@ -100,13 +102,13 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     path = folder / "run.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no run.json; give folders that "
+        raise UserError(f"{folder} is not a run folder: it has no run.json; give folders that "
                          "`metro evaluate` wrote")  # fmt: skip
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         required = {name: info[name] for name in ("model", "method", "suite")}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is corrupt ({error!r}); evaluate again into a new folder"
         ) from None
     optional = {name: info.get(name) or {} for name in ("protocol", "options", "versions", "tasks")}
@@ -115,7 +117,7 @@ def read_run(folder: str | Path) -> Run:
     run.results = list(read_results(folder / "results.jsonl"))
     for result in run.results:
         if (result.suite, result.method) != (run.suite, run.method):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: run.json says suite {run.suite}, method {run.method}, but "
                 f"{result.task} / {result.prompt} is of {result.suite}, {result.method}; "
                 "evaluate again into a new folder"
@@ -134,16 +136,16 @@ def read_results(path: Path) -> Iterator[PromptResult]:
             result = PromptResult(**{name: line[name] for name in names if name in line})
             valid = 0 <= result.accuracy <= 1 and result.num_examples >= 0
         except TypeError as error:
-            raise ValueError(f"{path}, line {number}: {error}; delete the line and evaluate "
+            raise UserError(f"{path}, line {number}: {error}; delete the line and evaluate "
                              "again") from None  # fmt: skip
         if not valid:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: accuracy {result.accuracy} of {result.num_examples} "
                 "examples is no fraction; delete the line and evaluate again"
             )
         key = (result.task, result.prompt)
         if key in seen:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: {result.task} / {result.prompt} is there twice, first in "
                 f"line {seen[key]}; delete one of them"
             )
@@ -158,8 +160,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is corrupt ({error.msg}); delete the line "
+                raise UserError(f"{path}, line {number} is corrupt ({error.msg}); delete the line "
                                  "and evaluate again") from None  # fmt: skip
             if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]}")
+                raise UserError(f"{path}, line {number} is no JSON object: {line[:60]}")
             yield number, value

@@ -5,7 +5,6 @@ both files appear by renaming: what is listed is whole; what was interrupted is 
 """
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from metro.evaluation.runs.results import PromptResult, read_results
+from metro.utils.files import write_json, write_text
+from metro.utils.messages import UserError
 
 # What has to be the same for a run to go on, weights last: another dtype changes them too. Versions
 # may change.
@@ -41,14 +42,14 @@ class RunFolder:
         if path.is_file():
             self.check_same(path, info)
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} is not empty and has no run.json: it is no run; choose another "
                 "folder with --out or --run-name"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.rglob("*.tmp"):  # of a process that was killed
             left.unlink()
-        write_whole(path, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, info)
         self.results = list(read_results(self.folder / "results.jsonl"))
 
     def check_same(self, path: Path, info: dict[str, Any]) -> None:
@@ -56,20 +57,20 @@ class RunFolder:
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
-            raise ValueError(f"{path} is corrupt; delete {self.folder} and start again") from None
+            raise UserError(f"{path} is corrupt; delete {self.folder} and start again") from None
         now = json.loads(json.dumps(info))
         for name in IDENTITY:
             old, new = before.get(name), now[name]
             if old == new or (name in ADDED and name not in before):
                 continue
             if name == "suite_content":
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} holds a run of suite {now['suite']} with other tasks or "
                     "prompts: its file was changed or moved since; give another --run-name, or "
                     "--overwrite"
                 )
             if name == "weights":
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} holds a run of other weights of {now['model']}: it was trained "
                     "on or replaced since; give another --run-name, or --overwrite"
                 )
@@ -79,7 +80,7 @@ class RunFolder:
                     for key in {**old, **new}
                     if old.get(key) != new.get(key)
                 )
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
                 "the same options to go on, another --run-name, or --overwrite"
             )
@@ -99,19 +100,9 @@ class RunFolder:
         """Add a finished prompt. ``extra`` are further fields of its line."""
         path = self.folder / result.scores_file
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(score) + "\n" for score in scores))
+        write_text(path, "".join(json.dumps(score) + "\n" for score in scores))
         listed = self.folder / "results.jsonl"
         before = listed.read_text(encoding="utf-8") if listed.is_file() else ""
         line = json.dumps({**asdict(result), **extra}, ensure_ascii=False)
-        write_whole(listed, f"{before}{line}\n")
+        write_text(listed, f"{before}{line}\n")
         self.results.append(result)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, also if the machine stops."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

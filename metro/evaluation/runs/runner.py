@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.report.naming import counted
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.results import PromptResult
 from metro.evaluation.runs.run_folder import RunFolder
@@ -21,6 +20,7 @@ from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
 from metro.evaluation.tasks.kinds import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
+from metro.utils.messages import counted
 
 SCORE_DIGITS = 6
 

@@ -13,7 +13,6 @@ extremes). In the average tasks are drawn independently.
 R resamples, N examples, P prompts.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from metro.evaluation.runs.results import PromptResult, Run
-from metro.evaluation.runs.run_folder import write_whole
+from metro.utils.files import write_json
+from metro.utils.messages import UserError, percent, shortened
 
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -183,7 +183,7 @@ def resample_means(
         right = {score.index: score.prediction == score.label for score in scores}
         accuracy = sum(right.values()) / max(1, len(right))
         if len(right) != result.num_examples or abs(accuracy - result.accuracy) > 1e-3:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder / result.scores_file} has {len(right)} examples with accuracy "
                 f"{accuracy:.4f}, results.jsonl says {result.num_examples} with "
                 f"{result.accuracy:.4f}: delete both and evaluate again"
@@ -192,7 +192,7 @@ def resample_means(
     indices = sorted(set().union(*right_PN))
     if not indices:
         return None
-    # Not every prompt has every example: some templates apply to a part of the data set.
+    # Not every prompt has every example: some templates apply to a part of the dataset.
     present_NP = np.array([[n in right for right in right_PN] for n in indices], dtype=np.float32)
     right_NP = np.array(
         [[right.get(n, False) for right in right_PN] for n in indices], dtype=np.float32
@@ -229,7 +229,7 @@ def total_or_none(values: list[float | None]) -> float | None:
 
 def write_summary(summary: Summary, path: Path) -> None:
     """As JSON, complete or not at all."""
-    write_whole(path, json.dumps(summary.as_dict(), indent=1) + "\n")
+    write_json(path, summary.as_dict())
 
 
 def print_summary(summary: Summary, console: Any = None) -> None:
@@ -282,25 +282,15 @@ def notes(summary: Summary) -> list[str]:
         if not task.complete
     ]
     if partial:
-        found.append(f"partial, not in the average: {some(partial)}")
+        found.append(f"partial, not in the average: {shortened(partial)}")
     if summary.missing:
-        found.append(f"without results, not in the average: {some(summary.missing)}")
+        found.append(f"without results, not in the average: {shortened(summary.missing)}")
     if summary.limit is not None:
         found.append(
             f"limited to {summary.limit} examples per prompt: not comparable with numbers over all "
             "examples"
         )
     return found
-
-
-def some(names: list[str], most: int = 8) -> str:
-    """The names, the first of them where there are many."""
-    rest = len(names) - most
-    return ", ".join(names) if rest < 2 else f"{', '.join(names[:most])} and {rest} more"
-
-
-def percent(fraction: float | None, digits: int = 2) -> str:
-    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:

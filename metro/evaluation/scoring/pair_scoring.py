@@ -28,6 +28,7 @@ from metro.evaluation.scoring.pair_batches import (
 )
 from metro.evaluation.scoring.target_projection import DecodedRows, Projector
 from metro.models.projection import projection_input
+from metro.utils.messages import UserError
 
 IGNORED = -100
 
@@ -131,9 +132,9 @@ class PairScorer:
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         if batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {batch_tokens}; use at least 1")
+            raise UserError(f"batch_tokens is {batch_tokens}; use at least 1")
         if getattr(model.config, "decoder_start_token_id", None) is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} has no decoder_start_token_id in its configuration; set it"
             )
         self.model, self.batch_tokens = model, batch_tokens

@@ -17,6 +17,7 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.tasks.examples import EvaluationExample
+from metro.utils.messages import UserError
 
 METHODS = ("direct", "channel", "flipped")
 NORMALIZATIONS = ("sum", "mean", "calibrated")
@@ -51,13 +52,13 @@ class RankClassifier:
         normalization: str = "sum",
     ):
         if method not in METHODS:
-            raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+            raise UserError(f"method is {method!r}; use one of {', '.join(METHODS)}")
         if normalization not in NORMALIZATIONS:
-            raise ValueError(
+            raise UserError(
                 f"normalization is {normalization!r}; use one of {', '.join(NORMALIZATIONS)}"
             )
         if normalization == "calibrated" and method == "channel":
-            raise ValueError(
+            raise UserError(
                 "calibrated scores compare an option with and without the input; channel scores "
                 "are probabilities of the input: use sum or mean"
             )

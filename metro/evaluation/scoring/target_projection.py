@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from metro.utils.messages import UserError
+
 
 class DecodedRows(NamedTuple):
     """What a batch leaves for the projection: some hidden states, and what is asked of each."""
@@ -68,7 +70,7 @@ def target_log_probabilities(hidden_RD, row_N, target_N, weight_VD, bias_V=None)
     bounds = [*range(0, len(weight_VD), num_words), len(weight_VD)]
     places = torch.searchsorted(sorted_N, torch.tensor(bounds, device=target_N.device)).tolist()
     if places[0] > 0 or places[-1] < len(target_N):
-        raise ValueError(
+        raise UserError(
             f"target tokens are {int(sorted_N[0])} to {int(sorted_N[-1])}, but the model knows 0 "
             f"to {len(weight_VD) - 1}; use the tokenizer that belongs to it"
         )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import join_instruction
 from metro.evaluation.tasks.examples import EvaluationExample
+from metro.utils.messages import UserError
 
 
 class BigBenchTask(NamedTuple):
@@ -54,7 +55,7 @@ def read_task(folder: Path) -> BigBenchTask:
         else:
             content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     return parse_task(content, path)
 
 
@@ -62,20 +63,20 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchTask:
     """See :func:`read_task`."""
     found = content.get("examples") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found:
-        raise ValueError(
+        raise UserError(
             f"{path} has no examples; a task with subtasks keeps them in <subtask>/task.json"
         )
     examples = [scored(example) for example in found]
     without = [i for i, example in enumerate(examples) if not has_choices(example)]
     if without:
-        raise ValueError(
+        raise UserError(
             f"{path}: example {without[0]} has no multiple-choice targets (target_scores of "
             f"options that are not empty, one with score 1), nor have {len(without) - 1} others; "
             "only multiple-choice tasks can be evaluated by ranking options"
         )
     without = [i for i, example in enumerate(examples) if "input" not in example]
     if without:
-        raise ValueError(f"{path}: example {without[0]} has no 'input', the text that is asked")
+        raise UserError(f"{path}: example {without[0]} has no 'input', the text that is asked")
     return BigBenchTask(
         content.get("task_prefix", ""),
         content.get("example_input_prefix", "\nQ: "),

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metro.utils.messages import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluationExample:
     """Prompt, options and truth of one row, all rendered with the same draw."""
 
     index: int
-    """Row of the data set's split; prompts of a task are compared by it."""
+    """Row of the dataset's split; prompts of a task are compared by it."""
     input: str
     """The rendered prompt."""
     choices: Sequence[str]
@@ -21,12 +23,12 @@ class EvaluationExample:
 
     def __post_init__(self):
         if not self.choices:
-            raise ValueError(f"row {self.index} has no answer choices")
+            raise UserError(f"row {self.index} has no answer choices")
         for number, choice in enumerate(self.choices):
             if not choice.strip():
-                raise ValueError(f"answer choice {number} of row {self.index} is empty")
+                raise UserError(f"answer choice {number} of row {self.index} is empty")
         if self.label is not None and not 0 <= self.label < len(self.choices):
-            raise ValueError(
+            raise UserError(
                 f"label {self.label} of row {self.index} is none of its {len(self.choices)} choices"
             )
 

@@ -16,6 +16,7 @@ from metro.evaluation.tasks import bigbench
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS, replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
+from metro.utils.messages import UserError
 
 SUBTASK_STRIDE = 1_000_000
 """Row numbers of the subtasks of a BIG-bench task begin at multiples of this."""
@@ -41,9 +42,9 @@ class Sources:
 
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; use at least 1, or leave it out")
+            raise UserError(f"limit is {self.limit}; use at least 1, or leave it out")
         if self.label_words not in LABEL_WORDS:
-            raise ValueError(
+            raise UserError(
                 f"label words are {self.label_words!r}; use one of {', '.join(LABEL_WORDS)}"
             )
         for option, folder in (
@@ -51,7 +52,7 @@ class Sources:
             ("--bigbench-dir", self.bigbench_dir),
         ):
             if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"{option} {folder} is not a folder")
+                raise UserError(f"{option} {folder} is not a folder")
         if self.templates is not None:
             find_templates(self.templates)  # now, as rows may take long to come
 
@@ -102,14 +103,14 @@ class Task:
                 found.examples.append(item)
         if not found.examples:
             reason = found.skipped.most_common(1)[0][0] if found.skipped else "it has no rows"
-            raise ValueError(
+            raise UserError(
                 f"task {self.name}, prompt {prompt!r}: no row can be evaluated: {reason}"
             )
         return found
 
 
 class TemplateTask(Task):
-    """Rows of a data set asked with prompt templates."""
+    """Rows of a dataset asked with prompt templates."""
 
     def __init__(self, spec: TaskSpec, sources: Sources):
         super().__init__(spec, sources)
@@ -146,7 +147,7 @@ class TemplateTask(Task):
     def iterate(self, prompt: str, *, flipped: bool) -> Iterator[EvaluationExample | str]:
         template = self.templates[prompt]
         if not template.answer_choices:
-            raise ValueError(
+            raise UserError(
                 f"template {prompt!r} of {template.dataset} has no answer choices: it cannot be "
                 "evaluated by ranking options"
             )
@@ -194,7 +195,7 @@ class MmluTask(TemplateTask):
         for name in ("question", "choices", "answer"):
             if name not in row:
                 place = getattr(self.rows, "path", f"subject {self.name}")
-                raise ValueError(f"{place}: row {index} has no {name!r}, so it is none of MMLU")
+                raise UserError(f"{place}: row {index} has no {name!r}, so it is none of MMLU")
         letters = [chr(ord("A") + number) for number in range(len(row["choices"]))]
         answer = row["answer"]
         return {

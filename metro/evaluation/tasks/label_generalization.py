@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from metro.evaluation.tasks.examples import EvaluationExample
+from metro.utils.messages import UserError
 
 LABEL_WORDS = ("words", "published", "original")
 
@@ -35,7 +36,7 @@ def replace_label_words(
         return example
     for choice in example.choices:
         if choice not in replace_words:
-            raise ValueError(
+            raise UserError(
                 f"option {choice!r} of row {example.index} has no substitute; the suite replaces "
                 f"{', '.join(replace_words)}"
             )

@@ -2,7 +2,7 @@
 
 The kinds of a suite, and what its tasks are:
 
-* ``templates`` (default): a data set, a split and the names of prompt templates;
+* ``templates`` (default): a dataset, a split and the names of prompt templates;
 * ``bigbench``: folders with a ``task.json``;
 * ``mmlu``: subjects, all asked with one template;
 * ``label_generalization``: a template whose label words are replaced.
@@ -22,7 +22,7 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
             jinja: >-
               {{thing}} is {{colours | join(" or ")}}: which? ||| {{answer_choices[answer]}}
             answer_choices: "{{colours | join('|||')}}"
-      rte_again:                   # a data set of the hub (or of --data-dir) works as well,
+      rte_again:                   # a dataset of the hub (or of --data-dir) works as well,
         dataset: super_glue        # with templates of promptsource by their names
         subset: rte
         split: validation
@@ -32,12 +32,13 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
 and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
 """
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from metro.utils.messages import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "suites"
 KINDS = ("templates", "bigbench", "mmlu", "label_generalization")
@@ -56,13 +57,13 @@ class TaskSpec:
     subset: str | None = None
     split: str | None = None
     hub: str | None = None
-    """Where the data set is on the hub, if not where ``metro.data.datasets`` knows it."""
+    """Where the dataset is on the hub, if not where ``metro.data.datasets`` knows it."""
     data: Path | None = None
-    """A jsonl file instead of a data set."""
+    """A jsonl file instead of a dataset."""
     inline: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Templates written in the suite: ``{name: {"jinja", "answer_choices"}}``."""
     template: dict[str, Any] = field(default_factory=dict)
-    """Where the template comes from if not from the data set: ``{"dataset", "subset", "name"}``."""
+    """Where the template comes from if not from the dataset: ``{"dataset", "subset", "name"}``."""
     replace_words: dict[str, str] = field(default_factory=dict)
     max_rows: int | None = None
 
@@ -88,30 +89,20 @@ class Suite:
         """
         for name in tasks:
             if name not in self.tasks:
-                raise ValueError(
-                    f"suite {self.name} has no task {name!r}: {nearest(name, self.tasks)}"
+                raise UserError(
+                    f"suite {self.name} has no task {name!r}: {did_you_mean(name, self.tasks)}"
                 )
         chosen = {name: spec for name, spec in self.tasks.items() if not tasks or name in tasks}
         known = {prompt for spec in chosen.values() for prompt in spec.prompts}
         for name in prompts:
             if name not in known:
-                raise ValueError(f"no task here has a prompt {name!r}: {nearest(name, known)}")
+                raise UserError(f"no task here has a prompt {name!r}: {did_you_mean(name, known)}")
         if prompts:
             chosen = {
                 name: replace(spec, prompts=tuple(p for p in spec.prompts if p in prompts))
                 for name, spec in chosen.items()
             }
         return replace(self, tasks={name: s for name, s in chosen.items() if s.prompts})
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The similar names, or some of those there are."""
-    known = sorted(known)
-    lowered = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(repr(lowered[other]) for other in close)}?"
-    return f"it has {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
 
 
 def suite_names() -> list[str]:
@@ -128,10 +119,10 @@ def find_suite(name: str) -> Suite:
     if Path(name).suffix in (".yaml", ".yml"):
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"no suite file {name}")
+            raise UserError(f"no suite file {name}")
     elif not path.is_file():
-        raise ValueError(
-            f"no suite {name!r}: {nearest(name, suite_names())} A file NAME.yaml works as well"
+        raise UserError(
+            f"no suite {name!r}: {did_you_mean(name, suite_names())} A file NAME.yaml works as well"
         )
     return read_suite(path)
 
@@ -147,12 +138,12 @@ def read_suite(path: Path) -> Suite:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict | list):
-        raise ValueError(f"{path} has no `tasks:`; see the top of metro/evaluation/tasks/suites.py")
+        raise UserError(f"{path} has no `tasks:`; see the top of metro/evaluation/tasks/suites.py")
     kind = content.get("kind", "templates")
     if kind not in KINDS:
-        raise ValueError(f"{path}: kind is {kind!r}; use one of {', '.join(KINDS)}")
+        raise UserError(f"{path}: kind is {kind!r}; use one of {', '.join(KINDS)}")
     tasks: dict[str, TaskSpec] = {}
     for included in content.get("include", ()):
         tasks |= find_suite(included).tasks
@@ -161,9 +152,7 @@ def read_suite(path: Path) -> Suite:
         try:
             tasks[name] = _read_task(name, kind, entry, content, path)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: task {name}: {error} is missing or no value for it"
-            ) from None
+            raise UserError(f"{path}: task {name}: {error} is missing or no value for it") from None
     return Suite(path.stem, str(content.get("title", path.stem)), tasks)
 
 
@@ -184,13 +173,13 @@ def _read_task(name: str, kind: str, entry: Any, suite: dict, path: Path) -> Tas
     for prompt, texts in inline.items():
         for part in ("jinja", "answer_choices"):
             if not isinstance(texts.get(part), str):
-                raise ValueError(f"{path}: task {name}: prompt {prompt!r} has no text `{part}`")
+                raise UserError(f"{path}: task {name}: prompt {prompt!r} has no text `{part}`")
         if "|||" not in texts["jinja"]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: task {name}: prompt {prompt!r} has no answer: write it behind |||"
             )
     if not prompts:
-        raise ValueError(f"{path}: task {name} has no prompts")
+        raise UserError(f"{path}: task {name} has no prompts")
     if "data" in entry:
         data = path.parent / entry["data"]
         return TaskSpec(name, kind, tuple(prompts), entry.get("dataset", name), data=data,

@@ -31,7 +31,7 @@ def test_draws_in_the_options_differ_between_rows(tmp_path):
 
 
 def test_limit_spreads_over_the_rows(world, tmp_path):
-    """Data sets sorted by label would otherwise lose a label."""
+    """Datasets sorted by label would otherwise lose a label."""
     result, _ = prepare(world, tmp_path / "out", limit=10, valid_limit=4)
     assert PromptedExamples(result.folder / "train/one_ask").rows.tolist() == list(
         range(0, 300, 30)

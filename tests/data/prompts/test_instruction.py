@@ -1,6 +1,6 @@
 """Templates split into instruction and input, against strings recorded from the original FLIPPED.
 
-Oracles: the recorded formats (394 rows of 22 data sets), the rule applied by hand to small
+Oracles: the recorded formats (394 rows of 22 datasets), the rule applied by hand to small
 templates, and a tokenizer's own ids.
 """
 

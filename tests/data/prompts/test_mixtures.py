@@ -9,7 +9,7 @@ from metro.data.datasets import name_of
 from metro.data.prompts.mixtures import find_mixture, mixture_names
 from metro.data.prompts.templates import TemplateTree
 
-# Facts about the published FLIPPED training set: templates per data set.
+# Facts about the published FLIPPED training set: templates per dataset.
 FLIPPED = {
     "glue/qqp": 6, "paws/labeled_final": 11, "glue/mrpc": 5, "ag_news": 7, "dbpedia_14": 4,
     "imdb": 11, "amazon_polarity": 9, "rotten_tomatoes": 10, "yelp_review_full": 7,
@@ -88,7 +88,7 @@ def test_flipped_leaves_out_what_the_original_leaves_out(testdata, tree):
 
 
 def test_caps_are_shared_by_the_templates_of_a_data_set():
-    """Oracle: 500,000 // templates, and FLIPPED's 500,000 per data set."""
+    """Oracle: 500,000 // templates, and FLIPPED's 500,000 per dataset."""
     assert [find_mixture("t0").cap_per_template(n) for n in (1, 7, 18)] == [500_000, 71_428, 27_777]
     assert find_mixture("flipped").cap_per_template(7) == 500_000
 
@@ -105,7 +105,7 @@ def test_narrowing_keeps_order_and_rules():
     mixture = find_mixture("t0").narrowed(["trec", "ag_news"])
     assert mixture.data_sets == (("ag_news", None), ("trec", None))
     assert mixture.name == "t0" and mixture.validation == "t0_train_eval"
-    with pytest.raises(ValueError, match="mixture t0 has no data set 'agnews': it has ag_news"):
+    with pytest.raises(ValueError, match="no dataset 'agnews': did you mean 'ag_news'"):
         find_mixture("t0").narrowed(["agnews"])
 
 
@@ -120,7 +120,7 @@ def test_own_mixture_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cap: 3\n", "names no data sets"),
+        ("cap: 3\n", "names no datasets"),
         ("data_sets: [a]\ncapp: 3\n", "unknown key 'capp': did you mean 'cap'"),
         ("data_sets: [a]\ncap: 0\n", "cap is 0"),
         ("data_sets: [a]\ncap_of: row\n", "cap_of is 'row'"),

@@ -135,7 +135,7 @@ def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_
     ("options", "message"),
     [
         ({"mixture": "t00"}, "no mixture 't00': there are t0, t0p"),
-        ({"data_sets": ["onee"]}, "has no data set 'onee': it has one"),
+        ({"data_sets": ["onee"]}, "has no dataset 'onee': did you mean 'one'"),
         ({"format": "arrow"}, "--format is 'arrow'"),
         ({"format": "fairseq"}, "needs a vocabulary"),
         ({"mixture": "flipped", "format": "fairseq"}, "leave --format out"),

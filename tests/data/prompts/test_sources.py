@@ -1,4 +1,4 @@
-"""Where examples come from: splits, P3, and names of data sets and tasks."""
+"""Where examples come from: splits, P3, and names of datasets and tasks."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_splits_of_p3_without_labels_are_left_out(world, tmp_path, monkeypatch):
 
 
 def test_data_sets_with_a_name_space_are_found(tmp_path):
-    """`owner/set` is a data set without subset where the tree says so."""
+    """`owner/set` is a dataset without subset where the tree says so."""
     write_templates(tmp_path / "templates", "owner/set", YES_NO)
     write_rows(tmp_path / "data", "owner/set", "train", random_rows(0, 5))
     (tmp_path / "mix.yaml").write_text("data_sets: [owner/set]\n")

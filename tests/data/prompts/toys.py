@@ -1,4 +1,4 @@
-"""Small invented data sets and templates for the tests of prompt preparation."""
+"""Small invented datasets and templates for the tests of prompt preparation."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def random_rows(seed: int, count: int) -> list[dict]:
 
 
 def make_world(root: Path, num_rows: int = 300) -> Path:
-    """Two data sets with train and validation rows, templates, and a mixture of both."""
+    """Two datasets with train and validation rows, templates, and a mixture of both."""
     for seed, (dataset, subset) in enumerate((("one", None), ("two", "sub"))):
         write_templates(root / "templates", dataset, YES_NO, subset)
         for split, count in (("train", num_rows), ("validation", 40)):

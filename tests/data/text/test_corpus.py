@@ -168,7 +168,7 @@ def test_datasets_without_the_package_or_the_field_say_what_to_do(vocab, tmp_pat
         with pytest.raises(ValueError, match=r"no string field 'text'; its fields are \['body'\]"):
             prepare([f"hf:{tmp_path / 'data'}"], tmp_path / "out", vocab)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match="needs the package datasets: pip install"):
         prepare(["hf:anything"], tmp_path / "out2", vocab)
 
 

@@ -1,6 +1,6 @@
 """Tasks of the suites on real rows.
 
-Oracles: strings recorded from the original FLIPPED on evaluation rows, the data sets' own labels,
+Oracles: strings recorded from the original FLIPPED on evaluation rows, the datasets' own labels,
 and BIG-bench's, MMLU's and label generalisation's formats written out by hand.
 """
 

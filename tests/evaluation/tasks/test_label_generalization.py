@@ -1,6 +1,6 @@
 """Label words replaced.
 
-Oracle: strings recorded from the original, 25 rows of five (data set, template) pairs.
+Oracle: strings recorded from the original, 25 rows of five (dataset, template) pairs.
 """
 
 import json

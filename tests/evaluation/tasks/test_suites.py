@@ -16,7 +16,7 @@ COUNTS = {
 
 
 def test_t0_has_the_templates_of_metro_t0(testdata):
-    """Oracle: the published list, data set by data set."""
+    """Oracle: the published list, dataset by dataset."""
     published = json.loads((testdata / "mixtures" / "t0_eval_templates.json").read_text())
     tasks = find_suite("t0").tasks
     assert {name: len(spec.prompts) for name, spec in tasks.items()} == COUNTS
