@@ -17,7 +17,7 @@ from fairseq.data import FairseqDataset
 from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import order_by_lengths
-from metro.data.prompts.stored import MANIFEST
+from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.finetuning.binarised import BinarisedTasks, longer
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
@@ -160,7 +160,7 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
 
 def is_text(folder: str | Path) -> bool:
     """Whether a folder of prepared prompts is of the jsonl form."""
-    manifest = Path(folder) / MANIFEST
+    manifest = Path(folder) / PROMPTS_MANIFEST
     return manifest.is_file() and read_json(manifest).get("format") == "jsonl"
 
 

@@ -18,6 +18,7 @@ from metro.conversion.export import PRETRAINING_WEIGHTS, TRAINING
 from metro.conversion.fairseq_to_hf import cast
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.modeling.text_metro_t5 import VOCABULARY_FILES
 from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import (
     PRETRAINING_TASKS,
@@ -28,7 +29,7 @@ from metro.models.fairseq_checkpoint import (
 from metro.models.fairseq_names import original_state, plugin_state
 from metro.models.folder_weights import read_folder, read_tensors
 from metro.models.source import check_model_folder
-from metro.models.vocabulary_folder import FILES, build_tokenizer
+from metro.models.vocabulary_folder import build_tokenizer
 from metro.models.weights_check import check_weights, expected_shapes
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
@@ -91,7 +92,7 @@ def to_fairseq(
     if names not in NAMES:
         raise UserError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
     num_sentinels = _num_sentinels(folder)
-    has_vocabulary = all((folder / name).is_file() for name in FILES)
+    has_vocabulary = all((folder / name).is_file() for name in VOCABULARY_FILES)
     if has_vocabulary:
         build_tokenizer(folder, config.vocab_size, num_sentinels)  # refuses another model's
     main = _main_weights(folder, config)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metro.conversion.model_card import PAPER
+from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.models.fairseq_checkpoint import FairseqCheckpoint, model_name
 
 KEPT_SETTINGS = (
@@ -133,7 +134,7 @@ def _tokens_per_update(settings: dict, dataset: dict, optimization: dict) -> str
 def _counts(data: Path | None) -> dict[str, str]:
     """Of the text, as ``metro prepare-text`` has noted them down."""
     try:
-        counts = json.loads((data / "prepare_text.json").read_text(encoding="utf-8"))["counts"]
+        counts = json.loads((data / TEXT_MANIFEST).read_text(encoding="utf-8"))["counts"]
         return {
             "documents": f"{counts['documents']:,}",
             "tokens of training text": f"{counts['train_tokens']:,}",

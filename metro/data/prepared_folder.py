@@ -1,159 +1,184 @@
-"""The output folder of ``prepare-text``: its state during the work, and how it is completed.
+"""Output folder of ``prepare-text`` and ``prepare-prompts``: resumable work, complete results.
 
-Work goes into ``OUT.partial`` beside ``OUT``, with ``state.json`` saying how far it is. The
-manifest is the last file written there; then the folder takes its final name. So ``OUT`` is
-complete or not there.
+Work goes into ``OUT.partial`` beside ``OUT``; ``state.json`` in it records the progress. The
+manifest is the last file written there, then the folder takes its final name: ``OUT`` is complete
+or absent. With ``overwrite`` the files that an earlier manifest lists are replaced, and all others
+stay.
 """
 
+import fcntl
 import os
 import shutil
 import time
 import zlib
 from pathlib import Path
+from typing import IO
 
+from metro.modeling.text_metro_t5 import VOCABULARY_FILES
 from metro.utils.files import read_json, write_json
 from metro.utils.messages import UserError
 
-MANIFEST = "prepare_text.json"
+TEXT_MANIFEST = "prepare_text.json"
+PROMPTS_MANIFEST = "prompts.json"
+SPLITS = ("train", "valid")
 STATE = "state.json"
 LOCK = "lock"
 LOCK_SECONDS = 5.0
+_SIZES = ".sizes"  # of files that metro.data.indexed_file needs during the work only
 
 
 class PreparedFolder:
-    """``OUT`` and its ``OUT.partial``, for one set of settings."""
+    """``OUT`` and its ``OUT.partial``, for one set of settings.
 
-    manifest_name = MANIFEST
-    command = "metro prepare-text"
+    Args:
+        out: the folder to make.
+        settings: JSON content; an earlier run is resumed only if it had the same.
+        manifest_name: file with settings, results and the size of every file.
+        command: that makes such folders, for messages.
+        checksums: record the CRC-32 of every file too.
+    """
 
-    def __init__(self, out: Path, settings: dict):
+    def __init__(
+        self, out: Path, settings: dict, manifest_name: str, command: str, checksums: bool = False
+    ):
         self.out, self.settings = Path(out).resolve(), settings
+        self.manifest_name, self.command, self.checksums = manifest_name, command, checksums
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self._lock = None
+        self._lock: IO | None = None
 
     def finished_manifest(self, overwrite: bool) -> dict | None:
-        """The manifest of an output that is complete and was made with these settings.
+        """Return the manifest of a complete output with these settings, None where there is none.
 
         Raises:
-            ValueError: files of it are missing or changed, or it was made with other settings;
+            UserError: files of it are missing or changed, or it was made with other settings;
                 with ``overwrite`` the answer is None then.
         """
         manifest = read_json(self.out / self.manifest_name)
-        for name, facts in (manifest or {}).get("files", {}).items():
+        if manifest is None:
+            return None
+        problem = None
+        for name, facts in manifest["files"].items():
             path = self.out / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                if overwrite:
-                    return None
-                raise UserError(
+                problem = (
                     f"{path} is missing or was changed after `{self.command}` wrote it: "
                     "prepare the folder again with --overwrite"
                 )
-        if manifest and manifest["settings"] != self.settings:
-            if overwrite:
-                return None
-            raise UserError(
+        if not problem and manifest["settings"] != self.settings:
+            problem = (
                 f"{self.out} is finished and was made with other settings: "
                 f"{describe_differences(manifest['settings'], self.settings)}. "
                 "Choose another --out, or replace it with --overwrite"
             )
-        return manifest
+        if not problem:
+            return manifest
+        if not overwrite:
+            raise UserError(problem)
+        return None
 
     def open(self, overwrite: bool) -> dict | None:
-        """Lock the work folder; return the state of an interrupted run, if any.
+        """Lock the work folder; return the state (or manifest) of an interrupted run, if any.
 
         Raises:
-            ValueError: an unfinished run with other settings or inputs lies there, or another
-                process works on it.
-            FileExistsError: one of the two folders holds something else.
+            UserError: there is an unfinished run with other settings or inputs, another process
+                is working on it, or one of the two folders holds something else.
         """
-        state = read_json(self.partial / STATE)
-        manifest = read_json(self.partial / self.manifest_name)
-        earlier = (manifest or state or {}).get("settings")
+        earlier = read_json(self.partial / self.manifest_name) or read_json(self.partial / STATE)
         if not earlier and not overwrite and self.out.exists():
             if not self.out.is_dir() or any(self.out.iterdir()):
-                raise FileExistsError(f"{self.out} exists and is not empty: choose another --out")
+                raise UserError(f"{self.out} exists and is not empty: choose another --out")
         self.partial.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if earlier and earlier != self.settings:
+        if earlier and earlier["settings"] != self.settings:
             if not overwrite:
                 raise UserError(
                     f"{self.partial} holds an unfinished run that differs: "
-                    f"{describe_differences(earlier, self.settings)}. Run with the earlier "
-                    "settings to continue it, or add --overwrite to begin again"
+                    f"{describe_differences(earlier['settings'], self.settings)}. Run with the "
+                    "earlier settings to continue it, or add --overwrite to begin again"
                 )
-            state = manifest = earlier = None
+            earlier = None
         if not earlier:
             self._clear_partial()
-        return manifest or state
+        return earlier
 
     def save_state(self, state: dict) -> None:
+        """Record the progress, in one step."""
         write_json(self.partial / STATE, {**state, "settings": self.settings})
 
+    def copy_vocabulary(self, folder: Path) -> None:
+        """Copy ``sp.model`` and ``dict.txt`` into the work folder."""
+        for name in VOCABULARY_FILES:
+            shutil.copyfile(folder / name, self.partial / name)
+
     def discard(self) -> None:
-        """Leave nothing behind of a run that cannot succeed."""
+        """Remove the work folder of a run that cannot succeed."""
         self._clear_partial()
         (self.partial / LOCK).unlink(missing_ok=True)
         self.partial.rmdir()
 
     def complete(self, manifest: dict | None = None) -> dict:
-        """Write the manifest (or find it written) and give the folder its final name."""
+        """Write the manifest (None: it was written before) and give the folder its final name.
+
+        Returns:
+            The manifest with ``settings`` and ``files`` added.
+        """
         path = self.partial / self.manifest_name
         if manifest is None:
             manifest = read_json(path)
+            assert manifest is not None
         else:
-            files = sorted(
-                file
-                for file in self.partial.iterdir()
-                if file.suffix in (".bin", ".idx", ".txt", ".model")
-            )
-            facts = {
-                file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
-            }
-            manifest = {"settings": self.settings, **manifest, "files": facts}
+            files = {name: self._facts(name) for name in _files_below(self.partial)}
+            files = {name: facts for name, facts in files.items() if facts}
+            manifest = {"settings": self.settings, **manifest, "files": files}
             write_json(path, manifest)
-        for file in self.partial.iterdir():
-            if file.name not in manifest["files"] and file != path:
-                file.unlink()
-        # Moved onto nothing or onto an empty folder in one step, ...
-        if not self.out.exists() or not any(self.out.iterdir()):
-            try:
-                os.rename(self.partial, self.out)
-                return manifest
-            except OSError:  # for instance a mount point
-                self.out.mkdir(exist_ok=True)
-        # ... and otherwise file by file, the manifest removed first and put back last.
-        (self.out / MANIFEST).unlink(missing_ok=True)
-        for split in ("train", "valid"):
-            for suffix in (".bin", ".idx"):
-                if split + suffix not in manifest["files"]:
-                    (self.out / (split + suffix)).unlink(missing_ok=True)
-        for name in [*manifest["files"], MANIFEST]:
-            if (self.partial / name).exists():
-                shutil.move(self.partial / name, self.out / name)
-        self.partial.rmdir()
+        for name in _files_below(self.partial):
+            if name not in manifest["files"] and name != self.manifest_name:
+                (self.partial / name).unlink()
+        self._remove_earlier_output()
+        try:
+            os.rename(self.partial, self.out)
+        except OSError:  # other files are there, or it is a mount point
+            for name in [*manifest["files"], self.manifest_name]:
+                if (self.partial / name).exists():  # else moved before an interruption
+                    (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.move(self.partial / name, self.out / name)
+            shutil.rmtree(self.partial)
         return manifest
+
+    def _facts(self, name: str) -> dict:
+        path = self.partial / name
+        if name in (STATE, LOCK, self.manifest_name) or path.suffix in (_SIZES, ".tmp"):
+            return {}
+        facts: dict = {"bytes": path.stat().st_size}
+        return {**facts, "crc32": _crc32(path)} if self.checksums else facts
+
+    def _remove_earlier_output(self) -> None:
+        """Delete the files of an earlier run, then its manifest, which lists them."""
+        earlier = self.out / self.manifest_name
+        for name in (read_json(earlier) or {"files": {}})["files"]:
+            (self.out / name).unlink(missing_ok=True)
+        earlier.unlink(missing_ok=True)
+        for folder in sorted((path for path in self.out.rglob("*") if path.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def _clear_partial(self) -> None:
         """Delete what an earlier run left, and nothing that is not ours."""
-        ours = {MANIFEST, STATE, LOCK, MANIFEST + ".tmp", STATE + ".tmp", "dict.txt", "sp.model"}
-        ours |= {
-            split + suffix for split in ("train", "valid") for suffix in (".bin", ".idx", ".sizes")
-        }
+        ours = {self.manifest_name, STATE, self.manifest_name + ".tmp", STATE + ".tmp", LOCK}
+        ours |= {*VOCABULARY_FILES, *SPLITS}
+        ours |= {split + suffix for split in SPLITS for suffix in (".bin", ".idx", _SIZES)}
         if foreign := sorted(path.name for path in self.partial.iterdir() if path.name not in ours):
-            raise FileExistsError(
+            raise UserError(
                 f"{self.partial} is needed as a work folder and holds other files "
-                f"({', '.join(foreign)}): "
-                "move them away or choose another --out"
+                f"({', '.join(foreign)}): move them away or choose another --out"
             )
         for path in self.partial.iterdir():
-            if path.name != LOCK:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
                 path.unlink()
 
     def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
         self._lock = (self.partial / LOCK).open("w")
         # Workers of a killed run hold its lock until they notice that they are alone.
         deadline = time.monotonic() + LOCK_SECONDS
@@ -169,7 +194,7 @@ class PreparedFolder:
 
 
 def describe_differences(earlier: dict, now: dict) -> str:
-    """Settings that differ, old and new value, for people."""
+    """Describe the settings that differ, each with its earlier and present value."""
     parts = []
     for key in sorted({*earlier, *now}):
         if earlier.get(key) == now.get(key):
@@ -187,6 +212,11 @@ def _describe_input_change(earlier: list[dict], now: list[dict]) -> str:
         return f"was {names[0]} and is {names[1]}"
     changed = [b["name"] for a, b in zip(earlier, now, strict=True) if a != b]
     return f"changed on disk: {', '.join(changed)}"
+
+
+def _files_below(folder: Path) -> list[str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _crc32(path: Path) -> str:

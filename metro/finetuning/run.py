@@ -333,13 +333,13 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
 
 def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
     """The prepared prompts; a mixture's name is prepared first, by one process."""
-    from metro.data.prompts.stored import MANIFEST
+    from metro.data.prepared_folder import PROMPTS_MANIFEST
 
     if Path(settings.data).is_dir():
         return Path(settings.data)
     folder = out / "data"
     with arguments.main_process_first(local=False, desc="data"):
-        if not (folder / MANIFEST).is_file():
+        if not (folder / PROMPTS_MANIFEST).is_file():
             _prepare(settings, folder)
     return folder
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 NUM_SPECIAL_IDS = 4
+SPM_FILE, DICT_FILE = "sp.model", "dict.txt"
+VOCABULARY_FILES = (SPM_FILE, DICT_FILE)
 
 _PLAIN_FORMS = (("‘", "'"), ("’", "'"), ("´", "'"), ("“", '"'), ("”", '"'), ("—", "-"), ("–", "-"))
 _CONTRACTIONS = tuple(
@@ -117,18 +119,16 @@ class Vocabulary:
         from sentencepiece import SentencePieceProcessor
 
         folder = Path(folder)
-        for name in ("sp.model", "dict.txt"):
+        for name in VOCABULARY_FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(
                     f"{folder} has no {name}: a vocabulary folder holds sp.model and dict.txt "
                     "(train one with `metro prepare-text --train-vocab N`)"
                 )
         try:
-            processor = SentencePieceProcessor(model_file=str(folder / "sp.model"))
+            processor = SentencePieceProcessor(model_file=str(folder / SPM_FILE))
         except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{folder / 'sp.model'} is not a SentencePiece model: {error}"
-            ) from None
+            raise ValueError(f"{folder / SPM_FILE} is not a SentencePiece model: {error}") from None
         _check_same_pieces(processor, folder)
         return cls(processor, folder)
 
@@ -146,7 +146,7 @@ class Vocabulary:
         """SHA-256 of the two files."""
         return {
             name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
-            for name in ("sp.model", "dict.txt")
+            for name in VOCABULARY_FILES
         }
 
     def encode_lines(self, lines: Iterable[str]) -> list[list[int]]:
@@ -187,11 +187,11 @@ def _check_same_pieces(processor, folder: Path) -> None:
     special = [processor.bos_id(), processor.pad_id(), processor.eos_id(), processor.unk_id()]
     if special != [BOS_ID, PAD_ID, EOS_ID, UNK_ID]:
         raise ValueError(
-            f"{folder / 'sp.model'} numbers begin, padding, end and unknown as {special}, and "
+            f"{folder / SPM_FILE} numbers begin, padding, end and unknown as {special}, and "
             "METRO needs [0, 1, 2, 3]: train the vocabulary with `metro prepare-text "
             "--train-vocab N`"
         )
-    symbols = read_dictionary(folder / "dict.txt")
+    symbols = read_dictionary(folder / DICT_FILE)
     num_pieces = processor.get_piece_size()
     pieces = processor.id_to_piece(list(range(NUM_SPECIAL_IDS, num_pieces)))
     for number, (symbol, piece) in enumerate(zip(symbols, pieces, strict=False), start=1):

@@ -17,15 +17,17 @@ from transformers import AddedToken, PreTrainedTokenizer
 
 from .text_metro_t5 import (
     BOS_ID,
+    DICT_FILE,
     EOS_ID,
     NUM_SPECIAL_IDS,
     PAD_ID,
+    SPM_FILE,
     UNK_ID,
     Vocabulary,
     normalize_text,
 )
 
-VOCAB_FILES_NAMES = {"vocab_file": "sp.model", "dict_file": "dict.txt"}
+VOCAB_FILES_NAMES = {"vocab_file": SPM_FILE, "dict_file": DICT_FILE}
 
 
 class MetroT5Tokenizer(PreTrainedTokenizer):

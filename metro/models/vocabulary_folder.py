@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metro.modeling.text_metro_t5 import Vocabulary
+from metro.data.prepared_folder import PROMPTS_MANIFEST, TEXT_MANIFEST
+from metro.modeling.text_metro_t5 import DICT_FILE, SPM_FILE, VOCABULARY_FILES, Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.utils.messages import UserError
-
-FILES = ("sp.model", "dict.txt")
 
 
 def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
@@ -30,7 +29,7 @@ def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
             places += [above / folder for above in (here, *here.parents)]
     places.append(here)
     for place in places:
-        if all((place / name).is_file() for name in FILES):
+        if all((place / name).is_file() for name in VOCABULARY_FILES):
             return place
     raise UserError(
         f"no vocabulary for {checkpoint}: sp.model and dict.txt lie neither in "
@@ -44,7 +43,7 @@ def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
 
     Folders of others have no such note: there the pieces tell, which hold capitals or do not.
     """
-    for name in ("prepare_text.json", "prompts.json"):
+    for name in (TEXT_MANIFEST, PROMPTS_MANIFEST):
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))["settings"]
             return bool(settings["lower"])
@@ -81,8 +80,8 @@ def build_tokenizer(
             "trained with"
         )
     return MetroT5Tokenizer(
-        str(folder / "sp.model"),
-        str(folder / "dict.txt"),
+        str(folder / SPM_FILE),
+        str(folder / DICT_FILE),
         lower=is_lower(folder, vocabulary) if lower is None else lower,
         n_sentinel_tokens=num_sentinels,
     )

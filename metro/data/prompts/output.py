@@ -13,14 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition
-from metro.data.prepared_folder import LOCK, STATE, PreparedFolder
-from metro.data.prompts.stored import MANIFEST
-from metro.modeling.text_metro_t5 import Vocabulary
-from metro.utils.files import read_json, write_json
+from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.utils.messages import UserError
 
-SIDES = ("train", "valid")
-_RAW = ".sizes"  # of the work in progress
 _HEADER_BYTES = 128
 _INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
 
@@ -139,8 +134,8 @@ def _open_at(path: Path, num_bytes: int, is_new: bool):
 class PromptFolder(PreparedFolder):
     """``OUT`` and ``OUT.partial`` of ``prepare-prompts``."""
 
-    manifest_name = MANIFEST
-    command = "metro prepare-prompts"
+    def __init__(self, out: Path, settings: dict):
+        super().__init__(out, settings, PROMPTS_MANIFEST, "metro prepare-prompts")
 
     def task_folder(self, side: str, task: str) -> Path:
         folder = self.partial / side / task
@@ -149,10 +144,6 @@ class PromptFolder(PreparedFolder):
 
     def drop_task(self, side: str, task: str) -> None:
         shutil.rmtree(self.partial / side / task, ignore_errors=True)
-
-    def place_vocabulary(self, vocabulary: Vocabulary) -> None:
-        for name in ("sp.model", "dict.txt"):
-            shutil.copyfile(vocabulary.folder / name, self.partial / name)
 
     def write_fairseq_tables(self, splits: dict[str, dict], groups: dict[str, list[str]]) -> None:
         """What the original's task reads beside the data; dictionaries are linked, not copied."""
@@ -167,58 +158,6 @@ class PromptFolder(PreparedFolder):
                     _link(self.partial / "dict.txt", target)
         text = json.dumps(groups, indent=4)
         _write_text(self.partial / "valid" / "valid_datasets.json", text)
-
-    def complete(self, manifest: dict | None = None) -> dict:
-        path = self.partial / MANIFEST
-        if manifest is None:
-            manifest = read_json(path)
-        else:
-            files = {
-                file.relative_to(self.partial).as_posix(): {"bytes": file.stat().st_size}
-                for file in sorted(self.partial.rglob("*"))
-                if file.is_file()
-                and not file.name.endswith(_RAW)
-                and file.name not in (STATE, LOCK, MANIFEST)
-            }
-            manifest = {"settings": self.settings, **manifest, "files": files}
-            write_json(path, manifest)
-        for file in [*self.partial.rglob("*")]:
-            name = file.relative_to(self.partial).as_posix()
-            if file.is_file() and name not in manifest["files"] and file != path:
-                file.unlink()
-        self._remove_earlier_output()
-        os.rename(self.partial, self.out)
-        return manifest
-
-    def _remove_earlier_output(self) -> None:
-        """An empty folder, or files that an earlier run wrote and --overwrite gives up."""
-        for name in (read_json(self.out / MANIFEST) or {"files": {}})["files"]:
-            (self.out / name).unlink(missing_ok=True)
-        (self.out / MANIFEST).unlink(missing_ok=True)
-        folders = [path for path in self.out.rglob("*") if path.is_dir()]
-        for folder in [*sorted(folders, reverse=True), self.out]:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-        if self.out.exists():
-            raise FileExistsError(
-                f"{self.out} holds other files ({next(self.out.iterdir()).name}, ...): move them "
-                f"away and run the same command again; the result is ready in {self.partial}"
-            )
-
-    def _clear_partial(self) -> None:
-        ours = {MANIFEST, STATE, LOCK, MANIFEST + ".tmp", STATE + ".tmp", "dict.txt", "sp.model"}
-        if foreign := sorted(
-            path.name for path in self.partial.iterdir() if path.name not in {*ours, *SIDES}
-        ):
-            raise FileExistsError(
-                f"{self.partial} is needed as a work folder and holds other files "
-                f"({', '.join(foreign)}): move them away or choose another --out"
-            )
-        for path in self.partial.iterdir():
-            if path.name in SIDES:
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
 
 
 def _link(source: Path, target: Path) -> None:

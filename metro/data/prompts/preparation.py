@@ -114,7 +114,7 @@ class _Preparation:
         if self.done or self.current:
             self.say(f"continuing after {len(self.done)} of {len(plans)} parts")
         elif self.settings.vocabulary:
-            self.folder.place_vocabulary(self.settings.vocabulary)
+            self.folder.copy_vocabulary(self.settings.vocabulary.folder)
         self.folder.save_state(self._state())
         for number, plan in enumerate(plans):
             if plan.key in self.done:

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 
 from metro.data.datasets import JsonlRows
+from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.utils.messages import UserError
-
-MANIFEST = "prompts.json"
 
 
 class PromptedExamples(JsonlRows):
@@ -72,11 +71,11 @@ def read_manifest(folder: str | Path) -> dict:
     Raises:
         ValueError: the folder is none, or not complete.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / PROMPTS_MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder} is not a folder of prepared prompts (it has no {MANIFEST}): make one with "
-            "`metro prepare-prompts --mixture M --out DIR`"
+            f"{folder} is not a folder of prepared prompts (it has no {PROMPTS_MANIFEST}): make "
+            "one with `metro prepare-prompts --mixture M --out DIR`"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -7,14 +7,13 @@ of workers, nor where chunks are cut, nor an interruption changes a byte of it.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from metro.data import DEFAULT_VALID_FRACTION
-from metro.data.prepared_folder import PreparedFolder
+from metro.data.prepared_folder import TEXT_MANIFEST, PreparedFolder
 from metro.data.text import reading as text_input
 from metro.data.text.encoding import WordCounter
 from metro.data.text.preparation import Preparation, PreparationState, Progress
@@ -90,7 +89,9 @@ def prepare_text(
         "lower": lower,
         "valid_fraction": valid_fraction,
     }
-    folder = PreparedFolder(Path(out), settings)
+    folder = PreparedFolder(
+        Path(out), settings, TEXT_MANIFEST, "metro prepare-text", checksums=True
+    )
     if finished := folder.finished_manifest(overwrite):
         say(f"{folder.out} is already finished; nothing to do")
         return PreparedText(folder.out, finished, True)
@@ -138,8 +139,7 @@ def _place_vocabulary(
     if vocab is not None:
         if lower is False and not Vocabulary.from_folder(vocab).is_cased:
             say(f"warning: {vocab} has no capitals, so --cased has little effect")
-        for name in ("sp.model", "dict.txt"):
-            shutil.copyfile(Path(vocab) / name, folder.partial / name)
+        folder.copy_vocabulary(Path(vocab))
         return
     total = text_input.total_bytes(sources)
     before = text_input.bytes_before(sources)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metro.data.text.reading import Chunk, Skip
-from metro.modeling.text_metro_t5 import EOS_ID, Vocabulary, normalize_text
+from metro.modeling.text_metro_t5 import EOS_ID, SPM_FILE, Vocabulary, normalize_text
 
 
 class EncodedChunk(NamedTuple):
@@ -35,7 +35,7 @@ class ChunkEncoder:
     def __init__(self, vocabulary: Path, lower: bool, dtype: np.dtype):
         from sentencepiece import SentencePieceProcessor
 
-        processor = SentencePieceProcessor(model_file=str(vocabulary / "sp.model"))
+        processor = SentencePieceProcessor(model_file=str(vocabulary / SPM_FILE))
         self.vocabulary = Vocabulary(processor, vocabulary)  # already verified by the parent
         self.lower, self.dtype = lower, dtype
 

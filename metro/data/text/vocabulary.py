@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from metro.data.text.reading import TextSource, read_chunks, total_bytes
-from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
+from metro.modeling.text_metro_t5 import DICT_FILE, NUM_SPECIAL_IDS, SPM_FILE
 from metro.utils.messages import UserError
 
 SAMPLE_BYTES = 256 << 20
@@ -94,8 +94,8 @@ def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path)
         ) from None
     processor = SentencePieceProcessor(model_proto=model.getvalue())
     pieces = processor.id_to_piece(list(range(NUM_SPECIAL_IDS, processor.get_piece_size())))
-    (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
-    (folder / "sp.model").write_bytes(model.getvalue())
+    (folder / DICT_FILE).write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    (folder / SPM_FILE).write_bytes(model.getvalue())
 
 
 def _coverage(counts: Counter[str], size: int, published: float) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from metro.data.prompts import preparation as prompt_preparation
 from metro.data.prompts.stored import read_manifest
+from metro.utils.messages import UserError
 from tests.data.prompts.toys import files_of, make_world, prepare
 
 RUN = """
@@ -76,7 +77,7 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp
     assert files_of(again.folder) == other_files
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another --out"):
         prepare(world, tmp_path / "taken")
 
 

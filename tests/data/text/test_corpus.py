@@ -15,6 +15,7 @@ from metro.data.text import reading as text_input
 from metro.data.text.corpus import prepare_text
 from metro.data.text.preparation import is_validation_document
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.messages import UserError
 from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text, silent
 
 
@@ -272,11 +273,11 @@ def test_finished_folder_is_left_alone_and_other_settings_need_overwrite(text, v
 def test_folder_of_other_things_is_not_touched(text, vocab, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(UserError, match="not empty"):
         prepare([text], tmp_path / "out", vocab)
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial/thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds other files .thesis.tex"):
+    with pytest.raises(UserError, match="holds other files .thesis.tex"):
         prepare([text], tmp_path / "new", vocab)
     assert (tmp_path / "new.partial/thesis.tex").exists()
 

@@ -163,7 +163,7 @@ def test_two_runs_never_write_one_folder(text, vocab, tmp_path, monkeypatch):
     from metro.data import prepared_folder
 
     monkeypatch.setattr(prepared_folder, "LOCK_SECONDS", 0.2)
-    folder = prepared_folder.PreparedFolder(tmp_path / "out", {})
+    folder = prepared_folder.PreparedFolder(tmp_path / "out", {}, "manifest.json", "metro")
     folder.open(overwrite=False)
     with pytest.raises(ValueError, match="another process is preparing"):
         prepare([text], tmp_path / "out", vocab)
