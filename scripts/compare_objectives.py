@@ -100,7 +100,7 @@ def train_and_evaluate(options, folder: Path, objective, weight, method, data: d
     """Rows of `evaluate` for each part of `data`; kept in the folder once they are there."""
     import metro
     from metro.finetuning.run import finetune
-    from metro.finetuning.settings import combine
+    from metro.finetuning.settings import FinetuningSettings
 
     kept = folder / f"accuracy_{options.eval_limit}.json"
     # CHANNEL writes what the others read
@@ -124,7 +124,7 @@ def train_and_evaluate(options, folder: Path, objective, weight, method, data: d
         use_cpu=options.use_cpu,
         report_to="none",
     )
-    finetune(combine("tiny", given))
+    finetune(FinetuningSettings.combine("tiny", given))
     if kept.is_file():
         return json.loads(kept.read_text())
     model, tokenizer = metro.load(folder)

@@ -10,7 +10,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from metro.finetuning.settings import SHIPPED, FinetuningSettings, check_sources, combine
+from metro.finetuning.settings import FinetuningSettings, check_sources
 
 
 def finetune(config: Path | None = None, **given) -> None:
@@ -19,7 +19,7 @@ def finetune(config: Path | None = None, **given) -> None:
     Started again, it goes on from the last checkpoint of --output-dir. Several processes: torchrun
     --nproc_per_node N $(which metro) finetune ...
     """
-    settings = combine(config, given)
+    settings = FinetuningSettings.combine(config, given)
     check_sources(settings)
     from transformers.utils import logging
 
@@ -39,7 +39,7 @@ def _parameters() -> list[inspect.Parameter]:
     kinds = get_type_hints(FinetuningSettings)
     about = (
         "YAML file with options of this list (with _ for -), or the name of one that METRO has: "
-        f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}. The command line "
+        f"{', '.join(FinetuningSettings.shipped())}. The command line "
         "comes first."
     )
     options = {"config": Annotated[Path | None, typer.Option(help=about)]}

@@ -41,7 +41,7 @@ def test_every_setting_is_an_option_and_explained(monkeypatch):
 def test_options_reach_the_run_and_the_command_line_comes_first(tmp_path, monkeypatch):
     """Oracle: what is written on the command line and in the file."""
     seen = []
-    monkeypatch.setattr(module, "combine", lambda *given: seen.append(given) or 1 / 0)
+    monkeypatch.setattr(FinetuningSettings, "combine", lambda *given: seen.append(given) or 1 / 0)
     run("--config", "c.yaml", "--batch-size", "3", "--dataset", "a", "--dataset", "b/c",
         "--gradient-checkpointing", "--adam-betas", "0.9", "--adam-betas", "0.98")  # fmt: skip
     (config, given), *_ = seen

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metro.finetuning.settings import SHIPPED, FinetuningSettings, combine, read_settings
+from metro.finetuning.settings import FinetuningSettings
 
 NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
 
@@ -10,7 +10,7 @@ NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
 def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: m\ndata: d\noutput_dir: o\nlearning_rate: 5e-5\nbatch_size: 4\n")
-    settings = combine(path, {"batch_size": 2, "objective": None})
+    settings = FinetuningSettings.combine(path, {"batch_size": 2, "objective": None})
     assert (settings.learning_rate, settings.batch_size, settings.objective) == (5e-5, 2, "direct")
 
 
@@ -18,10 +18,10 @@ def test_an_unknown_option_is_refused_with_the_nearest_one(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("learning_rte: 1\n")
     with pytest.raises(ValueError, match="'learning_rte'; did you mean 'learning_rate' or"):
-        read_settings(path)
+        FinetuningSettings.read(path)
     path.write_text("zzz: 1\n")
     with pytest.raises(ValueError, match="known: model, data, output_dir"):
-        read_settings(path)
+        FinetuningSettings.read(path)
 
 
 @pytest.mark.parametrize(("text", "message"), [("- 1\n", "holds no options"), ("a: [", "not YAML")])
@@ -29,12 +29,12 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_settings(path)
+        FinetuningSettings.read(path)
 
 
 def test_missing_options_are_named_as_flags():
     with pytest.raises(ValueError, match="missing: --data, --output-dir"):
-        combine(None, {"model": "m"})
+        FinetuningSettings.combine(None, {"model": "m"})
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_missing_options_are_named_as_flags():
         ({"unlikelihood_weight": -1}, "unlikelihood_weight is -1.0; use 0 or more"),
         ({"unlikelihood_weight": float("nan")}, "unlikelihood_weight is nan"),
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
-        ({"batch_size": "many"}, "batch_size is 'many'; it has to be of the kind int"),
+        ({"batch_size": "many"}, "batch_size is 'many'; it must be of type int"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"adam_betas": [0.9]}, "give two"),
         ({"dropout": 1.0}, "use 0 up to less than 1"),
         ({"learning_rate": 0}, "use more than 0"),
         ({"max_steps": 0}, "use 1 or more, or -1"),
         ({"precision": "int8"}, "precision is 'int8'"),
-        ({"gradient_checkpointing": "yes please"}, "of the kind bool"),
+        ({"gradient_checkpointing": "yes please"}, "of type bool"),
         ({"objective": "flipped", "label_smoothing": 0.1}, "which flipped does not have"),
         ({"seed": None}, "seed is empty"),
     ],
@@ -61,10 +61,12 @@ def test_values_that_make_no_sense_are_refused(options, message):
         FinetuningSettings(**NEEDED, **options)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", FinetuningSettings.shipped())
 def test_every_shipped_configuration_is_complete(name):
     """All but output_dir; tiny also wants a model and data."""
-    settings = combine(name, {"output_dir": "o", **(NEEDED if name == "tiny" else {})})
+    settings = FinetuningSettings.combine(
+        name, {"output_dir": "o", **(NEEDED if name == "tiny" else {})}
+    )
     assert settings.max_steps > 0
 
 
@@ -79,7 +81,7 @@ def test_published_facts_of_the_configurations():
         "t0_3b": (8, 1024, 512, 256, 1e-3, 1.0, "direct", "google/t5-xl-lm-adapt"),
     }
     for name, (gpus, examples, source, target, rate, clip, objective, model) in facts.items():
-        found = combine(name, {"output_dir": "o"})
+        found = FinetuningSettings.combine(name, {"output_dir": "o"})
         assert found.batch_size * found.gradient_accumulation_steps * gpus == examples, name
         assert (found.max_input_length, found.max_target_length) == (source, target), name
         assert (found.learning_rate, found.max_grad_norm, found.dropout) == (rate, clip, 0.1)
@@ -90,4 +92,4 @@ def test_published_facts_of_the_configurations():
 
 def test_an_unknown_configuration_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="no file flipped_4b, .*; METRO has .*flipped_3b"):
-        combine("flipped_4b", {})
+        FinetuningSettings.combine("flipped_4b", {})

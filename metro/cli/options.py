@@ -1,0 +1,102 @@
+"""Commands from settings classes: every field is an option, typed once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from metro.utils.settings import Settings, flag_of, split_kind
+
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+
+def settings_command(
+    run: Callable[..., object],
+    settings: type[Settings],
+    *,
+    example: str,
+    extra: Sequence[click.Parameter] = (),
+) -> click.Command:
+    """A command that makes ``settings`` of its options and of ``--config``, and runs.
+
+    Args:
+        run: called with the settings, and with the values of ``extra`` by name. Its docstring is
+            the command's help.
+        settings: see `metro.utils.settings`.
+        example: shown below the options.
+        extra: parameters of the command line alone.
+    """
+    own_names = [parameter.name for parameter in extra]
+    kinds = get_type_hints(settings)
+    parameters: list[click.Parameter] = []
+    for part in fields(settings):
+        parameters += parameters_of(part, kinds[part.name])
+
+    def callback(config: str | None, **given: Any) -> object:
+        own = {name: given.pop(name) for name in own_names}
+        for part in fields(settings):
+            if part.metadata["rest"]:
+                more = given.pop(f"more_{part.name}")
+                given[part.name] = (*given[part.name], *more)
+        given = {name: None if value == () else value for name, value in given.items()}
+        return run(settings.combine(config, given), **own)
+
+    return click.Command(
+        None,
+        callback=callback,
+        params=[*parameters, _config_option(settings), *extra],
+        help=run.__doc__,
+        epilog=f"\b\nExample:\n  {example}",
+    )
+
+
+def parameters_of(part: Field, kind: Any) -> list[click.Parameter]:
+    """The option or argument of a field; values stay text, which the settings coerce and check."""
+    about = part.metadata
+    kind, _ = split_kind(kind)
+    is_list = get_origin(kind) is list
+    metavar = about["metavar"] or (
+        f"[{'|'.join(about['choices'])}]"
+        if about["choices"]
+        else METAVARS.get(get_args(kind)[0] if is_list else kind)
+    )
+    if about["positional"]:
+        return [
+            click.Argument(
+                [part.name], nargs=-1 if is_list else 1, required=False, metavar=flag_of(part)
+            )
+        ]
+    text = about["help"] + shown_default(part)
+    flag = flag_of(part)
+    if kind is bool:
+        names = about["flag"] or f"{flag}/--no-{flag.removeprefix('--')}"
+        return [click.Option([names, part.name], default=None, help=text)]
+    names = [*(about["flag"] or flag).split(","), part.name]
+    made: list[click.Parameter] = [
+        click.Option(names, multiple=is_list, metavar=metavar, help=text, type=str)
+    ]
+    if about["rest"]:
+        made.append(
+            click.Argument([f"more_{part.name}"], nargs=-1, required=False, metavar=about["rest"])
+        )
+    return made
+
+
+def shown_default(part: Field) -> str:
+    """What ``--help`` says behind the text of an option."""
+    if part.default_factory is not MISSING:
+        return f"  [default: {', '.join(map(str, part.default_factory()))}]"
+    if part.default is MISSING:
+        return "  [required]"
+    return "" if part.default is None or part.default is False else f"  [default: {part.default}]"
+
+
+def _config_option(settings: type[Settings]) -> click.Option:
+    about = "YAML file with options of this list (with _ for -)"
+    if shipped := settings.shipped():
+        about += f", or the name of one that METRO has: {', '.join(shipped)}"
+    return click.Option(
+        ["--config"], metavar="FILE", help=f"{about}. The command line overrides it."
+    )
