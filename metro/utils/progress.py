@@ -1,0 +1,105 @@
+"""Progress of a long command, on stderr: bars on a terminal, a line now and then elsewhere."""
+
+import time
+from typing import Any, Self
+
+SECONDS_OF_SILENCE = 20.0
+"""Elsewhere than on a terminal a line follows the last one after this time."""
+SECONDS_BETWEEN_REFRESHES = 0.1
+
+
+class Progress:
+    """Shows what is said and how far the work is; a context, at whose end the bars stop.
+
+    Args:
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self._bars: Any = None
+        self._steps: dict[str, tuple[float, float, int | None]] = {}  # began at, with, bar
+        self._last_shown = time.monotonic()
+        if enabled:
+            from rich.console import Console
+
+            self._console = Console(
+                stderr=True, highlight=False, soft_wrap=True, force_jupyter=False
+            )
+
+    @classmethod
+    def of(cls, progress: "bool | Progress") -> "Progress":
+        """The argument ``progress`` of a public function: shown or not, or one that exists."""
+        return progress if isinstance(progress, Progress) else cls(progress)
+
+    def say(self, line: str) -> None:
+        """Print a line that a user should read."""
+        if self.enabled:
+            self._console.print(line, markup=False)
+            self._last_shown = time.monotonic()
+
+    def show(self, step: str, done: float, total: float | None = None, note: str = "") -> None:
+        """Show how far a step is.
+
+        Args:
+            step: name of its bar. The first call begins the step; ``done`` may be more than 0.
+            done: work done, in any unit.
+            total: all of it, where it is known.
+            note: what is being done right now.
+        """
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        if step not in self._steps:
+            self._steps[step] = (now, done, self._new_bar(step))
+        began, first, bar = self._steps[step]
+        if total and done > first:
+            left = (now - began) / (done - first) * max(total - done, 0)
+            note = f"{_clock(left)} left{'  ' if note else ''}{note}"
+        if bar is not None:
+            is_due = now - self._last_shown >= SECONDS_BETWEEN_REFRESHES
+            self._bars.update(bar, completed=done, total=total, note=note, refresh=is_due)
+        else:
+            is_due = now - self._last_shown >= SECONDS_OF_SILENCE
+            if is_due:
+                share = f" {done / total:.0%}" if total else ""
+                self.say(f"{step}{share}  {note}".rstrip())
+        if is_due:
+            self._last_shown = now
+
+    def _new_bar(self, step: str) -> int | None:
+        if not self._console.is_terminal:
+            return None
+        if self._bars is None:
+            from rich import progress
+
+            # Without a thread that refreshes it: worker processes are forked while it is shown.
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+                auto_refresh=False,
+            )
+            self._bars.start()
+        return self._bars.add_task(step, total=None, note="")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._steps.clear()
+
+
+SILENT = Progress(enabled=False)
+"""Shows nothing."""
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

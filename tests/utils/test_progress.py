@@ -1,0 +1,50 @@
+"""Progress on a terminal, elsewhere, and not at all."""
+
+import re
+
+import pytest
+
+from metro.utils import progress as module
+from metro.utils.progress import SILENT, Progress
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_a_terminal_has_a_bar_per_step_that_ends_where_the_work_ended(capsys, terminal):
+    """Claim: the last state is shown however fast the work was; text is not read as markup."""
+    with Progress() as progress:
+        for done in range(3):
+            progress.show("reading", done, 2, "[a]")
+        progress.show("[b]", 1, 4)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    reading, b = [line for line in plain.splitlines() if line.strip()][-2:]
+    assert reading.startswith("reading") and "100%" in reading and reading.rstrip().endswith("[a]")
+    assert b.startswith("[b]") and "25%" in b
+
+
+def test_elsewhere_a_line_follows_after_some_silence(capsys, monkeypatch):
+    """Oracle: the clock by hand: half of the work in 30 s leaves 30 s."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Progress() as progress:
+        progress.show("all", 2, 6)
+        now[0] = 5.0
+        progress.show("all", 3, 6)
+        now[0] = 30.0
+        progress.show("all", 4, 6, "rte")
+        progress.say("a [line]")
+    assert capsys.readouterr().err == "all 67%  0:00:30 left  rte\na [line]\n"
+
+
+def test_nothing_is_shown_where_nobody_wants_it(capsys, terminal):
+    for progress in (SILENT, Progress.of(False)):
+        with progress:
+            progress.say("hello")
+            progress.show("all", 1, 2)
+    assert capsys.readouterr() == ("", "")
+    assert Progress.of(progress) is progress and Progress.of(True).enabled
