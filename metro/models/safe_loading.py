@@ -60,8 +60,11 @@ def load_tensors_and_settings(path: str | Path):
     """
     path = Path(path)
     check_file(path)
+    # Leaving the context would forbid again what was allowed before it, as by the fairseq plugins.
+    already = torch.serialization.get_safe_globals()
+    new = [allowed for allowed in allowed_classes() if allowed not in already]
     try:
-        with torch.serialization.safe_globals(allowed_classes()):
+        with torch.serialization.safe_globals(new):
             # Mapped, not read: an optimizer's state is never touched, and takes no memory.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fairseq import checkpoint_utils, optim, tasks
+from fairseq import checkpoint_utils, optim, tasks, utils
+from fairseq.data.iterators import GroupedIterator
 from fairseq.trainer import Trainer
 
 from fairseq_plugins.models._options import metro_t5_config
@@ -140,20 +141,26 @@ def test_losses_equal_the_original(testdata, data, recorded, name, smoothing):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_updates_equal_the_original(testdata, data, recorded, name):
-    """Batches, learning rate, and each parameter's sum and norm after each of 8 updates."""
+def test_updates_equal_the_original(testdata, data, recorded, name, monkeypatch):
+    """Batches, learning rate, and each parameter's sum and norm after each of 8 updates.
+
+    In float64: in float32 rounding puts single pre-activations of ReLU on either side of zero, and
+    so decides whether a unit has a gradient, which Adam makes large. With AVX-512 kernels one of
+    +3e-8 in place of -2e-7 in the third update moves a sum by 1.5 times the tolerance at the end.
+    The recording (float32, AVX2) has the signs of exact arithmetic: within 0.12 of the tolerance.
+    """
     run = recorded["runs"][name]
     smoothing = run["settings"]["label_smoothing"]
     task, trainer, iterator = build(
         data, testdata, name, f"--label-smoothing {smoothing}", MODELS[name]
     )
+    trainer.model.double()
+    monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_of_any_type)
     updates = iter(run["updates"])
     done = 0
     while done < len(run["updates"]):
         groups = iterator.next_epoch_itr(shuffle=True)
         if trainer.cfg.optimization.update_freq[0] > 1:
-            from fairseq.data.iterators import GroupedIterator
-
             groups = GroupedIterator(groups, 2)
         else:
             groups = ([batch] for batch in groups)
@@ -167,6 +174,11 @@ def test_updates_equal_the_original(testdata, data, recorded, name):
             check_weights(trainer, want["param_sum_and_norm_after"])
             done += 1
         iterator = trainer.get_train_iterator(iterator.next_epoch_idx, load_dataset=False)
+
+
+def clip_grad_norm_of_any_type(params, max_norm, aggregate_norm_fn=None) -> torch.Tensor:
+    """fairseq's adds up norms in float32 and refuses others."""
+    return torch.nn.utils.clip_grad_norm_(params, max_norm or torch.inf)
 
 
 def check_weights(trainer, recorded: dict) -> None:
