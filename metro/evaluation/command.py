@@ -100,7 +100,7 @@ class EvaluationCommand:
     def check_options(self, suite: Suite) -> None:
         """What can be wrong without looking at data or importing torch."""
         from metro.data.prompts.instruction import INSTRUCTION_TEXTS
-        from metro.evaluation.runs.published_check import published_values
+        from metro.evaluation.runs.published import published_values
         from metro.evaluation.tasks.protocol import PROTOCOLS
         from metro.models.registry import METHODS, registered_model
         from metro.models.source import model_source
@@ -145,8 +145,7 @@ class EvaluationCommand:
         """One model on all tasks, loaded once; how it misses its published numbers, if it does."""
         from transformers.utils.logging import disable_progress_bar
 
-        from metro.evaluation.runs.results import read_run
-        from metro.evaluation.runs.run_folder import RunFolder
+        from metro.evaluation.runs.run_folder import RunFolder, read_run
         from metro.evaluation.runs.runner import Settings, environment_versions, evaluate, run_info
         from metro.evaluation.runs.summary import print_summary, summarize, write_summary
         from metro.evaluation.tasks.protocol import choose_protocol
@@ -205,7 +204,7 @@ class EvaluationCommand:
             screen.print("everything was there already; nothing was computed")
         if not self.check_published:
             return None
-        from metro.evaluation.runs.published_check import check_published
+        from metro.evaluation.runs.published import check_published
 
         check = check_published(summary, registered, self.tolerance)
         screen.print(check.table)

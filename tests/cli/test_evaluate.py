@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from metro.cli.main import app
-from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.run_folder import read_run
 from metro.models import registry
 from tests.conftest import ROOT
-from tests.evaluation.runs.test_published_check import registered
+from tests.evaluation.runs.test_published import registered
 from tests.evaluation.runs.test_runner import all_scores, without_times
 from tests.evaluation.toy import write_suite
 

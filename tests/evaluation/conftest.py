@@ -3,7 +3,7 @@
 import pytest
 
 from metro.evaluation.report.comparison import compare
-from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.run_folder import read_run
 from tests.evaluation.run_folders import PROMPTS, PUBLISHED, TITLES, write_run
 
 

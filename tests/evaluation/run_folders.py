@@ -32,7 +32,7 @@ def write_run(
     chance: float = 0.5,
     num_examples: int = 20,
 ) -> Path:
-    """A run folder in the form at the top of metro/evaluation/runs/results.py.
+    """A run folder in the form at the top of metro/evaluation/runs/run_folder.py.
 
     Args:
         accuracies: task -> prompt -> a fraction (no score file then), or whether each example was

@@ -61,7 +61,7 @@ def run(
     tokenizer,
     *,
     method: str = "direct",
-    listener=None,
+    progress=None,
     **sources,
 ):
     """Evaluate the suite in this process, as the command does."""
@@ -75,5 +75,5 @@ def run(
     alone = Processes(0, 1, torch.device("cpu"))
     return evaluate(
         model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, settings, alone,
-        listener,
+        progress,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from metro.evaluation.report.figure import standalone
 from metro.evaluation.report.page import page, slug
 from metro.evaluation.report.tables import latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.runs.published import published_rows
-from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.run_folder import read_run
 from metro.utils.files import write_text
 from metro.utils.messages import UserError, counted, percent
 

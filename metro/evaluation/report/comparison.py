@@ -13,7 +13,7 @@ import numpy as np
 
 from metro.evaluation.report.naming import colours, labels, model_name, suite_title
 from metro.evaluation.runs.published import PublishedRow
-from metro.evaluation.runs.results import Run
+from metro.evaluation.runs.run_folder import Run
 from metro.evaluation.runs.summary import Summary, TaskSummary, notes, summarize
 from metro.models.registry import SUITES
 from metro.utils.messages import UserError, counted

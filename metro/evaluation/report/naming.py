@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metro.evaluation.runs.results import Run
+from metro.evaluation.runs.run_folder import Run
 from metro.models.registry_cards import SUITE_TITLES, TASK_TITLES
 
 # Of tasks that the registry has no title for, or one that is too long for a table across.

@@ -27,7 +27,7 @@ from metro.evaluation.report.tables import (
     signed,
     statistics_grid,
 )
-from metro.evaluation.runs.results import PromptResult
+from metro.evaluation.runs.run_folder import PromptResult
 from metro.evaluation.runs.summary import interval_text
 from metro.utils.messages import counted, percent
 

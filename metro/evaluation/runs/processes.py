@@ -1,40 +1,45 @@
 """Several processes (``torchrun``) that share an evaluation; one process without it."""
 
 import os
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed
 
 from metro.utils.messages import UserError
 
+Value = TypeVar("Value")
 
-class Processes(NamedTuple):
-    """Which process this is."""
+
+@dataclass(frozen=True)
+class Processes:
+    """The group of processes, and the place of this one in it."""
 
     rank: int
     count: int
     device: torch.device
+    """Of this process."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes, exact where all but one hold 0."""
+        """All-reduce (sum). Exact if at most one rank holds a non-zero value per element."""
         if self.count == 1:
             return values
-        there = values.to(self.device)
-        torch.distributed.all_reduce(there)
-        return there.to(values.device)
+        on_device = values.to(self.device)
+        torch.distributed.all_reduce(on_device)
+        return on_device.to(values.device)
 
-    def from_first(self, value: Any) -> Any:
-        """What the first process has."""
+    def from_first(self, value: Value) -> Value:
+        """Broadcast a value of the first process."""
         if self.count == 1:
             return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def close(self) -> None:
         if self.count > 1:
@@ -48,7 +53,7 @@ def join_processes(device: str | None = None) -> Processes:
         device: ``cpu``, ``cuda``, ``cuda:1``...; by default a GPU per process if there are any.
 
     Raises:
-        ValueError: the device is not there.
+        UserError: the device is not available.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))

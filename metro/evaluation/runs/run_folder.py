@@ -1,49 +1,212 @@
-"""Writes a run folder (its form is at the top of ``results.py``) so that no crash can spoil it.
+"""Run folders: the files that an evaluation writes, and how they are read back.
 
-The scores of a prompt are complete in their file before its line enters ``results.jsonl``, and
-both files appear by renaming: what is listed is whole; what was interrupted is done again.
+    OUT/<run name>/
+      run.json        {"model", "method", "suite", "title": of the suite, "registered": name or
+                       null, "weights": digest, "protocol": {...}, "options": {...},
+                       "suite_content": digest, "sources": {folders}, "versions": {...},
+                       "tasks": {task: [prompt, ...]}}
+      results.jsonl   one object per finished (task, prompt), written when it is finished
+      scores/<task>/<prompt>.jsonl   one object per example:
+                      {"index", "scores", "prediction", "label"}
+
+"tasks" of run.json lists the whole suite in its order, whatever the run was narrowed to, so that a
+reader sees which tasks are partial. A run without it counts as listing the prompts that it has.
+
+The scores of a prompt are complete in their file before its line enters ``results.jsonl``, and both
+files appear by renaming: an interrupted prompt leaves no trace and is evaluated again.
 """
 
 import json
 import re
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from metro.evaluation.runs.results import PromptResult, read_results
 from metro.utils.files import write_json, write_text
 from metro.utils.messages import UserError
 
-# What has to be the same for a run to go on, weights last: another dtype changes them too. Versions
-# may change.
-IDENTITY = (
-    "model", "method", "suite", "suite_content", "protocol", "options", "sources", "weights"
-)  # fmt: skip
-ADDED = ("suite_content", "sources")
-"""Of IDENTITY, what runs of earlier versions may not have; it is not compared then."""
+IDENTITY = "model method suite suite_content protocol options sources weights".split()
+"""Keys of run.json that must be equal to resume a run; weights last, as another dtype changes them
+too. Versions may differ."""
+OPTIONAL_IDENTITY = ("suite_content", "sources")
+"""Keys of IDENTITY that runs of earlier versions may lack; they are not compared then."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleScore:
+    """Prediction for one example of one prompt."""
+
+    index: int
+    """Row of the dataset: prompts of a task are compared by it."""
+    prediction: int
+    label: int
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """Metrics of one finished (task, prompt), a line of results.jsonl."""
+
+    suite: str
+    task: str
+    prompt: str
+    method: str
+    num_examples: int
+    accuracy: float
+    """As a fraction, like the two below."""
+    macro_f1: float | None = None
+    chance: float | None = None
+    median_choices: float | None = None
+    seconds: float | None = None
+    scores_file: str | None = None
+    """Relative to the run folder."""
+
+
+@dataclass
+class Run:
+    """Contents of a run folder."""
+
+    folder: Path
+    model: str
+    method: str
+    suite: str
+    registered: str | None = None
+    """Name in the registry of released models, None for another model."""
+    title: str | None = None
+    """Of the suite."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, list[str]] = field(default_factory=dict)
+    """Prompts of every task as the suite lists them."""
+    results: list[PromptResult] = field(default_factory=list)
+
+    def by_task(self) -> dict[str, list[PromptResult]]:
+        """Results of every task that has any, tasks and prompts in the order of the suite."""
+        listed = [(task, prompt) for task, prompts in self.tasks.items() for prompt in prompts]
+        order = {key: number for number, key in enumerate(listed)}
+        found: dict[str, list[PromptResult]] = {task: [] for task in self.tasks}
+        for result in sorted(
+            self.results, key=lambda each: order.get((each.task, each.prompt), len(order))
+        ):
+            found.setdefault(result.task, []).append(result)
+        return {task: results for task, results in found.items() if results}
+
+    def scores(self, result: PromptResult) -> list[ExampleScore] | None:
+        """Scores of the examples that have a label, None where the score file is missing."""
+        if result.scores_file is None or not (self.folder / result.scores_file).is_file():
+            return None
+        path = self.folder / result.scores_file
+        scores = []
+        for number, line in read_json_lines(path):
+            try:
+                if line["label"] is not None:
+                    scores.append(ExampleScore(line["index"], line["prediction"], line["label"]))
+            except KeyError as error:
+                raise UserError(
+                    f"{path}, line {number}: no {error}; delete the file and evaluate again"
+                ) from None
+        return scores
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        UserError: ``folder`` is not a run folder, or a file in it is corrupt.
+    """
+    folder = Path(folder)
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run folder: it has no run.json; give folders that `metro "
+            "evaluate` wrote"
+        )
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        run = Run(folder, info["model"], info["method"], info["suite"])
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is corrupt ({error!r}); evaluate again into a new folder"
+        ) from None
+    for name in ("registered", "title", "protocol", "options", "versions", "tasks"):
+        setattr(run, name, info.get(name) or getattr(run, name))
+    run.results = list(read_results(folder / "results.jsonl"))
+    for result in run.results:
+        if (result.suite, result.method) != (run.suite, run.method):
+            raise UserError(
+                f"{folder}: run.json says suite {run.suite}, method {run.method}, but "
+                f"{result.task} / {result.prompt} is of {result.suite}, {result.method}; "
+                "evaluate again into a new folder"
+            )
+    return run
+
+
+def read_results(path: Path) -> Iterator[PromptResult]:
+    """Yield the lines of a results.jsonl; none if the file does not exist yet."""
+    if not path.is_file():
+        return
+    names = {item.name for item in fields(PromptResult)}
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in read_json_lines(path):
+        try:
+            result = PromptResult(**{name: line[name] for name in names if name in line})
+            valid = 0 <= result.accuracy <= 1 and result.num_examples >= 0
+        except TypeError as error:
+            raise UserError(
+                f"{path}, line {number}: {error}; delete the line and evaluate again"
+            ) from None
+        if not valid:
+            raise UserError(
+                f"{path}, line {number}: accuracy {result.accuracy} of {result.num_examples} "
+                "examples is not a fraction; delete the line and evaluate again"
+            )
+        key = (result.task, result.prompt)
+        if key in seen:
+            raise UserError(
+                f"{path}, line {number}: {result.task} / {result.prompt} is there twice, first in "
+                f"line {seen[key]}; delete one of them"
+            )
+        seen[key] = number
+        yield result
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and object of every line of a jsonl file."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number} is corrupt ({error.msg}); delete the line and "
+                    "evaluate again"
+                ) from None
+            if not isinstance(value, dict):
+                raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]}")
+            yield number, value
 
 
 class RunFolder:
-    """A run folder being written.
+    """A run folder to write into.
 
     Args:
-        folder: is made if it is not there; one of the same run goes on.
-        info: for ``run.json``.
+        folder: created if it does not exist; a folder of the same run is resumed.
+        info: content of ``run.json``.
 
     Raises:
-        ValueError: the folder holds another run, or something else.
+        UserError: the folder holds another run, or other files.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any]):
         self.folder = Path(folder)
         path = self.folder / "run.json"
         if path.is_file():
-            self.check_same(path, info)
+            self._check_same(path, info)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(
-                f"{self.folder} is not empty and has no run.json: it is no run; choose another "
+                f"{self.folder} is not empty and has no run.json: it is not a run; choose another "
                 "folder with --out or --run-name"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +215,7 @@ class RunFolder:
         write_json(path, info)
         self.results = list(read_results(self.folder / "results.jsonl"))
 
-    def check_same(self, path: Path, info: dict[str, Any]) -> None:
+    def _check_same(self, path: Path, info: dict[str, Any]) -> None:
         """Refuse to mix the results of two runs."""
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -61,18 +224,18 @@ class RunFolder:
         now = json.loads(json.dumps(info))
         for name in IDENTITY:
             old, new = before.get(name), now[name]
-            if old == new or (name in ADDED and name not in before):
+            if old == new or (name in OPTIONAL_IDENTITY and name not in before):
                 continue
+            remedy = "give another --run-name, or --overwrite"
             if name == "suite_content":
                 raise UserError(
                     f"{self.folder} holds a run of suite {now['suite']} with other tasks or "
-                    "prompts: its file was changed or moved since; give another --run-name, or "
-                    "--overwrite"
+                    f"prompts: its file was changed or moved since; {remedy}"
                 )
             if name == "weights":
                 raise UserError(
                     f"{self.folder} holds a run of other weights of {now['model']}: it was trained "
-                    "on or replaced since; give another --run-name, or --overwrite"
+                    f"on or replaced since; {remedy}"
                 )
             if isinstance(old, dict) and isinstance(new, dict):
                 name, old, new = next(
@@ -82,27 +245,33 @@ class RunFolder:
                 )
             raise UserError(
                 f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
-                "the same options to go on, another --run-name, or --overwrite"
+                "the same options to resume it, another --run-name, or --overwrite"
             )
 
     def is_done(self, task: str, prompt: str) -> bool:
+        """Tell finished prompts."""
         return any((r.task, r.prompt) == (task, prompt) for r in self.results)
-
-    def scores_file(self, task: str, prompt: str) -> str:
-        """Where the scores of a prompt go, relative to the folder; names may hold anything."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:60]
-        mark = f"{zlib.crc32(prompt.encode()):08x}"
-        return f"scores/{re.sub(r'[^A-Za-z0-9_.-]+', '_', task)}/{slug}-{mark}.jsonl"
 
     def write(
         self, result: PromptResult, scores: Iterable[dict[str, Any]], extra: dict[str, Any]
-    ) -> None:
-        """Add a finished prompt. ``extra`` are further fields of its line."""
-        path = self.folder / result.scores_file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(score) + "\n" for score in scores))
+    ) -> PromptResult:
+        """Add a finished prompt, and return it with the name of its score file.
+
+        Args:
+            result: its metrics.
+            scores: one object per example.
+            extra: further fields of its line.
+        """
+        # Names may hold anything.
+        task = re.sub(r"[^A-Za-z0-9_.-]+", "_", result.task)
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", result.prompt).strip("-")[:60]
+        name = f"scores/{task}/{slug}-{zlib.crc32(result.prompt.encode()):08x}.jsonl"
+        result = replace(result, scores_file=name)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / name, "".join(json.dumps(score) + "\n" for score in scores))
         listed = self.folder / "results.jsonl"
         before = listed.read_text(encoding="utf-8") if listed.is_file() else ""
         line = json.dumps({**asdict(result), **extra}, ensure_ascii=False)
         write_text(listed, f"{before}{line}\n")
         self.results.append(result)
+        return result

@@ -1,7 +1,8 @@
-"""Evaluates a model on a suite: every prompt of every task, each written when it is finished."""
+"""Evaluation of a model on a suite: each prompt of each task is written when it is finished."""
 
 import hashlib
 import time
+import typing
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,9 +13,8 @@ import torch
 
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.processes import Processes
-from metro.evaluation.runs.results import PromptResult
-from metro.evaluation.runs.run_folder import RunFolder
-from metro.evaluation.scoring.metrics import first_alike, measure
+from metro.evaluation.runs.run_folder import PromptResult, RunFolder
+from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
 from metro.evaluation.tasks.kinds import Examples, Sources, Task
@@ -27,38 +27,48 @@ SCORE_DIGITS = 6
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is run; all of it is recorded."""
+    """Scoring of a suite; method and normalization are recorded."""
 
     method: str = "direct"
+    """``direct``, ``channel`` or ``flipped``."""
     normalization: str = "sum"
+    """``sum``, ``mean`` or ``calibrated``."""
     batch_tokens: int = 4096
     """Tokens of a batch; changes speed, not results."""
 
 
 @dataclass
 class Outcome:
-    """What happened."""
+    """Report of :func:`evaluate` beside the run folder."""
 
     notes: list[str] = field(default_factory=list)
+    """Remarks on rows left out, duplicate answer choices and cut targets."""
     num_new: int = 0
-    """Prompts evaluated now, not found finished."""
+    """Prompts evaluated in this call; the others were finished before."""
 
 
-class Listener:
-    """Is told how the evaluation goes on; this one keeps silent."""
+class Progress(typing.Protocol):
+    """Receiver of an evaluation's progress. A subclass overrides the methods that it needs."""
 
-    def start(self, total: float, done: float) -> AbstractContextManager:
-        """All work and what was found finished, in units of weight."""
+    def start(self, total: float, done: float) -> AbstractContextManager[Any]:
+        """Enter the evaluation: all work and the part already finished, in units of weight."""
         return nullcontext()
 
     def advance(self, task: str, prompt: str, done: float) -> None:
-        """Work done since ``start``, all in all."""
+        """Receive the work done since ``start``."""
+        return None
 
     def finished(self, result: PromptResult) -> None:
-        """A prompt is written."""
+        """Receive the result of a prompt that has been written."""
+        return None
 
     def note(self, text: str) -> None:
-        """Something a user should read."""
+        """Receive a remark that the user should read."""
+        return None
+
+
+class Silent(Progress):
+    """Progress that nobody sees."""
 
 
 def run_info(
@@ -71,9 +81,14 @@ def run_info(
     settings: Settings,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """``run.json``: what the numbers depend on. ``suite`` is the whole suite.
+    """Content of ``run.json``: everything that the numbers depend on.
 
-    Of the weights and the suite's tasks a digest is kept, of rows and templates the folders.
+    The weights and the suite's tasks are kept as digests, rows and templates as folders.
+
+    Args:
+        model_name: as the user gave it.
+        registered: its name in the registry, if it has one.
+        suite: the whole suite, also where the run is narrowed to a part of it.
     """
     return {
         "model": model_name,
@@ -107,7 +122,7 @@ def run_info(
 
 
 def fingerprint(model) -> str:
-    """Of the weights: a few numbers of every tensor, so that another model is told apart."""
+    """Digest of a few numbers of every tensor, which tells models apart."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
@@ -125,20 +140,30 @@ def evaluate(
     protocol: Protocol,
     settings: Settings,
     processes: Processes,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
-    """Evaluate the prompts that are not finished yet, and write each when it is.
+    """Evaluate the prompts that are not finished yet, and write each one.
 
     Args:
+        model: any sequence-to-sequence model of Hugging Face, in eval mode.
+        tokenizer: of the model.
         tasks: with their data, see :func:`metro.evaluation.tasks.kinds.load_tasks`.
         folder: of the first process; the others have None.
-        processes: share the batches; the results are those of one process.
+        suite_name: for the results.
+        protocol: special tokens and lengths of the model's inputs.
+        settings: method, normalization, size of batches.
+        processes: share the batches; the results equal those of one process.
+        progress: receives the progress; silent by default.
+
+    Raises:
+        UserError: no row of a prompt can be evaluated.
     """
-    listener = listener or Listener()
+    progress = progress or Silent()
     outcome = Outcome()
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
-    done = [folder.is_done(task.name, prompt) for task, prompt in units] if folder else None
-    done = processes.from_first(done)
+    done = processes.from_first(
+        [folder is not None and folder.is_done(task.name, prompt) for task, prompt in units]
+    )
     weights = [task.weight(prompt) for task, prompt in units]
     found = sum(weight for weight, is_done in zip(weights, done, strict=True) if is_done)
     scorer = PairScorer(
@@ -149,7 +174,7 @@ def evaluate(
         gather=processes.add_up if processes.count > 1 else None,
     )
     position, current = 0.0, None
-    with listener.start(sum(weights), found):
+    with progress.start(sum(weights), found):
         for (task, prompt), weight, is_done in zip(units, weights, done, strict=True):
             if is_done:
                 continue
@@ -157,26 +182,27 @@ def evaluate(
                 current = task
                 scorer.forget()
 
-            def progress(share: float, task=task, prompt=prompt, weight=weight, before=position):
-                listener.advance(task.name, prompt, before + weight * share)
+            def advance(share: float, task=task, prompt=prompt, weight=weight, before=position):
+                progress.advance(task.name, prompt, before + weight * share)
 
-            progress(0.0)
+            advance(0.0)
             started = time.perf_counter()
             asked = task.examples(prompt, flipped=settings.method == "flipped")
             asked.examples = [protocol.prepare(example) for example in asked.examples]
             classifier = make_classifier(scorer, tokenizer, protocol, settings, task.name)
-            rankings = classifier.rank(asked.examples, progress=progress)
+            rankings = classifier.rank(asked.examples, progress=advance)
+            advance(1.0)
             position += weight
-            listener.advance(task.name, prompt, position)
-            for note in describe_skipped(task, prompt, asked, classifier):
+            for note in describe_rows(task, prompt, asked, classifier):
                 outcome.notes.append(note)
-                listener.note(note)
+                progress.note(note)
             if folder is not None:
                 seconds = time.perf_counter() - started
-                result = write_prompt(
-                    folder, suite_name, task, prompt, settings, asked, rankings, seconds
+                progress.finished(
+                    write_prompt(
+                        folder, suite_name, task, prompt, settings, asked, rankings, seconds
+                    )
                 )
-                listener.finished(result)
             outcome.num_new += 1
     return outcome
 
@@ -194,32 +220,30 @@ def make_classifier(
     return RankClassifier(scorer, encoder, settings.method, settings.normalization)
 
 
-def describe_skipped(
+def describe_rows(
     task: Task, prompt: str, asked: Examples, classifier: RankClassifier
 ) -> list[str]:
-    """What a user should know about the rows of a prompt."""
-    where = f"{task.name} / {prompt}"
-    found = [
-        f"{where}: {counted(count, 'row')} left out: {why}" for why, count in asked.skipped.items()
-    ]
-    alike = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
-    if alike:
+    """Remarks on the rows of a prompt that were left out or changed."""
+    found = [f"{counted(count, 'row')} left out: {why}" for why, count in asked.skipped.items()]
+    duplicates = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
+    if duplicates:
         found.append(
-            f"{where}: options that read alike in {counted(alike, 'row')}: they count as one"
+            f"{counted(duplicates, 'row')} with duplicate answer choices; duplicates count as one "
+            "choice"
         )
-    if classifier.num_alike:
+    if classifier.num_indistinct:
         found.append(
-            f"{where}: options that are the same tokens to the model in "
-            f"{counted(classifier.num_alike, 'row')}: the first of them wins"
+            f"{counted(classifier.num_indistinct, 'row')} with different answer choices of equal "
+            "tokens; the first of them wins"
         )
     cut = classifier.encoder.num_cut_targets
     if cut:
-        what = "option" if classifier.method == "direct" else "target"
+        what = "answer choice" if classifier.method == "direct" else "target"
         found.append(
-            f"{where}: {counted(cut, what)} cut at {classifier.encoder.max_target_length} tokens; "
+            f"{counted(cut, what)} cut at {classifier.encoder.max_target_length} tokens; "
             "--max-target-length changes it"
         )
-    return found
+    return [f"{task.name} / {prompt}: {text}" for text in found]
 
 
 def write_prompt(
@@ -232,7 +256,7 @@ def write_prompt(
     rankings: Sequence[Ranking],
     seconds: float,
 ) -> PromptResult:
-    """Enter a finished prompt into the run folder."""
+    """Write a finished prompt into the run folder."""
     metrics = measure(asked.examples, [ranking.prediction for ranking in rankings])
     result = PromptResult(
         suite=suite_name,
@@ -241,24 +265,22 @@ def write_prompt(
         method=settings.method,
         num_examples=len(asked.examples),
         seconds=round(seconds, 3),
-        scores_file=folder.scores_file(task.name, prompt),
         **metrics._asdict(),
     )
     scores = (
         {
             "index": example.index,
             "scores": [round(score, SCORE_DIGITS) for score in ranking.scores],
-            "prediction": first_alike(example, ranking.prediction),
-            "label": first_alike(example, example.label),
+            "prediction": first_equal(example, ranking.prediction),
+            "label": true_choice(example),
         }
         for example, ranking in zip(asked.examples, rankings, strict=True)
     )
-    folder.write(result, scores, {"skipped": sum(asked.skipped.values())})
-    return result
+    return folder.write(result, scores, {"skipped": sum(asked.skipped.values())})
 
 
 def environment_versions() -> dict[str, str]:
-    """What a number may depend on besides the model."""
+    """Versions and device, which a number may depend on besides the model."""
     import platform
 
     import transformers

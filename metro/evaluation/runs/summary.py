@@ -1,4 +1,4 @@
-"""What a run says: per task over its prompts, and the average of the suite.
+"""Statistics of a run: each task over its prompts, and the average of the suite.
 
 A task's accuracy is the mean over its prompts; the average is the mean over tasks, the three rounds
 of ANLI being three tasks, as in the tables of METRO-T0 and FLIPPED. A task that lacks prompts of
@@ -6,38 +6,44 @@ its suite is partial: shown, and left out of the average.
 
 The interval is a percentile bootstrap over *examples*, from the per-example scores: examples are
 drawn with replacement, the same draw for all prompts of a task (they ask about the same examples),
-and the mean over prompts is taken anew. It says how far another sample of examples could move the
-number, not how far other prompts could: that is the spread (standard deviation, quartiles,
-extremes). In the average tasks are drawn independently.
+and the mean over prompts is computed again. It estimates how far another sample of examples could
+move the number. How far other prompts could move it is the spread (standard deviation, quartiles,
+extremes). In the average tasks are drawn independently. (``scipy.stats.bootstrap`` draws complete
+rows: it has no place for a prompt that applies to a part of the examples.)
 
-R resamples, N examples, P prompts.
+Shapes: R resamples, N examples, P prompts.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metro.evaluation.runs.results import PromptResult, Run
+from metro.evaluation.runs.run_folder import PromptResult, Run
 from metro.utils.files import write_json
 from metro.utils.messages import UserError, percent, shortened
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
-DRAWN_AT_ONCE = 2_000_000  # resamples x examples held in memory
+DRAWN_AT_ONCE = 2_000_000
+"""Resamples x examples held in memory."""
 
 
 @dataclass
 class TaskSummary:
-    """One task over its prompts; all but counts, and seconds, are fractions."""
+    """Statistics of one task over its prompts; all but counts and seconds are fractions."""
 
     task: str
     num_prompts: int
     num_listed: int
     """Prompts that the suite lists for this task."""
     num_examples: int
-    """Of the prompt that has most."""
+    """Of the prompt with the most examples."""
     mean: float
     median: float
     std: float
@@ -49,14 +55,14 @@ class TaskSummary:
     interval: tuple[float, float] | None
     """Bootstrap interval of the mean; None without per-example scores."""
     chance: float | None
-    """Accuracy of guessing, mean over prompts."""
+    """Expected accuracy of guessing, mean over prompts."""
     macro_f1: float | None
     """Mean over prompts."""
     seconds: float | None
     accuracies: dict[str, float] = field(default_factory=dict)
-    """Accuracy of every prompt."""
+    """Prompt -> accuracy."""
     macro_f1s: dict[str, float] = field(default_factory=dict)
-    """Macro-F1 of every prompt that has one."""
+    """Prompt -> macro-F1, of the prompts that have one."""
 
     @property
     def complete(self) -> bool:
@@ -65,55 +71,47 @@ class TaskSummary:
 
 @dataclass
 class Summary:
-    """One run."""
+    """Statistics of a run."""
 
     model: str
     method: str
     suite: str
     tasks: dict[str, TaskSummary]
-    """Every task that has a result, partial ones too, in the order of the suite."""
+    """Tasks with a result, partial ones too, in the order of the suite."""
     missing: list[str]
-    """Tasks of the suite without any result."""
+    """Tasks of the suite without a result."""
     average: float | None
-    """Mean over the complete tasks of their means; None where no task is complete."""
+    """Mean of the complete tasks' means; None where no task is complete."""
     average_interval: tuple[float, float] | None
     average_chance: float | None
     average_macro_f1: float | None
     seconds: float | None
     limit: int | None = None
-    """Examples per prompt that the run was limited to: its numbers are of a part of the data."""
+    """Examples per prompt that the run was limited to."""
     confidence: float = CONFIDENCE
     num_resamples: int = NUM_RESAMPLES
 
     @property
     def averaged(self) -> list[str]:
-        """The tasks that the average is over."""
+        """Complete tasks, which the average is over."""
         return [name for name, task in self.tasks.items() if task.complete]
 
     @property
     def complete(self) -> bool:
-        """Whether the average is that of the whole suite."""
+        """True where the average is over the whole suite."""
         return not self.missing and len(self.averaged) == len(self.tasks)
-
-    def as_dict(self) -> dict[str, Any]:
-        tasks = {
-            name: {**asdict(task), "complete": task.complete} for name, task in self.tasks.items()
-        }
-        return {
-            **asdict(self),
-            "tasks": tasks,
-            "averaged": self.averaged,
-            "complete": self.complete,
-        }
 
 
 def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Summary:
-    """Summary of a run, finished or not.
+    """Summarize a run, finished or not.
 
     Args:
-        run: as `read_run` returns it.
-        num_resamples: of the bootstrap; 0 leaves intervals out.
+        run: see :func:`metro.evaluation.runs.run_folder.read_run`.
+        num_resamples: of the bootstrap; 0 omits the intervals.
         seed: of the bootstrap. The same run and seed give the same intervals.
+
+    Raises:
+        UserError: a score file contradicts results.jsonl.
     """
     by_task = run.by_task()
     tasks, resamples = {}, {}
@@ -125,22 +123,22 @@ def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) ->
         tasks[name] = summarize_task(name, results, len(listed), means_R)
         resamples[name] = means_R
     averaged = [name for name, task in tasks.items() if task.complete]
-    drawn = [resamples[name] for name in averaged if resamples[name] is not None]
+    drawn = [means for name in averaged if (means := resamples[name]) is not None]
     return Summary(
         model=run.model,
         method=run.method,
         suite=run.suite,
         tasks=tasks,
         missing=[name for name in run.tasks if name not in by_task],
-        average=mean_or_none([tasks[name].mean for name in averaged]),
+        average=aggregate([tasks[name].mean for name in averaged]),
         average_interval=(
             percentile_interval(np.mean(drawn, axis=0))
             if drawn and len(drawn) == len(averaged)
             else None
         ),
-        average_chance=mean_or_none([tasks[name].chance for name in averaged]),
-        average_macro_f1=mean_or_none([tasks[name].macro_f1 for name in averaged]),
-        seconds=total_or_none([task.seconds for task in tasks.values()]),
+        average_chance=aggregate([tasks[name].chance for name in averaged]),
+        average_macro_f1=aggregate([tasks[name].macro_f1 for name in averaged]),
+        seconds=aggregate([task.seconds for task in tasks.values()], np.sum),
         limit=run.options.get("limit"),
         num_resamples=num_resamples,
     )
@@ -163,9 +161,9 @@ def summarize_task(
         highest=float(accuracies.max()),
         quartiles=(float(low), float(high)),
         interval=None if means_R is None else percentile_interval(means_R),
-        chance=mean_or_none([result.chance for result in results]),
-        macro_f1=mean_or_none([result.macro_f1 for result in results]),
-        seconds=total_or_none([result.seconds for result in results]),
+        chance=aggregate([result.chance for result in results]),
+        macro_f1=aggregate([result.macro_f1 for result in results]),
+        seconds=aggregate([result.seconds for result in results], np.sum),
         accuracies={result.prompt: result.accuracy for result in results},
         macro_f1s={r.prompt: r.macro_f1 for r in results if r.macro_f1 is not None},
     )
@@ -174,11 +172,11 @@ def summarize_task(
 def resample_means(
     run: Run, results: list[PromptResult], num_resamples: int, random: np.random.Generator
 ) -> np.ndarray | None:
-    """(R,) means over prompts, each with other examples; None if the scores are not all there."""
+    """Draw (R,) means over prompts; None if scores are missing."""
     right_PN = []
     for result in results:
         scores = run.scores(result)
-        if scores is None:
+        if scores is None or result.scores_file is None:
             return None
         right = {score.index: score.prediction == score.label for score in scores}
         accuracy = sum(right.values()) / max(1, len(right))
@@ -197,7 +195,7 @@ def resample_means(
     right_NP = np.array(
         [[right.get(n, False) for right in right_PN] for n in indices], dtype=np.float32
     )
-    means = []
+    means: list[float] = []
     while len(means) < num_resamples:
         drawn = min(num_resamples - len(means), max(1, DRAWN_AT_ONCE // len(indices)))
         picked = random.integers(len(indices), size=(drawn, len(indices)))
@@ -218,22 +216,22 @@ def percentile_interval(values_R: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_or_none(values: list[float | None]) -> float | None:
-    """Mean, None if a value is missing: a mean over what happens to be there would mislead."""
-    return None if not values or None in values else float(np.mean(values))
-
-
-def total_or_none(values: list[float | None]) -> float | None:
-    return None if not values or None in values else float(sum(values))
+def aggregate(values: Sequence[float | None], function=np.mean) -> float | None:
+    """Mean, None if a value is missing: a mean over the values present would mislead."""
+    present = [value for value in values if value is not None]
+    return float(function(present)) if present and len(present) == len(values) else None
 
 
 def write_summary(summary: Summary, path: Path) -> None:
-    """As JSON, complete or not at all."""
-    write_json(path, summary.as_dict())
+    """Write a summary as JSON, completely or not at all."""
+    content = asdict(summary)
+    for name, task in summary.tasks.items():
+        content["tasks"][name]["complete"] = task.complete
+    write_json(path, {**content, "averaged": summary.averaged, "complete": summary.complete})
 
 
-def print_summary(summary: Summary, console: Any = None) -> None:
-    """A table for the terminal: percent, tasks in rows, the average last."""
+def print_summary(summary: Summary, console: "Console | None" = None) -> None:
+    """Print a table in percent, tasks in rows, the average last."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -274,7 +272,7 @@ def print_summary(summary: Summary, console: Any = None) -> None:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What a reader has to know before using the numbers."""
+    """Remarks that a reader needs before using the numbers."""
     found = []
     partial = [
         f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"

@@ -1,47 +1,56 @@
-"""What is reported of one prompt: accuracy, macro-F1, the level of guessing."""
+"""Metrics of one prompt: accuracy, macro-F1, the accuracy of guessing.
+
+Macro-F1 is scikit-learn's ``f1_score(..., average="macro", zero_division=0)``, in five lines so
+that an evaluation needs no further package.
+"""
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 from metro.evaluation.tasks.examples import EvaluationExample
 
 
 class Metrics(NamedTuple):
-    """All but the last as fractions."""
+    """Metrics of one prompt; all but the last are fractions."""
 
     accuracy: float
     macro_f1: float
-    """Mean over the option numbers that occur as truth or prediction, an absent F1 being 0."""
+    """Mean F1 over the classes present in labels or predictions; 0 where undefined (as
+    scikit-learn's ``zero_division=0``)."""
     chance: float
-    """Expected accuracy of drawing one of the distinct options."""
+    """Expected accuracy of drawing one of the distinct answer choices."""
     median_choices: float
 
 
 def measure(examples: Sequence[EvaluationExample], predictions: Sequence[int]) -> Metrics:
-    """Metrics of predictions; equal options count as the first of them."""
-    truths = [first_alike(example, example.label) for example in examples]
-    guesses = [first_alike(e, p) for e, p in zip(examples, predictions, strict=True)]
-    right = sum(t == g for t, g in zip(truths, guesses, strict=True))
+    """Compute the metrics of predictions; duplicate answer choices count as the first of them."""
+    truths = [true_choice(example) for example in examples]
+    guesses = [first_equal(e, p) for e, p in zip(examples, predictions, strict=True)]
     sizes = [example.num_distinct_choices for example in examples]
     return Metrics(
-        right / len(examples),
-        macro_f1(truths, guesses),
-        sum(1 / size for size in sizes) / len(sizes),
-        float(median(sizes)),
+        accuracy=fmean(t == g for t, g in zip(truths, guesses, strict=True)),
+        macro_f1=macro_f1(truths, guesses),
+        chance=sum(1 / size for size in sizes) / len(sizes),
+        median_choices=float(median(sizes)),
     )
 
 
-def first_alike(example: EvaluationExample, index: int) -> int:
-    """The first option that reads like this one."""
+def first_equal(example: EvaluationExample, index: int) -> int:
+    """Index of the first answer choice with the text of this one."""
     return list(example.choices).index(example.choices[index])
 
 
+def true_choice(example: EvaluationExample) -> int:
+    """Index of the first answer choice that is correct."""
+    assert example.label is not None, f"row {example.index} has no label"
+    return first_equal(example, example.label)
+
+
 def macro_f1(truths: Sequence[int], guesses: Sequence[int]) -> float:
-    """Unweighted mean of the F1 of every class that occurs."""
-    classes = sorted({*truths, *guesses})
+    """Average the F1 of every class that occurs, without weights."""
     scores = []
-    for c in classes:
+    for c in sorted({*truths, *guesses}):
         hits = sum(t == g == c for t, g in zip(truths, guesses, strict=True))
         scores.append(2 * hits / (truths.count(c) + guesses.count(c)))
     return sum(scores) / len(scores)

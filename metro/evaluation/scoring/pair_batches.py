@@ -1,7 +1,7 @@
-"""Pairs of a source and a target, and how they are put together in batches.
+"""Pairs of a source and a target, and their batches.
 
-A batch has a budget of tokens and sources of similar length; nothing depends on the order in which
-the pairs come.
+A batch has a budget of tokens and sources of similar length. The batches do not depend on the order
+of the pairs.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """What one score needs: log P(target | source)."""
+    """Ids of a score log P(target | source)."""
 
     source: tuple[int, ...]
     target: tuple[int, ...]
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
-    """Distinct pairs in batches of similar length, the longest first.
+    """Batch the distinct pairs by similar length, the longest first, for padding.
 
     A batch has at most ``batch_tokens`` tokens, sources counted once per pair (their keys and
     values are repeated) and padding included; a single longer pair is a batch of its own.
@@ -34,28 +34,28 @@ def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
     for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.target), pair.target)):
         targets.setdefault(source, []).append(target)
     groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
-    for source, options in targets.items():  # a source with very many targets is cut
-        size = max(1, batch_tokens // (len(source) + len(options[0])))
-        groups += [(source, options[i : i + size]) for i in range(0, len(options), size)]
+    for source, mine in targets.items():  # those of a source may exceed the budget
+        size = max(1, batch_tokens // (len(source) + len(mine[0])))
+        groups += [(source, mine[i : i + size]) for i in range(0, len(mine), size)]
     # Target lengths in steps of 8: sources of one length stay together.
     groups.sort(key=lambda group: (-(len(group[1][0]) // 8), -len(group[0]), group))
     batches: list[Batch] = []
     longest_source = longest_target = 0
-    for source, options in groups:
+    for source, mine in groups:
         longest_source = max(longest_source, len(source))
-        longest_target = max(longest_target, len(options[0]))
+        longest_target = max(longest_target, len(mine[0]))
         cost = longest_source + longest_target
-        if not batches or (len(batches[-1].pairs) + len(options)) * cost > batch_tokens:
+        if not batches or (len(batches[-1].pairs) + len(mine)) * cost > batch_tokens:
             batches.append(Batch([], []))
-            longest_source, longest_target = len(source), len(options[0])
+            longest_source, longest_target = len(source), len(mine[0])
         batch = batches[-1]
-        batch.pairs.extend((len(batch.sources), option) for option in options)
+        batch.pairs.extend((len(batch.sources), target) for target in mine)
         batch.sources.append(source)
     return batches
 
 
 def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[list[Batch]]:
-    """Neighbouring batches that are projected to the vocabulary together."""
+    """Group neighbouring batches, to be projected to the vocabulary together."""
     groups: list[list[Batch]] = []
     size = 0
     for batch in batches:
@@ -68,25 +68,22 @@ def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[li
 
 
 def make_packed_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
-    """Distinct pairs in batches of at most ``batch_tokens`` tokens, those of long sources first.
+    """Batch the distinct pairs without padding, those of long sources first.
 
-    A source counts once in each batch; a single longer pair is a batch of its own.
+    A batch has at most ``batch_tokens`` tokens; a source counts once in it. A single longer pair is
+    a batch of its own.
     """
-    targets: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    # In alphabetical order, where common beginnings are neighbours.
-    for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.source), pair)):
-        targets.setdefault(source, []).append(target)
     batches: list[Batch] = []
     size = 0
-    for source, options in targets.items():
-        for option in options:
-            is_new = not batches or batches[-1].sources[-1:] != [source]
-            size += len(option) + (len(source) if is_new else 0)
-            if not batches or size > batch_tokens:
-                batches.append(Batch([], []))
-                size, is_new = len(source) + len(option), True
-            batch = batches[-1]
-            if is_new:
-                batch.sources.append(source)
-            batch.pairs.append((len(batch.sources) - 1, option))
+    # In lexicographic order, where common beginnings are neighbours.
+    for source, target in sorted(set(pairs), key=lambda pair: (-len(pair.source), pair)):
+        is_new = not batches or batches[-1].sources[-1:] != [source]
+        size += len(target) + (len(source) if is_new else 0)
+        if not batches or size > batch_tokens:
+            batches.append(Batch([], []))
+            size, is_new = len(source) + len(target), True
+        batch = batches[-1]
+        if is_new:
+            batch.sources.append(source)
+        batch.pairs.append((len(batch.sources) - 1, target))
     return batches

@@ -1,15 +1,13 @@
 """Log-probabilities of targets given sources, none computed twice.
 
-Shared are: the encoding of a source by all its targets (a channel's source "Yes" serves a whole
-task), the decoder's first step and the keys and values that it makes of the source, a hidden state
-by the options that begin there, a pair that turns up again. Pairs are batched by length within a
-budget of tokens, so that the result does not depend on their order. The vocabulary's logits exist
-for a chunk of rows only.
+Computed once are: the encoding of a source for all its targets (a channel's source "Yes" serves a
+whole task), the decoder's first step and its keys and values of the source, and a pair that occurs
+again. Pairs are batched by length within a budget of tokens, so that the result does not depend on
+their order.
 
-METRO models on the CPU are served by ``packed_scoring.py``, which shares more.
+METRO models on the CPU use ``packed_scoring.py``, which shares more.
 
-Letters: U sources, P pairs, S source tokens, T target tokens, D width, R rows of the projection,
-N target tokens of all pairs.
+Shapes: U sources, P pairs, S source tokens, T target tokens, D width, N target tokens of all pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,14 +32,18 @@ IGNORED = -100
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
-    """Rows of ids as one tensor, filled up on the right."""
+    """Stack sequences of ids, filled up on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
 @torch.inference_mode()
-def decode_batch(model, batch: Batch):
-    """Hidden states that predict the targets of a batch, and the projection's weight and bias."""
+def decode_batch(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch.Tensor | None]:
+    """Compute the hidden states that predict the targets of a batch.
+
+    Returns:
+        The hidden states, the projection's weight and bias.
+    """
     device, config = model.device, model.config
     start, filler = config.decoder_start_token_id, config.pad_token_id
     source_ids_US = pad(batch.sources, filler, device)
@@ -54,26 +56,26 @@ def decode_batch(model, batch: Batch):
     target_ids_PT = pad(targets, IGNORED, device)
     if len(batch.pairs) > len(batch.sources):
         return decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT)
-    # Nothing to share behind the encoder. One row of ids serves all where they are alike.
-    rows = targets[:1] if len(set(targets)) == 1 else targets
-    input_ids_PT = pad([[start, *row[:-1]] for row in rows], filler, device)
+    # Nothing to share behind the encoder. Equal targets are expanded from one.
+    distinct = targets[:1] if len(set(targets)) == 1 else targets
+    input_ids_PT = pad([[start, *target[:-1]] for target in distinct], filler, device)
     hidden_PTD, weight, bias = projection_input(
         model,
         encoder_outputs=encoded,
         attention_mask=mask_US,
         decoder_input_ids=input_ids_PT.expand(len(targets), -1),
     )
-    pair_N, place_N = (target_ids_PT != IGNORED).nonzero(as_tuple=True)
+    pair_N, position_N = (target_ids_PT != IGNORED).nonzero(as_tuple=True)
     row_N = torch.arange(len(pair_N), device=device)
-    rows = DecodedRows(hidden_PTD[pair_N, place_N], row_N, target_ids_PT[pair_N, place_N], pair_N)
-    return rows, weight, bias
+    hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N]
+    return DecodedRows(hidden_ND, row_N, target_N, pair_N), weight, bias
 
 
 def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT):
     """:func:`decode_batch` where sources have several targets each.
 
-    The first decoder step, which reads the start symbol, is run once per source and leaves the keys
-    and values of the source behind; the other steps take copies of them.
+    The first decoder step, which reads the start symbol, is run once per source and caches the keys
+    and values of the source; the other steps use copies of them.
     """
     num_sources, start = len(mask_US), model.config.decoder_start_token_id
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -100,13 +102,13 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
         past_key_values=cache,
         use_cache=True,
     )
-    pair_N, place_N = (target_ids_PT[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    hidden_ND = hidden_PTD[pair_N, place_N]
+    pair_N, position_N = (target_ids_PT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    hidden_ND = hidden_PTD[pair_N, position_N]
     row_N = num_sources + torch.arange(len(pair_N), device=mask_US.device)
     rows = DecodedRows(
         torch.cat([first.hidden_RD, hidden_ND]),
         torch.cat([first.row_N, row_N]),
-        torch.cat([first.target_N, target_ids_PT[pair_N, place_N + 1]]),
+        torch.cat([first.target_N, target_ids_PT[pair_N, position_N + 1]]),
         torch.cat([first.pair_N, pair_N]),
     )
     return rows, weight, bias
@@ -118,8 +120,11 @@ class PairScorer:
     Args:
         model: any sequence-to-sequence model of Hugging Face, in eval mode.
         batch_tokens: tokens of a batch, padding included.
-        rank, num_processes: which share of the batches is this process's.
+        rank, num_processes: this process computes every ``num_processes``-th group of batches.
         gather: adds up a float64 tensor over the processes.
+
+    Raises:
+        UserError: ``batch_tokens`` is not positive, or the model has no start symbol.
     """
 
     def __init__(
@@ -140,31 +145,34 @@ class PairScorer:
         self.model, self.batch_tokens = model, batch_tokens
         self.rank, self.num_processes, self.gather = rank, num_processes, gather
         self.known: dict[Pair, float] = {}
-        self.num_computed = 0
 
     def forget(self) -> None:
-        """Drop the remembered scores, e.g. where another task begins."""
+        """Drop the remembered scores, e.g. before another task."""
         self.known.clear()
 
     def score(
         self, pairs: Sequence[Pair], *, progress: Callable[[float], None] | None = None
     ) -> list[float]:
-        """log P(target | source) of every pair; ``progress`` is told the share that is done."""
+        """Compute log P(target | source) of every pair.
+
+        Args:
+            pairs: in any order.
+            progress: receives the share of the work that is done.
+        """
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        # Shared out by groups, which do not depend on the number of processes: nor do the scores,
-        # to the last bit where all compute with as many threads (a product's sums may be taken in
-        # another order with more).
+        # Groups do not depend on the number of processes, so neither do the scores: to the last bit
+        # with equal numbers of threads, which decide the order of sums.
         packs = can_pack(self.model)
         batches = (make_packed_batches if packs else make_batches)(new, self.batch_tokens)
         groups = group_batches(batches)
-        places = {pair: number for number, pair in enumerate(new)}
+        positions = {pair: number for number, pair in enumerate(new)}
         scores = torch.zeros(len(new), dtype=torch.float64)
         done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
         for number, group in enumerate(groups):
             projector = Projector(scores)
             for batch in group:
                 if number % self.num_processes == self.rank:
-                    index = [places[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
+                    index = [positions[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
                     decode = decode_packed if packs else decode_batch
                     rows, weight, bias = decode(self.model, batch)
                     projector.add(rows, index, weight, bias)
@@ -174,6 +182,5 @@ class PairScorer:
             projector.flush()
         if self.gather is not None:
             scores = self.gather(scores)
-        self.num_computed += len(new)
         self.known.update(zip(new, scores.tolist(), strict=True))
         return [self.known[pair] for pair in pairs]

@@ -18,7 +18,7 @@ from metro.evaluation.report.figure import standalone
 from metro.evaluation.report.page import page
 from metro.evaluation.report.tables import latex, markdown, prompts_csv, signed, tasks_csv
 from metro.evaluation.runs.published import PublishedRow
-from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.run_folder import read_run
 from tests.evaluation.run_folders import PROMPTS, write_run
 
 VOID = {"meta", "input", "link", "br", "img", "hr"}

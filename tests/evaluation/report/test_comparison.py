@@ -9,7 +9,7 @@ from metro.evaluation.report.comparison import compare
 from metro.evaluation.report.naming import short_model_name
 from metro.evaluation.report.page import page
 from metro.evaluation.runs.published import published_rows
-from metro.evaluation.runs.results import PromptResult, Run, read_run
+from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
 from tests.evaluation.run_folders import PROMPTS, PUBLISHED, write_run
 
 

@@ -13,7 +13,7 @@ import pytest
 from metro.evaluation.report.comparison import compare
 from metro.evaluation.report.figure import make_scale, standalone
 from metro.evaluation.report.svg_marks import spread
-from metro.evaluation.runs.results import read_run
+from metro.evaluation.runs.run_folder import read_run
 from tests.evaluation.run_folders import write_run
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,8 +10,8 @@ import shutil
 import pytest
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.runs.results import read_run
-from metro.evaluation.runs.runner import Listener
+from metro.evaluation.runs.run_folder import read_run
+from metro.evaluation.runs.runner import Progress
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.kinds import Sources, choose_rows, load_task
@@ -82,7 +82,7 @@ def test_chance_and_choices_are_of_the_rows(finished):
     assert result.median_choices == 2.5
 
 
-class StopAfter(Listener):
+class StopAfter(Progress):
     """Breaks off in the middle of the prompt after ``count`` finished ones."""
 
     def __init__(self, count):
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_never_stopped(
     if count == 0:
         folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        run(folder, suite_file, *loaded, listener=StopAfter(count))
+        run(folder, suite_file, *loaded, progress=StopAfter(count))
     assert len(read_run(folder).results) == count
     outcome = run(folder, suite_file, *loaded)
     assert outcome.num_new == len(UNITS) - count
@@ -121,9 +121,9 @@ def test_prompts_that_render_alike_are_computed_once(suite_file, loaded):
     scorer = PairScorer(model)
     classifier = RankClassifier(scorer, PromptEncoder(tokenizer))
     first = classifier.rank(task.examples("plain").examples)
-    computed = scorer.num_computed
+    computed = len(scorer.known)
     assert classifier.rank(task.examples("again").examples) == first
-    assert scorer.num_computed == computed > 0
+    assert len(scorer.known) == computed > 0
 
 
 def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded, tmp_path):
@@ -209,7 +209,8 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     assert without_times(tmp_path / "run")[0]["skipped"] == 2
     assert "colour / plain: 1 row left out: an answer choice is empty" in outcome.notes
     assert any(
-        "options that read alike in 1 row: they count as one" in note for note in outcome.notes
+        "1 row with duplicate answer choices; duplicates count as one" in note
+        for note in outcome.notes
     )
     scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]
     assert [score["index"] for score in scores] == [0, 2, 4]
@@ -230,7 +231,7 @@ def test_long_options_are_cut_with_a_note(tmp_path, loaded):
     row = {"thing": "a", "colours": ["red " * 300, "blue"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
     outcome = run(tmp_path / "run", suite_file, *loaded)
-    assert any("1 option cut at 256 tokens" in note for note in outcome.notes)
+    assert any("1 answer choice cut at 256 tokens" in note for note in outcome.notes)
 
 
 def test_rows_are_chosen_evenly_and_repeatably():
@@ -252,6 +253,6 @@ def test_options_of_equal_tokens_are_noted(tmp_path, loaded):
     row = {"thing": "a", "colours": ["Red", "red"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
     outcome = run(tmp_path / "run", suite_file, *loaded)
-    note = "options that are the same tokens to the model in 1 row:"
+    note = "1 row with different answer choices of equal tokens;"
     assert any(note in text for text in outcome.notes)
     assert read_run(tmp_path / "run").results[0].accuracy == 0.0

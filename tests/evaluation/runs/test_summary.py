@@ -11,7 +11,7 @@ from math import sqrt
 import pytest
 from rich.console import Console
 
-from metro.evaluation.runs.results import PromptResult, Run, read_run
+from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
 from metro.evaluation.runs.summary import notes, print_summary, summarize, write_summary
 from tests.evaluation.run_folders import write_run
 

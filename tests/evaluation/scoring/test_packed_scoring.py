@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metro.evaluation.scoring import packed_scoring
-from metro.evaluation.scoring.packed_scoring import can_pack, cross_runs, decode_packed, grow_trees
+from metro.evaluation.scoring.packed_scoring import can_pack, cross_parts, decode_packed, grow_trees
 from metro.evaluation.scoring.pair_batches import Batch, Pair, make_packed_batches
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.target_projection import target_log_probabilities
@@ -115,16 +115,16 @@ def test_runs_are_neighbours_of_equal_size():
     batch = Batch([()] * 4, [(0, a), (1, a), (1, (7, 7, 7, END)), (2, a), (3, b)])
     trees = grow_trees(batch, 0)
     assert [tree.owner for tree in trees] == [0, 1, 2, 3]
-    runs = cross_runs(trees, [4, 4, 4, 3])
-    assert [(run.count, run.queries, run.keys) for run in runs] == [
+    parts = cross_parts(trees, [4, 4, 4, 3])
+    assert [(each.number, each.queries, each.keys) for each in parts] == [
         (1, slice(0, 2), slice(0, 4)),
         (1, slice(2, 7), slice(4, 8)),
         (1, slice(7, 9), slice(8, 12)),
         (1, slice(9, 12), slice(12, 15)),
     ]
     alike = grow_trees(Batch([()] * 3, [(0, a), (1, a), (2, a)]), 0)
-    (run,) = cross_runs(alike, [4, 4, 4])
-    assert (run.count, run.queries, run.keys) == (3, slice(0, 6), slice(0, 12))
+    (each,) = cross_parts(alike, [4, 4, 4])
+    assert (each.number, each.queries, each.keys) == (3, slice(0, 6), slice(0, 12))
 
 
 def test_batches_hold_every_pair_once_within_the_budget():

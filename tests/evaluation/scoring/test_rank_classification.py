@@ -119,7 +119,7 @@ def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, mon
     assert first[0] == first[-1]
     assert scorer.score(pairs[::-1]) == first[:4][::-1]
     assert sum(rows) == 2  # remembered
-    assert scorer.num_computed == 4
+    assert len(scorer.known) == 4
 
 
 def test_processes_that_share_the_work_get_the_same_bits(tiny_t5, flipped_golden):
