@@ -4,12 +4,12 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from metro.evaluation.tasks.suites import Suite, find_suite
 from metro.utils.messages import UserError, counted
+from metro.utils.progress import Progress
 
 MISSING_DATA = 3
 """Exit status where tasks were left out for want of data."""
@@ -147,7 +147,7 @@ class EvaluationCommand:
 
         from metro.evaluation.runs.run_folder import RunFolder, read_run
         from metro.evaluation.runs.runner import Settings, environment_versions, evaluate, run_info
-        from metro.evaluation.runs.summary import print_summary, summarize, write_summary
+        from metro.evaluation.runs.summary import summarize, write_summary
         from metro.evaluation.tasks.protocol import choose_protocol
         from metro.fuse import fuse
         from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -157,8 +157,8 @@ class EvaluationCommand:
         disable_progress_bar()  # of loading weights; ours is over the suite
         registered = find_registered(name)
         method = self.method_of(name)
-        screen = Screen(processes.is_first)
-        screen.print(f"loading {name}")
+        screen = Progress(processes.is_first)
+        screen.say(f"loading {name}")
         model, tokenizer = load(
             name,
             dtype=self.dtype,
@@ -189,25 +189,26 @@ class EvaluationCommand:
                 settings, environment_versions(),
             )  # fmt: skip
             folder = RunFolder(path, info)
-            screen.print(f"{name} on {whole.title}, method {method}, into {path}")
-            screen.print(f"protocol {protocol.describe()}")
+            screen.say(f"{name} on {whole.title}, method {method}, into {path}")
+            screen.say(f"protocol {protocol.describe()}")
         outcome = evaluate(
             model, tokenizer, tasks, folder, whole.name, protocol, settings, processes, screen
         )
+        screen.__exit__()
         if folder is None:
             return None
         run = read_run(folder.folder)
         summary = summarize(run)
         write_summary(summary, folder.folder / "summary.json")
-        print_summary(summary)
+        print(summary.table())
         if outcome.num_new == 0:
-            screen.print("everything was there already; nothing was computed")
+            screen.say("everything was there already; nothing was computed")
         if not self.check_published:
             return None
         from metro.evaluation.runs.published import check_published
 
         check = check_published(summary, registered, self.tolerance)
-        screen.print(check.table)
+        screen.say(check.table)
         return check.failure
 
 
@@ -222,53 +223,3 @@ def short_name(model: str) -> str:
     path = Path(model.rstrip("/"))
     parts = path.parts[-2:] if path.suffix == ".pt" else path.parts[-1:]
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", "_".join(parts).removesuffix(".pt")).strip("._")
-
-
-class Screen:
-    """Progress over the whole suite on a terminal; a line per prompt elsewhere."""
-
-    def __init__(self, is_first: bool):
-        from rich.console import Console
-
-        self.console = Console(stderr=True, quiet=not is_first, soft_wrap=True)
-        self.bar = self.job = None
-
-    def print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
-
-    note = print
-
-    @contextmanager
-    def start(self, total: float, done: float):
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=self.console, speed_estimate_period=600,
-                      disable=not self.console.is_terminal) as self.bar:  # fmt: skip
-            self.job = self.bar.add_task("", total=max(total - done, 1e-9))
-            yield
-
-    def advance(self, task: str, prompt: str, done: float) -> None:
-        from rich.markup import escape
-
-        self.bar.update(self.job, completed=done, description=escape(f"{task} / {prompt}"))
-
-    def finished(self, result) -> None:
-        self.print(
-            f"{result.task} / {result.prompt}: {100 * result.accuracy:.2f} % of "
-            f"{result.num_examples}, {result.seconds:.1f} s"
-        )

@@ -12,6 +12,7 @@ from metro.evaluation.runs.runner import Settings, evaluate, run_info
 from metro.evaluation.tasks.kinds import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import read_suite
+from metro.utils.progress import SILENT
 
 SUITE = """
 title: Toys
@@ -61,7 +62,7 @@ def run(
     tokenizer,
     *,
     method: str = "direct",
-    progress=None,
+    progress=SILENT,
     **sources,
 ):
     """Evaluate the suite in this process, as the command does."""

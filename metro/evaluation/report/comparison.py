@@ -14,7 +14,7 @@ import numpy as np
 from metro.evaluation.report.naming import colours, labels, model_name, suite_title
 from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.run_folder import Run
-from metro.evaluation.runs.summary import Summary, TaskSummary, notes, summarize
+from metro.evaluation.runs.summary import Summary, TaskSummary, summarize
 from metro.models.registry import SUITES
 from metro.utils.messages import UserError, counted
 
@@ -297,7 +297,7 @@ def make_notes(section: Section, listed: list[str]) -> list[str]:
         )
     said: dict[str, list[str]] = {}
     for report_run in section.runs:
-        for note in notes(report_run.summary):
+        for note in report_run.summary.notes:
             said.setdefault(note, []).append(report_run.label)
     for note, names in said.items():
         everyone = len(names) == len(section.runs)

@@ -2,9 +2,7 @@
 
 import hashlib
 import time
-import typing
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
 from metro.evaluation.tasks.kinds import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
-from metro.utils.messages import counted
+from metro.utils.messages import counted, percent
+from metro.utils.progress import SILENT, Progress
 
 SCORE_DIGITS = 6
 
@@ -45,30 +44,6 @@ class Outcome:
     """Remarks on rows left out, duplicate answer choices and cut targets."""
     num_new: int = 0
     """Prompts evaluated in this call; the others were finished before."""
-
-
-class Progress(typing.Protocol):
-    """Receiver of an evaluation's progress. A subclass overrides the methods that it needs."""
-
-    def start(self, total: float, done: float) -> AbstractContextManager[Any]:
-        """Enter the evaluation: all work and the part already finished, in units of weight."""
-        return nullcontext()
-
-    def advance(self, task: str, prompt: str, done: float) -> None:
-        """Receive the work done since ``start``."""
-        return None
-
-    def finished(self, result: PromptResult) -> None:
-        """Receive the result of a prompt that has been written."""
-        return None
-
-    def note(self, text: str) -> None:
-        """Receive a remark that the user should read."""
-        return None
-
-
-class Silent(Progress):
-    """Progress that nobody sees."""
 
 
 def run_info(
@@ -140,7 +115,7 @@ def evaluate(
     protocol: Protocol,
     settings: Settings,
     processes: Processes,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Outcome:
     """Evaluate the prompts that are not finished yet, and write each one.
 
@@ -153,19 +128,19 @@ def evaluate(
         protocol: special tokens and lengths of the model's inputs.
         settings: method, normalization, size of batches.
         processes: share the batches; the results equal those of one process.
-        progress: receives the progress; silent by default.
+        progress: shows the work, each result, and remarks on rows.
 
     Raises:
         UserError: no row of a prompt can be evaluated.
     """
-    progress = progress or Silent()
     outcome = Outcome()
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
     done = processes.from_first(
         [folder is not None and folder.is_done(task.name, prompt) for task, prompt in units]
     )
     weights = [task.weight(prompt) for task, prompt in units]
-    found = sum(weight for weight, is_done in zip(weights, done, strict=True) if is_done)
+    total = sum(weights)
+    position = sum(weight for weight, is_done in zip(weights, done, strict=True) if is_done)
     scorer = PairScorer(
         model,
         batch_tokens=settings.batch_tokens,
@@ -173,37 +148,38 @@ def evaluate(
         num_processes=processes.count,
         gather=processes.add_up if processes.count > 1 else None,
     )
-    position, current = 0.0, None
-    with progress.start(sum(weights), found):
-        for (task, prompt), weight, is_done in zip(units, weights, done, strict=True):
-            if is_done:
-                continue
-            if current is not task:
-                current = task
-                scorer.forget()
+    current = None
+    for (task, prompt), weight, is_done in zip(units, weights, done, strict=True):
+        if is_done:
+            continue
+        if current is not task:
+            current = task
+            scorer.forget()
+        name = f"{task.name} / {prompt}"
 
-            def advance(share: float, task=task, prompt=prompt, weight=weight, before=position):
-                progress.advance(task.name, prompt, before + weight * share)
+        def show(share: float, name=name, weight=weight, before=position):
+            progress.show("evaluation", before + weight * share, total, name)
 
-            advance(0.0)
-            started = time.perf_counter()
-            asked = task.examples(prompt, flipped=settings.method == "flipped")
-            asked.examples = [protocol.prepare(example) for example in asked.examples]
-            classifier = make_classifier(scorer, tokenizer, protocol, settings, task.name)
-            rankings = classifier.rank(asked.examples, progress=advance)
-            advance(1.0)
-            position += weight
-            for note in describe_rows(task, prompt, asked, classifier):
-                outcome.notes.append(note)
-                progress.note(note)
-            if folder is not None:
-                seconds = time.perf_counter() - started
-                progress.finished(
-                    write_prompt(
-                        folder, suite_name, task, prompt, settings, asked, rankings, seconds
-                    )
-                )
-            outcome.num_new += 1
+        show(0.0)
+        started = time.perf_counter()
+        asked = task.examples(prompt, flipped=settings.method == "flipped")
+        asked.examples = [protocol.prepare(example) for example in asked.examples]
+        classifier = make_classifier(scorer, tokenizer, protocol, settings, task.name)
+        rankings = classifier.rank(asked.examples, progress=show)
+        show(1.0)
+        position += weight
+        for text in describe_rows(asked, classifier):
+            outcome.notes.append(f"{name}: {text}")
+            progress.say(outcome.notes[-1])
+        if folder is not None:
+            seconds = time.perf_counter() - started
+            result = write_prompt(
+                folder, suite_name, task, prompt, settings, asked, rankings, seconds
+            )
+            progress.say(
+                f"{name}: {percent(result.accuracy)} % of {result.num_examples}, {seconds:.1f} s"
+            )
+        outcome.num_new += 1
     return outcome
 
 
@@ -220,9 +196,7 @@ def make_classifier(
     return RankClassifier(scorer, encoder, settings.method, settings.normalization)
 
 
-def describe_rows(
-    task: Task, prompt: str, asked: Examples, classifier: RankClassifier
-) -> list[str]:
+def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:
     """Remarks on the rows of a prompt that were left out or changed."""
     found = [f"{counted(count, 'row')} left out: {why}" for why, count in asked.skipped.items()]
     duplicates = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
@@ -243,7 +217,7 @@ def describe_rows(
             f"{counted(cut, what)} cut at {classifier.encoder.max_target_length} tokens; "
             "--max-target-length changes it"
         )
-    return [f"{task.name} / {prompt}: {text}" for text in found]
+    return found
 
 
 def write_prompt(

@@ -17,16 +17,13 @@ Shapes: R resamples, N examples, P prompts.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metro.evaluation.runs.run_folder import PromptResult, Run
 from metro.utils.files import write_json
 from metro.utils.messages import UserError, percent, shortened
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from metro.utils.table import Table
 
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -100,6 +97,61 @@ class Summary:
     def complete(self) -> bool:
         """True where the average is over the whole suite."""
         return not self.missing and len(self.averaged) == len(self.tasks)
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks that a reader needs before using the numbers."""
+        found = []
+        partial = [
+            f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"
+            for task in self.tasks.values()
+            if not task.complete
+        ]
+        if partial:
+            found.append(f"partial, not in the average: {shortened(partial)}")
+        if self.missing:
+            found.append(f"without results, not in the average: {shortened(self.missing)}")
+        if self.limit is not None:
+            found.append(
+                f"limited to {self.limit} examples per prompt: not comparable with numbers over "
+                "all examples"
+            )
+        return found
+
+    def table(self) -> Table:
+        """Tasks in rows, numbers in percent, the average last."""
+        rows = []
+        for task in self.tasks.values():
+            prompts = str(task.num_prompts)
+            spread = (task.lowest, task.highest) if task.num_prompts > 1 else None
+            rows.append(
+                [
+                    task.task,
+                    prompts if task.complete else f"{prompts} of {task.num_listed}",
+                    percent(task.mean),
+                    percent(task.median),
+                    interval_text(spread),
+                    interval_text(task.interval),
+                    percent(task.macro_f1),
+                    percent(task.chance),
+                ]
+            )
+        if self.average is not None:
+            name = "average" if self.complete else f"average of {len(self.averaged)}"
+            rows.append(
+                [
+                    name,
+                    "",
+                    percent(self.average),
+                    "",
+                    "",
+                    interval_text(self.average_interval),
+                    percent(self.average_macro_f1),
+                    percent(self.average_chance),
+                ]
+            )
+        header = ["task", "prompts", "mean", "median", "spread", "interval", "F1", "chance"]
+        return Table(header, rows, notes=self.notes)
 
 
 def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Summary:
@@ -228,67 +280,6 @@ def write_summary(summary: Summary, path: Path) -> None:
     for name, task in summary.tasks.items():
         content["tasks"][name]["complete"] = task.complete
     write_json(path, {**content, "averaged": summary.averaged, "complete": summary.complete})
-
-
-def print_summary(summary: Summary, console: "Console | None" = None) -> None:
-    """Print a table in percent, tasks in rows, the average last."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, title=None)
-    table.add_column("task", overflow="fold")  # gives way in a narrow terminal: numbers do not
-    for column in ("prompts", "mean", "median", "spread", "interval", "F1", "chance"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for task in summary.tasks.values():
-        table.add_row(
-            escape(task.task),
-            str(task.num_prompts) if task.complete else f"{task.num_prompts} of {task.num_listed}",
-            percent(task.mean),
-            percent(task.median),
-            interval_text((task.lowest, task.highest)) if task.num_prompts > 1 else "",
-            interval_text(task.interval),
-            percent(task.macro_f1),
-            percent(task.chance),
-            style=None if task.complete else "dim",
-        )
-    if summary.average is not None:
-        table.add_section()
-        table.add_row(
-            "average" if summary.complete else f"average of {len(summary.averaged)}",
-            "",
-            percent(summary.average),
-            "",
-            "",
-            interval_text(summary.average_interval),
-            percent(summary.average_macro_f1),
-            percent(summary.average_chance),
-            style="bold",
-        )
-    console = console or Console()
-    console.print(table)
-    for note in notes(summary):
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def notes(summary: Summary) -> list[str]:
-    """Remarks that a reader needs before using the numbers."""
-    found = []
-    partial = [
-        f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"
-        for task in summary.tasks.values()
-        if not task.complete
-    ]
-    if partial:
-        found.append(f"partial, not in the average: {shortened(partial)}")
-    if summary.missing:
-        found.append(f"without results, not in the average: {shortened(summary.missing)}")
-    if summary.limit is not None:
-        found.append(
-            f"limited to {summary.limit} examples per prompt: not comparable with numbers over all "
-            "examples"
-        )
-    return found
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:

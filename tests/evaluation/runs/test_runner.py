@@ -11,11 +11,11 @@ import pytest
 
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.run_folder import read_run
-from metro.evaluation.runs.runner import Progress
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.kinds import Sources, choose_rows, load_task
 from metro.evaluation.tasks.suites import read_suite
+from metro.utils.progress import Progress
 from tests.evaluation.golden import load_exported
 from tests.evaluation.toy import run, write_suite
 
@@ -83,15 +83,16 @@ def test_chance_and_choices_are_of_the_rows(finished):
 
 
 class StopAfter(Progress):
-    """Breaks off in the middle of the prompt after ``count`` finished ones."""
+    """Interrupts in the middle of the prompt after ``count`` finished ones."""
 
     def __init__(self, count):
+        super().__init__(enabled=False)
         self.count = count
 
-    def finished(self, result):
-        self.count -= 1
+    def say(self, line):
+        self.count -= " % of " in line
 
-    def advance(self, task, prompt, done):
+    def show(self, step, done, total=None, note=""):
         if self.count == 0:
             raise KeyboardInterrupt
 
@@ -208,10 +209,8 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     assert result.num_examples == 3
     assert without_times(tmp_path / "run")[0]["skipped"] == 2
     assert "colour / plain: 1 row left out: an answer choice is empty" in outcome.notes
-    assert any(
-        "1 row with duplicate answer choices; duplicates count as one" in note
-        for note in outcome.notes
-    )
+    note = "1 row with duplicate answer choices; duplicates count as one choice"
+    assert f"colour / plain: {note}" in outcome.notes
     scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]
     assert [score["index"] for score in scores] == [0, 2, 4]
     assert (scores[1]["prediction"], scores[1]["label"]) == (0, 0)

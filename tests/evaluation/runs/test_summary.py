@@ -9,10 +9,9 @@ import re
 from math import sqrt
 
 import pytest
-from rich.console import Console
 
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
-from metro.evaluation.runs.summary import notes, print_summary, summarize, write_summary
+from metro.evaluation.runs.summary import summarize, write_summary
 from tests.evaluation.run_folders import write_run
 
 T0_TASKS = "rte cb anli_r1 anli_r2 anli_r3 wsc winogrande copa story_cloze hellaswag wic".split()
@@ -74,9 +73,7 @@ def test_partial_and_missing_tasks_are_shown_and_not_averaged(tmp_path):
     assert summary.missing == ["wsc"]
     assert not summary.complete
 
-    console = Console(width=120, record=True)
-    print_summary(summary, console)
-    text = console.export_text()
+    text = str(summary.table())
     assert "1 of 2" in text and "average of 1" in text and "40.00" in text
     assert "partial, not in the average: rte (1 of 2 prompts)" in text
     assert "without results, not in the average: wsc" in text
@@ -87,7 +84,7 @@ def test_a_run_with_no_whole_task_has_no_average(tmp_path):
     folder = write_run(tmp_path / "run", {"rte": {"a": 0.9}}, listed={"rte": ["a", "b"]})
     summary = summarize(read_run(folder))
     assert summary.average is None and summary.average_interval is None
-    print_summary(summary, Console(width=100, quiet=True))
+    assert "average" not in str(summary.table()).split("note:")[0]
 
 
 def test_tasks_and_prompts_come_in_the_order_of_the_suite(tmp_path):
@@ -186,16 +183,14 @@ def test_summary_file_holds_the_same_numbers(tmp_path):
 def test_limited_runs_say_so(tmp_path):
     """Oracle: the option recorded in run.json."""
     folder = write_run(tmp_path / "run", {"rte": {"a": 0.5}}, options={"limit": 8})
-    console = Console(width=200, record=True)
-    print_summary(summarize(read_run(folder)), console)
-    assert "limited to 8 examples per prompt" in console.export_text()
+    assert "limited to 8 examples per prompt" in str(summarize(read_run(folder)).table())
 
 
 def test_many_missing_tasks_are_counted(tmp_path):
     """Oracle: 56 of 57 subjects without results: eight names and 48 more."""
     subjects = {f"s{i:02d}": ["p"] for i in range(57)}
     run = read_run(write_run(tmp_path / "run", {"s00": {"p": 0.5}}, listed=subjects))
-    (note,) = notes(summarize(run))
+    (note,) = summarize(run).notes
     assert note.endswith("average: s01, s02, s03, s04, s05, s06, s07, s08 and 48 more")
 
 
