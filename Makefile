@@ -2,6 +2,7 @@
 #   make install [PYTHON=python3.12]   the environment alone
 #   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine
 #   make test    [SLOW=1] [ARGS="-k masking"]
+#   make docs                          the documentation, in site/
 #   make check | bench | clean
 PYTHON ?= python3
 VENV   := .venv
@@ -19,7 +20,7 @@ FAIRSEQ := fairseq-fixed==0.12.3.1 \
   --hash=sha256:c607577a54ab30e2ee0f0b0a754ea5cdbc6ad0a9f99a1726638a2201445bc1cc \
   --hash=sha256:38d6732118a4ff568aafa27a7667b51e4e74f23276c7da3600405532cc2d36e0
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -51,6 +52,12 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 
+docs: $(STAMP)
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
+	  $(PIP) install -c constraints.txt --no-build-isolation -e '.[docs]'
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
 bench: $(STAMP)
 	@for file in $$(grep -l write_results benchmarks/*.py | grep -v common.py); do \
 	  name=$$(basename $$file .py); echo "== benchmarks.$$name"; \
@@ -60,5 +67,5 @@ demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist demo outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo outputs site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

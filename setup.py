@@ -33,6 +33,7 @@ EXTRAS = {
     "eval": [REQUIREMENTS["datasets"]],
     # A lower bound only: every CUDA build of torch brings the triton that belongs to it.
     "triton": [REQUIREMENTS["triton"]],
+    "docs": ["mkdocs>=1.6,<2", "mkdocstrings-python>=2"],
     "dev": ["hypothesis", REQUIREMENTS["peft"], REQUIREMENTS["pytest"], "pytest-xdist", "ruff"],
 }
 

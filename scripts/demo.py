@@ -228,7 +228,7 @@ def report(curves, folder: Path, seconds: float) -> None:
         "  train longer            make demo ARGS='--updates 1000'\n"
         f"  take your own text      rm -r {folder}; make demo DEMO_TEXT=my.txt\n"
         "  see what is installed   .venv/bin/metro doctor\n"
-        "  pretrain METRO-base     README.md, section Pretraining",
+        "  pretrain METRO-base     docs/pretraining.md",
         markup=False,
     )
 

@@ -1,0 +1,9 @@
+"""What mkdocs calls: docstrings are written as reStructuredText in small ways, pages are Markdown."""
+
+import re
+
+
+def on_page_content(html: str, **_) -> str:
+    """Remove the roles (``:func:`load```) and the second colon of ``::`` from an API page."""
+    html = re.sub(r":(?:func|class|mod|meth|attr):(?=<code>)", "", html)
+    return html.replace("::</p>", ":</p>")
