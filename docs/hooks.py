@@ -1,4 +1,4 @@
-"""What mkdocs calls: docstrings are written as reStructuredText in small ways, pages are Markdown."""
+"""Hooks of mkdocs: traces of reStructuredText in docstrings become Markdown's output."""
 
 import re
 
