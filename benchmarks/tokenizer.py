@@ -153,7 +153,7 @@ def compare(folder, texts, repeats):
         return [[ids.get(piece, UNK) for piece in line] for line in pieces]
 
     def our_ids(texts):
-        return vocabulary.encode_lines([normalize_text(text, True) for text in texts])
+        return [ids[:-1] for ids in vocabulary.encode_texts(texts, True)]
 
     def rust_ids(texts):
         normalized = [normalize_text(text, True) for text in texts]

@@ -80,7 +80,7 @@ def fresh_model(options) -> str:
 
 
 def prepare(options, mixture: str, datasets, name: str) -> Path:
-    from metro.data.prompts.preparation import prepare_prompts
+    from metro.data.prompts.prepare import prepare_prompts
 
     folder = options.out / f"data_{name}"
     prepare_prompts(

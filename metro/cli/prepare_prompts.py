@@ -74,7 +74,7 @@ def prepare_prompts(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    from metro.data.prompts.preparation import prepare_prompts as prepare
+    from metro.data.prompts.prepare import prepare_prompts as prepare
     from metro.data.prompts.settings import plan_prompts, read_settings
 
     options = dict(

@@ -1,4 +1,13 @@
-"""`metro prompts`: what templates there are, and what a model will read and be asked for."""
+"""`metro prompts`: list templates, and show what encoder and decoder will read.
+
+========  ====================================  =======================
+.         encoder                               decoder
+========  ====================================  =======================
+direct    prompt                                answer (every choice)
+channel   answer (every choice)                 prompt
+flipped   input and answer (every choice)       instruction
+========  ====================================  =======================
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +15,8 @@ from typing import Annotated
 import typer
 
 from metro.utils.messages import UserError
+
+OBJECTIVES = ("direct", "channel", "flipped")
 
 app = typer.Typer(
     add_completion=False,
@@ -99,35 +110,68 @@ def show_prompts(
     seed: Annotated[int, typer.Option(help="Of templates that draw at random.")] = 0,
     json: AsJson = False,
 ) -> None:
-    """Show prompts, answers and options of a dataset's rows.
+    """Show prompts, answers and answer choices of a dataset's rows.
 
     Rows that give no example are named on the error output.
     """
+    from metro.data.datasets import UnusableRow, available_splits, load_rows, name_of
+    from metro.data.prompts.examples import ExampleSettings, make_example
     from metro.data.prompts.mixtures import split_dataset_name
     from metro.data.prompts.templates import find_templates
-    from metro.data.prompts.view import Refused, view_rows
 
+    if objective not in OBJECTIVES:
+        raise UserError(f"--objective is {objective!r}, and must be one of {', '.join(OBJECTIVES)}")
     tree = find_templates(templates)
     name = split_dataset_name(dataset, tree)
     chosen = [tree.template(*name, prompt)] if prompt else tree.templates(*name)
-    shown = 0
-    for view in view_rows(
-        chosen,
-        split=split,
-        data_dir=data_dir,
-        limit=limit,
-        objective=objective,
-        instruction_text=instruction_text,
-        seed=seed,
-    ):
-        if isinstance(view, Refused):
-            typer.echo(f"{view.prompt_name!r}, row {view.row}: {view.reason}", err=True)
-            continue
-        shown += 1
-        _print_view(view, json)
+    if split is None:
+        splits = available_splits(*name, data_dir=data_dir)
+        held_out = [split for split in splits if not split.startswith("train")]
+        split = (held_out or splits)[0]
+    rows = load_rows(*name, split, data_dir=data_dir, limit=limit)
+    if not len(rows):
+        raise UserError(f"split {split!r} of {name_of(*name)} has no rows")
+    settings, shown = ExampleSettings(seed, instruction_text), 0
+    for template in chosen:
+        for number in range(len(rows)):
+            try:
+                example = make_example(template, rows[number], split, number, settings)
+                view = _view(example, objective)
+            except UnusableRow as error:
+                typer.echo(f"{template.name!r}, row {number}: {error}", err=True)
+                continue
+            shown += 1
+            _print_view(view, json)
     if not shown:
         typer.echo("no example to show", err=True)
         raise typer.Exit(1)
+
+
+def _view(example, objective: str) -> dict:
+    """Add ``encoder_texts`` and ``decoder_texts``, one pair per answer choice.
+
+    The pair at ``label`` is the training pair; without answer choices it is the only one.
+
+    Raises:
+        UnusableRow: FLIPPED needs answer choices and an instruction, and there are none.
+    """
+    from metro.data.datasets import UnusableRow
+    from metro.data.prompts.instruction import encoder_text
+
+    choices = example["answer_choices"]
+    answers = [example["target"]] if choices is None else choices
+    if objective == "direct":
+        encoder, decoder = [example["input"]] * len(answers), answers
+    elif objective == "channel":
+        encoder, decoder = answers, [example["input"]] * len(answers)
+    elif choices is None:
+        raise UnusableRow("no answer choices, which FLIPPED needs")
+    elif example["flipped_input"] is None:
+        raise UnusableRow("no instruction, or an answer that is not among its choices")
+    else:
+        encoder = [encoder_text(example["flipped_input"], choice) for choice in choices]
+        decoder = [example["instruction"]] * len(choices)
+    return {**example, "objective": objective, "encoder_texts": encoder, "decoder_texts": decoder}
 
 
 def _print_view(view: dict, as_json: bool) -> None:
@@ -137,11 +181,11 @@ def _print_view(view: dict, as_json: bool) -> None:
         typer.echo(json.dumps(view, ensure_ascii=False))
         return
     typer.secho(f"{view['task']}, {view['split']} row {view['row']}", bold=True)
-    # What all options share is printed once.
+    # Text that all choices share is printed once.
     for part in ("encoder", "decoder"):
         texts = view[f"{part}_texts"]
         for i, text in enumerate(texts[:1] if len(set(texts)) == 1 else texts):
-            option = f" of option {i}" if len(set(texts)) > 1 else ""
-            answer = " (the answer)" if option and view["label"] == i else ""
-            typer.echo(f"--- {part}{option}{answer}\n{text}")
+            choice = f" of choice {i}" if len(set(texts)) > 1 else ""
+            answer = " (the answer)" if choice and view["label"] == i else ""
+            typer.echo(f"--- {part}{choice}{answer}\n{text}")
     typer.echo("")

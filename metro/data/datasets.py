@@ -26,6 +26,19 @@ class DatasetUnavailable(UserError):
     """A dataset cannot be had here; the message says what to do about it."""
 
 
+class UnusableRow(UserError):
+    """A row from which an example cannot be made.
+
+    Attributes:
+        reason: the kind of failure; equal ones are counted together.
+        detail: the value at fault.
+    """
+
+    def __init__(self, reason: str, detail: str = "", where: str = ""):
+        super().__init__(": ".join(filter(None, (where, reason, detail))))
+        self.reason, self.detail = reason, detail
+
+
 class DatasetEntry(NamedTuple):
     """One line of ``datasets.yaml``."""
 
@@ -152,8 +165,8 @@ def local_file(data_dir: str | Path, dataset: str, subset: str | None, split: st
 class JsonlRows(Sequence):
     """The rows of a jsonl file, found through the places where its lines begin.
 
-    Pickled, it is the file's name and those places: a worker opens the file itself. A line that is
-    no row raises ``ValueError`` when it is read.
+    Pickled, it is the file's name and those places: a worker opens the file itself. A
+    malformed line raises ``UnusableRow`` when it is read, not when the file is opened.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None, derive: dict | None = None):
@@ -179,12 +192,13 @@ class JsonlRows(Sequence):
             self._file, self._process = self.path.open("rb"), os.getpid()
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         self._file.seek(start)  # stays in the file's buffer where rows are read in order
+        where = f"{self.path}, row {index}"
         try:
             row = json.loads(self._file.read(end - start))
         except ValueError as error:
-            raise UserError(f"{self.path}, row {index}: not JSON: {error}") from None
+            raise UnusableRow("unreadable row", f"not JSON: {error}", where) from None
         if not isinstance(row, dict):
-            raise UserError(f"{self.path}, row {index}: a row is an object with fields")
+            raise UnusableRow("unreadable row", "not a JSON object", where)
         return _with_derived(row, self.derive) if self.derive else row
 
     def __getstate__(self) -> dict:

@@ -345,7 +345,7 @@ def _data_folder(settings: FinetuningSettings, out: Path, arguments) -> Path:
 
 
 def _prepare(settings: FinetuningSettings, folder: Path) -> None:
-    from metro.data.prompts.preparation import prepare_prompts
+    from metro.data.prompts.prepare import prepare_prompts
 
     print(f"preparing the mixture {settings.data} in {folder}", flush=True)
     prepare_prompts(

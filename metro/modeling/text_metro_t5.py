@@ -149,13 +149,20 @@ class Vocabulary:
             for name in VOCABULARY_FILES
         }
 
-    def encode_lines(self, lines: Iterable[str]) -> list[list[int]]:
-        """Ids of normalised lines, without ``<s>`` and ``</s>``, on the calling thread alone."""
-        return self.processor.encode(list(lines), out_type=int, num_threads=1)
+    def encode_texts(self, texts: Iterable[str], lower: bool) -> list[list[int]]:
+        """Ids of raw texts, normalised first, ``</s>`` at the end of each, as fairseq stores them.
+
+        Runs on the calling thread alone.
+        """
+        lines = [normalize_text(text, lower) for text in texts]
+        items = self.processor.encode(lines, out_type=int, num_threads=1)
+        for item in items:
+            item.append(EOS_ID)
+        return items
 
     def encode(self, text: str, lower: bool) -> list[int]:
-        """Ids of one raw text, normalised first, ``</s>`` at the end, as fairseq stores it."""
-        return self.encode_lines([normalize_text(text, lower)])[0] + [EOS_ID]
+        """Ids of one raw text, see ``encode_texts``."""
+        return self.encode_texts([text], lower)[0]
 
 
 def read_dictionary(path: str | Path) -> list[str]:

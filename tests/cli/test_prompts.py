@@ -76,14 +76,14 @@ def test_show_json_is_one_object_per_example(world, objective, encoder, decoder)
 def test_show_prints_what_the_model_reads_for_people(world):
     done = show(world, "--objective", "flipped", "--prompt", "ask")
     assert "two_sub_ask, validation row 0" in done.stdout
-    assert "--- encoder of option 1" in done.stdout and "(the answer)" in done.stdout
+    assert "--- encoder of choice 1" in done.stdout and "(the answer)" in done.stdout
     assert done.stdout.count("--- decoder") == 1
 
 
 def test_rows_without_an_example_are_named(world):
     done = show(world, "--objective", "flipped", "--prompt", "copy")
     assert done.returncode == 1
-    assert "'copy', row 0: has no answer choices, which FLIPPED needs" in done.stderr
+    assert "'copy', row 0: no answer choices, which FLIPPED needs" in done.stderr
     assert "no example to show" in done.stderr
 
 

@@ -49,9 +49,9 @@ def test_broken_row_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n{"a": \n[1]\n')
     rows = JsonlRows(file)
-    with pytest.raises(ValueError, match="rows.jsonl, row 1: not JSON"):
+    with pytest.raises(ValueError, match="rows.jsonl, row 1: unreadable row: not JSON"):
         rows[1]
-    with pytest.raises(ValueError, match="row 2: a row is an object"):
+    with pytest.raises(ValueError, match="row 2: unreadable row: not a JSON object"):
         rows[2]
 
 

@@ -1,6 +1,6 @@
 """Prompted text -> ids, the same for finetuning and evaluation.
 
-What encoder and decoder read for the two kinds of models:
+Encoder and decoder input of the two kinds of models:
 
 ==========  ==================================  ==================
 model       source                              target
@@ -10,7 +10,8 @@ T5          ``text </s>`` (T0: ``text``)        ``text </s>``
 ==========  ==================================  ==================
 
 Sentinels count as one token. METRO's tokenizer reads a ``<sen001>`` that is written out in a text
-as ordinary characters, as pretraining did; here the text is cut there and the ids joined.
+as ordinary characters, as pretraining did; here the text is cut there and the ids joined. METRO's
+text itself becomes ids in ``Vocabulary.encode_texts`` alone, here through the tokenizer.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from metro.utils.messages import UserError
 
 
 class PromptEncoder:
-    """Encodes sources and targets for one tokenizer, remembering how its special tokens go.
+    """Encodes sources and targets with one tokenizer and its special tokens.
 
     Args:
         tokenizer: of Hugging Face.
@@ -60,11 +61,13 @@ class PromptEncoder:
         """Encoder ids."""
         room = self.max_source_length - len(self.begin) - len(self.end)
         ids = [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
-        return [i or [self.eos_token_id] for i in ids]  # a source of nothing cannot be encoded
+        return [i or [self.eos_token_id] for i in ids]  # an empty source cannot be encoded
 
     def labelled_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encoder ids of FLIPPED's encoder texts: where one is too long the end of the input is
-        cut, not the label behind it (without which all options would read alike).
+        """Encoder ids of FLIPPED's encoder texts.
+
+        Where one is too long the end of the input is cut, not the label behind it, without which
+        all answer choices would be identical.
         """
         room = self.max_source_length - len(self.begin) - len(self.end)
         encoded = self.plain(texts)
@@ -87,7 +90,7 @@ class PromptEncoder:
         if self._knows_extra_ids or not any(map(SENTINEL.search, texts)):
             return self._encode(texts)
         cut = [SENTINEL.split(text) for text in texts]  # text, number, text, number, ..., text
-        # Options of one example share most pieces.
+        # Texts of one example share most pieces.
         pieces = list(dict.fromkeys(x for parts in cut for x in parts[::2] if x.strip()))
         ids = dict(zip(pieces, self._encode(pieces), strict=True))
         found = []

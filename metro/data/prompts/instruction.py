@@ -19,7 +19,7 @@ becomes ``<extra_id_k>`` in the encoder text, and ``<extra_id_k> run`` in the de
   is evaluated on, 8 of COPA ("exercise", "i_am_hesitating", "plausible_alternatives", "C1 or C2?
   premise, so/because…", "best_option", "more likely", "cause_effect", "choose") and 2 of WSC ("p
   is/are r", "Who or what is/are"); all others have no condition around literal text, or one whose
-  branch every row takes. ``is_conditional`` finds candidates among other templates.
+  branch every row takes.
 
 Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of their own: there
 ``<sen001>`` stands for ``<extra_id_0>`` and so on (``<sen000>`` is the mask): ``sentinels_for``.
@@ -29,9 +29,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from metro.data.datasets import UnusableRow
 from metro.utils.messages import UserError
 
 INSTRUCTION_TEXTS = ("published", "rendered")
+NO_INSTRUCTION = "no instruction to guess"
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 METRO_SENTINEL = re.compile(r"<sen(\d{3,})>")
 # A Jinja tag with the strings inside it, which may hold braces.
@@ -42,12 +44,8 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 _ANSWER_MARK = "\ue002"
 
 
-class NotFlippable(UserError):
-    """The template, rendered with this row, has no instruction to guess."""
-
-
 class Flipped(NamedTuple):
-    """One example as FLIPPED sees it, without a label."""
+    """Encoder and decoder text of FLIPPED for one row, without a label."""
 
     input: str
     """Encoder text: the input instance with sentinels where the instruction was."""
@@ -66,7 +64,7 @@ class Split(NamedTuple):
     """The Jinja text behind ``|||``, None where there is no such mark."""
 
     def with_sentinels(self, form: str = "<extra_id_{}>") -> str:
-        """The Jinja text with run k replaced by ``form.format(k)``.
+        """Replace run k of the Jinja text by ``form.format(k)``.
 
         Conditions may enclose ``|||``, so the answer's side stays; the mark becomes a private
         character, as data may contain ``|||``.
@@ -79,19 +77,19 @@ class Split(NamedTuple):
 
 
 class Template(Protocol):
-    """What this module needs of a ``metro.data.prompts.templates.PromptTemplate``."""
+    """The part of a ``PromptTemplate`` that this module needs."""
 
-    dataset: str
-    name: str
-    jinja: str
+    @property
+    def jinja(self) -> str: ...
 
     def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str: ...
 
 
 def split_template(jinja: str) -> Split:
-    """The part of a template left of ``|||``, cut at its Jinja tags."""
+    """Cut the part of a template left of ``|||`` at its Jinja tags."""
     source, mark, answer = jinja.partition("|||")
-    pieces, end = [], 0
+    pieces: list[tuple[str, bool]] = []
+    end = 0
     for tag in _TAG.finditer(source):
         if tag.start() > end:
             pieces.append((source[end : tag.start()], False))
@@ -104,24 +102,25 @@ def split_template(jinja: str) -> Split:
 
 
 def join_instruction(runs: Sequence[str]) -> str:
-    """The decoder text of numbered runs: ``<extra_id_0> run_0<extra_id_1> run_1...``."""
+    """Write the decoder text of numbered runs: ``<extra_id_0> run_0<extra_id_1> run_1...``."""
     return "".join(f"<extra_id_{number}> {run}" for number, run in enumerate(runs))
 
 
 def flip(
     template: Template, row: dict, *, instruction_text: str = "published", seed: int | None = 0
 ) -> Flipped:
-    """Input instance and instruction of one row.
+    """Split one row under a template into input instance and instruction.
 
     Args:
         template: the prompt template; its ``render_text`` draws Jinja's ``choice`` by ``seed``.
         row: the dataset's row.
         instruction_text: ``"published"`` or ``"rendered"``, see the top of the module.
-        seed: the same as for rendering the prompt and its options, so that all of them agree.
+        seed: the same as for rendering the prompt and its answer choices, so that they agree.
 
     Raises:
-        NotFlippable: the template has no text outside its braces (or rendered none of it).
-        ValueError: ``instruction_text`` is unknown.
+        UnusableRow: the template has no text outside its braces, or rendered none of it.
+        TemplateError: the template fails on this row.
+        UserError: ``instruction_text`` is unknown.
     """
     if instruction_text not in INSTRUCTION_TEXTS:
         raise UserError(
@@ -129,18 +128,12 @@ def flip(
         )
     split = split_template(template.jinja)
     if not split.runs:
-        raise NotFlippable(
-            f"template {template.name!r} of {template.dataset} has no instruction: no text outside "
-            "its Jinja braces; leave it out of FLIPPED"
-        )
+        raise UnusableRow(NO_INSTRUCTION, "the template has no text outside its Jinja braces")
     published = instruction_text == "published"
     form = "<extra_id_{}>" if published else "\ue000{}\ue001"
     text = template.render_text(split.with_sentinels(form), row, seed=seed)
     if split.answer is not None and _ANSWER_MARK not in text:
-        raise NotFlippable(
-            f"template {template.name!r} of {template.dataset} renders no answer for this row: it "
-            "does not apply to it; leave the row out"
-        )
+        raise UnusableRow(NO_INSTRUCTION, "the template renders no answer for this row")
     text = text.partition(_ANSWER_MARK)[0].strip()
     if published:
         return Flipped(text, join_instruction(split.runs))
@@ -151,40 +144,21 @@ def flip(
 
     text = _MARK.sub(renumber, text)
     if not seen:
-        raise NotFlippable(
-            f"template {template.name!r} of {template.dataset} renders no text outside its Jinja "
-            "braces for this row; leave the row out of FLIPPED"
-        )
+        detail = "the template renders no text outside its Jinja braces for this row"
+        raise UnusableRow(NO_INSTRUCTION, detail)
     return Flipped(text, join_instruction([split.runs[run] for run in seen]))
 
 
 def encoder_text(flipped_input: str, label: str) -> str:
-    """What the encoder reads: input instance and label."""
+    """Write the encoder text: input instance and label."""
     return f"input: {flipped_input}\n output: {label}"
 
 
-def is_conditional(template: Template) -> bool:
-    """Whether literal text stands inside a Jinja condition or loop of the template.
-
-    Then its ``"rendered"`` instruction may differ from the published one.
-    """
-    depth = 0
-    for text, is_tag in split_template(template.jinja).pieces:
-        word = re.match(r"\{%[-+]?\s*(\w+)", text) if is_tag else None
-        if word and word.group(1) in ("if", "for"):
-            depth += 1
-        elif word and word.group(1) in ("endif", "endfor"):
-            depth -= 1
-        elif not is_tag and depth > 0:
-            return True
-    return False
-
-
 def sentinels_for(tokenizer) -> list[str]:
-    """The tokens of a vocabulary that stand for ``<extra_id_0>``, ``<extra_id_1>``, ...
+    """Return the tokens of a vocabulary that stand for ``<extra_id_0>``, ``<extra_id_1>``, ...
 
     Raises:
-        ValueError: it has neither T5's nor METRO's sentinels.
+        UserError: it has neither T5's nor METRO's sentinels.
     """
     names = tokenizer.get_vocab()
     for form, first in (("<extra_id_{}>", 0), ("<sen{:03d}>", 1)):

@@ -1,4 +1,4 @@
-"""What one rendering of a prompt template may cost, and the operations that are held to it.
+"""Limits of the cost of rendering a prompt template, and the operations that keep to them.
 
 Every operation whose result can be larger than what it was given (joining, repeating, replacing,
 counting) checks the size before it computes. ``charge`` adds up the work of a rendering.
@@ -20,7 +20,7 @@ MAX_TEXT_CHARS = 1_000_000
 """Of any single value that a template makes."""
 MAX_LIST_ITEMS = 100_000
 MAX_INTEGER_BITS = 64
-"""Larger ones can be made to share a hash, which makes dicts and sets of them crawl."""
+"""Larger ones allow hash-collision attacks on dicts and sets."""
 MAX_WORK = 20_000_000
 """Characters made, plus nodes run in loops, in one rendering."""
 MAX_SECONDS = 10.0
@@ -30,19 +30,32 @@ _WORK_BETWEEN_LOOKS = 20_000
 
 LOOP, CONCAT, WEIGH = "\0loop", "\0concat", "\0weigh"  # filters that no template can name
 CUT = "cut_to_2048_characters"  # one that stands for `string | truncate(2048)`
+OUT_OF_RANGE = "label out of range of the answer choices"
 _CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
 
 
-class TemplateRefused(UserError):
-    """The template asks for what no template may: another attribute, too much time or memory."""
+class TemplateError(UserError):
+    """A template fails on a row, or asks for what no template may: time, memory, attributes.
 
+    Attributes:
+        problem: the failure, as the predicate of a sentence about the template.
+        reason: the kind of failure; equal ones are counted together.
+        template: dataset and name of the template, if known.
+    """
 
-class MissingAnswer(UserError):
-    """``answer_choices`` has no such entry."""
+    def __init__(
+        self,
+        problem: str,
+        reason: str = "rendering failed",
+        template: tuple[str, str] | None = None,
+    ):
+        dataset, name = template or ("", "")
+        super().__init__(f"template {name!r} of {dataset} {problem}" if template else problem)
+        self.problem, self.reason, self.template = problem, reason, template
 
 
 class _Rendering(threading.local):
-    """What belongs to the rendering that runs now, in this thread."""
+    """State of the rendering that runs now in this thread."""
 
     def start(self, seed: int | None) -> None:
         self.seed, self.generator = seed, None
@@ -56,9 +69,9 @@ class _Rendering(threading.local):
         if work > self.next_look:
             self.next_look = work + _WORK_BETWEEN_LOOKS
             if work > MAX_WORK:
-                raise TemplateRefused(f"does more than {MAX_WORK:,} units of work in one rendering")
+                raise TemplateError(f"does more than {MAX_WORK:,} units of work in one rendering")
             if time.thread_time() > self.deadline:
-                raise TemplateRefused(f"takes longer than {MAX_SECONDS:g} seconds to render")
+                raise TemplateError(f"takes longer than {MAX_SECONDS:g} seconds to render")
 
     def draw(self, items: list) -> Any:
         if self.seed is None:
@@ -73,20 +86,22 @@ now.start(None)
 
 
 class AnswerChoices(list):
-    """The options as a template sees them: a wrong index is an error, not a guess."""
+    """Answer choices as a template sees them: a wrong index is an error, not a guess."""
 
     def __getitem__(self, index):
         if isinstance(index, int) and not isinstance(index, bool):
             if not 0 <= index < len(self):
-                raise MissingAnswer(f"answer_choices has {len(self)} entries and none at {index}")
+                problem = f"answer_choices has {len(self)} entries and none at {index}"
+                raise TemplateError(problem, OUT_OF_RANGE)
             now.used_choices.append(index)
         elif index is None or isinstance(index, (str, float)):
-            raise MissingAnswer(f"answer_choices is read at {index!r}, which is no whole number")
+            problem = f"answer_choices is read at {index!r}, which is not a whole number"
+            raise TemplateError(problem, OUT_OF_RANGE)
         return super().__getitem__(index)
 
 
 def weigh(value: Any) -> int:
-    """Characters of ``value`` as text, about; refuses what is larger than any text may be.
+    """Return about the number of characters of ``value`` as text; refuse what exceeds any text.
 
     Lists that hold each other many times over have few objects and endless text, so the count
     stops at the bound instead of walking on.
@@ -95,10 +110,10 @@ def weigh(value: Any) -> int:
         total = len(value)
     elif isinstance(value, int):
         if value.bit_length() > MAX_INTEGER_BITS:
-            raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
+            raise TemplateError(f"makes a number of more than {MAX_INTEGER_BITS} bits")
         total = 20
     elif isinstance(value, complex):
-        raise TemplateRefused("makes a complex number")
+        raise TemplateError("makes a complex number")
     elif isinstance(value, range):
         total = len(value)
     elif isinstance(value, (list, tuple, dict, set, MappingView)):
@@ -125,7 +140,7 @@ def weigh(value: Any) -> int:
     else:
         total = 20
     if total > MAX_TEXT_CHARS:
-        raise TemplateRefused(f"makes a value of more than {MAX_TEXT_CHARS:,} characters")
+        raise TemplateError(f"makes a value of more than {MAX_TEXT_CHARS:,} characters")
     return total
 
 
@@ -134,7 +149,7 @@ def as_text(value: Any) -> str:
         weigh(value)
         value = str(value)
     if len(value) > MAX_TEXT_CHARS:
-        raise TemplateRefused(f"makes a text of more than {MAX_TEXT_CHARS:,} characters")
+        raise TemplateError(f"makes a text of more than {MAX_TEXT_CHARS:,} characters")
     return value
 
 
@@ -143,7 +158,7 @@ def as_list(value: Any) -> list:
     for item in value:
         items.append(item)
         if len(items) > MAX_LIST_ITEMS:
-            raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+            raise TemplateError(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
     now.charge(len(items))
     return items
 
@@ -152,7 +167,7 @@ def join_texts(separator: str, items) -> str:
     texts = [as_text(item) for item in as_list(items)]
     total = sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)
     if total > MAX_TEXT_CHARS:
-        raise TemplateRefused(f"joins more than {MAX_TEXT_CHARS:,} characters")
+        raise TemplateError(f"joins more than {MAX_TEXT_CHARS:,} characters")
     now.charge(total)
     return separator.join(texts)
 
@@ -163,7 +178,7 @@ def replace_text(text: str, old: str, new: str, count: int | None = None) -> str
     times = text.count(old) if count is None or count < 0 else min(text.count(old), count)
     total = len(text) + times * len(new)
     if total > MAX_TEXT_CHARS:
-        raise TemplateRefused(f"replaces into more than {MAX_TEXT_CHARS:,} characters")
+        raise TemplateError(f"replaces into more than {MAX_TEXT_CHARS:,} characters")
     now.charge(total)
     return text.replace(old, new, -1 if count is None else count)
 
@@ -171,7 +186,7 @@ def replace_text(text: str, old: str, new: str, count: int | None = None) -> str
 def bounded_range(*bounds: int) -> range:
     made = range(*bounds)
     if len(made) > MAX_LIST_ITEMS:
-        raise TemplateRefused(f"counts a range of more than {MAX_LIST_ITEMS:,}")
+        raise TemplateError(f"counts a range of more than {MAX_LIST_ITEMS:,}")
     return made
 
 
@@ -182,9 +197,7 @@ def bounded_zip(*lists):
 
 
 def product_charge(text: str, *parts) -> None:
-    """Of stripping and of searching from the right, which may compare every character of the text
-    with every one of ``parts``.
-    """
+    """Charge stripping and searching from the right: text length times lengths of ``parts``."""
     now.charge(len(text) * sum(len(part) for part in parts if isinstance(part, str)))
 
 
@@ -202,7 +215,7 @@ def _weighed(value) -> Any:
 def _choice(items) -> Any:
     items = as_list(items)
     if not items:
-        raise UserError("the filter `choice` draws from an empty list")
+        raise ValueError("the filter `choice` draws from an empty list")
     return now.draw(items)
 
 
@@ -233,7 +246,7 @@ def _rounded(value, precision: int = 0, method: str = "common") -> float:
 
 
 def _comparing(function):
-    """Sorting and its like compare, so what they are given counts several times."""
+    """Meter a sorting filter, which compares: its arguments count several times."""
 
     def call(context, value, *args, **kwargs):
         value = list(value.items()) if isinstance(value, dict) else as_list(value)
@@ -244,9 +257,9 @@ def _comparing(function):
 
 
 def make_filters() -> dict:
-    """What templates may call, all as functions of the context so that none runs while compiling.
+    """Return the filters of templates, as functions of the context: none runs while compiling.
 
-    ``truncate`` and its like are Jinja's own; what multiplies lengths is ours.
+    ``truncate`` and similar ones are Jinja's own; those that multiply lengths are ours.
     """
     from jinja2 import filters as jinja
     from jinja2 import pass_context
@@ -336,7 +349,7 @@ def make_filters() -> dict:
 
 
 def make_tests(tests: dict) -> dict:
-    """Jinja's tests, metered: some of them compare what they are given."""
+    """Return Jinja's tests, metered, as some of them compare their arguments."""
 
     def metered(test):
         def call(*args, **kwargs):
@@ -352,17 +365,17 @@ def make_tests(tests: dict) -> dict:
 def check_operation(operator: str, left, right) -> None:
     sized = (str, list, tuple)
     if operator == "%" and isinstance(left, str):
-        raise TemplateRefused("formats with `%`, which prompt templates may not")
+        raise TemplateError("formats with `%`, which prompt templates may not")
     if operator == "*" and (isinstance(left, sized) or isinstance(right, sized)):
         value, times = (left, right) if isinstance(left, sized) else (right, left)
         if isinstance(times, int) and times > 0:
             bound = MAX_TEXT_CHARS if isinstance(value, str) else MAX_LIST_ITEMS
             if len(value) * times > bound:
-                raise TemplateRefused(f"repeats to more than {bound:,}")
+                raise TemplateError(f"repeats to more than {bound:,}")
     elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         if len(left) + len(right) > MAX_LIST_ITEMS:
-            raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+            raise TemplateError(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
     elif isinstance(left, int) and isinstance(right, int):
         bits = abs(left).bit_length() * max(1, right) if operator == "**" else 0
         if bits > MAX_INTEGER_BITS:
-            raise TemplateRefused(f"makes a number of more than {MAX_INTEGER_BITS} bits")
+            raise TemplateError(f"makes a number of more than {MAX_INTEGER_BITS} bits")

@@ -1,27 +1,44 @@
 """The output folder of ``prepare-prompts``, and the files of a task in it, written resumably.
 
 fairseq: ``<side>/<task>/<side>.src-tgt.{src,tgt}.{bin,idx}`` as the original's task reads them,
-beside ``<side>/data_cap.json`` and ``valid/valid_datasets.json``. jsonl: see
-``prompted_examples.py``. The folder appears under its name when it is complete.
+beside ``<side>/data_cap.json`` and ``valid/valid_datasets.json``. jsonl: see ``stored.py``. For
+each format an encoder makes examples into a payload (in worker processes), and a writer appends
+payloads to the files of a task. The folder appears under its name when it is complete.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
+from metro.data.prompts.examples import PromptedExample
+from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 
 _HEADER_BYTES = 128
+_CACHED_TARGETS = 4096
 _INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
 
 
+class JsonlEncoder:
+    """Examples -> lines, the length of each, and its source row."""
+
+    def __call__(self, examples: Sequence[PromptedExample]) -> tuple[bytes, np.ndarray, np.ndarray]:
+        dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        lines = [dumps(example).encode("utf-8", "replace") + b"\n" for example in examples]
+        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+        rows = np.fromiter((example["row"] for example in examples), np.int32, len(examples))
+        return b"".join(lines), sizes, rows
+
+
 class JsonlTaskWriter:
-    """``<side>.jsonl`` with offsets and source rows beside it."""
+    """Writes ``<side>.jsonl`` with offsets and source rows beside it."""
 
     START = [0, 0]
 
@@ -72,8 +89,32 @@ class JsonlTaskWriter:
         self.close()
 
 
+class FairseqEncoder:
+    """Examples -> ids and sizes of sources, ids and sizes of targets, as text for pretraining."""
+
+    def __init__(self, vocabulary: Vocabulary, lower: bool, dtype: np.dtype):
+        self.vocabulary, self.lower, self.dtype = vocabulary, lower, dtype
+        self._targets: dict[str, list[int]] = {}
+
+    def __call__(self, examples: Sequence[PromptedExample]) -> tuple[np.ndarray, ...]:
+        sources = self.vocabulary.encode_texts([x["input"] for x in examples], self.lower)
+        targets = [example["target"] for example in examples]
+        new = [text for text in dict.fromkeys(targets) if text not in self._targets]
+        if len(self._targets) + len(new) > _CACHED_TARGETS:
+            self._targets.clear()
+            new = list(dict.fromkeys(targets))
+        encoded = self.vocabulary.encode_texts(new, self.lower)
+        self._targets.update(zip(new, encoded, strict=True))  # labels repeat
+        return *self._packed(sources), *self._packed([self._targets[text] for text in targets])
+
+    def _packed(self, items: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        sizes = np.fromiter(map(len, items), np.int32, len(items))
+        ids = np.fromiter(chain.from_iterable(items), self.dtype, int(sizes.sum()))
+        return ids, sizes
+
+
 class FairseqTaskWriter:
-    """Sources and targets in fairseq's memory-mapped format."""
+    """Writes sources and targets in fairseq's memory-mapped format."""
 
     START = [0, 0, 0, 0]
 
@@ -110,7 +151,7 @@ class FairseqTaskWriter:
 
 
 def _npy_header(dtype: np.dtype, count: int) -> bytes:
-    """The beginning of an array file, of one length whatever the count."""
+    """Return the beginning of an ``.npy`` file, of the same length for every count."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
     text = text.ljust(_HEADER_BYTES - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
@@ -146,7 +187,7 @@ class PromptFolder(PreparedFolder):
         shutil.rmtree(self.partial / side / task, ignore_errors=True)
 
     def write_fairseq_tables(self, splits: dict[str, dict], groups: dict[str, list[str]]) -> None:
-        """What the original's task reads beside the data; dictionaries are linked, not copied."""
+        """Write what the original's task reads beside the data; dictionaries are linked."""
         for side, tasks in splits.items():
             (self.partial / side).mkdir(exist_ok=True)
             caps = {task: facts["cap"] for task, facts in tasks.items()}
@@ -158,7 +199,6 @@ class PromptFolder(PreparedFolder):
                     _link(self.partial / "dict.txt", target)
         text = json.dumps(groups, indent=4)
         _write_text(self.partial / "valid" / "valid_datasets.json", text)
-
 
 def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)

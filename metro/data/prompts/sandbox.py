@@ -1,9 +1,9 @@
-"""Renders Jinja text of strangers: prompt templates run in a sandbox with bounded time and memory.
+"""Sandbox for untrusted prompt templates: Jinja with bounded time and memory.
 
-A template is data that somebody wrote: it may read the row that it is given and nothing else. So
-only the parts of Jinja that prompt templates need are there (a list of what is allowed, not of
-what is forbidden), and everything whose cost a template could choose is metered: characters made,
-loop steps, sizes of single values, seconds. What exceeds a bound raises ``TemplateRefused``.
+A template may read the row that it is given and nothing else. So only the parts of Jinja that
+prompt templates need are available (an allow list), and everything whose cost a template could
+choose is metered: characters made, loop steps, sizes of single values, seconds. What exceeds a
+bound raises ``TemplateError``.
 
 The helpers are promptsource's: filters ``choice`` and ``most_frequent``, function ``zip``. Draws of
 ``choice`` come from the seed of the rendering, never from a global generator.
@@ -21,8 +21,7 @@ from metro.data.prompts.limits import (
     MAX_LIST_ITEMS,
     MAX_SOURCE_CHARS,
     WEIGH,
-    MissingAnswer,
-    TemplateRefused,
+    TemplateError,
     as_text,
     bounded_range,
     bounded_zip,
@@ -35,7 +34,6 @@ from metro.data.prompts.limits import (
     replace_text,
     weigh,
 )
-from metro.utils.messages import UserError
 
 _METHODS = frozenset(
     "capitalize casefold count endswith find get index isalnum isalpha isdigit islower isspace "
@@ -71,27 +69,27 @@ def _check_and_meter(tree):
     def visit(node, depth: int) -> int:
         """Nodes and literal characters below and with this one: what a step of a loop costs."""
         if depth > MAX_DEPTH:
-            raise TemplateRefused(f"nests deeper than {MAX_DEPTH}")
+            raise TemplateError(f"nests deeper than {MAX_DEPTH}")
         kind = type(node).__name__
         if not isinstance(node, allowed) or (isinstance(node, nodes.For) and node.recursive):
-            raise TemplateRefused(f"uses `{kind.lower()}`, which prompt templates may not")
+            raise TemplateError(f"uses `{kind.lower()}`, which prompt templates may not")
         if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-            raise TemplateRefused(f"reads the attribute {node.attr!r}")
+            raise TemplateError(f"reads the attribute {node.attr!r}")
         if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
             if isinstance(node.arg.value, str) and node.arg.value.startswith("__"):
-                raise TemplateRefused(f"reads the attribute {node.arg.value!r}")
+                raise TemplateError(f"reads the attribute {node.arg.value!r}")
         if isinstance(node, nodes.Call):
             name = getattr(node.node, "attr", None) or getattr(node.node, "name", None)
             is_method = isinstance(node.node, nodes.Getattr)
             known = _METHODS | _CHANGES if is_method else _FUNCTIONS
             if not isinstance(node.node, (nodes.Getattr, nodes.Name)) or name not in known:
-                raise TemplateRefused(f"calls `{name or kind}`, which prompt templates may not")
+                raise TemplateError(f"calls `{name or kind}`, which prompt templates may not")
         if (
             isinstance(node, nodes.Filter)
             and node.name == "join"
             and (len(node.args) > 1 or any(pair.key == "attribute" for pair in node.kwargs))
         ):
-            raise TemplateRefused("uses `join` with an attribute: write map(attribute=...) first")
+            raise TemplateError("uses `join` with an attribute: write map(attribute=...) first")
         size = 1 + sum(visit(child, depth + 1) for child in node.iter_child_nodes())
         if isinstance(node, nodes.TemplateData):
             size += len(node.data)
@@ -182,7 +180,7 @@ def _environment():
             return _check_and_meter(super()._parse(source, name, filename))
 
         def unsafe_undefined(self, obj, attribute):
-            raise TemplateRefused(f"reads the attribute {attribute!r}")
+            raise TemplateError(f"reads the attribute {attribute!r}")
 
         def call_binop(self, context, operator, left, right):
             check_operation(operator, left, right)
@@ -199,7 +197,7 @@ def _environment():
             name = getattr(__function, "__name__", None)
             known = name in _METHODS or name in _CHANGES
             if not known or not isinstance(owner, (str, list, tuple, dict)):
-                raise TemplateRefused(f"calls `{name}`, which prompt templates may not")
+                raise TemplateError(f"calls `{name}`, which prompt templates may not")
             now.charge(1 + (sum(map(weigh, args)) if name in _CHANGES else len(owner)))
             if name in _PRODUCTS:
                 product_charge(owner, *args, *kwargs.values())
@@ -209,7 +207,7 @@ def _environment():
                 return replace_text(owner, *args, **kwargs)
             result = __function(*args, **kwargs)
             if name in _CHANGES and len(owner) > MAX_LIST_ITEMS:
-                raise TemplateRefused(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+                raise TemplateError(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
             if isinstance(result, (str, list, tuple)):
                 now.charge(weigh(result))
             return result
@@ -233,25 +231,25 @@ def _environment():
 
 @lru_cache(maxsize=8192)
 def compile_source(source: str):
-    """The compiled template; once per text.
+    """Compile a template; once per text.
 
     Raises:
-        TemplateRefused: it uses what templates may not, or is no template.
+        TemplateError: it uses what templates may not, or is not a template.
     """
-    from jinja2 import TemplateError
+    import jinja2
 
     if len(source) > MAX_SOURCE_CHARS:
-        raise TemplateRefused(f"is longer than {MAX_SOURCE_CHARS:,} characters")
+        raise TemplateError(f"is longer than {MAX_SOURCE_CHARS:,} characters")
     if _RAW.search(source):  # its braces are text, which nothing else here knows
-        raise TemplateRefused("uses `raw`, which prompt templates may not")
+        raise TemplateError("uses `raw`, which prompt templates may not")
     try:
         return _environment().from_string(source)
-    except TemplateRefused:
+    except TemplateError:
         raise
-    except (TemplateError, SyntaxError) as error:
-        raise TemplateRefused(f"is no template: {error}") from None
+    except (jinja2.TemplateError, SyntaxError) as error:
+        raise TemplateError(f"is not a template: {error}") from None
     except (RecursionError, MemoryError, OverflowError, ValueError) as error:
-        raise TemplateRefused(f"is no template: {type(error).__name__}: {error}") from None
+        raise TemplateError(f"is not a template: {type(error).__name__}: {error}") from None
 
 
 @lru_cache(maxsize=8192)
@@ -260,7 +258,7 @@ def _changes_lists(source: str) -> bool:
 
 
 class ProtectedRow(dict):
-    """A row after ``protect``, for rendering it with many templates; remembers its options."""
+    """A row after ``protect``, for many templates; caches its answer choices."""
 
     __slots__ = ("choices",)
 
@@ -270,9 +268,9 @@ class ProtectedRow(dict):
 
 
 def protect(value: Any) -> Any:
-    """``value`` with every ``|||`` in its texts made invisible to the split of prompt and answer.
+    """Hide every ``|||`` in the texts of ``value`` from the split of prompt and answer.
 
-    The value itself is returned where there is none, which is nearly always.
+    The value itself is returned where there is none, as nearly always.
     """
     if isinstance(value, str):
         return value.replace(_PIPE, _PIPE_STAND_IN) if _PIPE in value else value
@@ -290,7 +288,7 @@ def unprotect(text: str) -> str:
 
 
 class RenderedSource:
-    """Text of one rendering (still protected), and what happened meanwhile."""
+    """Text of one rendering (still protected), missing fields and answer choices read."""
 
     __slots__ = ("text", "missing", "used_choices")
 
@@ -305,9 +303,7 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
         seed: of the filter ``choice``; None takes the first item of every list.
 
     Raises:
-        TemplateRefused: the template exceeds a bound.
-        MissingAnswer: it asks for an answer choice that is not there.
-        ValueError: it fails on this row; the message says how.
+        TemplateError: the template exceeds a bound, or fails on this row; the message says how.
     """
     from jinja2.sandbox import SecurityError
 
@@ -317,13 +313,13 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
     now.start(seed)
     try:
         text = template.render(values)
-    except (TemplateRefused, MissingAnswer):
+    except TemplateError:
         raise
     except SecurityError as error:
-        raise TemplateRefused(f"reaches outside its row: {error}") from None
+        raise TemplateError(f"reaches outside its row: {error}") from None
     except (RecursionError, MemoryError) as error:
-        raise TemplateRefused(f"needs too much memory: {type(error).__name__}") from None
-    except Exception as error:  # a stranger's code: whatever it raises is its own failure
+        raise TemplateError(f"needs too much memory: {type(error).__name__}") from None
+    except Exception as error:  # untrusted code: whatever it raises is its own failure
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"fails on this row: {kind}{error}") from None
+        raise TemplateError(f"fails on this row: {kind}{error}") from None
     return RenderedSource(text, now.missing, now.used_choices)

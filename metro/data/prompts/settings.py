@@ -1,35 +1,36 @@
-"""What is to be prepared: the options of `metro prepare-prompts`, checked and put together."""
+"""Options of `metro prepare-prompts`, checked and put together, and the plan that follows."""
 
 import hashlib
 from dataclasses import astuple
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.datasets import name_of
-from metro.data.prompts.examples import RenderingSettings
+from metro.data.datasets import DatasetUnavailable, UnusableRow, name_of
+from metro.data.prompts.examples import ExampleSettings, make_example
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS
 from metro.data.prompts.mixtures import Mixture, find_mixture
-from metro.data.prompts.sources import PlannedRow, PromptSources, Unavailable, estimate
+from metro.data.prompts.sources import PartPlan, PromptSources, Unavailable
 from metro.data.prompts.templates import TemplateTree, find_templates
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Counted up when equal settings give other examples."""
 FORMATS = ("fairseq", "jsonl")
 
 
 class PromptSettings(NamedTuple):
-    """Everything that decides what is prepared; see ``prepare_prompts``."""
+    """Everything that decides which examples are prepared; see ``prepare_prompts``."""
 
     mixture: Mixture
     sources: PromptSources
     format: str
     vocabulary: Vocabulary | None
-    rendering: RenderingSettings
+    rendering: ExampleSettings
     lower: bool
 
     def fingerprint(self) -> dict:
-        """What an interrupted run and its continuation must have in common."""
+        """Return the facts that an interrupted run and its continuation must share."""
         vocabulary = None
         if self.vocabulary:
             vocabulary = _digest(list(self.vocabulary.checksums().values()))
@@ -101,22 +102,23 @@ def read_settings(
         valid_limit=valid_limit,
     )
     can_flip = format == "jsonl" and source == "templates"
-    rendering = RenderingSettings(
-        seed, found.fold_whitespace, found.needs_choices, instruction_text, can_flip
+    min_choices = 2 if found.needs_choices else 0
+    rendering = ExampleSettings(
+        seed, instruction_text, found.fold_whitespace, min_choices, can_flip
     )
     vocabulary = Vocabulary.from_folder(vocab) if vocab else None
     return PromptSettings(found, sources, format, vocabulary, rendering, lower)
 
 
 def ignored_options(settings: PromptSettings) -> list[str]:
-    """What was asked for and changes nothing, worded for people."""
+    """Word a warning for every option that was given and has no effect."""
     notes, vocabulary = [], settings.vocabulary
     if settings.format == "jsonl":
         if not settings.lower:
             notes.append("--cased changes nothing: jsonl keeps the text as it is")
         if vocabulary:
             notes.append(f"--vocab {vocabulary.folder} is not used: jsonl holds text")
-    else:
+    elif vocabulary:
         if not settings.lower and not vocabulary.is_cased:
             notes.append(f"{vocabulary.folder} has no capitals, so --cased has little effect")
         if settings.rendering.instruction_text != "published":
@@ -124,20 +126,67 @@ def ignored_options(settings: PromptSettings) -> list[str]:
     return notes
 
 
+class PlannedRow(NamedTuple):
+    """One line of the plan that `--dry-run` prints."""
+
+    side: str
+    data_set: str
+    templates: int
+    rows: int
+    examples: int
+    cap: int
+    per_epoch: int
+    """Examples that an epoch reads."""
+    tokens: int
+    """Of an epoch, source and target, estimated from a few rows (words, where no vocabulary)."""
+
+
 def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
-    """What ``prepare_prompts`` would do, with sizes; tokens are estimated from a few rows."""
-    if settings.vocabulary is None:
-        return list(estimate(settings.sources, settings.rendering, lambda text: len(text.split())))
-    encode = settings.vocabulary.encode
-    return list(
-        estimate(
-            settings.sources, settings.rendering, lambda text: len(encode(text, settings.lower))
-        )
-    )
+    """Plan ``prepare_prompts`` with sizes: rows are counted, tokens measured on a few of them."""
+
+    def count_tokens(text: str) -> int:
+        vocabulary = settings.vocabulary
+        return len(vocabulary.encode(text, settings.lower) if vocabulary else text.split())
+
+    sources = settings.sources
+    lines: list[PlannedRow | Unavailable] = [*sources.without_templates()]
+    for plan in sources.plans():
+        try:
+            part, num_rows = sources.sample(plan)
+        except DatasetUnavailable as error:
+            lines.append(Unavailable(plan.side, plan.name, str(error)))
+            continue
+        tried, lengths = 0, []
+        for _, split, index, row in part.rows(0, part.num_rows):
+            for template in part.templates:
+                tried += 1
+                if isinstance(row, UnusableRow):
+                    continue
+                try:
+                    example = make_example(template, row, split, index, settings.rendering)
+                except UnusableRow:
+                    continue
+                lengths.append(count_tokens(example["input"]) + count_tokens(example["target"]))
+        num_templates = len(part.templates)
+        examples = round(num_rows * num_templates * len(lengths) / max(1, tried))
+        capped = min(examples, _per_epoch(settings.mixture, plan, num_rows))
+        tokens = round(capped * sum(lengths) / max(1, len(lengths)))
+        sizes = (num_templates, num_rows, examples, plan.cap, capped, tokens)
+        lines.append(PlannedRow(plan.side, plan.name, *sizes))
+    return lines
+
+
+def _per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
+    """Return the examples of a part in an epoch, if no row is left out."""
+    if plan.side == "valid":
+        return num_rows * len(plan.templates)
+    if mixture.cap_of == "data_set":
+        return min(plan.cap, num_rows)
+    return min(plan.cap, num_rows) * len(plan.templates)
 
 
 def _rules(mixture: Mixture) -> str:
-    """Which templates a mixture takes, as a checksum: a changed rule is another mixture."""
+    """Return a checksum of the rules of a mixture: a changed rule makes another mixture."""
     values = astuple(mixture)
     return _digest([sorted(value) if isinstance(value, frozenset) else value for value in values])
 

@@ -1,4 +1,4 @@
-"""Where the examples of a mixture come from, and the plan that follows: parts, rows, caps.
+"""Sources of a mixture's examples, and the plan of the work: parts, their rows and caps.
 
 Two sources: rows and templates, or P3 (``bigscience/P3`` on the hub), whose prompts are ready
 rendered: one configuration per task, fields ``inputs_pretokenized``, ``targets_pretokenized`` and
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metro.data import datasets
-from metro.data.datasets import DatasetUnavailable, name_of
-from metro.data.prompts.examples import Part, Problem, SplitRows, make_example
+from metro.data.datasets import DatasetUnavailable, JsonlRows, UnusableRow, name_of
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
@@ -22,12 +21,75 @@ from metro.utils.messages import UserError
 SOURCES = ("templates", "p3")
 VALIDATION_CHOICES = ("published", "all", "none")
 P3 = "bigscience/P3"
-_SAMPLED_ROWS = 16
+SAMPLED_ROWS = 16
+
+
+class SplitRows(NamedTuple):
+    """Rows of a split of a dataset."""
+
+    split: str
+    rows: Sequence[dict]
+
+
+class PartRow(NamedTuple):
+    """One row of a part."""
+
+    number: int
+    """Number in the part, whose splits follow one another."""
+    split: str
+    index: int
+    """Number in the split."""
+    row: dict | UnusableRow
+    """Fields of the row, or the reason why it cannot be read."""
+
+
+class Part(NamedTuple):
+    """One side (train or valid) of one dataset: all its templates over all its rows."""
+
+    dataset: str
+    subset: str | None
+    side: str
+    splits: tuple[SplitRows, ...]
+    templates: tuple[PromptTemplate, ...]
+    limit: int | None
+    """Rows to take, spread evenly: datasets may be sorted by label."""
+
+    @property
+    def num_rows(self) -> int:
+        total = sum(len(split.rows) for split in self.splits)
+        return total if self.limit is None else min(total, self.limit)
+
+    def rows(self, start: int, stop: int) -> Iterator[PartRow]:
+        """Yield the start-th to the stop-th of the rows taken."""
+        total = sum(len(split.rows) for split in self.splits)
+        wanted = [i * total // self.num_rows for i in range(start, stop)]
+        first = 0
+        for split, rows in self.splits:
+            inside = [i - first for i in wanted if first <= i < first + len(rows)]
+            for index, row in _read_rows(rows, inside):
+                yield PartRow(first + index, split, index, row)
+            first += len(rows)
+
+
+def _read_rows(
+    rows: Sequence[dict], indices: list[int]
+) -> Iterator[tuple[int, dict | UnusableRow]]:
+    """Read numbered rows; of a jsonl file one by one, so that a broken line costs itself alone."""
+    if isinstance(rows, JsonlRows):
+        for index in indices:
+            try:
+                yield index, rows[index]
+            except UnusableRow as error:
+                yield index, error
+    elif indices:  # one read of the hub's tables costs less than many
+        is_run = indices[-1] - indices[0] + 1 == len(indices)
+        found = rows[indices[0] : indices[-1] + 1] if is_run else [rows[i] for i in indices]
+        yield from zip(indices, found, strict=True)
 
 
 @dataclass(frozen=True)
 class P3Task(PromptTemplate):
-    """A task of P3 in a template's place: its rows are rendered already."""
+    """A task of P3 in place of a template: its rows are rendered already."""
 
     def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
         fields = {"inputs_pretokenized", "targets_pretokenized"}
@@ -44,7 +106,7 @@ class P3Task(PromptTemplate):
 
 
 class Unavailable(NamedTuple):
-    """A dataset (or one side of it) that could not be had."""
+    """A dataset, or one side of it, that is not available."""
 
     side: str
     name: str
@@ -52,7 +114,7 @@ class Unavailable(NamedTuple):
 
 
 class PartPlan(NamedTuple):
-    """A part before its rows are loaded."""
+    """A part whose rows are not loaded yet."""
 
     dataset: str
     subset: str | None
@@ -63,7 +125,7 @@ class PartPlan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The dataset, and the task where that is a part of its own."""
+        """Name of the dataset, and of the task where that is a part of its own."""
         is_task = isinstance(self.templates[0], P3Task)
         name = name_of(self.dataset, self.subset)
         return f"{name}/{self.templates[0].task_name}" if is_task else name
@@ -77,7 +139,7 @@ class PromptSources:
     """The parts of a mixture and their rows.
 
     Args:
-        mixture: what is wanted.
+        mixture: the prompt tasks wanted.
         tree: templates (with P3, too: they say which tasks there are).
         source: ``templates`` or ``p3``.
         data_dir: local datasets instead of the hub's (for P3: ``P3/<task>/<split>.jsonl``).
@@ -124,7 +186,7 @@ class PromptSources:
                     continue
                 try:
                     templates = mixture.templates(self.tree, dataset, subset)
-                except ValueError as error:
+                except UserError as error:
                     if side == "train" or self.mixture.validation_only:
                         unavailable.append(Unavailable(side, name_of(dataset, subset), str(error)))
                     continue
@@ -148,16 +210,16 @@ class PromptSources:
         return plans, unavailable
 
     def plans(self) -> list[PartPlan]:
-        """The parts, in the mixture's order; no rows are loaded."""
+        """Return the parts in the mixture's order; no rows are loaded."""
         return self._plan[0]
 
     def left_out(self) -> dict[str, str]:
-        """Tasks that the mixture's own rules leave out, and why."""
+        """Return tasks that the mixture's own rules leave out, and the reasons."""
         found = {}
         for dataset, subset in self.mixture.data_sets:
             try:
                 templates = self.tree.templates(dataset, subset)
-            except ValueError:
+            except UserError:
                 continue  # listed as unavailable
             for template in templates:
                 if reason := self.mixture.reason_to_leave_out(template):
@@ -175,12 +237,12 @@ class PromptSources:
         return self.mixture
 
     def splits(self, plan: PartPlan) -> list[str]:
-        """Train: those whose name begins with ``train``; valid: all others.
+        """Return the splits of a side: ``train*`` is train, all others are valid.
 
         P3 has rendered splits without labels, too, so that the table of the dataset decides.
 
         Raises:
-            DatasetUnavailable: the dataset, or this side of it, cannot be had.
+            DatasetUnavailable: the dataset has no such side, or is not available.
         """
         found = datasets.available_splits(*self._names(plan), data_dir=self.data_dir)
         entry = datasets.dataset_table().get(name_of(plan.dataset, plan.subset))
@@ -193,7 +255,7 @@ class PromptSources:
         return wanted
 
     def local_files(self) -> list[list]:
-        """Name, size and time of every file that will be read; none of a dataset of the hub."""
+        """Return name, size and time of every local file that will be read."""
         found = []
         for plan in self.plans() if self.data_dir is not None else ():
             try:
@@ -207,10 +269,10 @@ class PromptSources:
         return found
 
     def load(self, plan: PartPlan) -> Part:
-        """The part with its rows.
+        """Load the rows of a part.
 
         Raises:
-            DatasetUnavailable: they cannot be had.
+            DatasetUnavailable: they are not available.
         """
         names = self._names(plan)
         splits = tuple(
@@ -225,24 +287,22 @@ class PromptSources:
         return part
 
     def sample(self, plan: PartPlan) -> tuple[Part, int]:
-        """The part with a few of its rows, and how many it really has.
-
-        Datasets of the hub are not downloaded for it.
+        """Load a few rows of a part, and count all of them, without downloading the dataset.
 
         Raises:
-            DatasetUnavailable: they cannot be had.
+            DatasetUnavailable: they are not available.
         """
         if self.data_dir is not None:
             part = self.load(plan)
-            return part._replace(limit=min(_SAMPLED_ROWS, part.num_rows)), part.num_rows
+            return part._replace(limit=min(SAMPLED_ROWS, part.num_rows)), part.num_rows
         names, splits, total = self._names(plan), [], 0
         for split in self.splits(plan):
-            rows, num_rows = datasets.peek(*names, split, _SAMPLED_ROWS)
+            rows, num_rows = datasets.peek(*names, split, SAMPLED_ROWS)
             splits.append(SplitRows(split, rows))
             total += num_rows
         limit = self.limits[plan.side]
         part = Part(
-            plan.dataset, plan.subset, plan.side, tuple(splits), plan.templates, _SAMPLED_ROWS
+            plan.dataset, plan.subset, plan.side, tuple(splits), plan.templates, SAMPLED_ROWS
         )
         return part, total if limit is None else min(total, limit)
 
@@ -251,60 +311,6 @@ class PromptSources:
             return plan.dataset, plan.subset
         task = plan.templates[0].task_name
         return (P3, task) if self.data_dir is None else ("P3", task)
-
-
-class PlannedRow(NamedTuple):
-    """One line of what `--dry-run` prints."""
-
-    side: str
-    data_set: str
-    templates: int
-    rows: int
-    examples: int
-    cap: int
-    per_epoch: int
-    """Examples that an epoch reads."""
-    tokens: int
-    """Of an epoch, source and target, estimated from a few rows (words, where no vocabulary)."""
-
-
-def estimate(sources: PromptSources, settings, count_tokens) -> Iterator[PlannedRow | Unavailable]:
-    """The plan with its sizes: counted rows, and tokens measured on a few of them."""
-    yield from sources.without_templates()
-    for plan in sources.plans():
-        try:
-            part, num_rows = sources.sample(plan)
-        except DatasetUnavailable as error:
-            yield Unavailable(plan.side, plan.name, str(error))
-            continue
-        tried, lengths = 0, []
-        for number, split, row, _ in part.rows(0, part.num_rows):
-            for template in part.templates:
-                tried += 1
-                if row is None:
-                    continue
-                try:
-                    example = make_example(template, row, number, split, settings)
-                except Problem:
-                    continue
-                lengths.append(count_tokens(example["input"]) + count_tokens(example["target"]))
-        total = num_rows * len(part.templates)
-        examples = round(total * len(lengths) / max(1, tried))
-        capped = min(examples, per_epoch(sources.mixture, plan, num_rows))
-        mean = sum(lengths) / max(1, len(lengths))
-        yield PlannedRow(
-            plan.side, plan.name, len(plan.templates), num_rows, examples, plan.cap, capped,
-            round(capped * mean),
-        )  # fmt: skip
-
-
-def per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
-    """Examples of a part in an epoch, if no row is dropped."""
-    if plan.side == "valid":
-        return num_rows * len(plan.templates)
-    if mixture.cap_of == "data_set":
-        return min(plan.cap, num_rows)
-    return min(plan.cap, num_rows) * len(plan.templates)
 
 
 def _check_one_of(option: str, value: str, known: Sequence[str]) -> None:

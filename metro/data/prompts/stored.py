@@ -1,10 +1,9 @@
-"""Prompted examples on disk: jsonl, with the places of its lines beside it.
+"""Prompted examples on disk: jsonl, with the offsets of its lines beside it.
 
-``<task>/<split>.jsonl`` holds one example per line with the fields ``task, dataset, subset,
-prompt_name, split, row, input, target, answer_choices, label, flipped_input, instruction``.
-``<split>.offsets.npy`` (int64) holds the byte offsets of the lines and the end of the file,
-``<split>.rows.npy`` (int32) the source row of each example, ascending. Everything is read through
-the page cache: a folder of any size opens at once and costs no memory per process.
+``<side>/<task>/<side>.jsonl`` holds one example per line, with the fields of ``PromptedExample``
+(``examples.py``). ``<side>.offsets.npy`` (int64) holds the byte offsets of the lines and the end of
+the file, ``<side>.rows.npy`` (int32) the source row of each example, ascending. Everything is read
+through the page cache: a folder of any size opens at once and costs no memory per process.
 """
 
 import json
@@ -33,7 +32,7 @@ class PromptedExamples(JsonlRows):
                 )
             path = files[0]
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: make it with `metro prepare-prompts`")
+            raise UserError(f"no file {path}: make it with `metro prepare-prompts`")
         super().__init__(path)
         if int(self.offsets[-1]) != path.stat().st_size:
             raise UserError(
@@ -53,7 +52,7 @@ class PromptedExamples(JsonlRows):
 
     @property
     def rows(self):
-        """int32, the source row of each example, ascending."""
+        """Source row of each example, int32, ascending."""
         import numpy as np
 
         path = self._beside("rows")
@@ -66,10 +65,10 @@ class PromptedExamples(JsonlRows):
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a folder that `metro prepare-prompts` made.
+    """Read the manifest of a folder that `metro prepare-prompts` made.
 
     Raises:
-        ValueError: the folder is none, or not complete.
+        UserError: it is not such a folder, or not complete.
     """
     path = Path(folder) / PROMPTS_MANIFEST
     if not path.is_file():

@@ -1,20 +1,22 @@
 """Prompt templates in promptsource's form: a tree of ``templates.yaml`` files, and their rendering.
 
 A template is Jinja text: prompt, ``|||``, answer. ``answer_choices`` is Jinja text too; it renders
-to the options joined by ``|||`` and is a list inside the template. Every ``{{ ... }}`` is cut at
-2048 characters, ``|||`` inside data splits nothing, and both parts are stripped: the same strings
-as promptsource's, from a sandbox (``prompt_sandbox.py``).
+to the answer choices joined by ``|||`` and is a list inside the template. Every ``{{ ... }}`` is
+cut at 2048 characters, ``|||`` inside data splits nothing, and both parts are stripped: the same
+strings as promptsource's, from a sandbox (``sandbox.py``).
 """
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.datasets import name_of
-from metro.data.prompts.limits import CUT, AnswerChoices
+from metro.data.prompts.limits import CUT, AnswerChoices, TemplateError
 from metro.data.prompts.sandbox import (
     ProtectedRow,
     compile_source,
@@ -24,27 +26,24 @@ from metro.data.prompts.sandbox import (
 )
 from metro.utils.messages import UserError, did_you_mean
 
-MAX_VALUE_CHARS = 2048
-"""Of a value that ``{{ ... }}`` prints."""
 _CUT = f" | {CUT} }}}}"
 _MAX_YAML_DEPTH = 20
 _HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
-
-
-class Rendered(NamedTuple):
-    """A prompt and its answer."""
-
-    input: str
-    target: str | None
-    """None where the template gives this row no answer part."""
+_REMEDY = (
+    "give a promptsource tree with --templates DIR (or METRO_TEMPLATES), or run "
+    "`metro templates fetch` once"
+)
 
 
 class RenderedExample(NamedTuple):
-    """Everything of one row under one template, from one set of draws."""
+    """One row under one template, everything from one set of draws."""
 
     input: str
+    """The prompt."""
     target: str | None
+    """The answer; None where the template gives this row no answer part."""
     choices: list[str] | None
+    """Answer choices; None where the template has none."""
     label: int | None
     """Index of the target among the choices; None where it is not one of them."""
     missing: tuple[str, ...]
@@ -60,7 +59,7 @@ class PromptTemplate:
     name: str
     jinja: str
     answer_choices: str | None
-    """Jinja text of the options, joined by ``|||``; None where any text may be an answer."""
+    """Jinja text of the answer choices, joined by ``|||``; None where any text may be an answer."""
     metrics: tuple[str, ...] = ()
     original_task: bool = False
     """The task is the one that the dataset was made for."""
@@ -69,40 +68,27 @@ class PromptTemplate:
 
     @cached_property
     def task_name(self) -> str:
-        """``dataset[_subset]_template`` with everything but letters, digits, ``_`` and ``.``
-        folded into ``_``: the name of this task in the published mixtures."""
+        """Name of this task in the published mixtures: ``dataset[_subset]_template``.
+
+        Everything but letters, digits, ``_`` and ``.`` becomes ``_``.
+        """
         parts = [self.dataset, *([self.subset] if self.subset else []), self.name]
         return re.sub(r"[^a-zA-Z0-9_.]+", "_", "_".join(parts))
 
-    def render(self, row: dict, *, seed: int | None = 0) -> Rendered:
-        """The prompt and its answer.
+    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+        """Render prompt, answer and answer choices of a row.
 
         Args:
             row: the dataset's row.
-            seed: of the filter ``choice``; equal seeds draw alike. None takes the first of each
+            seed: of the filter ``choice``; equal seeds draw the same. None takes the first of each
                 list.
 
         Raises:
-            ValueError: the template fails on this row, or is refused.
+            TemplateError: the template fails on this row, or is refused.
         """
-        return Rendered(*self.render_example(row, seed=seed)[:2])
-
-    def choices(self, row: dict, *, seed: int | None = 0) -> list[str] | None:
-        """The options of this row; None where the template has none."""
-        return self._choices(self._fields(row), seed)
-
-    def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str:
-        """Any Jinja text, rendered as this template's own would be; neither split nor stripped."""
-        fields = self._fields(row)
         with self._named():
-            values = self._with_choices(fields, self._choices(fields, seed))
-            return unprotect(render_source(_cut_values(jinja_source), values, seed).text)
-
-    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
-        """Prompt, answer, options and label index, in one go."""
-        fields = self._fields(row)
-        choices = self._choices(fields, seed)
-        with self._named():
+            fields = self._fields(row)
+            choices = self._choices(fields, seed)
             values = self._with_choices(fields, choices)
             rendered = render_source(_cut_values(self.jinja), values, seed)
         parts = [unprotect(part).strip() for part in rendered.text.split("|||")]
@@ -113,11 +99,18 @@ class PromptTemplate:
         missing = tuple(dict.fromkeys(rendered.missing))
         return RenderedExample(parts[0], target, choices, label, missing)
 
+    def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str:
+        """Render any Jinja text as if it were this template's; neither split nor stripped."""
+        with self._named():
+            fields = self._fields(row)
+            values = self._with_choices(fields, self._choices(fields, seed))
+            return unprotect(render_source(_cut_values(jinja_source), values, seed).text)
+
     def check(self) -> None:
         """Compile everything.
 
         Raises:
-            ValueError: the template is refused; the message says why.
+            TemplateError: the template is refused; the message says why.
         """
         with self._named():
             compile_source(_cut_values(self.jinja))
@@ -125,12 +118,12 @@ class PromptTemplate:
                 compile_source(self.answer_choices)
 
     def _fields(self, row: dict) -> ProtectedRow:
-        if type(row) is ProtectedRow:
+        if isinstance(row, ProtectedRow):
             return row
         if "answer_choices" in row:
-            raise UserError(
-                f"a row of {name_of(self.dataset, self.subset)} has a field "
-                "'answer_choices', which is the templates' word for the options: rename it"
+            raise TemplateError(
+                "cannot render a row with a field 'answer_choices', which in templates means the "
+                "answer choices: rename it"
             )
         return ProtectedRow(row)
 
@@ -138,43 +131,32 @@ class PromptTemplate:
         source = self.answer_choices
         if not source:
             return None
-        key = (source, seed)  # templates of a dataset mostly share their options
+        key = (source, seed)  # templates of a dataset mostly share their answer choices
         if key not in fields.choices:
-            with self._named():
-                text = source if "{" not in source else render_source(source, fields, seed).text
+            text = source if "{" not in source else render_source(source, fields, seed).text
             fields.choices[key] = [unprotect(part).strip() for part in text.split("|||")]
         return list(fields.choices[key])
 
     @staticmethod
     def _with_choices(fields: dict, choices: list[str] | None) -> dict:
-        options = None if choices is None else AnswerChoices(protect(choices))
-        return {**fields, "answer_choices": options}
+        shown = None if choices is None else AnswerChoices(protect(choices))
+        return {**fields, "answer_choices": shown}
 
-    def _named(self) -> "_Named":
-        return _Named(self)
-
-
-class _Named:
-    """Says in an error which template it was."""
-
-    def __init__(self, template: PromptTemplate):
-        self.template = template
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, ValueError) and error.args and not hasattr(error, "problem"):
-            where = name_of(self.template.dataset, self.template.subset)
-            error.problem = str(error.args[0])
-            error.args = (f"template {self.template.name!r} of {where} {error.problem}",)
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name this template in its errors."""
+        try:
+            yield
+        except TemplateError as error:
+            template = (name_of(self.dataset, self.subset), self.name)
+            raise TemplateError(error.problem, error.reason, template) from None
 
 
 def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
-    """Which option the target is.
+    """Return the index of the answer choice that the target is.
 
-    Equal options are told apart by the one that the template read last. A target that an option is
-    a part of ("positive review.") is that option if the template read it.
+    Equal choices are told apart by the one that the template read last. A target that contains a
+    choice ("positive review.") is that choice if the template read it.
     """
     last = used[-1] if used else None
     if last is not None and choices[last] and choices[last] in target:
@@ -185,7 +167,7 @@ def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
 
 @lru_cache(maxsize=8192)
 def _cut_values(source: str) -> str:
-    """promptsource's cut, textual as there: it binds to the last operand of an expression."""
+    """Add promptsource's cut, textual as there: it binds to the last operand of an expression."""
     return source.replace("}}", _CUT)
 
 
@@ -211,22 +193,22 @@ class TemplateTree:
         return found
 
     def datasets(self) -> list[tuple[str, str | None]]:
-        """Every (dataset, subset) that has templates, sorted."""
+        """Return every (dataset, subset) that has templates, sorted."""
         return sorted(self._files, key=lambda names: (names[0], names[1] or ""))
 
     def templates(self, dataset: str, subset: str | None = None) -> list[PromptTemplate]:
-        """The templates of a dataset, in the order of the file.
+        """Return the templates of a dataset, in the order of the file.
 
         Raises:
-            ValueError: the tree has none for it; the message names similar ones.
+            UserError: the tree has none for it; the message names similar ones.
         """
         return list(self._of(dataset, subset).values())
 
     def template(self, dataset: str, subset: str | None, name: str) -> PromptTemplate:
-        """The template of that name.
+        """Return the template of that name.
 
         Raises:
-            ValueError: there is none; the message names similar ones.
+            UserError: there is none; the message names similar ones.
         """
         named = self._of(dataset, subset)
         if name not in named:
@@ -250,14 +232,8 @@ class TemplateTree:
         return self._templates[key]
 
 
-_REMEDY = (
-    "give a promptsource tree with --templates DIR (or METRO_TEMPLATES), or run "
-    "`metro templates fetch` once"
-)
-
-
 def _names_in(file: Path, root: Path) -> tuple[str, str | None]:
-    """Dataset and subset as the head of the file names them, else by its folders."""
+    """Read dataset and subset from the head of the file, else from its folders."""
     with file.open(encoding="utf-8") as text:
         named = dict(_HEADER.findall(text.read(400)))
     parts = file.parent.relative_to(root).parts
@@ -281,10 +257,10 @@ def _loader():
 def read_templates(
     file: Path, dataset: str | None = None, subset: str | None = None
 ) -> list[PromptTemplate]:
-    """The templates of one ``templates.yaml``. Only plain data is built: no tag runs code.
+    """Read one ``templates.yaml``. Only plain data is built: no tag runs code.
 
     Raises:
-        ValueError: the file is not of promptsource's form.
+        UserError: the file is not of promptsource's form.
     """
     import yaml
 
@@ -322,7 +298,7 @@ def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str |
     if not isinstance(metadata, dict):
         raise UserError(f"{where} has metadata without fields")
     metrics = metadata.get("metrics") or []
-    # Values are not shown: aliases of YAML make a few lines as long as one likes.
+    # Values are not shown: with aliases of YAML a few lines make a value of any length.
     for field, value in (
         ("answer_choices", entry.get("answer_choices") or ""),
         ("reference", entry.get("reference") or ""),
@@ -345,10 +321,10 @@ def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str |
 
 
 def find_templates(path: str | Path | None = None) -> TemplateTree:
-    """The tree at ``path``, else ``$METRO_TEMPLATES``, else the cache of `metro templates fetch`.
+    """Open the tree at ``path``, ``$METRO_TEMPLATES`` or the cache of `metro templates fetch`.
 
     Raises:
-        ValueError: there is none; the message says what to do.
+        UserError: there is none; the message says what to do.
     """
     from metro.data.prompts.template_download import cached_templates
 

@@ -44,21 +44,15 @@ class ChunkEncoder:
         if chunk.is_jsonl or isinstance(chunk.payload, list):
             items = list(self._encode_documents(documents(chunk, skips)))
         else:
-            items = self._encode(text_lines(chunk, skips))
+            items = self.vocabulary.encode_texts(text_lines(chunk, skips), self.lower)
         sizes = np.fromiter(map(len, items), dtype=np.int32, count=len(items))
         ids = np.fromiter(chain.from_iterable(items), dtype=self.dtype, count=int(sizes.sum()))
         return EncodedChunk(ids, sizes, skips)
 
-    def _encode(self, lines: list[str]) -> list[list[int]]:
-        items = self.vocabulary.encode_lines([normalize_text(line, self.lower) for line in lines])
-        for item in items:
-            item.append(EOS_ID)
-        return items
-
     def _encode_documents(self, texts: Iterator[str]) -> Iterator[list[int]]:
         for text in texts:
-            items = [item for item in self._encode(text.split("\n")) if len(item) > 1]
-            if items:
+            encoded = self.vocabulary.encode_texts(text.split("\n"), self.lower)
+            if items := [item for item in encoded if len(item) > 1]:
                 yield from items
                 yield [EOS_ID]
 

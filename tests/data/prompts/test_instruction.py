@@ -8,12 +8,11 @@ import json
 
 import pytest
 
+from metro.data.datasets import UnusableRow
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import (
-    NotFlippable,
     encoder_text,
     flip,
-    is_conditional,
     sentinels_for,
     split_template,
 )
@@ -71,7 +70,6 @@ def test_rendered_differs_for_conditional_templates_only(golden, tree):
         published = flip(source, record["row"], seed=None)
         rendered = flip(source, record["row"], instruction_text="rendered", seed=None)
         if rendered != published:
-            assert is_conditional(source)
             name = "/".join(filter(None, (record["dataset"], record["subset"])))
             changed.setdefault(name, set()).add(source.name)
     assert {name: len(templates) for name, templates in changed.items()} == CHANGED
@@ -103,15 +101,15 @@ def test_bars_in_data_and_conditions_around_the_answer():
     """Oracle: by hand. Only the template's own ``|||`` ends the input."""
     source = template("{% if ok %}Say {{x}} ||| {{x}}{% endif %}")
     assert flip(source, {"ok": True, "x": "a ||| b"}).input == "<extra_id_0>a ||| b<extra_id_1>"
-    with pytest.raises(NotFlippable, match="does not apply to it"):
+    with pytest.raises(UnusableRow, match="renders no answer for this row"):
         flip(source, {"ok": False, "x": "a"})
 
 
 def test_templates_without_instruction_are_refused():
-    """Oracle: the message names template and remedy."""
-    with pytest.raises(NotFlippable, match="'plain' of toy has no instruction.*leave it out"):
+    """Oracle: the reason is one, the detail says what is missing."""
+    with pytest.raises(UnusableRow, match="no instruction to guess: .* no text outside"):
         flip(template("{{x}}{{y}}|||{{x}}"), {"x": "a", "y": "b"})
-    with pytest.raises(NotFlippable, match="for this row"):
+    with pytest.raises(UnusableRow, match="renders no text outside .* for this row"):
         flip(
             template("{% if x %}Say{% endif %}{{y}}|||{{y}}"),
             {"x": 0, "y": "b"},

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from metro.data.prompts.preparation import prepare_prompts
+from metro.data.prompts.prepare import prepare_prompts
 
 TEMPLATE = """  {key}: !Template
     answer_choices: {choices}

@@ -9,17 +9,17 @@ import time
 
 import pytest
 
-from metro.data.prompts import preparation as prompt_preparation
+from metro.data.prompts import prepare as prepare_module
 from metro.data.prompts.stored import read_manifest
 from metro.utils.messages import UserError
 from tests.data.prompts.toys import files_of, make_world, prepare
 
 RUN = """
 import sys
-from metro.data.prompts import preparation as prompt_preparation
+from metro.data.prompts import prepare as prepare_module
 from tests.data.prompts.toys import prepare
 from pathlib import Path
-prompt_preparation.CHUNK_EXAMPLES, prompt_preparation.CHECKPOINT_SECONDS = 40, 0
+prepare_module.CHUNK_EXAMPLES, prompt_preparation.CHECKPOINT_SECONDS = 40, 0
 world, out, workers, vocab = sys.argv[1:]
 options = {"vocab": vocab} if vocab else {}
 print(prepare(Path(world), Path(out), num_workers=int(workers), **options)[1])
@@ -83,8 +83,8 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp
 
 def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypatch):
     world = make_world(tmp_path)
-    monkeypatch.setattr(prompt_preparation, "CHUNK_EXAMPLES", 30)
-    monkeypatch.setattr(prompt_preparation, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(prepare_module, "CHUNK_EXAMPLES", 30)
+    monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0)
 
     def stop(now):
         if now.done > 200:

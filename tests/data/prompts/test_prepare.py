@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from metro.data.prompts import preparation as prompt_preparation
+from metro.data.prompts import prepare as prepare_module
 from metro.data.prompts.instruction import flip
 from metro.data.prompts.settings import plan_prompts, read_settings
 from metro.data.prompts.sources import Unavailable
@@ -86,7 +86,7 @@ def test_workers_and_chunks_change_nothing(world, tmp_path, monkeypatch, vocab, 
     """Oracle: one process with chunks of another size."""
     options = {"vocab": vocab, "format": format}
     alone, _ = prepare(world, tmp_path / "alone", **options)
-    monkeypatch.setattr(prompt_preparation, "CHUNK_EXAMPLES", 50)
+    monkeypatch.setattr(prepare_module, "CHUNK_EXAMPLES", 50)
     many, _ = prepare(world, tmp_path / "many", num_workers=3, **options)
     assert files_of(alone.folder) == files_of(many.folder)
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_
         ("train", "absent"), ("train", "two/other"),
     ]  # fmt: skip
     again, said = prepare(world, tmp_path / "out", **options)
-    assert again.was_finished and "2 parts could not be had; --overwrite tries again" in said[0]
+    assert again.was_finished and "2 parts were not available; --overwrite tries again" in said[0]
     assert not prepare(world, tmp_path / "out", overwrite=True, **options)[0].was_finished
     write_templates(tmp_path / "templates", "absent", YES_NO)
     options["templates"] = tmp_path / "templates"
@@ -201,7 +201,7 @@ def test_flipped_mixture_on_real_rows(testdata, tmp_path):
                     lines[file] = file.read_text().split("\n")
                 row = json.loads(lines[file][example["row"]])
                 assert (example["flipped_input"], example["instruction"]) == flip(template, row)
-                rendered = template.render(row)
-                assert (example["input"], example["target"]) == rendered
+                rendered = template.render_example(row)
+                assert (example["input"], example["target"]) == rendered[:2]
                 checked += 1
     assert checked > 300

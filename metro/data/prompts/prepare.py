@@ -12,18 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.datasets import DatasetUnavailable
+from metro.data.datasets import DatasetUnavailable, UnusableRow, name_of
 from metro.data.indexed_file import best_dtype
 from metro.data.prompts.examples import (
-    ChunkRenderer,
-    Dropped,
-    FairseqEncoder,
-    JsonlEncoder,
-    Part,
+    ExampleSettings,
+    LeftOut,
+    PromptedExample,
+    count_row,
+    make_example,
 )
-from metro.data.prompts.output import FairseqTaskWriter, JsonlTaskWriter, PromptFolder
+from metro.data.prompts.output import (
+    FairseqEncoder,
+    FairseqTaskWriter,
+    JsonlEncoder,
+    JsonlTaskWriter,
+    PromptFolder,
+)
+from metro.data.prompts.sandbox import ProtectedRow
 from metro.data.prompts.settings import ignored_options, read_settings
-from metro.data.prompts.sources import PartPlan, Unavailable
+from metro.data.prompts.sources import Part, PartPlan, Unavailable
 from metro.environment import available_cores
 from metro.utils.messages import UserError
 from metro.utils.worker_pool import map_in_order
@@ -34,7 +41,7 @@ _SYNC_THREADS = 32
 
 
 class PromptProgress(NamedTuple):
-    """How far the work is."""
+    """State of the work."""
 
     step: str
     """The dataset."""
@@ -45,7 +52,7 @@ class PromptProgress(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """What ``prepare_prompts`` made."""
+    """Result of ``prepare_prompts``."""
 
     folder: Path
     manifest: dict
@@ -75,7 +82,7 @@ def prepare_prompts(
         options: those of ``read_settings``.
 
     Raises:
-        ValueError: an option is wrong, or not a single example could be made.
+        UserError: an option is wrong, or not a single example could be made.
     """
     settings = read_settings(mixture, **options)
     num_workers = available_cores() if num_workers is None else num_workers
@@ -85,7 +92,7 @@ def prepare_prompts(
     finished = folder.finished_manifest(overwrite)
     if finished and not (overwrite and finished["unavailable"]):
         missing = len(finished["unavailable"])
-        again = f" ({missing} parts could not be had; --overwrite tries again)" if missing else ""
+        again = f" ({missing} parts were not available; --overwrite tries again)" if missing else ""
         say(f"{folder.out} is already finished; nothing to do{again}")
         return PreparedPrompts(folder.out, finished, True)
     earlier = folder.open(overwrite)
@@ -95,6 +102,51 @@ def prepare_prompts(
         say(f"warning: {note}")
     work = _Preparation(settings, folder, earlier or {}, num_workers, say, progress)
     return PreparedPrompts(folder.out, work.run(), False)
+
+
+class EncodedTask(NamedTuple):
+    """The examples of one template in a chunk of rows."""
+
+    payload: tuple
+    """Arrays and bytes for the writer of the format."""
+    dropped: dict[str, LeftOut]
+    noted: dict[str, LeftOut]
+
+
+class ChunkRenderer:
+    """(start, stop) rows of a part -> one ``EncodedTask`` for each template; for workers."""
+
+    def __init__(self, part: Part, settings: ExampleSettings, encoder):
+        self.part, self.settings, self.encoder = part, settings, encoder
+
+    def __call__(self, bounds: tuple[int, int]) -> list[EncodedTask]:
+        templates = self.part.templates
+        examples: list[list[PromptedExample]] = [[] for _ in templates]
+        dropped: list[dict[str, LeftOut]] = [{} for _ in templates]
+        noted: list[dict[str, LeftOut]] = [{} for _ in templates]
+        name = name_of(self.part.dataset, self.part.subset)
+        for number, split, index, row in self.part.rows(*bounds):
+            if not isinstance(row, UnusableRow) and "answer_choices" not in row:
+                row = ProtectedRow(row)
+            for i, template in enumerate(templates):
+                where = f"{name}, {template.name!r}, row {number}"
+                try:
+                    if isinstance(row, UnusableRow):
+                        raise row
+                    example = make_example(template, row, split, index, self.settings)
+                except UnusableRow as error:
+                    count_row(dropped[i], error, where)
+                    continue
+                if example["answer_choices"] is not None and example["label"] is None:
+                    detail = f"{example['target']!r} is not in {example['answer_choices']}"
+                    flaw = UnusableRow("answer not among the choices (kept)", detail)
+                    count_row(noted[i], flaw, where)
+                example["row"] = number
+                examples[i].append(example)
+        return [
+            EncodedTask(self.encoder(found), dropped[i], noted[i])
+            for i, found in enumerate(examples)
+        ]
 
 
 class _Preparation:
@@ -246,7 +298,7 @@ class _Preparation:
         return self.folder.complete(manifest)
 
     def _counts(self, kind: str) -> dict[str, dict]:
-        """Reason -> how many examples, and where the first one stands."""
+        """Sum up reason -> number of examples, and where the first one is."""
         total: dict[str, dict] = {}
         for facts in self.done.values():
             for task in facts["tasks"]:
@@ -258,21 +310,20 @@ class _Preparation:
     def _nothing(self, dropped: dict) -> str:
         name = self.settings.mixture.name
         reasons = [f"{row.name} ({row.side}): {row.reason}" for row in self.unavailable]
-        reasons += [f"{d['count']:,} dropped: {reason} ({d['first']})" for reason, d in
-                    dropped.items()]  # fmt: skip
+        reasons += [f"{d['count']:,} dropped: {why} ({d['first']})" for why, d in dropped.items()]
         shown = "".join(f"\n  {reason}" for reason in reasons[:20])
         more = f"\n  and {len(reasons) - 20} more" if len(reasons) > 20 else ""
         return f"mixture {name}: not a single example could be made{shown}{more}"
 
 
 def _together(writers: list, method: str) -> None:
-    """Files are synchronised with the disk in threads, which costs one wait instead of many."""
+    """Call a method of every writer in threads: syncing with the disk costs one wait then."""
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # ends before workers are forked again
         for done in [pool.submit(getattr(writer, method)) for writer in writers]:
             done.result()
 
 
-def _merge(table: dict, new: dict[str, Dropped]) -> None:
+def _merge(table: dict, new: dict[str, LeftOut]) -> None:
     for reason, (count, first) in new.items():
         earlier = table.get(reason)
         table[reason] = [earlier[0] + count, earlier[1]] if earlier else [count, first]
