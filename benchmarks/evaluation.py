@@ -38,7 +38,7 @@ from benchmarks.common import ROOT, print_table, write_results
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import METHODS, RankClassifier
-from metro.evaluation.tasks.kinds import Sources, load_tasks
+from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.suites import find_suite
 from metro.fuse import fuse
 

@@ -58,7 +58,7 @@ class EvaluationCommand:
         whole = find_suite(self.suite)
         chosen = whole.narrowed(self.tasks, self.prompts)
         self.check_options(whole)
-        from metro.evaluation.tasks.kinds import Sources, load_tasks
+        from metro.evaluation.tasks.loading import Sources, load_tasks
 
         sources = Sources(
             self.data_dir,

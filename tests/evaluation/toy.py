@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RunFolder
 from metro.evaluation.runs.runner import Settings, evaluate, run_info
-from metro.evaluation.tasks.kinds import Sources, load_tasks
+from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import read_suite
 from metro.utils.progress import SILENT

@@ -113,15 +113,26 @@ def _check(rendered: RenderedExample, min_choices: int) -> str:
     if not rendered.input.strip():
         raise UnusableRow("empty input")
     if min_choices:
-        if choices is None:
-            raise UnusableRow("no answer choices")
-        if rendered.label is None:
-            raise UnusableRow("answer not among the choices", f"{target!r} is not in {choices}")
-        if not all(choice.strip() for choice in choices):
-            raise UnusableRow("empty answer choice", repr(choices))
-        if len(set(choices)) < min_choices:
-            raise UnusableRow("a single answer choice", repr(choices))
+        check_choices(target, choices, rendered.label, min_choices)
     return target
+
+
+def check_choices(
+    target: str, choices: list[str] | None, label: int | None, min_choices: int
+) -> None:
+    """Check that the target is one of at least ``min_choices`` different answer choices.
+
+    Raises:
+        UnusableRow: it is not, or a choice is empty.
+    """
+    if not choices:
+        raise UnusableRow("no answer choices")
+    if label is None:
+        raise UnusableRow("answer not among the choices", f"{target!r} is not in {choices}")
+    if not all(choice.strip() for choice in choices):
+        raise UnusableRow("empty answer choice", repr(choices))
+    if len(set(choices)) < min_choices:
+        raise UnusableRow("a single answer choice", repr(choices))
 
 
 def _flip(

@@ -200,6 +200,7 @@ class PromptFolder(PreparedFolder):
         text = json.dumps(groups, indent=4)
         _write_text(self.partial / "valid" / "valid_datasets.json", text)
 
+
 def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:

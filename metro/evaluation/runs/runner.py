@@ -15,7 +15,7 @@ from metro.evaluation.runs.run_folder import PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
-from metro.evaluation.tasks.kinds import Examples, Sources, Task
+from metro.evaluation.tasks.loading import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
 from metro.utils.messages import counted, percent
@@ -122,7 +122,7 @@ def evaluate(
     Args:
         model: any sequence-to-sequence model of Hugging Face, in eval mode.
         tokenizer: of the model.
-        tasks: with their data, see :func:`metro.evaluation.tasks.kinds.load_tasks`.
+        tasks: with their data, see :func:`metro.evaluation.tasks.loading.load_tasks`.
         folder: of the first process; the others have None.
         suite_name: for the results.
         protocol: special tokens and lengths of the model's inputs.
@@ -198,7 +198,10 @@ def make_classifier(
 
 def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:
     """Remarks on the rows of a prompt that were left out or changed."""
-    found = [f"{counted(count, 'row')} left out: {why}" for why, count in asked.skipped.items()]
+    found = [
+        f"{counted(left_out.count, 'row')} left out: {why} (first: {left_out.first})"
+        for why, left_out in asked.skipped.items()
+    ]
     duplicates = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
     if duplicates:
         found.append(
@@ -250,7 +253,8 @@ def write_prompt(
         }
         for example, ranking in zip(asked.examples, rankings, strict=True)
     )
-    return folder.write(result, scores, {"skipped": sum(asked.skipped.values())})
+    skipped = sum(left_out.count for left_out in asked.skipped.values())
+    return folder.write(result, scores, {"skipped": skipped})
 
 
 def environment_versions() -> dict[str, str]:

@@ -3,23 +3,36 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metro.data.prompts.examples import PromptedExample
 from metro.utils.messages import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationExample:
-    """Prompt, options and truth of one row, all rendered with the same draw."""
+    """Prompt, answer choices and truth of one row, all rendered with the same draw."""
 
     index: int
-    """Row of the dataset's split; prompts of a task are compared by it."""
+    """Number of the row in its split; prompts of a task are compared by it."""
     input: str
     """The rendered prompt."""
     choices: Sequence[str]
     label: int | None
-    """Index of the true option, the first one where options are alike; None if unknown."""
+    """Index of the true choice, the first one where choices are identical; None if unknown."""
     flipped_input: str | None = None
     """The input instance with sentinels, where the method needs it."""
     instruction: str | None = None
+
+    @classmethod
+    def of(cls, example: PromptedExample) -> "EvaluationExample":
+        """The question that a prompted example with answer choices asks."""
+        return cls(
+            example["row"],
+            example["input"],
+            example["answer_choices"] or (),
+            example["label"],
+            example["flipped_input"],
+            example["instruction"],
+        )
 
     def __post_init__(self):
         if not self.choices:
@@ -29,7 +42,8 @@ class EvaluationExample:
                 raise UserError(f"answer choice {number} of row {self.index} is empty")
         if self.label is not None and not 0 <= self.label < len(self.choices):
             raise UserError(
-                f"label {self.label} of row {self.index} is none of its {len(self.choices)} choices"
+                f"label {self.label} of row {self.index} is not one of its {len(self.choices)} "
+                "choices"
             )
 
     @property

@@ -1,11 +1,4 @@
-"""Suites of evaluation tasks, as data: ``suites/<name>.yaml``, or a file of the user's.
-
-The kinds of a suite, and what its tasks are:
-
-* ``templates`` (default): a dataset, a split and the names of prompt templates;
-* ``bigbench``: folders with a ``task.json``;
-* ``mmlu``: subjects, all asked with one template;
-* ``label_generalization``: a template whose label words are replaced.
+"""Suites of evaluation tasks: ``suites/<name>.yaml``, a YAML file of your own, a prepared folder.
 
 A task of your own is a file like this, given as ``--suite colours.yaml``::
 
@@ -18,7 +11,7 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
           plain:
             jinja: "What colour is {{thing}}? ||| {{answer_choices[answer]}}"
             answer_choices: "{{colours | join('|||')}}"
-          with options:
+          with choices:
             jinja: >-
               {{thing}} is {{colours | join(" or ")}}: which? ||| {{answer_choices[answer]}}
             answer_choices: "{{colours | join('|||')}}"
@@ -28,8 +21,35 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
         split: validation
         prompts: [MNLI crowdsource, must be true]
 
-``|||`` separates prompt and answer, and options from each other. All three methods work with it,
-and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
+``|||`` separates prompt and answer, and answer choices from each other. All three methods work
+with it, and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
+
+Keys of a suite:
+
+==============  =================================================================================
+``title``       name in tables; default: the file's
+``kind``        kind of all its tasks, see below; default ``templates``
+``include``     list of suites whose tasks come first
+``tasks``       mapping from names to tasks, or list of names where a task needs no keys
+==============  =================================================================================
+
+Kinds, and the keys of a task (``?``: may be left out):
+
+========================  =======================================================================
+``templates``             ``dataset``, ``subset`` ?, ``split``, or ``data`` (a jsonl file) instead;
+                          ``prompts``: list of template names, or mapping from names to ``jinja``
+                          and ``answer_choices``
+``bigbench``              nothing, or a list of subtasks: ``<task>[/<subtask>]/task.json`` is read
+``mmlu``                  nothing; the suite has ``hub``, ``split`` and ``template`` (``dataset``,
+                          ``subset`` ?, ``name``) for all subjects
+``label_generalization``  ``dataset``, ``subset`` ?, ``split``, ``template`` (a name), ``replace``
+                          (label word to substitute); the suite may have ``max_rows``
+``prepared``              nothing; the suite has ``folder``, made by ``metro prepare-prompts
+                          --format jsonl``. Tasks are its datasets (``tasks`` may be left out),
+                          prompts its templates with answer choices, rows its held-out examples
+========================  =======================================================================
+
+``--suite FOLDER`` with such a prepared folder is the suite of all its datasets.
 """
 
 import hashlib
@@ -38,12 +58,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from metro.data.datasets import name_of
 from metro.utils.messages import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "suites"
-KINDS = ("templates", "bigbench", "mmlu", "label_generalization")
+KINDS = ("templates", "bigbench", "mmlu", "label_generalization", "prepared")
 WHOLE_TASK = "task.json"
 """Prompt of a BIG-bench task that has no subtasks."""
+_HELP = 'see "Own tasks" in docs/evaluation.md'
+_KEYS = {
+    "templates": ("dataset", "subset", "split", "data", "prompts"),
+    "label_generalization": ("dataset", "subset", "split", "template", "replace"),
+}
+_SUITE_KEYS = (
+    "title", "kind", "include", "tasks", "hub", "split", "template", "max_rows", "folder"
+)  # fmt: skip
+_NAMES = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +83,17 @@ class TaskSpec:
     name: str
     kind: str
     prompts: tuple[str, ...]
-    dataset: str | None = None
+    dataset: str = ""
     subset: str | None = None
-    split: str | None = None
+    split: str = ""
     hub: str | None = None
-    """Where the dataset is on the hub, if not where ``metro.data.datasets`` knows it."""
+    """Name of the dataset on the hub, if ``metro.data.datasets`` does not know it."""
     data: Path | None = None
-    """A jsonl file instead of a dataset."""
-    inline: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """A jsonl file instead of a dataset; of kind ``prepared`` the prepared folder."""
+    inline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Templates written in the suite: ``{name: {"jinja", "answer_choices"}}``."""
     template: dict[str, Any] = field(default_factory=dict)
-    """Where the template comes from if not from the dataset: ``{"dataset", "subset", "name"}``."""
+    """Place of the template, if not at the dataset: ``{"dataset", "subset", "name"}``."""
     replace_words: dict[str, str] = field(default_factory=dict)
     max_rows: int | None = None
 
@@ -77,15 +107,15 @@ class Suite:
     tasks: dict[str, TaskSpec]
 
     def fingerprint(self) -> str:
-        """Of all tasks, so that a file that was changed is told apart; their order is free."""
+        """Return a digest of all tasks in any order: a changed file has another one."""
         specs = (replace(s, data=s.data and s.data.resolve()) for s in self.tasks.values())
         return hashlib.sha256("".join(sorted(map(repr, specs))).encode()).hexdigest()[:16]
 
     def narrowed(self, tasks: Sequence[str] = (), prompts: Sequence[str] = ()) -> "Suite":
-        """The suite with these tasks and prompts only.
+        """Return the suite with these tasks and prompts only.
 
         Raises:
-            ValueError: a name that the suite does not have, with the nearest ones.
+            UserError: the suite does not have one of the names; the message has similar ones.
         """
         for name in tasks:
             if name not in self.tasks:
@@ -110,28 +140,32 @@ def suite_names() -> list[str]:
 
 
 def find_suite(name: str) -> Suite:
-    """A suite by its name, or from the file of that path.
+    """Find a suite by its name, by the path of its YAML file, or by that of a prepared folder.
 
     Raises:
-        ValueError: no such suite; the message has the nearest names.
+        UserError: no such suite; the message has similar names.
     """
     path = FOLDER / f"{name}.yaml"
-    if Path(name).suffix in (".yaml", ".yml"):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"no suite file {name}")
-    elif not path.is_file():
+    if path.is_file():
+        return read_suite(path)
+    path = Path(name)
+    if path.is_dir():
+        return prepared_suite(path)
+    if path.suffix not in (".yaml", ".yml"):
         raise UserError(
-            f"no suite {name!r}: {did_you_mean(name, suite_names())} A file NAME.yaml works as well"
+            f"no suite {name!r}: {did_you_mean(name, suite_names())} A file NAME.yaml or a folder "
+            "of `metro prepare-prompts` works as well"
         )
+    if not path.is_file():
+        raise UserError(f"no suite file {name}")
     return read_suite(path)
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite file.
+    """Read a suite file; its form is at the top of the module.
 
     Raises:
-        ValueError: it is none, by file, task and field.
+        UserError: it is not a suite; the message names file, task and key.
     """
     import yaml
 
@@ -139,50 +173,140 @@ def read_suite(path: Path) -> Suite:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict | list):
-        raise UserError(f"{path} has no `tasks:`; see the top of metro/evaluation/tasks/suites.py")
-    kind = content.get("kind", "templates")
+    where = str(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a suite: it has no `tasks:`; {_HELP}")
+    _check_keys(content, _SUITE_KEYS, where)
+    kind = _get(content, "kind", str, where, "templates")
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}; use one of {', '.join(KINDS)}")
+    title = str(content.get("title", path.stem))
+    if kind == "prepared":
+        folder = path.parent / _get(content, "folder", str, where)
+        suite = prepared_suite(folder).narrowed(_texts(content, "tasks", where, []))
+        return replace(suite, name=path.stem, title=title)
     tasks: dict[str, TaskSpec] = {}
-    for included in content.get("include", ()):
+    for included in _texts(content, "include", where, []):
         tasks |= find_suite(included).tasks
-    named = content["tasks"]
+    named = content.get("tasks")
+    if not named or not isinstance(named, dict | list):
+        raise UserError(f"{path} has no `tasks:`; {_HELP}")
     for name, entry in named.items() if isinstance(named, dict) else ((n, None) for n in named):
-        try:
-            tasks[name] = _read_task(name, kind, entry, content, path)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: task {name}: {error} is missing or no value for it") from None
-    return Suite(path.stem, str(content.get("title", path.stem)), tasks)
+        tasks[name] = _read_task(name, kind, entry, content, path)
+    return Suite(path.stem, title, tasks)
 
 
-def _read_task(name: str, kind: str, entry: Any, suite: dict, path: Path) -> TaskSpec:
+def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> TaskSpec:
+    where = f"{path}: task {name}"
+    if not isinstance(name, str):
+        raise UserError(f"{where}: the name must be a text; quote it")
     if kind == "bigbench":
-        return TaskSpec(name, kind, tuple(entry or (WHOLE_TASK,)))
+        prompts = _texts({"subtasks": entry or [WHOLE_TASK]}, "subtasks", where)
+        return TaskSpec(name, kind, tuple(prompts))
     if kind == "mmlu":
-        template = dict(suite["template"])
-        return TaskSpec(name, kind, (template["name"],), "mmlu", name, suite["split"],
-                        hub=suite["hub"], template=template)  # fmt: skip
+        template = _get(suite, "template", dict, str(path))
+        split, hub = (_get(suite, key, str, str(path)) for key in ("split", "hub"))
+        prompt = _get(template, "name", str, f"{path}: template")
+        return TaskSpec(name, kind, (prompt,), "mmlu", name, split, hub, template=template)
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is {entry!r}, and must be a mapping; {_HELP}")
+    _check_keys(entry, _KEYS[kind], where)
+    subset = _get(entry, "subset", str, where, None)
     if kind == "label_generalization":
+        words = _get(entry, "replace", dict, where)
+        if not all(isinstance(word, str) for pair in words.items() for word in pair):
+            raise UserError(
+                f"{where}: replace is {words!r}, and must map texts to texts; quote them"
+            )
+        dataset, split, prompt = (
+            _get(entry, key, str, where) for key in ("dataset", "split", "template")
+        )
+        max_rows = _get(suite, "max_rows", int, str(path), None)
         return TaskSpec(
-            name, kind, (entry["template"],), entry["dataset"], entry.get("subset"), entry["split"],
-            replace_words=dict(entry["replace"]), max_rows=suite.get("max_rows"),
-        )  # fmt: skip
-    prompts = entry["prompts"]
-    inline = prompts if isinstance(prompts, dict) else {}
+            name, kind, (prompt,), dataset, subset, split, replace_words=words, max_rows=max_rows
+        )
+    inline = _get(entry, "prompts", (list, dict), where)
+    prompts = _texts({"prompts": list(inline)}, "prompts", where)
+    if not prompts:
+        raise UserError(f"{where} has no prompts")
+    inline = inline if isinstance(inline, dict) else {}
     for prompt, texts in inline.items():
         for part in ("jinja", "answer_choices"):
-            if not isinstance(texts.get(part), str):
-                raise UserError(f"{path}: task {name}: prompt {prompt!r} has no text `{part}`")
+            if not isinstance(texts, dict) or not isinstance(texts.get(part), str):
+                raise UserError(f"{where}: prompt {prompt!r} has no text `{part}`")
         if "|||" not in texts["jinja"]:
-            raise UserError(
-                f"{path}: task {name}: prompt {prompt!r} has no answer: write it behind |||"
-            )
-    if not prompts:
-        raise UserError(f"{path}: task {name} has no prompts")
+            raise UserError(f"{where}: prompt {prompt!r} has no answer: write it behind |||")
     if "data" in entry:
-        data = path.parent / entry["data"]
-        return TaskSpec(name, kind, tuple(prompts), entry.get("dataset", name), data=data,
-                        inline=inline)  # fmt: skip
-    return TaskSpec(name, kind, tuple(prompts), entry["dataset"], entry.get("subset"),
-                    entry["split"], inline=inline)  # fmt: skip
+        data = path.parent / _get(entry, "data", str, where)
+        dataset = _get(entry, "dataset", str, where, name)
+        return TaskSpec(name, kind, tuple(prompts), dataset, subset, data=data, inline=inline)
+    dataset, split = (_get(entry, key, str, where) for key in ("dataset", "split"))
+    return TaskSpec(name, kind, tuple(prompts), dataset, subset, split, inline=inline)
+
+
+def prepared_suite(folder: Path) -> Suite:
+    """Make a suite of a folder of prepared prompts: its held-out datasets are the tasks.
+
+    Prompts are the templates with answer choices.
+
+    Raises:
+        UserError: the folder holds no text, or no held-out examples with answer choices.
+    """
+    from metro.data.prompts.stored import PromptedExamples, read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest["format"] != "jsonl":
+        raise UserError(f"{folder} holds ids: prepare it with --format jsonl to evaluate on it")
+    prompts: dict[tuple[str, str | None], list[str]] = {}
+    for task, facts in manifest["splits"]["valid"].items():
+        examples = PromptedExamples(folder / "valid" / task / "valid.jsonl")
+        if examples[0]["answer_choices"]:  # as for all examples of the template
+            key = facts["dataset"], facts["subset"]
+            prompts.setdefault(key, []).append(facts["prompt_name"])
+    if not prompts:
+        raise UserError(
+            f"{folder} has no held-out examples with answer choices: prepare it with "
+            "--validation all"
+        )
+    tasks = {
+        name_of(*key): TaskSpec(
+            name_of(*key), "prepared", tuple(names), *key, split="valid", data=folder
+        )
+        for key, names in prompts.items()
+    }
+    name = folder.resolve().name
+    return Suite(name, f"{name} (prepared, mixture {manifest['mixture']})", tasks)
+
+
+_REQUIRED = object()
+
+
+def _get(
+    entry: dict, key: str, kind: type | tuple[type, ...], where: str, default: Any = _REQUIRED
+) -> Any:
+    """Return a value of an entry after checking its type; ``where`` names the entry."""
+    value = entry.get(key)
+    if value is None and default is _REQUIRED:
+        raise UserError(f"{where}: missing key {key!r}; {_HELP}")
+    if value is None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        names = " or ".join(_NAMES[each] for each in kinds)
+        quoted = "; quote it" if kind is str and not isinstance(value, dict | list) else ""
+        raise UserError(f"{where}: {key} is {value!r}, and must be {names}{quoted}")
+    return value
+
+
+def _texts(entry: dict, key: str, where: str, default: Any = _REQUIRED) -> list[str]:
+    found = _get(entry, key, list, where, default)
+    for value in found:
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} has {value!r}, and must be a list of texts; quote it")
+    return found
+
+
+def _check_keys(entry: dict, known: Sequence[str], where: str) -> None:
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: {did_you_mean(str(key), known)}")

@@ -19,7 +19,7 @@ import sys
 from metro.data.prompts import prepare as prepare_module
 from tests.data.prompts.toys import prepare
 from pathlib import Path
-prepare_module.CHUNK_EXAMPLES, prompt_preparation.CHECKPOINT_SECONDS = 40, 0
+prepare_module.CHUNK_EXAMPLES, prepare_module.CHECKPOINT_SECONDS = 40, 0
 world, out, workers, vocab = sys.argv[1:]
 options = {"vocab": vocab} if vocab else {}
 print(prepare(Path(world), Path(out), num_workers=int(workers), **options)[1])

@@ -13,7 +13,7 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.run_folder import read_run
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
-from metro.evaluation.tasks.kinds import Sources, choose_rows, load_task
+from metro.evaluation.tasks.loading import Sources, choose_rows, load_task
 from metro.evaluation.tasks.suites import read_suite
 from metro.utils.progress import Progress
 from tests.evaluation.golden import load_exported
@@ -208,7 +208,8 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     result = read_run(tmp_path / "run").results[0]
     assert result.num_examples == 3
     assert without_times(tmp_path / "run")[0]["skipped"] == 2
-    assert "colour / plain: 1 row left out: an answer choice is empty" in outcome.notes
+    why = "empty answer choice (first: row 1: ['red', ''])"
+    assert f"colour / plain: 1 row left out: {why}" in outcome.notes
     note = "1 row with duplicate answer choices; duplicates count as one choice"
     assert f"colour / plain: {note}" in outcome.notes
     scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]

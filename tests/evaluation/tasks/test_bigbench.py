@@ -9,7 +9,7 @@ import pytest
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
-from metro.evaluation.tasks.bigbench import make_examples, parse_task, read_task
+from metro.evaluation.tasks.bigbench import make_question, parse_task, read_task_file
 
 
 def test_formats_equal_the_originals(testdata):
@@ -19,7 +19,7 @@ def test_formats_equal_the_originals(testdata):
     assert len({record["task"] for record in records}) > 10
     for record in records:
         task = parse_task({**record["task_fields"], "examples": [record["example"]]})
-        [example] = make_examples(task, flipped=True)
+        example = make_question(task, 0, 0, flipped=True)
         encoders = [encoder_text(example.flipped_input, c) for c in example.choices]
         assert encoders == record["flipped_encoders"]
         assert example.instruction == record["flipped_target"]
@@ -32,9 +32,9 @@ def test_formats_equal_the_originals(testdata):
 def test_all_local_tasks_are_read(testdata):
     """Oracle: counts of the files' own examples; rebuilt ones in other forms are read as well."""
     root = testdata / "data" / "bigbench"
-    assert len(read_task(root / "strategyqa").examples) == 2290
-    assert len(read_task(root / "language_identification").examples) == 2000
-    fallacies = read_task(root / "formal_fallacies_syllogisms_negation")
+    assert len(read_task_file(root / "strategyqa").examples) == 2290
+    assert len(read_task_file(root / "language_identification").examples) == 2000
+    fallacies = read_task_file(root / "formal_fallacies_syllogisms_negation")
     assert len(fallacies.examples) == 250
     assert list(fallacies.examples[0]["target_scores"]) == ["valid", "invalid"]
     assert "Options:" not in fallacies.examples[0]["input"]
@@ -43,13 +43,13 @@ def test_all_local_tasks_are_read(testdata):
 def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
     """Oracle: the message names file and reason."""
     with pytest.raises(DatasetUnavailable, match="--bigbench-dir DIR"):
-        read_task(tmp_path / "nothing")
+        read_task_file(tmp_path / "nothing")
     with pytest.raises(ValueError, match="example 1 has no multiple-choice targets"):
         good = {"input": "a", "target_scores": {"x": 1, "y": 0}}
         parse_task({"examples": [good, {"input": "b", "target": "free text"}]})
     with pytest.raises(ValueError, match="no multiple-choice targets"):
         parse_task({"examples": [{"input": "a", "target_scores": {"x": 0, "y": 0}}]})
-    with pytest.raises(ValueError, match="options that are not empty"):
+    with pytest.raises(ValueError, match="choices that are not empty"):
         parse_task({"examples": [{"input": "a", "target_scores": {"": 1, "y": 0}}]})
     with pytest.raises(ValueError, match="task.json: example 1 has no 'input'"):
         parse_task({"examples": [good, {"target_scores": {"x": 1, "y": 0}}]})
@@ -57,4 +57,4 @@ def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
         parse_task({"name": "parent", "examples": []})
     (tmp_path / "task.json").write_text("{")
     with pytest.raises(ValueError, match="task.json is not JSON"):
-        read_task(tmp_path)
+        read_task_file(tmp_path)

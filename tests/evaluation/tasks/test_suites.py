@@ -78,8 +78,27 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
         ("tasks: [", "is not YAML"),
         ("title: x", "has no `tasks:`"),
         ("kind: quiz\ntasks: {a: {}}", "kind is 'quiz'; use one of templates"),
-        ("tasks: {a: {dataset: d, split: s}}", "task a: 'prompts' is missing"),
-        ("tasks: {a: {dataset: d, prompts: [p]}}", "task a: 'split' is missing"),
+        ("tasks: {a: {dataset: d, split: s}}", "task a: missing key 'prompts'; see .Own tasks."),
+        ("tasks: {a: {dataset: d, prompts: [p]}}", "task a: missing key 'split'"),
+        ("tasks: {a: {dataset: d, prompt: [p]}}", "unknown key 'prompt': did you mean 'prompts'"),
+        (
+            "tasks: {a: {dataset: d, split: 1, prompts: [p]}}",
+            "split is 1, and must be a text",
+        ),
+        (
+            "tasks: {a: {dataset: d, split: s, prompts: [1]}}",
+            "prompts has 1, and must be a",
+        ),
+        ("tasks: {a: }", "task a is None, and must be a mapping"),
+        ("tasks: {a: {data: d.jsonl, prompts: {p: 3}}}", "'p' has no text `jinja`"),
+        ("kind: mmlu\ntasks: [a]", "mine.yaml: missing key 'template'"),
+        ("kind: bigbench\ntasks: {a: 7}", "subtasks is 7, and must be a list"),
+        (
+            "kind: label_generalization\n"
+            "tasks: {a: {dataset: d, split: s, template: t, replace: {Yes: Agree}}}",
+            "replace is {True: 'Agree'}, and must map texts to texts",
+        ),
+        ("kind: prepared", "missing key 'folder'"),
         ("tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x'}}}}", "'p' has no text `answer_"),
         (
             "tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x', answer_choices: 'y'}}}}",

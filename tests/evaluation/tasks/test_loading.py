@@ -10,7 +10,7 @@ import pytest
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
-from metro.evaluation.tasks.kinds import SUBTASK_STRIDE, Sources, load_task
+from metro.evaluation.tasks.loading import SUBTASK_STRIDE, Sources, load_task
 from metro.evaluation.tasks.suites import TaskSpec, find_suite
 
 
@@ -39,8 +39,8 @@ def test_examples_equal_what_the_original_evaluates(testdata):
                 TaskSpec("x", "templates", (), record["dataset"], subset, data=path), sources
             )
         task = tasks[key]
-        template = task.find_template(record["template"])
-        example = task.example(template, record["source_row"], True)
+        task.templates["asked"] = task.find_template(record["template"])
+        example = task.example("asked", record["source_row"], flipped=True)
         assert example.input == record["direct_input"]
         assert list(example.choices) == record["answer_choices"]
         assert example.choices[example.label] == record["gold_label"]
@@ -108,7 +108,7 @@ def test_a_row_that_is_none_of_mmlu_is_named(testdata, tmp_path, field):
     for ask in (task.weight, task.examples):
         with pytest.raises(ValueError) as error:
             ask("heres_a_problem")
-        assert str(error.value) == f"{file}: row 1 has no {field!r}, so it is none of MMLU"
+        assert str(error.value) == f"{file}: row 1 has no {field!r}: it is not a row of MMLU"
 
 
 def test_subtasks_of_bigbench_keep_their_rows_apart(sources):
