@@ -11,7 +11,7 @@ from metro.evaluation.runs.run_folder import RunFolder
 from metro.evaluation.runs.runner import Settings, evaluate, run_info
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
-from metro.evaluation.tasks.suites import read_suite
+from metro.evaluation.tasks.suites import find_suite
 from metro.utils.progress import SILENT
 
 SUITE = """
@@ -65,11 +65,11 @@ def run(
     progress=SILENT,
     **sources,
 ):
-    """Evaluate the suite in this process, as the command does."""
-    suite = read_suite(suite_file)
+    """Evaluate a suite (its file or folder) in this process, as the command does."""
+    suite = find_suite(str(suite_file))
     data = Sources(data_dir=suite_file.parent, **sources)
     tasks, missing = load_tasks(suite, data)
-    assert list(missing) == ["gone"]
+    assert list(missing) == [name for name in suite.tasks if name == "gone"]
     settings = Settings(method, batch_tokens=300)
     protocol = choose_protocol(None, model.config, method)
     info = run_info("toy", None, model, suite, data, protocol, settings, {})

@@ -1,0 +1,136 @@
+"""Prepared prompts and evaluations: the same examples, and a prepared folder as a suite.
+
+Oracles: the two ways to an example, held against each other; the classifier called on the examples
+of each template by itself.
+"""
+
+import json
+from collections import Counter
+
+import pytest
+
+from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.stored import PromptedExamples, read_manifest
+from metro.evaluation.runs.run_folder import read_run
+from metro.evaluation.scoring.metrics import measure
+from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.scoring.rank_classification import RankClassifier
+from metro.evaluation.tasks.examples import EvaluationExample
+from metro.evaluation.tasks.loading import Sources, load_task
+from metro.evaluation.tasks.suites import find_suite, read_suite
+from tests.data.prompts.toys import make_world, prepare, random_rows, write_rows, write_templates
+from tests.evaluation.golden import load_exported
+from tests.evaluation.toy import run
+
+DRAWING = {
+    "draw": (
+        "{{ ['No', 'Never', 'Not at all'] | choice }} ||| {{ ['Yes', 'Sure'] | choice }}",
+        "{{ ['Well', 'So', 'Now', 'Then'] | choice }}, {{text}} Good? ||| "
+        "{{answer_choices[label]}}",
+    )
+}
+SUITE = """
+tasks:
+  first: {dataset: toy, split: validation, prompts: [draw]}
+  second: {dataset: toy, split: test, prompts: [draw]}
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_preparing_and_evaluating_make_the_same_examples(tmp_path, seed):
+    """Oracle: every field of the prepared examples, in a template that draws at random."""
+    write_templates(tmp_path / "templates", "toy", DRAWING)
+    for number, split in enumerate(("test", "train", "validation")):
+        write_rows(tmp_path / "data", "toy", split, random_rows(number, 30))
+    (tmp_path / "mix.yaml").write_text("data_sets: [toy]\nfold_whitespace: false\n")
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    result, _ = prepare(tmp_path, tmp_path / "out", seed=seed)
+    prepared = {}
+    for example in PromptedExamples(result.folder / "valid/toy_draw"):
+        prepared.setdefault(example["split"], []).append(EvaluationExample.of(example))
+    sources = Sources(tmp_path / "data", tmp_path / "templates", seed=seed)
+    for spec in read_suite(tmp_path / "suite.yaml").tasks.values():
+        asked = load_task(spec, sources).examples("draw", flipped=True).examples
+        assert [example.index for example in asked] == list(range(30))
+        expected = prepared[spec.split]
+        for name in ("input", "choices", "label", "flipped_input", "instruction"):
+            assert [getattr(e, name) for e in asked] == [getattr(e, name) for e in expected]
+    drawn = Counter(example.input.split(",")[0] for example in prepared["test"])
+    assert set(drawn) == {"Well", "So", "Now", "Then"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two datasets; "copy" has no answer choices, one row has none of them as its answer."""
+    world = make_world(tmp_path_factory.mktemp("world"), num_rows=4)
+    templates = {"word": ("No ||| Yes", "{{text}} Good? ||| {{word}}")}
+    write_templates(world / "templates", "odd", templates)
+    rows = [{**row, "word": ["No", "Yes"][row["label"]]} for row in random_rows(7, 13)]
+    rows[6]["word"] = "Perhaps"
+    for split in ("train", "validation"):
+        write_rows(world / "data", "odd", split, rows)
+    (world / "mix.yaml").write_text("data_sets: [one, two/sub, odd]\n")
+    return prepare(world, world / "out")[0].folder
+
+
+@pytest.mark.parametrize("method", ["direct", "channel", "flipped"])
+def test_a_prepared_folder_is_evaluated_as_a_suite(testdata, tmp_path, prepared, method):
+    """Oracle: the classifier on the examples of each template that can be ranked."""
+    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    run(tmp_path / "run", prepared, model, tokenizer, method=method)
+    found = {(result.task, result.prompt): result for result in read_run(tmp_path / "run").results}
+    assert set(found) == {
+        ("one", "ask"), ("one", "random order"), ("two/sub", "ask"), ("two/sub", "random order"),
+        ("odd", "word"),
+    }  # fmt: skip
+    target_length = 512 if method == "channel" else 256
+    encoder = PromptEncoder(tokenizer, max_source_length=512, max_target_length=target_length)
+    classifier = RankClassifier(PairScorer(model), encoder, method)
+    for task, facts in read_manifest(prepared)["splits"]["valid"].items():
+        examples = PromptedExamples(prepared / "valid" / task)
+        questions = [
+            EvaluationExample.of(example)
+            for example in examples
+            if example["answer_choices"] and example["label"] is not None
+        ]
+        name = "/".join(filter(None, (facts["dataset"], facts["subset"])))
+        if not questions:
+            assert (name, facts["prompt_name"]) not in found
+            continue
+        rankings = classifier.rank(questions)
+        expected = measure(questions, [ranking.prediction for ranking in rankings])
+        result = found[name, facts["prompt_name"]]
+        assert (result.accuracy, result.macro_f1) == (expected.accuracy, expected.macro_f1)
+        assert result.num_examples == len(questions) == (12 if name == "odd" else 40)
+
+
+def test_a_suite_file_names_a_prepared_folder(prepared, tmp_path):
+    """Oracle: the tasks that the file lists."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"kind: prepared\ntitle: Mine\nfolder: {prepared}\ntasks: [odd, two/sub]\n")
+    suite = find_suite(str(path))
+    assert (suite.name, suite.title, sorted(suite.tasks)) == ("mine", "Mine", ["odd", "two/sub"])
+    task = load_task(suite.tasks["odd"], Sources(limit=5))
+    assert [example.index for example in task.examples("word").examples] == [0, 2, 5, 7, 10]
+    skipped = load_task(suite.tasks["odd"], Sources()).examples("word").skipped
+    assert {reason: left.count for reason, left in skipped.items()} == {
+        "answer not among the choices": 1
+    }
+    assert load_task(suite.tasks["odd"], Sources(split="train")).rows("word") == list(range(13))
+    path.write_text(f"kind: prepared\nfolder: {prepared}\ntasks: [ode]\n")
+    with pytest.raises(ValueError, match="no task 'ode': did you mean 'one' or 'odd'"):
+        find_suite(str(path))
+
+
+def test_folders_without_held_out_text_are_refused(prepared, tmp_path):
+    """Oracle: the message names folder and remedy."""
+    with pytest.raises(ValueError, match="is not a folder of prepared prompts"):
+        find_suite(str(tmp_path))
+    manifest = read_manifest(prepared)
+    for changed, message in (
+        ({"format": "fairseq"}, "holds ids: prepare it with --format jsonl"),
+        ({"splits": {"train": {}, "valid": {}}}, "no held-out examples .* --validation all"),
+    ):
+        (tmp_path / "prompts.json").write_text(json.dumps({**manifest, **changed}))
+        with pytest.raises(ValueError, match=message):
+            find_suite(str(tmp_path))
