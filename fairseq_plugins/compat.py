@@ -35,7 +35,7 @@ from fairseq.file_io import PathManager
 from fairseq.models import ARCH_CONFIG_REGISTRY, distributed_fairseq_model
 from fairseq.trainer import Trainer
 
-from metro.models.safe_loading import allowed_classes, explain_refusal
+from metro.models.reading import allowed_classes, explain_refusal
 from metro.utils.files import flush
 from metro.utils.messages import UserError
 

@@ -1,12 +1,9 @@
 """METRO: pretraining of T5-style models with signals from an auxiliary model.
 
-`import metro` is instant: the public names below are imported on first use. It also makes METRO-T5
-known to the Auto classes of transformers, as soon as those are imported.
+`import metro` is instant: the public names below are imported on first use.
 """
 
 import importlib
-
-from metro.models.auto_classes import register_on_import as _register_on_import
 
 __version__ = "0.1.0"
 
@@ -19,6 +16,7 @@ _PUBLIC: dict[str, str] = {
     "MetroPretrainingModel": "metro.pretraining.model",
     "load": "metro.models.loading",
     "LoadedModel": "metro.models.loading",
+    "register": "metro.models.auto_classes",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -32,6 +30,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
-
-
-_register_on_import()

@@ -1,12 +1,24 @@
-"""The Hugging Face folder of a METRO-T5: one that loads where nobody has heard of METRO.
+"""Write a METRO-T5 as a Hugging Face folder that loads with transformers alone.
 
-``config.json``, ``generation_config.json``, ``model.safetensors``, the tokenizer's files, a model
-card, and the Python files of ``metro/modeling`` as they are, named in ``auto_map``: whoever has not
-installed METRO loads the folder with ``trust_remote_code=True``, everybody else without.
+An export has these files:
+
+==========================================  ======================================================
+``config.json``                             sizes, dropout, ``auto_map``; written last
+``generation_config.json``                  start and end tokens of generation
+``model.safetensors``                       weights; the embedding matrix once: ``shared.weight``
+``sp.model``, ``dict.txt``,                 vocabulary and tokenizer settings
+``tokenizer_config.json``
+``README.md``                               model card
+``configuration_metro_t5.py``, ...          ``EXPORTED_CODE``: copies of ``metro/modeling``, which
+                                            transformers runs with ``trust_remote_code=True``
+``training.json``                           training settings, if made from a fairseq checkpoint
+``pretraining.safetensors``                 auxiliary model and RTD head, with ``--keep-auxiliary``
+==========================================  ======================================================
+
+``metro.load`` reads the folder with METRO's own classes and runs none of its Python files.
 """
 
 import inspect
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +35,7 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.fairseq_checkpoint import untied
-from metro.utils.files import new_folder
+from metro.utils.files import new_folder, read_json, write_json, write_text
 from metro.utils.messages import UserError
 
 EXPORTED_CODE = (
@@ -43,7 +55,7 @@ AUTO_MAP = {
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_metro_t5.MetroT5Tokenizer", None]}
 WEIGHTS, PRETRAINING_WEIGHTS = "model.safetensors", "pretraining.safetensors"
 TRAINING = "training.json"
-OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "added_tokens_decoder")
+MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path", "added_tokens_decoder")
 
 
 def export_model(
@@ -55,18 +67,18 @@ def export_model(
     training: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model in memory as a folder that loads anywhere.
+    """Write a model in memory as a Hugging Face folder.
 
     Args:
         model: a METRO-T5; its weights are written with the types they have.
         tokenizer: of the model.
-        out: the folder to make.
-        summary: a sentence or two for the model card: what this model is.
-        training: what the card's table says about the training, by name.
-        overwrite: replace the folder where it is there.
+        out: the folder to create.
+        summary: a sentence or two on the model, for its card.
+        training: rows of the card's table on training, by label.
+        overwrite: replace an existing folder.
 
     Raises:
-        ValueError: ``out`` is there, or ``model`` is no METRO-T5.
+        UserError: ``out`` exists, or ``model`` is not a METRO-T5.
     """
     if not isinstance(model, MetroT5ForConditionalGeneration):
         raise UserError(
@@ -91,19 +103,22 @@ def write_folder(
     training: Mapping[str, Any] | None = None,
     inputs: tuple[Path, ...] = (),
 ) -> None:
-    """Write all files of an export. The folder appears when it is complete, ``config.json`` last.
+    """Write all files of an export; the folder appears when it is complete.
 
     Args:
-        out: the folder to make.
-        config, generation, weights, tokenizer, card: what goes into the files; the embedding
-            matrix is among the weights once, as ``shared.weight``.
-        overwrite: replace the folder where it is there.
-        pretraining_weights: auxiliary model and RTD head, where they are kept.
-        training: settings of the training, for the way back to fairseq.
-        inputs: what is read, which must not lie in a folder that is replaced.
+        out: the folder to create.
+        config: of the model.
+        generation: start and end tokens.
+        weights: of the model, the embedding matrix once, as ``shared.weight``.
+        tokenizer: of the model.
+        card: content of ``README.md``.
+        overwrite: replace an existing folder.
+        pretraining_weights: auxiliary model and RTD head, if they are kept.
+        training: content of ``training.json``, for conversion back to fairseq.
+        inputs: files and folders that are read, which a replaced folder must not contain.
 
     Raises:
-        ValueError: ``out`` is there and must not be replaced.
+        UserError: ``out`` exists and must not be replaced.
     """
     with new_folder(out, overwrite, inputs) as folder:
         source = Path(metro.modeling.__file__).parent
@@ -113,15 +128,16 @@ def write_folder(
         if pretraining_weights:
             _save(pretraining_weights, folder / PRETRAINING_WEIGHTS)
         if training is not None:
-            _write_json(folder / TRAINING, training)
+            write_json(folder / TRAINING, training, indent=2)
         _save_tokenizer(tokenizer, folder, config.max_positions)
         generation.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(folder / "config.json", config_fields(config, weights["shared.weight"].dtype))
+        write_text(folder / "README.md", card)
+        fields = config_fields(config, weights["shared.weight"].dtype)
+        write_json(folder / "config.json", fields, indent=2)
 
 
 def config_fields(config: MetroT5Config, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json``: every size and constant, those with their default value too."""
+    """Build the content of ``config.json``, with every size and constant, defaults included."""
     fields = config.to_diff_dict()
     for name in inspect.signature(MetroT5Config.__init__).parameters:
         if name not in ("self", "kwargs"):
@@ -144,15 +160,10 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: MetroT5Tokenizer, folder: Path, max_positions: int) -> None:
-    """As the tokenizer saves itself, with ``auto_map`` and without what only this machine means."""
+    """Save the tokenizer with an ``auto_map`` and without fields specific to this machine."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields = {name: value for name, value in fields.items() if name not in OF_THIS_MACHINE}
+    fields = {name: value for name, value in read_json(path).items() if name not in MACHINE_FIELDS}
     fields["model_max_length"] = min(fields.get("model_max_length", max_positions), max_positions)
     fields |= {"auto_map": TOKENIZER_AUTO_MAP, "tokenizer_class": "MetroT5Tokenizer"}
-    _write_json(path, fields)
-
-
-def _write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, fields, indent=2)

@@ -1,4 +1,4 @@
-"""From a fairseq checkpoint, of the original METRO-T0 code or of this project, to Hugging Face."""
+"""Convert a fairseq checkpoint, of the original METRO-T0 code or this project, to Hugging Face."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +20,21 @@ from metro.utils.files import check_output
 
 @dataclass
 class Conversion:
-    """What was done."""
+    """Facts about a written folder."""
 
     out: Path
     num_parameters: int
+    """Of the model, shared weights counted once; the auxiliary model is not counted."""
     dtype: str
+    """Of the embedding matrix."""
     vocabulary: Path
     """Folder that the vocabulary came from."""
     lower: bool
-    """Whether the tokenizer folds to lower case."""
+    """True if the tokenizer lowercases texts."""
     dropped: list[str] = field(default_factory=list)
-    """Parts of the checkpoint that are not in the export, in words."""
+    """Descriptions of the checkpoint's parts that are not in the export."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the result must know."""
+    """Caveats for the user."""
 
 
 def to_hf(
@@ -49,15 +51,15 @@ def to_hf(
 
     Args:
         checkpoint_path: the ``.pt`` file.
-        out: the folder to make.
+        out: the folder to create.
         vocab: folder with ``sp.model`` and ``dict.txt``; by default found through the checkpoint.
         dtype: of the weights; by default each tensor keeps its own.
-        keep_auxiliary: keep auxiliary model and RTD head, in a file of their own.
-        lower: fold texts to lower case; by default as the vocabulary was made.
-        overwrite: replace ``out`` where it is there.
+        keep_auxiliary: keep auxiliary model and RTD head, in a separate file.
+        lower: lowercase texts; by default as the vocabulary folder says.
+        overwrite: replace an existing ``out``.
 
     Raises:
-        ValueError: ``out`` is there, or the files are damaged or do not belong together.
+        UserError: ``out`` exists, or the files are damaged or do not belong together.
     """
     path, out = Path(checkpoint_path), Path(out)
     check_output(out, overwrite, (path,))
@@ -81,7 +83,7 @@ def to_hf(
         heads = " and the RTD head" if any(name.startswith("rtd_head") for name in extra) else ""
         size = sum(tensor.numel() for tensor in extra.values())
         result.dropped.append(f"the auxiliary model{heads} ({size:,} parameters)")
-    result.dropped.append("the optimizer's state")
+    result.dropped.append("the optimizer state")
     rows = training_rows(checkpoint, folder)
     if extra:
         place = f"in `{PRETRAINING_WEIGHTS}`" if keep_auxiliary else "left out"
@@ -103,7 +105,7 @@ def to_hf(
 
 
 def cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Tensors of one type; as they are without one."""
+    """Convert floating point tensors to a type; ``None`` changes nothing."""
     if dtype is None:
         return tensors
     return {

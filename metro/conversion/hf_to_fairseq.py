@@ -1,9 +1,9 @@
-"""From a Hugging Face folder back to fairseq: our exports and the released METRO-T0 folders.
+"""Convert a Hugging Face folder to fairseq: METRO's exports and the released METRO-T0 folders.
 
-The file is what ``fairseq-train --finetune-from-model`` and ``--restore-file`` take: weights,
-settings of plain values, no optimizer state. What came from a fairseq checkpoint gets the names it
-had there; a released folder gets the original's, which the original's code and this project's
-plugins both read.
+``fairseq-train --finetune-from-model`` and ``--restore-file`` take the file: weights, settings of
+plain values, no optimizer state. An export of a fairseq checkpoint gets back the parameter names of
+that checkpoint; a released folder gets the original's, which the original's code and this
+project's plugins both read.
 """
 
 import json
@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from metro.conversion.export import PRETRAINING_WEIGHTS, TRAINING
 from metro.conversion.fairseq_to_hf import cast
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
-from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import (
     PRETRAINING_TASKS,
     TIED,
@@ -27,17 +25,17 @@ from metro.models.fairseq_checkpoint import (
     shared_with_main,
 )
 from metro.models.fairseq_names import original_state, plugin_state
-from metro.models.folder_weights import read_folder, read_tensors
+from metro.models.loading import read_config
+from metro.models.reading import check_weights, expected_shapes, read_folder, read_tensors
 from metro.models.source import check_model_folder
 from metro.models.vocabulary_folder import build_tokenizer
-from metro.models.weights_check import check_weights, expected_shapes
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
-from metro.utils.files import check_output, new_file
+from metro.utils.files import check_output, new_file, read_json
 from metro.utils.messages import UserError
 
 NAMES = ("original", "metro")
-NO_HISTORY = {  # fairseq wants an entry, and reads nothing but the updates of it
+NO_HISTORY = {  # fairseq requires an entry, and reads only its number of updates
     "criterion_name": "LabelSmoothedCrossEntropyCriterion",
     "optimizer_name": "FairseqAdam",
     "lr_scheduler_state": {"best": None},
@@ -47,18 +45,18 @@ NO_HISTORY = {  # fairseq wants an entry, and reads nothing but the updates of i
 
 @dataclass
 class FairseqConversion:
-    """What was done."""
+    """Facts about a written checkpoint."""
 
     out: Path
     names: str
-    """Whose parameter names the file has: ``original`` or ``metro``."""
+    """Naming scheme of its parameters: ``original`` or ``metro``."""
     has_auxiliary: bool
-    """Whether auxiliary model and RTD head are in it."""
+    """True if the auxiliary model and RTD head are in it."""
     model: str
-    """fairseq's name of the model that it is for."""
+    """fairseq's name of the model it belongs to."""
     vocabulary: Path | None
-    """Folder with ``sp.model`` and ``dict.txt``, which are no part of a checkpoint; ``None`` where
-    the Hugging Face folder lacks them."""
+    """Folder with ``sp.model`` and ``dict.txt``, which a checkpoint does not hold; ``None`` if the
+    Hugging Face folder lacks them."""
 
 
 def to_fairseq(
@@ -69,24 +67,24 @@ def to_fairseq(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> FairseqConversion:
-    """Write the model of a Hugging Face folder as a checkpoint of fairseq.
+    """Write the model of a Hugging Face folder as a fairseq checkpoint.
 
     Args:
         folder: an export, or a released METRO-T0 folder.
-        out: the ``.pt`` file to make.
+        out: the ``.pt`` file to create.
         names: parameter names, ``"original"`` or ``"metro"``; by default those of the checkpoint
-            that the folder was made from, the original's where that is unknown.
+            that the folder was made from, the original's if that is unknown.
         dtype: of the weights; by default each tensor keeps its own.
-        overwrite: replace ``out`` where it is there.
+        overwrite: replace an existing ``out``.
 
     Raises:
-        ValueError: ``out`` is there, or the folder is damaged, incomplete or of another model.
+        UserError: ``out`` exists, or the folder is damaged, incomplete or of another model.
     """
     folder, out = Path(folder), Path(out)
     if names not in (None, *NAMES):
         raise UserError(f"names is {names!r}; use one of {', '.join(NAMES)}")
     check_output(out, overwrite, (folder,))
-    config = read_config(folder)
+    config = _read_metro_config(folder)
     training = _read_training(folder)
     names = names or training.get("names") or "original"
     if names not in NAMES:
@@ -94,18 +92,18 @@ def to_fairseq(
     num_sentinels = _num_sentinels(folder)
     has_vocabulary = all((folder / name).is_file() for name in VOCABULARY_FILES)
     if has_vocabulary:
-        build_tokenizer(folder, config.vocab_size, num_sentinels)  # refuses another model's
+        build_tokenizer(folder, config.vocab_size, num_sentinels)  # checks that it fits
     main = _main_weights(folder, config)
     settings = training.get("settings") or _settings(config, num_sentinels)
     extra, auxiliary = _pretraining_weights(folder, settings, config, main)
     if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
         settings = {**settings, "model": _model_settings(config)}  # the main model alone is T5
-    if names == "metro" or auxiliary is None:  # as the weights are; the original's are overwritten
+    if names == "metro" or auxiliary is None:  # the original states the auxiliary model's here
         settings["model"]["encoder_layers"] = config.num_layers
 
     state = {f"main.{name}": tensor for name, tensor in cast(main, dtype).items()}
     for name in TIED[1:]:
-        state[f"main.{name}"] = state["main.shared.weight"]  # one tensor in the file, too
+        state[f"main.{name}"] = state["main.shared.weight"]  # one tensor in the file too
     state |= cast(extra, dtype)
     if auxiliary is not None:
         for name, main_name in shared_with_main(auxiliary).items():
@@ -148,36 +146,26 @@ def to_fairseq(
     )
 
 
-def read_config(folder: Path) -> MetroT5Config:
-    """The configuration of a METRO-T5 folder.
-
-    Raises:
-        ValueError: no folder, no or a damaged ``config.json``, or another kind of model.
-    """
+def _read_metro_config(folder: Path) -> MetroT5Config:
     check_model_folder(folder)
-    register()
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # never ask
-    except Exception as error:  # transformers raises nearly every class for a bad file
-        text = " ".join(str(error).split())[:400]
-        raise UserError(f"{folder / 'config.json'} cannot be read: {text}") from error
+    config = read_config(folder)
     if not isinstance(config, MetroT5Config):
         raise UserError(
             f"{folder} holds a model of type {config.model_type!r}; only METRO-T5 (metro_t5, "
-            "fairseq_t5) has a form in fairseq here"
+            "fairseq_t5) can be converted to fairseq"
         )
     return config
 
 
 def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor]:
-    """The main model's tensors, the embedding matrix once; checked to be complete and to agree."""
+    """Read and check the main model's tensors, the embedding matrix once."""
     tensors = read_folder(folder)
     known = [name for name in TIED if name in tensors]
     different = [name for name in known[1:] if not torch.equal(tensors[name], tensors[known[0]])]
     if different:
         raise UserError(
             f"{folder} holds different tensors as {known[0]} and {', '.join(different)}, where the "
-            "model has one; the file is mixed up"
+            "model has one; the file is inconsistent"
         )
     if known:
         tensors = {"shared.weight": tensors[known[0]]} | {
@@ -192,7 +180,7 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
 def _pretraining_weights(
     folder: Path, settings: dict, config: MetroT5Config, main: dict
 ) -> tuple[dict[str, torch.Tensor], AuxiliaryConfig | None]:
-    """Auxiliary model and RTD head, where the export has kept them."""
+    """Read and check auxiliary model and RTD head, if the export has kept them."""
     path = folder / PRETRAINING_WEIGHTS
     if not path.is_file():
         return {}, None
@@ -211,16 +199,17 @@ def _pretraining_weights(
 
 def _read_training(folder: Path) -> dict[str, Any]:
     path = folder / TRAINING
-    if not path.is_file():
+    training = read_json(path)
+    if training is None:
         return {}
-    try:
-        training = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(training["settings"]["model"], dict) and training["settings"]["task"]:
-            return training
-        reason = "settings.model and settings.task are not there"
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is damaged ({reason}); copy it again, or remove it")
+    settings = training.get("settings") if isinstance(training, dict) else None
+    if not isinstance(settings, dict) or not all(
+        isinstance(settings.get(name), dict) for name in ("model", "task")
+    ):
+        raise UserError(
+            f"{path} has no settings.model and settings.task; copy it again, or remove it"
+        )
+    return training
 
 
 def _num_sentinels(folder: Path) -> int:
@@ -232,7 +221,7 @@ def _num_sentinels(folder: Path) -> int:
 
 
 def _settings(config: MetroT5Config, num_sentinels: int) -> dict[str, Any]:
-    """Settings for a model that comes from no fairseq checkpoint we know."""
+    """Make settings for a model whose fairseq checkpoint is unknown."""
     start = config.decoder_start_token_id
     task = PRETRAINING_TASKS[0] if start != config.eos_token_id else "t5_prompt_finetuning"
     return {
@@ -243,7 +232,7 @@ def _settings(config: MetroT5Config, num_sentinels: int) -> dict[str, Any]:
 
 
 def _model_settings(config: MetroT5Config) -> dict[str, Any]:
-    """fairseq's options of the main model as plain T5."""
+    """Make fairseq's options of the main model as plain T5."""
     sizes = {
         "embed_dim": config.d_model,
         "ffn_embed_dim": config.d_ff,

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, as far as its files can say it."""
+"""The model card of an export: its README.md, written from the facts in its files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,14 +69,14 @@ def model_card(
     weights: Mapping[str, torch.Tensor],
     training: Mapping[str, Any],
 ) -> str:
-    """The model card in Markdown.
+    """Format the model card in Markdown.
 
     Args:
         name: of the folder.
-        summary: what this model is.
+        summary: one paragraph on the model.
         config: its sizes.
         weights: its tensors, the embedding matrix once.
-        training: rows of the table about the training; without any the card says so.
+        training: rows of the table on training, by label; if empty, the card says so.
     """
     count = sum(tensor.numel() for tensor in weights.values())
     sizes = {
@@ -101,7 +101,7 @@ def model_card(
         sizes=_table(sizes),
         training=_table(training)
         if training
-        else "Not known: the files it was made from say nothing about it.",
+        else "Unknown: the files it was made from do not say.",
     )
 
 

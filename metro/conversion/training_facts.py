@@ -1,4 +1,4 @@
-"""What a fairseq checkpoint says about its training: for the model card, and for the way back."""
+"""Facts on training in a fairseq checkpoint: for the model card and for ``training.json``."""
 
 import json
 from pathlib import Path
@@ -8,38 +8,32 @@ from metro.conversion.model_card import PAPER
 from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.models.fairseq_checkpoint import FairseqCheckpoint, model_name
 
-KEPT_SETTINGS = (
-    "model",
-    "task",
-    "criterion",
-    "optimizer",
-    "lr_scheduler",
-    "optimization",
-    "dataset",
-    "common",
-    "distributed_training",
-)
-KEPT_OF = {
+# Group of settings -> the fields that an export keeps; None: all.
+KEPT: dict[str, tuple[str, ...] | None] = {
+    "model": None,
+    "task": None,
+    "criterion": None,
+    "optimizer": None,
+    "lr_scheduler": None,
+    "optimization": None,
+    "dataset": ("max_tokens", "batch_size", "required_batch_size_multiple"),
     "common": ("seed", "fp16", "bf16", "memory_efficient_fp16", "amp"),
     "distributed_training": ("distributed_world_size",),
-    "dataset": ("max_tokens", "batch_size", "required_batch_size_multiple"),
 }
 
 
 def kept_settings(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
-    """The settings that an export keeps, as JSON can hold them, without paths of this machine."""
+    """Select the settings that an export keeps, as JSON values without paths of this machine."""
     kept = {}
-    for group in KEPT_SETTINGS:
+    for group, names in KEPT.items():
         fields = checkpoint.settings.get(group)
-        if not isinstance(fields, dict):
-            continue
-        names = KEPT_OF.get(group, fields)
-        kept[group] = {name: fields[name] for name in names if name in fields}
+        if isinstance(fields, dict):
+            kept[group] = {name: fields[name] for name in names or fields if name in fields}
     return without_paths(kept)
 
 
 def without_paths(value: Any) -> Any:
-    """Every path cut to its last part; what JSON cannot hold as text."""
+    """Shorten every path to its last part; turn values that JSON lacks into text."""
     if isinstance(value, dict):
         return {str(name): without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -50,7 +44,7 @@ def without_paths(value: Any) -> Any:
 
 
 def training_file(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
-    """The content of ``training.json``."""
+    """Build the content of ``training.json``."""
     return {
         "format": 1,
         "names": checkpoint.names,
@@ -61,7 +55,7 @@ def training_file(checkpoint: FairseqCheckpoint) -> dict[str, Any]:
 
 
 def summary(checkpoint: FairseqCheckpoint) -> str:
-    """One paragraph for the card."""
+    """Describe the model in one paragraph of its card."""
     task = checkpoint.task.get("_name")
     if task == "t5_metro":
         what = (
@@ -80,12 +74,12 @@ def summary(checkpoint: FairseqCheckpoint) -> str:
     return f"{what} Architecture and method: {PAPER}."
 
 
-def training_rows(checkpoint: FairseqCheckpoint, data: Path | None) -> dict[str, Any]:
-    """Rows of the card's table about the training.
+def training_rows(checkpoint: FairseqCheckpoint, data: Path) -> dict[str, Any]:
+    """Build the rows of the card's table on training.
 
     Args:
-        checkpoint: what is exported.
-        data: the folder with its vocabulary, where the counts of its text may lie.
+        checkpoint: the exported one.
+        data: the folder with its vocabulary, which may also have the counts of its text.
     """
     settings, task = checkpoint.settings, checkpoint.task
     optimization, scheduler = settings.get("optimization") or {}, settings.get("lr_scheduler") or {}
@@ -131,13 +125,13 @@ def _tokens_per_update(settings: dict, dataset: dict, optimization: dict) -> str
     return f"{tokens * frequency[0] * world:,}" if tokens else None
 
 
-def _counts(data: Path | None) -> dict[str, str]:
-    """Of the text, as ``metro prepare-text`` has noted them down."""
+def _counts(data: Path) -> dict[str, str]:
+    """Read the counts of the text that ``metro prepare-text`` has written."""
     try:
         counts = json.loads((data / TEXT_MANIFEST).read_text(encoding="utf-8"))["counts"]
         return {
             "documents": f"{counts['documents']:,}",
             "tokens of training text": f"{counts['train_tokens']:,}",
         }
-    except (TypeError, OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -1,9 +1,8 @@
-"""A fairseq checkpoint, of the original METRO-T0 code or of this project, as METRO's parts.
+"""Read a fairseq checkpoint, of the original METRO-T0 code or of this project.
 
-What the two call their parameters is in ``fairseq_names``. The settings (``cfg``) have the same
-names in both; in METRO checkpoints of the original two of them are wrong: ``encoder_layers`` and
-the dropout rates are those of the auxiliary model, written over the main model's. Depths are read
-from the weights there.
+Parameter names of the two are in ``fairseq_names``. The settings (``cfg``) have the same names in
+both, but the original's METRO checkpoints state ``encoder_layers`` and the dropout rates of the
+auxiliary model in place of the main model's; there, depths are read from the weights.
 """
 
 import re
@@ -23,26 +22,29 @@ from metro.models.fairseq_names import (
     rename_fairseq_state,
     rename_plugin_state,
 )
-from metro.models.safe_loading import load_tensors_and_settings
-from metro.models.weights_check import MOST_NAMES, check_weights, expected_shapes
+from metro.models.reading import check_weights, expected_shapes, load_tensors_and_settings
 from metro.pretraining.auxiliary import AuxiliaryConfig
 from metro.pretraining.model import MetroPretrainingModel
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 
-TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-TIED += ("lm_head.weight",)
-"""The main model's names of its one embedding matrix."""
+TIED = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
+"""Names of the main model's single embedding matrix."""
 
 PRETRAINING_TASKS = ("t5", "t5_metro")
 
 
 @dataclass
 class FairseqCheckpoint:
-    """What a checkpoint holds, checked to be complete."""
+    """Content of a checkpoint, checked to be complete."""
 
     path: Path
     names: str
-    """Whose parameter names the file has: ``original`` or ``metro``."""
+    """Naming scheme of the file's parameters: ``original`` or ``metro``."""
     settings: dict[str, Any]
     """``cfg`` as plain values."""
     main: dict[str, torch.Tensor]
@@ -53,11 +55,11 @@ class FairseqCheckpoint:
     auxiliary: AuxiliaryConfig | None
     """The auxiliary model's sizes; ``None`` for plain T5."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """``optimizer_history``: one entry per training, with its updates."""
+    """``optimizer_history``: one entry per training run, with its number of updates."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Validation losses that the file states: ``valid`` (the last) and ``best``."""
+    """Validation losses in the file: ``valid`` (the last) and ``best``."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the result must know."""
+    """Caveats for the user."""
 
     @property
     def task(self) -> dict[str, Any]:
@@ -70,38 +72,38 @@ class FairseqCheckpoint:
 
     @property
     def first_sentinel(self) -> int | None:
-        """Id of ``<sen000>``, where the settings say how many sentinels there are."""
+        """Id of ``<sen000>``, if the settings state the number of sentinels."""
         count = self.task.get("tokens_per_sample")
         return self.config.vocab_size - count if isinstance(count, int) else None
 
 
 def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
-    """Read a ``.pt`` file of fairseq and check it.
+    """Read a fairseq ``.pt`` file and check it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds code, is damaged or is something else; tensors are missing,
-            unexpected or of another shape than the settings say (all are listed).
+        UserError: no such file; it holds code, is damaged or is not a checkpoint; or tensors are
+            missing, unexpected or of another shape than the settings say (all are listed).
     """
     path = Path(path)
     content = load_tensors_and_settings(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         remedy = "use the .pt file that fairseq wrote"
         if isinstance(content, Mapping) and any("embed" in str(name) for name in content):
-            remedy = "it holds bare weights: give the Hugging Face folder it lies in instead"
-        raise UserError(f"{path} is not a checkpoint of fairseq (it has no `model`): {remedy}")
+            remedy = "it holds bare weights: give the Hugging Face folder it is in instead"
+        raise UserError(f"{path} is not a fairseq checkpoint (it has no `model`): {remedy}")
     settings = _settings(content, path)
     state = dict(content["model"])
     if strange := [name for name, value in state.items() if not _is_parameter(name, value)]:
         raise UserError(
-            f"{path} holds something else than dense floating point tensors in its `model`: "
-            f"{', '.join(map(repr, strange[:MOST_NAMES]))}; use the .pt file that fairseq wrote"
+            f"the `model` of {path} holds other things than dense floating point tensors: "
+            f"{shortened(map(repr, strange))}; use the .pt file that fairseq wrote"
         )
     names = "original" if is_fairseq_state(state) else "metro"
     state = rename_fairseq_state(state) if names == "original" else rename_plugin_state(state)
     main = {n.removeprefix("main."): t for n, t in state.items() if n.startswith("main.")}
     extra = {name: tensor for name, tensor in state.items() if not name.startswith("main.")}
     is_metro = bool(extra) or model_name(settings).startswith("t5_metro")
+    auxiliary = auxiliary_config(settings, extra, path) if is_metro else None
     checkpoint = FairseqCheckpoint(
         path,
         names,
@@ -109,12 +111,12 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
         main,
         extra,
         config=model_config(settings, main, path, trust_depth=names == "metro" or not is_metro),
-        auxiliary=auxiliary_config(settings, extra, path) if is_metro else None,
+        auxiliary=auxiliary,
         history=_history(content.get("optimizer_history")),
         losses=_losses(content.get("extra_state")),
     )
     _check(checkpoint)
-    if is_metro and names == "original" and checkpoint.auxiliary.zero_dropout:
+    if auxiliary is not None and names == "original" and auxiliary.zero_dropout:
         checkpoint.notes.append(
             "the original's METRO checkpoints state the auxiliary model's dropout rates instead of "
             f"the main model's: dropout_rate is {checkpoint.config.dropout_rate} here; the "
@@ -126,7 +128,7 @@ def read_checkpoint(path: str | Path) -> FairseqCheckpoint:
 
 
 def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
-    """The groups of settings that the file has, ``model`` among them."""
+    """Read the groups of settings, ``model`` among them, as plain values."""
     try:
         settings = plain(content.get("cfg"))
         if not settings:  # before fairseq had configurations, all options were in one namespace
@@ -155,8 +157,8 @@ def _is_parameter(name, value) -> bool:
 
 
 def plain(value):
-    """Namespaces and omegaconf's containers as dictionaries and lists, at any depth."""
-    if hasattr(value, "_content") and hasattr(value, "_metadata"):  # omegaconf, maybe unresolved
+    """Convert namespaces and omegaconf containers to dictionaries and lists, at any depth."""
+    if hasattr(value, "_content") and hasattr(value, "_metadata"):  # omegaconf, perhaps unresolved
         from omegaconf import OmegaConf
 
         value = OmegaConf.to_container(value, resolve=False)
@@ -177,7 +179,7 @@ def model_name(settings: dict) -> str:
 def model_config(
     settings: dict, main: Mapping[str, torch.Tensor], path: Path, trust_depth: bool
 ) -> MetroT5Config:
-    """Sizes as the settings state them; depth and vocabulary as the weights have them."""
+    """Build the configuration: sizes from the settings, depth and vocabulary from the weights."""
     cfg, shapes = settings["model"], {name: tuple(t.shape) for name, t in main.items()}
 
     def depth(stack: str) -> int:
@@ -189,7 +191,7 @@ def model_config(
         if value is None:
             value = default
         if value is None:
-            raise UserError(f"{path} does not say cfg.model.{name}; is it of another model?")
+            raise UserError(f"{path} does not say cfg.model.{name}; is this another model?")
         return value
 
     def size(name: str, default=None) -> int:
@@ -234,7 +236,7 @@ def model_config(
 
 
 def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryConfig:
-    """The auxiliary model's and RTD head's settings, with what published files say for them."""
+    """Build the auxiliary model's configuration, reading the spellings of published files too."""
     cfg = settings["model"]
 
     def choice(name: str, if_true: str) -> str:
@@ -255,15 +257,15 @@ def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryCon
 
 
 def untied(main: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The main model's tensors with the embedding matrix under one name, ``shared.weight``."""
+    """Keep the main model's embedding matrix under the one name ``shared.weight``."""
     return {name: tensor for name, tensor in main.items() if name not in TIED[1:]}
 
 
 def generation_config(checkpoint: FairseqCheckpoint) -> GenerationConfig:
-    """How texts of this model start and end.
+    """Build the generation settings: start and end tokens of the model's targets.
 
-    ``</s>`` for both after finetuning. A model that is only pretrained starts with ``<sen000>``; it
-    ends with it too where it learned span corruption, while METRO's targets end with ``</s>``.
+    After finetuning both are ``</s>``. Targets of pretraining start with ``<sen000>``; those of
+    span corruption also end with it, METRO's end with ``</s>``.
     """
     config = checkpoint.config
     end = [EOS_ID]
@@ -279,7 +281,7 @@ def generation_config(checkpoint: FairseqCheckpoint) -> GenerationConfig:
 
 
 def shared_with_main(auxiliary: AuxiliaryConfig) -> dict[str, str]:
-    """Names of the auxiliary model's tensors that are the main model's: own name -> main's."""
+    """Map the auxiliary model's names of tensors it shares to the main model's names."""
     shared = auxiliary.share.split("_")
     names = {
         "token": ["embed_tokens.weight"],
@@ -294,7 +296,7 @@ def shared_with_main(auxiliary: AuxiliaryConfig) -> dict[str, str]:
 
 
 def _check(checkpoint: FairseqCheckpoint) -> None:
-    """Complete, of the right shapes, and one embedding matrix under all its names."""
+    """Check completeness, shapes, and that shared tensors are equal under all their names."""
     source, config = str(checkpoint.path), checkpoint.config
     if checkpoint.auxiliary is None:
         expected = expected_shapes(MetroT5ForConditionalGeneration, config)
@@ -312,7 +314,7 @@ def _check(checkpoint: FairseqCheckpoint) -> None:
     if different:
         raise UserError(
             f"{source} holds two different tensors where the model has one: "
-            f"{', '.join(different)}; the file is mixed up"
+            f"{', '.join(different)}; the file is inconsistent"
         )
 
 

@@ -1,7 +1,7 @@
-"""Parameter names: the original's fairseq checkpoints and METRO's models, as one table.
+"""One table of parameter names: the original's fairseq checkpoints and METRO's models.
 
-Read both ways: ``rename_fairseq_state`` from the original's names, ``original_state`` back to them.
-This project's own fairseq checkpoints have METRO's names behind ``model.``.
+``rename_fairseq_state`` translates from the original's names, ``original_state`` back to them.
+This project's own fairseq checkpoints have METRO's names with the prefix ``model.``.
 
 The original's names are those of its ``generator`` (auxiliary model), ``encoder`` / ``decoder``
 (main model) and ``rtd_head``; METRO's are those of
@@ -57,11 +57,11 @@ OTHER_PARAMETERS = {
 }
 
 DROPPED = re.compile(r"(.*\.)?version$|generator\.lm_head\.weight$")
-"""Names that carry nothing: version markers, and the auxiliary head's alias of its embedding."""
+"""Names without content: version markers, and the auxiliary head's alias of its embedding."""
 
 
 def _all_parameters() -> dict[str, str]:
-    """Every parameter but the RTD head's, whose names are the same; ``#`` is a layer's number."""
+    """Map all names but the RTD head's, which are identical; ``#`` stands for a layer number."""
     names = {}
     for prefix, new_prefix in STACKS.items():
         is_decoder = prefix == "decoder"
@@ -91,10 +91,10 @@ def _translate(name: str, names: dict[str, str]) -> str | None:
 
 
 def metro_name(fairseq_name: str) -> str | None:
-    """METRO's name of a parameter of the original, ``None`` for those that carry nothing.
+    """Return METRO's name of an original parameter, ``None`` for names without content.
 
     Raises:
-        ValueError: a name that no METRO or T5 checkpoint of the original has.
+        UserError: a name that no METRO or T5 checkpoint of the original has.
     """
     if DROPPED.match(fairseq_name):
         return None
@@ -108,10 +108,10 @@ def metro_name(fairseq_name: str) -> str | None:
 
 
 def original_name(metro_name: str) -> str | None:
-    """The original's name of a parameter of METRO, ``None`` for its second name ``main.shared``.
+    """Return the original's name of a METRO parameter, ``None`` for the alias ``main.shared``.
 
     Raises:
-        ValueError: a name that METRO does not have.
+        UserError: a name that METRO does not have.
     """
     if metro_name == "main.shared.weight":
         return None
@@ -122,44 +122,36 @@ def original_name(metro_name: str) -> str | None:
 
 
 def is_fairseq_state(state: dict[str, torch.Tensor]) -> bool:
-    """Whether a state dict has the original's names."""
+    """Tell whether a state dict has the original's names."""
     return any(
         re.match(r"(encoder|decoder)\.(layers\.\d+|embed_positions)\.", name) for name in state
     )
 
 
 def rename_fairseq_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of the original under METRO's names, ready for ``MetroPretrainingModel``.
+    """Rename a state dict of the original for ``MetroPretrainingModel``.
 
     The tied embedding appears under all of METRO's names for it. A plain T5 checkpoint gives the
     ``main.`` names alone.
 
     Raises:
-        ValueError: a name that is not a METRO or T5 parameter.
+        UserError: a name that is not a METRO or T5 parameter.
     """
-    renamed = {}
-    for name, tensor in state.items():
-        new_name = metro_name(name)
-        if new_name is not None:
-            renamed[new_name] = tensor
+    renamed = {new: tensor for old, tensor in state.items() if (new := metro_name(old))}
     if "main.encoder.embed_tokens.weight" in renamed:
         renamed["main.shared.weight"] = renamed["main.encoder.embed_tokens.weight"]
     return renamed
 
 
 def original_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of METRO under the original's names: ``rename_fairseq_state`` backwards.
+    """Rename a state dict of METRO as the original: the inverse of ``rename_fairseq_state``.
 
-    Writes the entries that carry nothing too, as fairseq's strict loading asks for them.
+    Adds the entries without content, which fairseq's strict loading asks for.
 
     Raises:
-        ValueError: a name that METRO does not have.
+        UserError: a name that METRO does not have.
     """
-    renamed = {}
-    for name, tensor in state.items():
-        old_name = original_name(name)
-        if old_name is not None:
-            renamed[old_name] = tensor
+    renamed = {old: tensor for new, tensor in state.items() if (old := original_name(new))}
     dtype = state["main.encoder.embed_tokens.weight"].dtype
     for prefix in STACKS:
         if any(name.startswith(prefix + ".") for name in renamed):
@@ -171,7 +163,7 @@ def original_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rename_plugin_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of this project's fairseq models under METRO's names, with ``main.``."""
+    """Rename a state dict of this project's fairseq models, giving every name its ``main.``."""
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if any(name.startswith("main.") for name in state):
         return state
@@ -179,7 +171,7 @@ def rename_plugin_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def plugin_state(state: dict[str, torch.Tensor], is_metro: bool) -> dict[str, torch.Tensor]:
-    """``rename_plugin_state`` backwards: names of model ``t5_metro``, or of ``transformer_t5``."""
+    """Invert ``rename_plugin_state``: names of model ``t5_metro``, or of ``transformer_t5``."""
     return {
         f"model.{name if is_metro else name.removeprefix('main.')}": tensor
         for name, tensor in state.items()

@@ -1,8 +1,8 @@
-"""Answers of a sequence-to-sequence model to texts: batched, in the order of the texts.
+"""Answer texts with a sequence-to-sequence model: batched, in the order of the texts.
 
-The protocol is that of the released cards: the encoder reads the tokenized text with the
-tokenizer's special tokens, cut at 512 tokens; the decoder starts with the model's
-``decoder_start_token_id``; up to 256 tokens are written, greedily unless told otherwise.
+The protocol is that of the released model cards: the encoder reads the tokenized text with the
+tokenizer's special tokens, truncated to 512 tokens; the decoder starts with the model's
+``decoder_start_token_id`` and generates up to 256 tokens, greedily by default.
 """
 
 import copy
@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ _LEAST = {
     "batch_size": 1,
 }
 WINDOW = 16
-"""This many batches are sorted by length together, so that batches hold little padding."""
+"""Number of batches sorted by length together, to reduce padding."""
 MOST_NEW_TOKENS = 256
 
 
@@ -78,8 +78,8 @@ class GenerationSettings:
             )
 
     def options(self, model) -> dict:
-        """Arguments for ``model.generate``."""
-        options = {
+        """Return the arguments for ``model.generate``."""
+        options: dict[str, Any] = {
             "max_new_tokens": self._longest_answer(model),
             "num_beams": self.num_beams,
             "num_return_sequences": self.num_answers,
@@ -105,19 +105,19 @@ class GenerationSettings:
 
 
 class Answered(NamedTuple):
-    """One text and what the model said."""
+    """A text and the model's answers to it."""
 
     text: str
     answers: list[str]
     """Best first; ``settings.num_answers`` of them."""
     was_cut: bool
-    """Whether the text was longer than ``settings.max_input_tokens``."""
+    """True if the text was longer than ``settings.max_input_tokens`` and truncated."""
 
 
 def answer_texts(
     model, tokenizer, texts: Iterable[str], settings: GenerationSettings | None = None
 ) -> Iterator[Answered]:
-    """The answers to ``texts``, in their order; an empty text gets empty answers, unasked."""
+    """Yield the answers to ``texts``, in their order; an empty text gets empty answers."""
     settings = settings or GenerationSettings()
     options = settings.options(model)
     longest = settings.max_input_tokens
@@ -137,16 +137,16 @@ def answer_texts(
 
 
 def with_sentinels(tokenizer):
-    """A copy of METRO's tokenizer that finds sentinels in texts.
+    """Copy METRO's tokenizer, making it recognise sentinels in texts.
 
     Raises:
-        ValueError: a tokenizer without ``<sen001>``.
+        UserError: a tokenizer without ``<sen001>``.
     """
     names = [name for name in tokenizer.get_vocab() if re.fullmatch(r"<sen\d{3,}>", name)]
     if not names:
         raise UserError(
-            f"sentinels was asked for, but {type(tokenizer).__name__} has no <sen001>, ...; T5's "
-            "<extra_id_0>, ... are found in texts without it (leave --sentinels out)"
+            f"sentinels is set, but {type(tokenizer).__name__} has no <sen001>, ...; T5's "
+            "<extra_id_0>, ... are always recognised (leave --sentinels out)"
         )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(names)
@@ -154,11 +154,8 @@ def with_sentinels(tokenizer):
 
 
 def _answer_window(model, reader, tokenizer, texts, longest, options, settings) -> list[Answered]:
-    answered: list[Answered | None] = [
-        None if text.strip() else Answered(text, [""] * settings.num_answers, False)
-        for text in texts
-    ]
-    asked = [index for index, done in enumerate(answered) if done is None]
+    answered = [Answered(text, [""] * settings.num_answers, was_cut=False) for text in texts]
+    asked = [index for index, text in enumerate(texts) if text.strip()]
     ids = {index: reader(texts[index])["input_ids"] for index in asked}
     asked.sort(key=lambda index: -len(ids[index]))
     for start in range(0, len(asked), settings.batch_size):
@@ -186,7 +183,7 @@ def _answer_window(model, reader, tokenizer, texts, longest, options, settings) 
 
 
 def without_start_and_end(ids: list[int], generation_config) -> list[int]:
-    """The answer alone: models that are only pretrained start and end with a sentinel."""
+    """Strip the start and end tokens, which are sentinels for models that are only pretrained."""
     ends = generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return list(itertools.takewhile(lambda index: index not in ends, ids[1:]))

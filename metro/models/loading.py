@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -20,23 +24,33 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import generation_config, read_checkpoint, untied
-from metro.models.folder_weights import read_folder
+from metro.models.reading import read_folder, refuse_weights
 from metro.models.source import model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
-from metro.models.weights_check import complain
 from metro.utils.messages import UserError
 
 PADDED_ROWS = 128
-"""An embedding may have up to this many rows more than the tokenizer has entries."""
+"""Upper bound on the padding rows of an embedding, beyond the tokenizer's entries."""
+BAD_FOLDER = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    ImportError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""Errors of transformers for an unusable folder or hub id."""
 
 
 class LoadedModel(NamedTuple):
-    """What :func:`load` returns."""
+    """A model and its tokenizer."""
 
     model: PreTrainedModel
     """In evaluation mode."""
-    tokenizer: object
-    """The tokenizer that the model was trained with."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer the model was trained with."""
 
 
 def load(
@@ -47,35 +61,36 @@ def load(
     attn_implementation: str | None = None,
     vocab: str | os.PathLike | None = None,
 ) -> LoadedModel:
-    """Load a model and its tokenizer. No code that comes with a model is ever run.
+    """Load a model and its tokenizer, never running code that comes with a model.
 
     Args:
         path_or_name: a registered name (``metro models`` lists them), an id on the Hugging Face
             hub, a Hugging Face folder of any sequence-to-sequence model (METRO's own exports and
-            the released METRO-T0 folders included), or a checkpoint ``.pt`` of fairseq.
+            the released METRO-T0 folders included), or a fairseq checkpoint ``.pt``.
         dtype: of the weights in memory; by default as the model's configuration says.
         device: where to put the model; by default the CPU.
         attn_implementation: ``"eager"`` or ``"sdpa"``.
-        vocab: folder with ``sp.model`` and ``dict.txt``, for checkpoints of fairseq; by default the
+        vocab: folder with ``sp.model`` and ``dict.txt``, for fairseq checkpoints; by default the
             folder that the checkpoint was trained on.
 
     Raises:
-        ValueError: no such model, or files that are damaged or do not belong together.
+        UserError: no such model, or files that are damaged or do not belong together.
     """
     register()
     dtype = resolve_dtype(dtype)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     path = Path(path_or_name)
     if path.is_file():
         with _quiet():
-            loaded = _from_checkpoint(path, dtype, attn_implementation, vocab)
+            loaded = _from_checkpoint(path, vocab, dtype, options)
     else:
         if vocab is not None:
             raise UserError(
-                f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is no checkpoint of fairseq: "
+                f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is not a fairseq checkpoint: "
                 "other models bring their own vocabulary; leave vocab out"
             )
         with _quiet():
-            loaded = _from_pretrained(model_source(path_or_name), dtype, attn_implementation)
+            loaded = _from_pretrained(model_source(path_or_name), dtype, options)
     model = loaded.model.eval()
     if device is not None:
         model = model.to(device)
@@ -83,10 +98,10 @@ def load(
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """``"bfloat16"``, ``"bf16"`` and the like as torch's types; ``None`` and ``"auto"`` as None.
+    """Translate ``"bfloat16"``, ``"bf16"``, ... to torch's types, ``None`` and ``"auto"`` to None.
 
     Raises:
-        ValueError: not a floating point type.
+        UserError: not a floating point type.
     """
     if dtype is None or dtype == "auto":
         return None
@@ -99,7 +114,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def _quiet():
-    """Without transformers' bars and tables: complaints come from here, all at once."""
+    """Silence transformers' progress bars and tables: :func:`load` reports all errors itself."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -112,14 +127,13 @@ def _quiet():
             transformers_logging.enable_progress_bar()
 
 
-def _from_checkpoint(path: Path, dtype, attn_implementation, vocab) -> LoadedModel:
+def _from_checkpoint(path: Path, vocab, dtype, options: dict) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     folder = vocab or find_vocabulary(checkpoint.task, path)
     count = checkpoint.task.get("tokens_per_sample")
     tokenizer = build_tokenizer(folder, checkpoint.config.vocab_size, count)
-    # Copied, as the checkpoint's tensors are views of the file, which may be written anew.
+    # Copied: the checkpoint's tensors are views of the file, which may be overwritten.
     state = {name: tensor.clone() for name, tensor in untied(checkpoint.main).items()}
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = MetroT5ForConditionalGeneration.from_pretrained(
         None,
         config=checkpoint.config,
@@ -131,12 +145,9 @@ def _from_checkpoint(path: Path, dtype, attn_implementation, vocab) -> LoadedMod
     return LoadedModel(model, tokenizer)
 
 
-def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    never = {"trust_remote_code": False}  # said aloud, as transformers would ask at the terminal
-    try:
-        config = AutoConfig.from_pretrained(source, **never)
-        _refuse_kernels(config)
+def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
+    config = read_config(source)
+    with _explained(source):
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             source,
             config=config,
@@ -144,14 +155,12 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             **options,
-            **never,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **never)
-    except Exception as error:  # transformers raises nearly every class for a bad folder
-        raise UserError(_explain(source, error)) from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     is_metro = isinstance(config, MetroT5Config)
-    complain(
+    refuse_weights(
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(info["unexpected_keys"]) if is_metro else [],
         wrong_shapes=_wrong_shapes(source, model, info["mismatched_keys"]),
@@ -163,30 +172,42 @@ def _from_pretrained(source: str, dtype, attn_implementation) -> LoadedModel:
     return LoadedModel(model, tokenizer)
 
 
-def _refuse_kernels(config) -> None:
-    """A config.json may name attention code on the hub, which transformers would fetch and run."""
+def read_config(source: str | os.PathLike) -> PretrainedConfig:
+    """Read the configuration of a folder or hub id.
+
+    Raises:
+        UserError: no or a damaged ``config.json``, or one that asks for code to be run.
+    """
+    register()
+    with _explained(os.fspath(source)):
+        # False, not the default: transformers would ask at the terminal.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    # A config.json may name attention code on the hub, which transformers would fetch and run.
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = str(getattr(part, "_attn_implementation", None))
         if "/" in attention:
             raise UserError(
-                f"config.json takes its attention from {attention} on the hub, which is code and "
-                "is not run: take _attn_implementation out of it"
+                f"the config.json of {os.fspath(source)} takes its attention from {attention} on "
+                "the hub, which is code and is not run: take _attn_implementation out of it"
             )
+    return config
 
 
 def _generation_config(source: str, config) -> GenerationConfig:
-    """Given to transformers by us: where it looks itself, versions before 5 run the Python file
-    ``custom_generate/generate.py`` of a folder unasked."""
+    """Read the generation settings, lest transformers do it.
+
+    Versions before 5 run a folder's ``custom_generate/generate.py`` unasked while doing so.
+    """
     try:
         generation = GenerationConfig.from_pretrained(source)
-    except OSError:  # there is none: ids of start and end are in config.json
+    except OSError:  # no such file: the start and end ids are in config.json
         generation = GenerationConfig.from_model_config(config)
-    generation._from_model_config = False  # version 4 looks for a change of config otherwise
+    generation._from_model_config = False  # version 4 compares it with the config otherwise
     return generation
 
 
 def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
-    """What transformers reports: names and both shapes, names alone before version 5."""
+    """Describe transformers' mismatched keys: names and shapes, before version 5 names alone."""
     names = sorted(entry if isinstance(entry, str) else entry[0] for entry in mismatched)
     found = read_folder(source) if names and Path(source).is_dir() else {}
     needed = model.state_dict()
@@ -198,7 +219,7 @@ def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
 
 
 def _check_vocabulary(source: str, rows: int, entries: int) -> None:
-    """As many embeddings as entries, or a few more (padded, which then makes a multiple of 8)."""
+    """Allow one embedding per entry, or a few more that pad the vocabulary to a multiple of 8."""
     padded = rows % 8 == 0 and 0 < rows - entries < PADDED_ROWS
     if rows != entries and not padded:
         raise UserError(
@@ -208,21 +229,28 @@ def _check_vocabulary(source: str, rows: int, entries: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def _explained(source: str):
+    """Turn errors of transformers, safetensors or torch about a folder into one line."""
+    try:
+        yield
+    except BAD_FOLDER as error:
+        raise UserError(_explain(source, error)) from error
+
+
 def _explain(source: str, error: Exception) -> str:
-    """One line for what transformers, safetensors or torch say about a folder."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, pickle.UnpicklingError):
             return (
                 f"the weights of {source} are refused, and nothing in them was run: they do not "
-                "consist of tensors alone. Use weights whose origin you know"
+                "consist of tensors alone. Use weights from a source you trust"
             )
         cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if Path(source).is_dir():
-        return f"{source} cannot be loaded ({type(error).__name__}: {text[:600]})"
+        return f"{source} cannot be loaded ({text[:600]})"
     return (
-        f"{source} is no folder here, and cannot be loaded from the Hugging Face hub "
-        f"({type(error).__name__}: {text[:300]}); without a network, copy its folder "
-        "here and give the folder"
+        f"{source} is not a folder, and cannot be loaded from the Hugging Face hub ({text[:300]}); "
+        "without a network, copy its folder here and name the folder"
     )

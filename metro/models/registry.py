@@ -1,15 +1,14 @@
 """The released checkpoints that METRO knows by name, and their model cards.
 
-The facts are in ``checkpoints/registry.yaml``; an installed METRO carries it in its own folder.
+The facts are in ``checkpoints/registry.yaml``; a wheel carries it as ``metro/checkpoints/``.
 """
 
-import difflib
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, did_you_mean
 
 FAMILIES = ("metro", "t0", "flipped")
 METHODS = ("direct", "channel", "flipped")
@@ -24,27 +23,27 @@ class RegisteredModel:
     """A released checkpoint."""
 
     name: str
-    """What METRO calls it."""
+    """Name in METRO."""
     title: str
-    """What its paper calls it."""
+    """Name in its paper."""
     hub_id: str
     """Its repository on the Hugging Face Hub."""
     family: str
-    """``metro``, ``t0`` or ``flipped``: how inputs are built."""
+    """``metro``, ``t0`` or ``flipped``: decides how inputs are built."""
     parameters: int
-    """Number of weights, shared ones once."""
+    """Number of weights, shared ones counted once."""
     vocabulary: str
     pretraining: str
     """Pretraining objective and data."""
     finetuning: str
     """Finetuning data."""
     method: str
-    """How it is evaluated: ``direct``, ``channel`` or ``flipped``."""
+    """Evaluation method: ``direct``, ``channel`` or ``flipped``."""
     paper: str
     licence: str
     published: tuple[dict[str, Any], ...]
-    """``{"suite", "source", "results": {task: accuracy in percent}}``; the first of a suite is what
-    the checkpoint is compared with."""
+    """``{"suite", "source", "results": {task: accuracy in percent}}``; reports compare the
+    checkpoint with the first one of a suite."""
 
     def __post_init__(self):
         for field, known in (("family", FAMILIES), ("method", METHODS)):
@@ -54,8 +53,8 @@ class RegisteredModel:
             raise UserError(f"parameters is {self.parameters!r}; use a positive whole number")
         for table in self.published:
             if set(table) != {"suite", "source", "results"}:
-                raise UserError(f"a table of published has {sorted(table)}; "
-                                 "use suite, source and results")  # fmt: skip
+                found = ", ".join(sorted(table))
+                raise UserError(f"a table of published has {found}; use suite, source, results")
             if table["suite"] not in SUITES:
                 raise UserError(f"suite is {table['suite']!r}; use one of {SUITES}")
             for task, accuracy in table["results"].items():
@@ -67,30 +66,24 @@ class RegisteredModel:
 
 
 def registry_folder() -> Path:
-    """The folder with ``registry.yaml`` and the model cards."""
+    """Find the folder with ``registry.yaml`` and the model cards."""
     for folder in _FOLDERS:
         if (folder / "registry.yaml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no registry.yaml in {' or '.join(map(str, _FOLDERS))}: install METRO again"
-    )
+    raise UserError(f"no registry.yaml in {' or '.join(map(str, _FOLDERS))}: reinstall METRO")
 
 
+@functools.cache
 def registered_models() -> dict[str, RegisteredModel]:
-    """Every released checkpoint by its name."""
-    return dict(_read_cached(registry_folder() / "registry.yaml"))
-
-
-@functools.lru_cache(maxsize=1)
-def _read_cached(path: Path) -> dict[str, RegisteredModel]:
-    return read_registry(path)
+    """Return every released checkpoint by its name."""
+    return read_registry(registry_folder() / "registry.yaml")
 
 
 def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
     """Read a registry file.
 
     Raises:
-        ValueError: it is no registry, or an entry is wrong, named by file and entry.
+        UserError: it is not a registry, or an entry is wrong, named by file and entry.
     """
     import yaml
 
@@ -100,7 +93,7 @@ def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
         raise UserError(f"{path} has no `models:` with an entry per model")
-    models = {}
+    models: dict[str, RegisteredModel] = {}
     for name, fields in content["models"].items():
         try:
             fields = {**fields, "published": tuple(fields.get("published") or ())}
@@ -116,7 +109,7 @@ def read_registry(path: str | Path) -> dict[str, RegisteredModel]:
 
 
 def find_registered(name: str) -> RegisteredModel | None:
-    """The entry of a registered name or of a hub id; ``None`` where there is none."""
+    """Return the entry of a registered name or hub id, ``None`` if there is none."""
     models = registered_models()
     if name in models:
         return models[name]
@@ -124,25 +117,23 @@ def find_registered(name: str) -> RegisteredModel | None:
 
 
 def registered_model(name: str) -> RegisteredModel:
-    """The entry of a registered name or of a hub id.
+    """Return the entry of a registered name or hub id.
 
     Raises:
-        ValueError: it is neither; the message names the nearest ones.
+        UserError: it is neither; the message suggests the most similar names.
     """
     model = find_registered(name)
     if model is None:
-        near = nearest_names(name)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`metro models` lists all"
-        raise UserError(f"no registered model is called {name!r}: {hint}")
+        raise UserError(f"no registered model is called {name!r}; {suggest(name)}")
     return model
 
 
-def nearest_names(name: str, limit: int = 3) -> list[str]:
-    """Registered names that look most like ``name``, best first; empty where none does."""
-    plain = name.lower().rsplit("/", 1)[-1].replace("-", "_").replace("+", "p")
-    return difflib.get_close_matches(plain, registered_models(), n=limit, cutoff=0.6)
+def suggest(name: str) -> str:
+    """Suggest registered names similar to ``name``, as papers and the hub spell them too."""
+    plain = name.rsplit("/", 1)[-1].replace("-", "_").replace("+", "p")
+    return did_you_mean(plain, registered_models(), cutoff=0.6)
 
 
 def show_parameters(count: int) -> str:
-    """225618432 -> ``226 M``, 2849757184 -> ``2.85 B``."""
+    """Format a number of parameters: 225618432 as ``226 M``, 2849757184 as ``2.85 B``."""
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.0f} M"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from metro.models.registry import RegisteredModel, registered_models, show_parameters
+from metro.utils.files import write_text
 
 TASK_TITLES = {
     "rte": "RTE",
@@ -34,7 +35,7 @@ EXAMPLE = (
 
 
 class ResultTable:
-    """The published results of one suite, a column per source."""
+    """Published results of a model on one suite, with a column per source."""
 
     def __init__(self, model: RegisteredModel, suite: str):
         self.title = SUITE_TITLES[suite]
@@ -56,7 +57,7 @@ class ResultTable:
 
     @property
     def means(self) -> list[str]:
-        """Mean of every column that has all tasks of the table, ``-`` for the others."""
+        """Mean of each column that has all tasks of the table, ``-`` for the others."""
         return [
             show_percent(sum(column.values()) / len(column))
             if len(column) == len(self.rows)
@@ -75,7 +76,7 @@ def result_tables(model: RegisteredModel) -> list[ResultTable]:
 
 
 def facts_of(model: RegisteredModel) -> list[tuple[str, str]]:
-    """What `metro models NAME` and the card say, in this order."""
+    """List the facts that `metro models NAME` and the card show, as (label, text)."""
     return [
         ("hub id", model.hub_id),
         ("parameters", f"{model.parameters:,} ({show_parameters(model.parameters)})"),
@@ -89,7 +90,7 @@ def facts_of(model: RegisteredModel) -> list[tuple[str, str]]:
 
 
 def write_card(model: RegisteredModel) -> str:
-    """The model card as Markdown."""
+    """Format the model card in Markdown."""
     lines = [f"# {model.title}", ""]
     lines += ["Written from `registry.yaml` by `metro models --write-cards`; do not edit.", ""]
     lines += ["| | |", "|---|---|"]
@@ -124,12 +125,9 @@ def _commands(model: RegisteredModel) -> list[str]:
 
 
 def write_cards(folder: str | Path) -> list[Path]:
-    """Write ``<name>.md`` of every registered model into ``folder``."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; make it first")
+    """Write ``<name>.md`` of every registered model into an existing folder."""
     written = []
     for model in registered_models().values():
-        written.append(folder / f"{model.name}.md")
-        written[-1].write_text(write_card(model), encoding="utf-8")
+        written.append(Path(folder) / f"{model.name}.md")
+        write_text(written[-1], write_card(model))
     return written

@@ -1,17 +1,17 @@
-"""Where a model is to come from, looked at before torch is imported, which takes seconds."""
+"""Paths and names of models, checked before torch is imported, which takes seconds."""
 
 import os
 from pathlib import Path
 
-from metro.models.registry import find_registered, nearest_names
+from metro.models.registry import find_registered, suggest
 from metro.utils.messages import UserError
 
 
 def model_source(path_or_name: str | os.PathLike) -> str:
-    """A checkpoint, a folder or an id on the hub as it is, a registered name as its id there.
+    """Return a checkpoint, folder or hub id unchanged, and the hub id of a registered name.
 
     Raises:
-        ValueError: a folder without a model, or neither a path nor a name of that kind.
+        UserError: a folder without a model, or neither a path nor a name of that kind.
     """
     name = os.fspath(path_or_name)
     path = Path(name)
@@ -23,32 +23,30 @@ def model_source(path_or_name: str | os.PathLike) -> str:
             remedy = (
                 f"give one of its checkpoints, such as {path / checkpoints[-1]}"
                 if checkpoints
-                else "give a Hugging Face folder, or a .pt file of fairseq"
+                else "give a Hugging Face folder, or a fairseq checkpoint (.pt)"
             )
-            raise UserError(f"{name} has no config.json, so it is no model: {remedy}")
+            raise UserError(f"{name} has no config.json, so it is not a model: {remedy}")
         return name
     registered = find_registered(name)
     if registered is not None:
         return registered.hub_id
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".pt"):
         return name
-    near = nearest_names(name)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UserError(
-        f"there is no file or folder {name}, and no registered model of that name; {hint}`metro "
-        "models` lists the registered ones"
+        f"there is no file or folder {name}, and no registered model of that name (`metro models` "
+        f"lists them); {suggest(name)}"
     )
 
 
 def check_file(path: Path) -> None:
-    """Raise a FileNotFoundError where there is no file of that name."""
+    """Raise a ``UserError`` unless ``path`` is a file."""
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder: name a file in it")
+        raise UserError(f"{path} is a folder: name a file in it")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}")
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise a ValueError where there is no Hugging Face folder of that name."""
+    """Raise a ``UserError`` unless ``folder`` has a ``config.json``."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give a Hugging Face folder")

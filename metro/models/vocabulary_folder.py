@@ -1,4 +1,4 @@
-"""The vocabulary that belongs to a fairseq checkpoint: where it lies, and whether it fits."""
+"""The vocabulary of a fairseq checkpoint: find it, check it, build the tokenizer from it."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from metro.utils.messages import UserError
 
 
 def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
-    """The folder with ``sp.model`` and ``dict.txt`` of a checkpoint.
+    """Find the folder with ``sp.model`` and ``dict.txt`` of a checkpoint.
 
-    Looked for in the folders that its task names (``vocab``, then the first of ``data``), as they
-    are written and below each folder above the checkpoint, then beside the checkpoint.
+    Searches the folders that its task names (``vocab``, then the first of ``data``), as written and
+    relative to each folder above the checkpoint, then the checkpoint's own folder.
 
     Raises:
-        ValueError: in none of these places, naming them.
+        UserError: not found, naming the folders searched.
     """
     here = checkpoint.resolve().parent
     named = [str(task[name]).split(":")[0] for name in ("vocab", "data") if task.get(name)]
@@ -32,16 +32,17 @@ def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
         if all((place / name).is_file() for name in VOCABULARY_FILES):
             return place
     raise UserError(
-        f"no vocabulary for {checkpoint}: sp.model and dict.txt lie neither in "
+        f"no vocabulary for {checkpoint}: sp.model and dict.txt are neither in "
         f"{' nor in '.join([*named, str(here)])}; name their folder (--vocab DIR, or vocab= in "
         "Python)"
     )
 
 
 def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
-    """Whether texts are folded to lower case, as METRO's preparation of the data has noted it down.
+    """Tell whether the vocabulary is for lowercased text.
 
-    Folders of others have no such note: there the pieces tell, which hold capitals or do not.
+    METRO's prepared folders state it. In other folders the vocabulary is taken to be lowercase if
+    none of its pieces has a capital letter.
     """
     for name in (TEXT_MANIFEST, PROMPTS_MANIFEST):
         try:
@@ -58,16 +59,16 @@ def build_tokenizer(
     tokens_per_sample: int | None = None,
     lower: bool | None = None,
 ) -> MetroT5Tokenizer:
-    """The tokenizer of a model with ``vocab_size`` embeddings: the vocabulary, then sentinels.
+    """Build the tokenizer of a model with ``vocab_size`` embeddings: vocabulary, then sentinels.
 
     Args:
-        folder: where ``sp.model`` and ``dict.txt`` lie.
+        folder: has ``sp.model`` and ``dict.txt``.
         vocab_size: rows of the model's embedding.
-        tokens_per_sample: how many sentinels the training had, where that is known.
-        lower: fold to lower case; by default as the vocabulary was made.
+        tokens_per_sample: number of sentinels in training, if known.
+        lower: lowercase texts; by default see :func:`is_lower`.
 
     Raises:
-        ValueError: the vocabulary is not the one that the model was trained with.
+        UserError: the vocabulary is not the one that the model was trained with.
     """
     folder = Path(folder)
     vocabulary = Vocabulary.from_folder(folder)

@@ -1,8 +1,8 @@
-"""Folders and files that are complete, or not there.
+"""Atomic output: folders and files that are complete, or absent.
 
-Everything is written beside its place under a hidden name, flushed to the disk, and moved into
-place at the end. A process that is killed leaves such a hidden folder behind, which the next call
-for the same place removes.
+Everything is written under a hidden name beside its destination, flushed to disk, and moved into
+place at the end. A killed process leaves such a hidden folder or file behind; the next call for the
+same destination removes it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def check_output(out: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuse a place that is taken, or whose replacement would take more than an export away.
+    """Refuse an output that exists, or whose replacement would delete more than an export.
 
     Args:
         out: folder or file to write.
-        overwrite: it may be there already.
-        inputs: what is read to write it.
+        overwrite: it may exist already.
+        inputs: files and folders that are read to write it.
 
     Raises:
-        UserError: there is something already, or replacing it would not be safe.
+        UserError: it exists, or replacing it would not be safe.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -44,18 +44,17 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> N
         if below or folders:
             what = below[0] if below else f"the folder {folders[0]}"
             raise UserError(
-                f"{out} is not replaced, as {what} lies in it and would be lost: choose another "
-                "name"
+                f"{out} is not replaced, as {what} is in it and would be lost: choose another name"
             )
     elif place in [path.resolve() for path in inputs]:
-        raise UserError(f"{out} is what is read: choose another name")
+        raise UserError(f"{out} is an input of this command: choose another name")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` when the block ends without an error.
+    """Yield a folder to write into, which becomes ``out`` when the block ends without an error.
 
-    With ``overwrite`` a folder that is there stays as it is until then.
+    With ``overwrite`` an existing folder stays as it is until then.
 
     Raises:
         UserError: see :func:`check_output`.
@@ -63,15 +62,8 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
     check_output(out, overwrite, inputs)
     if out.is_file():
         raise UserError(f"{out} is a file: choose another name for the folder")
-    out = out.resolve()  # a link stays, and what it leads to is replaced
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.incomplete-"
-    _remove_abandoned(out.parent, prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # for as long as this process lives
-        os.chmod(temporary, 0o777 & ~_umask())
+    out = out.resolve()  # a link stays; its target is replaced
+    with _locked_temporary(out, tempfile.mkdtemp) as temporary:
         yield temporary
         for path in temporary.rglob("*"):
             os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
@@ -81,16 +73,13 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
             check_output(out, overwrite, inputs)
             _exchange(temporary, out)
         else:
-            os.rename(temporary, out)  # fails where somebody else has just made `out`
+            os.rename(temporary, out)  # fails if another process has just created `out`
         flush(out.parent)
-    finally:
-        os.close(lock)
-        shutil.rmtree(temporary, ignore_errors=True)  # incomplete, or what was replaced
 
 
 @contextlib.contextmanager
 def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """A file to write, which becomes ``out`` when the block ends without an error.
+    """Yield a file to write, which becomes ``out`` when the block ends without an error.
 
     Raises:
         UserError: see :func:`check_output`.
@@ -99,25 +88,41 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file in it")
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.incomplete-"
-    _remove_abandoned(out.parent, prefix)
-    lock, name = tempfile.mkstemp(prefix=prefix, dir=out.parent)
-    temporary = Path(name)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.chmod(temporary, 0o666 & ~_umask())
+
+    def make_file(**place) -> str:
+        descriptor, name = tempfile.mkstemp(**place)
+        os.close(descriptor)
+        return name
+
+    with _locked_temporary(out, make_file) as temporary:
         yield temporary
         flush(temporary)
         os.replace(temporary, out)
         flush(out.parent)
+
+
+@contextlib.contextmanager
+def _locked_temporary(out: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """Yield a hidden path beside ``out``, locked while this process lives, removed at the end."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.incomplete-"
+    _remove_abandoned(out.parent, prefix)
+    temporary = Path(make(prefix=prefix, dir=out.parent))
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~_umask())
+        yield temporary
     finally:
         os.close(lock)
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():  # incomplete, or the folder that was replaced
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a crash leaves the old or the new one, whole."""
+    """Replace a file atomically: a crash leaves the old or the new one, complete."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -126,13 +131,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any | None:
-    """Content of a JSON file, None where there is no such file.
+def read_json(path: Path) -> Any:
+    """Read a JSON file; return None if it does not exist.
 
     Raises:
         UserError: it is not JSON.
@@ -146,7 +151,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,7 +160,7 @@ def flush(path: Path) -> None:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """What processes that were killed have left; nobody holds its lock."""
+    """Remove what killed processes have left: temporaries that no process has locked."""
     for path in parent.iterdir():
         if not path.name.startswith(prefix):
             continue
@@ -166,7 +171,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # being written just now
+            continue  # being written
         else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         finally:
@@ -174,7 +179,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders, in one step where the system can: at every moment one of them is there."""
+    """Swap two folders, atomically if the system can."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         names = (os.fsencode(new), os.fsencode(old))

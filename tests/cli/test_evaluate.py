@@ -224,8 +224,8 @@ def test_wrong_options_are_refused_before_torch_is_imported(tmp_path):
     """Oracle: an interpreter in which torch cannot be imported."""
     blocked = "import sys; sys.modules['torch'] = None; from metro.cli.main import main; main()"
     for name, *extra, message in [
-        ("metro_t0_bsae", "no registered model of that name; did you mean metro_t0_base"),
-        (str(tmp_path), "has no config.json, so it is no model"),
+        ("metro_t0_bsae", "lists them); did you mean 'metro_t0_base'"),
+        (str(tmp_path), "has no config.json, so it is not a model"),
         ("metro_t0_base", "--suite", "t1", "did you mean 't0'"),
         ("metro_t0_base", "--data-dir", "nowhere", "--data-dir nowhere is not a folder"),
         ("metro_t0_base", "--bigbench-dir", "here", "--bigbench-dir here is not a folder"),

@@ -244,7 +244,7 @@ def test_many_windows_keep_their_order(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["metro_t0_bse", "a"], "metro_t0_bse.*did you mean metro_t0_base"),
+        (["metro_t0_bse", "a"], "metro_t0_bse.*did you mean 'metro_t0_base'"),
         (["{folder}", "a", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["{folder}", "a", "--dtype", "int8"], "dtype is 'int8'"),
         (["{folder}", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),

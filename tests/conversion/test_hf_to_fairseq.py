@@ -133,7 +133,7 @@ def test_a_damaged_training_file_is_refused(exported, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(exported("metro_tiny_a"), folder)
     (folder / "training.json").write_text("{")
-    with pytest.raises(ValueError, match="training.json is damaged"):
+    with pytest.raises(ValueError, match="training.json is not the JSON file"):
         to_fairseq(folder, tmp_path / "model.pt")
     shutil.copyfile(exported("metro_tiny_b") / "training.json", folder / "training.json")
     with pytest.raises(ValueError, match="missing: .*rtd_head.dense.weight"):

@@ -126,7 +126,7 @@ def test_bare_weights_are_no_checkpoint(testdata, tmp_path, refused):
     source = testdata / "golden/hf_export/metro_tiny_a/pytorch_model.bin"
     shutil.copyfile(source, tmp_path / "bad.pt")
     refused(None, "give the Hugging Face folder")
-    refused([1, 2], "not a checkpoint of fairseq")
+    refused([1, 2], "not a fairseq checkpoint")
     refused({"model": {}, "cfg": None}, "no settings")
 
 
@@ -208,7 +208,7 @@ def test_what_is_no_tensor_of_floating_point_numbers_is_named(checkpoint, refuse
 def test_two_embeddings_where_the_model_has_one_are_refused(checkpoint, refused):
     model = checkpoint["model"]
     model["decoder.output_projection.weight"] = model["encoder.embed_tokens.weight"] + 1
-    refused(checkpoint, "lm_head.weight and shared.weight.*mixed up")
+    refused(checkpoint, "lm_head.weight and shared.weight.*inconsistent")
 
 
 def test_a_vocabulary_of_another_model_is_refused(testdata, tmp_path):
@@ -267,7 +267,7 @@ def test_a_second_embedding_that_differs_is_refused(folder):
     for other in (embedding + 1, embedding[:3].clone()):
         tensors["lm_head.weight"] = other
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match="shared.weight and lm_head.weight.*mixed up"):
+        with pytest.raises(ValueError, match="shared.weight and lm_head.weight.*inconsistent"):
             to_fairseq(folder, folder.parent / "out.pt")
 
 
@@ -308,7 +308,7 @@ def test_damaged_files_of_a_folder_are_named(folder):
 
 def test_only_the_named_containers_are_allowed(testdata):
     """Oracle: the list; whatever it grows by should be argued for here."""
-    from metro.models.safe_loading import allowed_classes
+    from metro.models.reading import allowed_classes
 
     names = {getattr(entry, "__qualname__", str(entry)) for entry in allowed_classes()}
     plain = {"Namespace", "OrderedDict", "defaultdict", "dict", "list", "tuple", "set", "int"}

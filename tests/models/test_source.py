@@ -18,7 +18,7 @@ for line in sys.stdin.read().splitlines():
     name, *arguments = line.split()
     try:
         load_command(name)(arguments, standalone_mode=False)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(error)
 print([name for name in ("torch", "transformers") if name in sys.modules])
 """
@@ -30,7 +30,7 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "taken").write_text("a")
     (tmp_path / "model.pt").write_text("a")
     refused = {
-        "generate metro_t0_bse text": "did you mean metro_t0_base",
+        "generate metro_t0_bse text": "did you mean 'metro_t0_base'",
         "generate empty text": "empty has no config.json",
         "generate empty --input none.txt": "there is no file none.txt to read texts from",
         "generate metro_t0_base text --output taken": "taken exists",
