@@ -4,6 +4,7 @@ from pathlib import Path
 
 from metro.models.registry import RegisteredModel, registered_models, show_parameters
 from metro.utils.files import write_text
+from metro.utils.messages import UserError
 
 TASK_TITLES = {
     "rte": "RTE",
@@ -126,6 +127,8 @@ def _commands(model: RegisteredModel) -> list[str]:
 
 def write_cards(folder: str | Path) -> list[Path]:
     """Write ``<name>.md`` of every registered model into an existing folder."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder; create it first")
     written = []
     for model in registered_models().values():
         written.append(Path(folder) / f"{model.name}.md")

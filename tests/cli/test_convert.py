@@ -4,6 +4,7 @@ import torch
 from typer.testing import CliRunner
 
 from metro.cli.convert import app
+from metro.utils.messages import UserError
 
 
 def metro_convert(*arguments, code: int = 0):
@@ -46,7 +47,7 @@ def test_what_is_left_out_is_said(testdata, tmp_path):
 def test_a_folder_in_the_place_of_a_checkpoint_is_said(tmp_path):
     for checkpoint, word in ((tmp_path, "is a folder"), (tmp_path / "none.pt", "there is no file")):
         done = metro_convert("to-hf", checkpoint, "--out", tmp_path / "x", code=1)
-        assert isinstance(done.exception, FileNotFoundError) and word in str(done.exception)
+        assert isinstance(done.exception, UserError) and word in str(done.exception)
 
 
 def test_mistakes_are_errors_of_the_user(testdata, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from metro.cli.main import load_command
 from metro.models.registry import registered_models
+from metro.utils.messages import UserError
 
 
 @pytest.fixture
@@ -47,12 +48,12 @@ def test_json_is_the_registry(models):
 def test_cards_are_written_for_every_model(models, tmp_path):
     models("--write-cards", str(tmp_path))
     assert {path.stem for path in tmp_path.iterdir()} == set(registered_models())
-    with pytest.raises(NotADirectoryError, match="make it first"):
+    with pytest.raises(UserError, match="create it first"):
         models("--write-cards", str(tmp_path / "none"))
     with pytest.raises(ValueError, match="leave the name"):
         models("t0_3b", "--write-cards", str(tmp_path))
 
 
 def test_unknown_name_is_refused_with_the_nearest(models):
-    with pytest.raises(ValueError, match="'flipped_5b': did you mean flipped_3b"):
+    with pytest.raises(ValueError, match="'flipped_5b'; did you mean 'flipped_3b'"):
         models("flipped_5b")

@@ -13,7 +13,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from fairseq_plugins import compat
-from metro.models.safe_loading import load_tensors_and_settings
+from metro.models.reading import load_tensors_and_settings
 from tests.plugins.conftest import METRO, TINY, configure
 
 TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
