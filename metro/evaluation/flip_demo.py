@@ -1,8 +1,8 @@
-"""FLIPPED on one input: what each option suggests, and which option explains an instruction best.
+"""FLIPPED on one input: the instruction that each option suggests, and the best option.
 
-With an instruction the winner is the option under which it is most likely. Without one there is
-nothing to rank by but the model's own guesses: of the instructions generated for the options, the
-one most likely under its own option is taken as the instruction.
+With an instruction the winner is the option under which it is most probable. Without one the
+model's own guesses are ranked: of the instructions generated for the options, the one most probable
+under its own option is taken as the instruction.
 """
 
 import math
@@ -18,7 +18,7 @@ from metro.utils.messages import UserError
 
 
 class OptionRow(NamedTuple):
-    """One option."""
+    """Score and generated instruction of one option."""
 
     option: str
     score: float
@@ -30,10 +30,10 @@ class OptionRow(NamedTuple):
 
 
 class FlipResult(NamedTuple):
-    """All options, in the order given."""
+    """All options in the order given, and the winner."""
 
     instruction: str
-    """The one that the scores are of."""
+    """The instruction that the scores belong to."""
     rows: list[OptionRow]
     winner: str
 
@@ -52,8 +52,8 @@ def flip_options(
     """Rank options by the instruction; see the top of the module.
 
     Raises:
-        ValueError: fewer than two options, options that read alike to the model, nothing to read,
-            an instruction that lacks sentinels of the text (it may have none).
+        UserError: fewer than two options, options of equal tokens, an empty input, or an
+            instruction that lacks sentinels of the text (it may have none).
     """
     check_texts(text, options, instruction)
     if not SENTINEL.search(text):  # as templates whose instruction follows the input
@@ -88,13 +88,13 @@ def flip_options(
         target = generated[own.index(max(own))]
         instruction = as_text(tokenizer, target)
     else:
-        [target] = encoder.targets([instruction])
+        target = tuple(encoder.targets([instruction])[0])
         if len(target) < 3:
             raise UserError(
                 f"nothing of the instruction {instruction!r} is left beside its sentinel; write "
                 "what is asked"
             )
-    scores = scorer.score([Pair(tuple(source), tuple(target)) for source in sources])
+    scores = scorer.score([Pair(tuple(source), target) for source in sources])
     best = max(scores)
     weights = [math.exp(score - best) for score in scores]
     rows = [
@@ -119,7 +119,7 @@ def check_texts(text: str, options: list[str], instruction: str | None) -> None:
 
 
 def check_sentinels(text: str, instruction: str) -> None:
-    """The model learned to write the sentinels that it read, and those of untaken branches."""
+    """Check that the instruction has the text's sentinels; others are those of untaken branches."""
     read, written = ({int(k) for k in SENTINEL.findall(each)} for each in (text, instruction))
     if not read <= written:
         names = [", ".join(f"<extra_id_{k}>" for k in sorted(each)) for each in (read, written)]
@@ -130,7 +130,7 @@ def check_sentinels(text: str, instruction: str) -> None:
 
 
 def check_distinct(sources: list[list[int]], options: list[str]) -> None:
-    """Options that the vocabulary cannot tell apart would tie."""
+    """Check that all options differ in their tokens, as equal ones would tie."""
     seen: dict[tuple[int, ...], str] = {}
     for source, option in zip(sources, options, strict=True):
         if (other := seen.get(tuple(source))) is not None:
@@ -145,7 +145,7 @@ def check_distinct(sources: list[list[int]], options: list[str]) -> None:
 def generate(
     model, tokenizer, sources: list[list[int]], max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """The most likely continuation for every source, ending with the end symbol."""
+    """Generate the most probable continuation of every source, ending with the end symbol."""
     found = []
     for source in sources:
         ids = torch.tensor([source], device=model.device)
@@ -163,7 +163,7 @@ def generate(
 
 
 def as_text(tokenizer, ids) -> str:
-    """Generated ids as text, METRO's sentinels written as ``<extra_id_k>``."""
+    """Decode generated ids, METRO's sentinels written as ``<extra_id_k>``."""
     text = tokenizer.decode([i for i in ids if i != tokenizer.eos_token_id])
     text = METRO_SENTINEL.sub(lambda match: f"<extra_id_{int(match.group(1)) - 1}>", text)
     return text.replace("<extra_id_-1>", "<mask>")

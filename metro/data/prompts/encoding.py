@@ -79,11 +79,12 @@ class PromptEncoder:
 
     def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
         """Decoder ids, ending with the end symbol."""
-        room = self.max_target_length - 1 if truncate else None
         encoded = self.plain(texts)
         if truncate:
+            room = self.max_target_length - 1
             self.num_cut_targets += sum(len(ids) > room for ids in encoded)
-        return [[*ids[:room], self.eos_token_id] for ids in encoded]
+            encoded = [ids[:room] for ids in encoded]
+        return [[*ids, self.eos_token_id] for ids in encoded]
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without special tokens; sentinels are one id each."""

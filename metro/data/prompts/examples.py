@@ -161,7 +161,7 @@ def _fold(text: str) -> str:
 class LeftOut(NamedTuple):
     """Rows left out (or kept with a flaw) for one reason."""
 
-    count: int
+    num_rows: int
     first: str
     """Place of the first one, and the value at fault."""
 
@@ -169,7 +169,7 @@ class LeftOut(NamedTuple):
 def count_row(table: dict[str, LeftOut], error: UnusableRow, where: str) -> None:
     """Add a row to the counts, by its reason; ``where`` names the row."""
     if earlier := table.get(error.reason):
-        table[error.reason] = LeftOut(earlier.count + 1, earlier.first)
+        table[error.reason] = LeftOut(earlier.num_rows + 1, earlier.first)
         return
     detail = " ".join(error.detail.split())
     if len(detail) > _MAX_DETAIL_CHARS:

@@ -162,7 +162,7 @@ def sentinels_for(tokenizer) -> list[str]:
     """
     names = tokenizer.get_vocab()
     for form, first in (("<extra_id_{}>", 0), ("<sen{:03d}>", 1)):
-        found = []
+        found: list[str] = []
         while form.format(first + len(found)) in names:
             found.append(form.format(first + len(found)))
         if found:

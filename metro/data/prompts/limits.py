@@ -8,8 +8,8 @@ import json
 import random
 import threading
 import time
-from collections.abc import MappingView
-from typing import Any
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from typing import Any, Literal
 
 from metro.utils.messages import UserError
 
@@ -58,7 +58,8 @@ class _Rendering(threading.local):
     """State of the rendering that runs now in this thread."""
 
     def start(self, seed: int | None) -> None:
-        self.seed, self.generator = seed, None
+        self.seed = seed
+        self.generator: random.Random | None = None
         self.work, self.next_look = 0, _WORK_BETWEEN_LOOKS
         self.deadline = time.thread_time() + MAX_SECONDS
         self.missing: list[str] = []
@@ -116,8 +117,9 @@ def weigh(value: Any) -> int:
         raise TemplateError("makes a complex number")
     elif isinstance(value, range):
         total = len(value)
-    elif isinstance(value, (list, tuple, dict, set, MappingView)):
-        total, stack = 0, [iter([value])]
+    elif isinstance(value, (list, tuple, dict, set, KeysView, ValuesView, ItemsView)):
+        total = 0
+        stack: list[Iterator[Any]] = [iter([value])]
         while stack:
             for item in stack[-1]:
                 total += 2
@@ -127,7 +129,7 @@ def weigh(value: Any) -> int:
                     stack.append(iter(item.values()))
                     stack.append(iter(item.keys()))
                     break
-                elif isinstance(item, (list, tuple, set, MappingView)):
+                elif isinstance(item, (list, tuple, set, KeysView, ValuesView, ItemsView)):
                     stack.append(iter(item))
                     break
                 if total > MAX_TEXT_CHARS:
@@ -239,7 +241,9 @@ def _trimmed(value, chars=None) -> str:
     return text.strip(chars)
 
 
-def _rounded(value, precision: int = 0, method: str = "common") -> float:
+def _rounded(
+    value, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common"
+) -> float:
     from jinja2.filters import do_round
 
     return do_round(value, max(-20, min(20, int(precision))), method)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metro.data.indexed_file import IndexedFileWriter, WritePosition
+from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
@@ -40,10 +40,8 @@ class JsonlEncoder:
 class JsonlTaskWriter:
     """Writes ``<side>.jsonl`` with offsets and source rows beside it."""
 
-    START = [0, 0]
-
-    def __init__(self, folder: Path, side: str, position: list | None):
-        self.num_examples, self.num_bytes = position or self.START
+    def __init__(self, folder: Path, side: str, position: list[int] | None):
+        self.num_examples, self.num_bytes = position or (0, 0)
         prefix = folder / side
         self._files = [
             _open_at(prefix.with_name(prefix.name + suffix), size, not position)
@@ -55,7 +53,7 @@ class JsonlTaskWriter:
         ]
 
     @property
-    def position(self) -> list:
+    def position(self) -> list[int]:
         return [self.num_examples, self.num_bytes]
 
     def append(self, payload: tuple) -> None:
@@ -92,8 +90,9 @@ class JsonlTaskWriter:
 class FairseqEncoder:
     """Examples -> ids and sizes of sources, ids and sizes of targets, as text for pretraining."""
 
-    def __init__(self, vocabulary: Vocabulary, lower: bool, dtype: np.dtype):
-        self.vocabulary, self.lower, self.dtype = vocabulary, lower, dtype
+    def __init__(self, vocabulary: Vocabulary, lower: bool):
+        self.vocabulary, self.lower = vocabulary, lower
+        self.dtype = best_dtype(len(vocabulary))
         self._targets: dict[str, list[int]] = {}
 
     def __call__(self, examples: Sequence[PromptedExample]) -> tuple[np.ndarray, ...]:
@@ -116,10 +115,8 @@ class FairseqEncoder:
 class FairseqTaskWriter:
     """Writes sources and targets in fairseq's memory-mapped format."""
 
-    START = [0, 0, 0, 0]
-
-    def __init__(self, folder: Path, side: str, position: list | None, dtype: np.dtype):
-        position = position or self.START
+    def __init__(self, folder: Path, side: str, position: list[int] | None, dtype: np.dtype):
+        position = position or [0, 0, 0, 0]
         self._writers = [
             IndexedFileWriter(folder / f"{side}.src-tgt.{end}", dtype, WritePosition(*place))
             for end, place in (("src", position[:2]), ("tgt", position[2:]))
@@ -130,7 +127,7 @@ class FairseqTaskWriter:
         return self._writers[0].num_items
 
     @property
-    def position(self) -> list:
+    def position(self) -> list[int]:
         return [number for writer in self._writers for number in writer.position]
 
     def append(self, payload: tuple) -> None:

@@ -158,7 +158,7 @@ class _Preparation:
         self.done: dict[str, dict] = earlier.get("done", {})
         self.current: dict = earlier.get("current", {})
         self.unavailable: list[Unavailable] = [*settings.sources.without_templates()]
-        self.dtype = best_dtype(len(settings.vocabulary)) if settings.vocabulary else None
+        self.vocabulary = settings.vocabulary if settings.format == "fairseq" else None
         self.num_rendered = sum(facts["rendered"] for facts in self.done.values())
 
     def run(self) -> dict:
@@ -237,14 +237,14 @@ class _Preparation:
 
     def _writer(self, plan: PartPlan, task: str, position: list | None):
         folder = self.folder.task_folder(plan.side, task)
-        if self.settings.format == "jsonl":
+        if self.vocabulary is None:
             return JsonlTaskWriter(folder, plan.side, position)
-        return FairseqTaskWriter(folder, plan.side, position, self.dtype)
+        return FairseqTaskWriter(folder, plan.side, position, best_dtype(len(self.vocabulary)))
 
     def _encoder(self):
-        if self.settings.format == "jsonl":
+        if self.vocabulary is None:
             return JsonlEncoder()
-        return FairseqEncoder(self.settings.vocabulary, self.settings.lower, self.dtype)
+        return FairseqEncoder(self.vocabulary, self.settings.lower)
 
     def _state(self) -> dict:
         return {"done": self.done, "current": self.current}

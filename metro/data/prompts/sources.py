@@ -37,7 +37,7 @@ class PartRow(NamedTuple):
     number: int
     """Number in the part, whose splits follow one another."""
     split: str
-    index: int
+    split_row: int
     """Number in the split."""
     row: dict | UnusableRow
     """Fields of the row, or the reason why it cannot be read."""
@@ -246,8 +246,9 @@ class PromptSources:
         """
         found = datasets.available_splits(*self._names(plan), data_dir=self.data_dir)
         entry = datasets.dataset_table().get(name_of(plan.dataset, plan.subset))
-        has_table = self.source == "p3" and entry and entry.splits
-        usable = [split for split in found if split in entry.splits] if has_table else found
+        usable = found
+        if self.source == "p3" and entry and entry.splits:
+            usable = [split for split in found if split in entry.splits]
         wanted = [split for split in usable if split.startswith("train") == (plan.side == "train")]
         if not wanted:
             side = "training" if plan.side == "train" else "validation"
@@ -256,8 +257,10 @@ class PromptSources:
 
     def local_files(self) -> list[list]:
         """Return name, size and time of every local file that will be read."""
-        found = []
-        for plan in self.plans() if self.data_dir is not None else ():
+        found: list[list] = []
+        if self.data_dir is None:
+            return found
+        for plan in self.plans():
             try:
                 for split in self.splits(plan):
                     file = datasets.local_file(self.data_dir, *self._names(plan), split)

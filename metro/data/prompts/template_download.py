@@ -1,4 +1,4 @@
-"""`metro templates fetch`: promptsource's templates, out of its source package into the cache.
+"""`metro templates fetch`: promptsource's templates, from its source package into the cache.
 
 promptsource itself does not install on current Python versions, and nothing of it is run: the one
 pinned source package is downloaded, its checksum compared, and its ``templates.yaml`` files are
@@ -30,7 +30,7 @@ _LICENCE = re.compile(r"[^/]+/LICENSE")
 
 
 class FetchedTemplates(NamedTuple):
-    """Where the tree is."""
+    """Result of ``fetch_templates``."""
 
     folder: Path
     num_files: int
@@ -45,12 +45,12 @@ def cache_folder() -> Path:
 
 
 def templates_folder() -> Path:
-    """Where `fetch` puts the tree."""
+    """Return the place of the fetched tree."""
     return cache_folder() / "templates" / f"promptsource-{PROMPTSOURCE_VERSION}"
 
 
 def cached_templates() -> Path | None:
-    """The fetched tree, if it is there (it appears complete or not at all)."""
+    """Return the fetched tree, if it is there (it appears complete or not at all)."""
     folder = templates_folder()
     return folder if folder.is_dir() else None
 
@@ -66,7 +66,7 @@ def fetch_templates(
         again: replace what is there.
 
     Raises:
-        ValueError: the package cannot be had, or is not the one that was pinned.
+        UserError: the package is not available, or is not the one that was pinned.
     """
     folder = templates_folder()
     if folder.is_dir() and not again:
@@ -93,9 +93,9 @@ def fetch_templates(
 
 
 def unpack(package: bytes, folder: Path) -> None:
-    """Write the ``templates.yaml`` files and the licence of a source package; nothing else.
+    """Write the ``templates.yaml`` files and the licence of a source package, nothing else.
 
-    Names are matched, not trusted: a member cannot name a place outside ``folder``.
+    Names are matched, not trusted: a member cannot be written outside ``folder``.
     """
     import io
 
@@ -112,8 +112,10 @@ def unpack(package: bytes, folder: Path) -> None:
                 raise UserError(f"the package unpacks to more than {_MAX_BYTES:,} bytes")
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.extractfile(member) as source, target.open("wb") as out:
-                shutil.copyfileobj(source, out)
+            content = archive.extractfile(member)
+            assert content is not None  # it is a file
+            with content, target.open("wb") as out:
+                shutil.copyfileobj(content, out)
 
 
 def _count(folder: Path) -> int:
@@ -122,12 +124,12 @@ def _count(folder: Path) -> int:
 
 def _read_package(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give the source package {PACKAGE}")
+        raise UserError(f"no file {path}: give the source package {PACKAGE}")
     return path.read_bytes()
 
 
 def _download(index: str | None) -> bytes:
-    """The package, found on the index's page of promptsource."""
+    """Download the package, found on the index's page of promptsource."""
     index = (index or os.environ.get("PIP_INDEX_URL") or DEFAULT_INDEX).rstrip("/")
     page = f"{index}/promptsource/"
     remedy = (
@@ -159,7 +161,7 @@ def _get(url: str) -> bytes:
 
 
 def _tls():
-    """With the certificates that pip is told to use, where there are such."""
+    """Return a TLS context with the certificates that pip is told to use, if any."""
     import ssl
 
     certificates = os.environ.get("PIP_CERT") or os.environ.get("REQUESTS_CA_BUNDLE")
@@ -167,5 +169,5 @@ def _tls():
 
 
 def _public(url: str) -> str:
-    """Without a password that the address may hold."""
+    """Remove a password from an address."""
     return re.sub(r"//[^/@]*@", "//", url)

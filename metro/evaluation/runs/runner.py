@@ -199,7 +199,7 @@ def make_classifier(
 def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:
     """Remarks on the rows of a prompt that were left out or changed."""
     found = [
-        f"{counted(left_out.count, 'row')} left out: {why} (first: {left_out.first})"
+        f"{counted(left_out.num_rows, 'row')} left out: {why} (first: {left_out.first})"
         for why, left_out in asked.skipped.items()
     ]
     duplicates = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
@@ -253,7 +253,7 @@ def write_prompt(
         }
         for example, ranking in zip(asked.examples, rankings, strict=True)
     )
-    skipped = sum(left_out.count for left_out in asked.skipped.values())
+    skipped = sum(left_out.num_rows for left_out in asked.skipped.values())
     return folder.write(result, scores, {"skipped": skipped})
 
 

@@ -1,8 +1,8 @@
-"""Label generalisation (Ye et al., 2023, section 4.3): other words for the options.
+"""Label generalisation (Ye et al., 2023, section 4.3): other words for the answer choices.
 
 ``replace_words`` maps each label word to its substitute (``Yes -> Agree``); lower-cased words
-become lower-cased substitutes. Replaced are the options, in FLIPPED the last piece of the
-instruction, in DIRECT and CHANNEL the last sentence of the prompt.
+become lower-cased substitutes. Replaced are the answer choices, in FLIPPED the last piece of
+the instruction, in DIRECT and CHANNEL the last sentence of the prompt.
 
 By default (``"words"``) whole words are replaced and nothing else changes. ``"published"`` does
 what the published numbers were computed with: any substring ("not" becomes "disagreet"), and for
@@ -18,8 +18,8 @@ from metro.utils.messages import UserError
 
 LABEL_WORDS = ("words", "published", "original")
 
-# What ends a sentence for nltk's Punkt, as far as prompts need it: closing quotes may follow; an
-# ellipsis, an abbreviation or an initial ends none.
+# End of a sentence for nltk's Punkt, as far as prompts need it: closing quotes may follow; an
+# ellipsis, an abbreviation or an initial does not end one.
 _SENTENCE_END = re.compile(r"((?<!\.\.)[.?!]['\")\]}]*)(\s+)(?=\S)")
 _NO_END = re.compile(r"(?:^|[\s(\"'])(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|e\.g|i\.e|U\.S)\.$")
 
@@ -27,18 +27,18 @@ _NO_END = re.compile(r"(?:^|[\s(\"'])(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|e
 def replace_label_words(
     example: EvaluationExample, replace_words: Mapping[str, str], how: str = "words"
 ) -> EvaluationExample:
-    """The example asked in other words.
+    """Ask the example in other words.
 
     Raises:
-        ValueError: an option is none of the words.
+        UserError: an answer choice is not one of the words.
     """
     if how == "original":
         return example
     for choice in example.choices:
         if choice not in replace_words:
             raise UserError(
-                f"option {choice!r} of row {example.index} has no substitute; the suite replaces "
-                f"{', '.join(replace_words)}"
+                f"answer choice {choice!r} of row {example.index} has no substitute; the suite "
+                f"replaces {', '.join(replace_words)}"
             )
     swap = whole_words(replace_words) if how == "words" else substrings(replace_words)
     instruction = example.instruction
@@ -54,20 +54,20 @@ def replace_label_words(
 
 
 def forms(replace_words: Mapping[str, str]) -> dict[str, str]:
-    """Both spellings of every word: as an option, and lower-cased."""
+    """Return both spellings of every word: as an answer choice, and lower-cased."""
     lowered = {old.lower(): new.lower() for old, new in replace_words.items()}
     return {**replace_words, **lowered}
 
 
 def whole_words(replace_words: Mapping[str, str]) -> Callable[[str], str]:
-    """All words at once, so that no substitute is replaced again."""
+    """Replace all words at once, so that no substitute is replaced again."""
     known = forms(replace_words)
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, known))})\b")
     return lambda text: pattern.sub(lambda match: known[match.group()], text)
 
 
 def substrings(replace_words: Mapping[str, str]) -> Callable[[str], str]:
-    """One word after the other, wherever its letters stand."""
+    """Replace one word after the other, also inside of other words."""
 
     def swap(text: str) -> str:
         for old, new in forms(replace_words).items():
@@ -78,7 +78,7 @@ def substrings(replace_words: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def in_last_sentence(text: str, swap: Callable[[str], str], joined: str = " ") -> str:
-    """``swap`` applied to the last sentence (with the white space before it where not joined)."""
+    """Apply ``swap`` to the last sentence; the sentences are joined by ``joined``."""
     cuts = sentence_ends(text)
     if joined:
         start = cuts[-1][1] if cuts else 0
@@ -91,7 +91,7 @@ def in_last_sentence(text: str, swap: Callable[[str], str], joined: str = " ") -
 
 
 def sentence_ends(text: str) -> list[tuple[int, int]]:
-    """(end of a sentence, start of the next one) for every sentence but the last."""
+    """Return (end, start of the next one) for every sentence but the last."""
     return [
         (match.end(1), match.end(2))
         for match in _SENTENCE_END.finditer(text)

@@ -128,7 +128,7 @@ class Task:
         if not found.examples:
             why = "it has no rows"
             if found.skipped:
-                reason, left_out = max(found.skipped.items(), key=lambda item: item[1].count)
+                reason, left_out = max(found.skipped.items(), key=lambda item: item[1].num_rows)
                 why = f"{reason} ({left_out.first})"
             raise UserError(f"task {self.name}, prompt {prompt!r}: no row can be evaluated: {why}")
         return found
@@ -247,6 +247,7 @@ class PreparedTask(Task):
 
     def __init__(self, spec: TaskSpec, sources: Sources):
         super().__init__(spec, sources)
+        assert spec.data is not None
         side, folder = sources.split or spec.split, spec.data
         tasks = read_manifest(folder)["splits"].get(side, {})
         files = {

@@ -1,4 +1,4 @@
-"""How a family of models is evaluated: special tokens, lengths, white space.
+"""Protocols of the model families: special tokens, lengths, white space.
 
 ==========  ==========================  ===========================  ==============================
 family      source                      lengths (source, target)     from
@@ -6,7 +6,7 @@ family      source                      lengths (source, target)     from
 metro       ``<s> text </s>``           512, 256                     METRO-T0's evaluation
 t0          ``text``, no end symbol     512, 256                     T0's evaluation, see below
 flipped     ``text </s>``               512, 64 (some tasks others)  FLIPPED's evaluation
-t5          ``text </s>``               512, 256                     ours, for any other model
+t5          ``text </s>``               512, 256                     METRO, for any other model
 ==========  ==========================  ===========================  ==============================
 
 T0's own script reads sources of up to 1024 tokens. On T0 Eval that is the same: its longest prompt
@@ -24,7 +24,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 
 @dataclass(frozen=True)
 class Protocol:
-    """See the top of the module."""
+    """Evaluation protocol of a family of models, see the top of the module."""
 
     family: str
     source_special_tokens: bool = True
@@ -32,31 +32,24 @@ class Protocol:
     max_target_length: int = 256
     fold_whitespace: bool = True
     task_lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(source, target) of tasks with lengths of their own."""
+    """Task -> (source, target), where a task has its own lengths."""
 
     def lengths(self, task: str) -> tuple[int, int]:
-        """Longest source and target of a task."""
+        """Return the longest source and target of a task."""
         return self.task_lengths.get(task, (self.max_source_length, self.max_target_length))
 
     def prepare(self, example: EvaluationExample) -> EvaluationExample:
-        """The example with white space as the family reads it."""
+        """Fold the white space of an example as the family reads it."""
         if not self.fold_whitespace:
             return example
         folded = [" ".join(choice.split()) for choice in example.choices]
-        return EvaluationExample(
-            example.index,
-            " ".join(example.input.split()),
-            folded,
-            example.label,
-            example.flipped_input,
-            example.instruction,
-        )
+        return replace(example, input=" ".join(example.input.split()), choices=folded)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the protocol in one line."""
         special = "with" if self.source_special_tokens else "without"
         parts = [
             f"{self.family}: sources {special} special tokens, at most {self.max_source_length} "
@@ -98,11 +91,11 @@ def choose_protocol(
     max_source_length: int | None = None,
     max_target_length: int | None = None,
 ) -> Protocol:
-    """The protocol of a model.
+    """Choose the protocol of a model.
 
     Args:
-        family: one of PROTOCOLS; None: by the kind of model.
-        model_config: the model's configuration, for its kind and the longest sequence it takes.
+        family: one of PROTOCOLS; None: by the type of model.
+        model_config: the model's configuration: its type, and the longest sequence it reads.
         method: ``direct``, ``channel`` or ``flipped``.
         max_source_length, max_target_length: instead of the family's, for all tasks; one of them
             leaves the other as it is, but for channel's targets.
@@ -143,7 +136,7 @@ def choose_protocol(
 
 
 def longest_sequence(model_config) -> int | None:
-    """Tokens that a model with a position table takes; None for relative positions (T5)."""
+    """Return the length of a model's position table; None for relative positions (T5)."""
     for name in ("max_positions", "max_position_embeddings"):
         value = getattr(model_config, name, None)
         if isinstance(value, int) and value > 0:

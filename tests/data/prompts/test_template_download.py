@@ -11,6 +11,7 @@ import pytest
 from metro.data.prompts import template_download
 from metro.data.prompts.template_download import fetch_templates, unpack
 from metro.data.prompts.templates import find_templates
+from metro.utils.messages import UserError
 from tests.data.prompts.test_templates import YAML
 
 
@@ -84,7 +85,7 @@ def test_another_package_is_refused_and_nothing_is_left(cache):
     with pytest.raises(ValueError, match="not the pinned package: its sha256 is"):
         fetch_templates(file=cache / "other.tar.gz")
     assert not (cache / "cache").exists()
-    with pytest.raises(FileNotFoundError, match="give the source package"):
+    with pytest.raises(UserError, match="give the source package"):
         fetch_templates(file=cache / "none.tar.gz")
 
 

@@ -53,5 +53,5 @@ def test_original_words_and_unknown_options():
     """Oracle: nothing changes; the message names the option."""
     example = EvaluationExample(7, "Yes or no?", ["Yes", "Maybe"], 0)
     assert replace_label_words(example, YES_NO, "original") is example
-    with pytest.raises(ValueError, match="option 'Maybe' of row 7 has no substitute"):
+    with pytest.raises(ValueError, match="answer choice 'Maybe' of row 7 has no substitute"):
         replace_label_words(example, YES_NO)

@@ -113,7 +113,7 @@ def test_a_suite_file_names_a_prepared_folder(prepared, tmp_path):
     task = load_task(suite.tasks["odd"], Sources(limit=5))
     assert [example.index for example in task.examples("word").examples] == [0, 2, 5, 7, 10]
     skipped = load_task(suite.tasks["odd"], Sources()).examples("word").skipped
-    assert {reason: left.count for reason, left in skipped.items()} == {
+    assert {reason: left.num_rows for reason, left in skipped.items()} == {
         "answer not among the choices": 1
     }
     assert load_task(suite.tasks["odd"], Sources(split="train")).rows("word") == list(range(13))
