@@ -1,7 +1,7 @@
 """The programs that the pages call, with options that make them small.
 
 ``write_programs(folder)`` puts scripts named like the programs into a folder for PATH. Each calls
-the real program with the words of the page and some more: a model of 32 units, two updates, the
+the real program with the words of the page and some more: a model of 32 units, a few updates, the
 invented data of ``write_inputs``. Nothing else of a command is changed.
 """
 
@@ -76,7 +76,8 @@ def smaller(name: str, words: list[str]) -> list[str]:
     if name == "fairseq-hydra-train":
         values = {f"++model.{key.replace('-', '_')}": size for key, size in PLUGINS_SIZE.items()}
         values |= {"common.fp16": "false", "++common.cpu": "true", "task.tokens_per_sample": 128}
-        values |= {"optimization.max_update": 2, "optimization.update_freq": "[1]"}
+        values |= {"optimization.max_update": os.environ["UPDATES"]}
+        values |= {"optimization.update_freq": "[1]", "common.log_interval": 1}
         values |= {"dataset.max_tokens": 1024, "++dataset.num_workers": 0}
         values |= {"lr_scheduler.warmup_updates": 1, "++dataset.validate_interval_updates": 0}
         return [*words, *(f"{key}={value}" for key, value in values.items())]
@@ -84,7 +85,8 @@ def smaller(name: str, words: list[str]) -> list[str]:
         words = [word for word in words if word != "--fp16"]
         sizes = [part for key, size in PLUGINS_SIZE.items() for part in (f"--{key}", str(size))]
         sizes += ["--tokens-per-sample", "128", "--max-tokens", "1024", "--num-workers", "0"]
-        return [*words, *sizes, "--cpu", "--max-update", "2", "--update-freq", "1"]
+        updates = ["--max-update", os.environ["UPDATES"], "--update-freq", "1"]
+        return [*words, *sizes, "--cpu", *updates]
     return [*words, *more_of_metro(words)]
 
 
@@ -139,11 +141,17 @@ def write_inputs(folder: Path) -> None:
     write_templates(templates, "ai2_arc", ARC, "ARC-Challenge")
 
 
-def environment(programs: Path, folder: Path) -> dict[str, str]:
+def environment(programs: Path, folder: Path, updates: int) -> dict[str, str]:
+    """Of a block; trainings of fairseq stop after so many updates."""
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     return {
         **os.environ,
         **{"PATH": path, "PYTHONPATH": str(root), "METRO_TEMPLATES": str(folder / "templates")},
-        **{"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        **{
+            "UPDATES": str(updates),
+            "OMP_WAIT_POLICY": "passive",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
     }

@@ -39,12 +39,12 @@ def checkout(tmp_path):
     return folder
 
 
-def run(block: Block, folder: Path) -> None:
+def run(block: Block, folder: Path, updates: int = 2) -> None:
     program = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": ["python", "-c"]}[block.language]
     done = subprocess.run(
         [*program, block.text],
         cwd=folder,
-        env=environment(folder.parent / "programs", folder),
+        env=environment(folder.parent / "programs", folder, updates),
         capture_output=True,
         text=True,
         timeout=600,
@@ -61,9 +61,9 @@ def save(block: Block, folder: Path) -> None:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    for block in blocks(page):
+    for number, block in enumerate(blocks(page), 1):
         if block.language in ("sh", "python") and not block.not_run:
-            run(block, folder)
+            run(block, folder, updates=2 * number)  # the next command trains on
         elif block.language in ("yaml", "json"):
             save(block, folder)
 
