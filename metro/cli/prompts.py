@@ -114,7 +114,8 @@ def show_prompts(
 
     Rows that give no example are named on the error output.
     """
-    from metro.data.datasets import UnusableRow, available_splits, load_rows, name_of
+    from metro.data.datasets import available_splits, load_rows, name_of
+    from metro.data.jsonl_rows import UnusableRow
     from metro.data.prompts.examples import ExampleSettings, make_example
     from metro.data.prompts.mixtures import split_dataset_name
     from metro.data.prompts.templates import find_templates
@@ -155,7 +156,7 @@ def _view(example, objective: str) -> dict:
     Raises:
         UnusableRow: FLIPPED needs answer choices and an instruction, and there are none.
     """
-    from metro.data.datasets import UnusableRow
+    from metro.data.jsonl_rows import UnusableRow
     from metro.data.prompts.instruction import encoder_text
 
     choices = example["answer_choices"]

@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import NamedTuple, TypedDict
 
-from metro.data.datasets import UnusableRow
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import NO_INSTRUCTION, Flipped, flip
 from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.templates import PromptTemplate, RenderedExample

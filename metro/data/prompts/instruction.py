@@ -29,7 +29,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from metro.data.datasets import UnusableRow
+from metro.data.jsonl_rows import UnusableRow
 from metro.utils.messages import UserError
 
 INSTRUCTION_TEXTS = ("published", "rendered")

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.datasets import DatasetUnavailable, UnusableRow, name_of
+from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.indexed_file import best_dtype
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import (
     ExampleSettings,
     LeftOut,

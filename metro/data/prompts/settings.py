@@ -5,7 +5,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.datasets import DatasetUnavailable, UnusableRow, name_of
+from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import ExampleSettings, make_example
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS
 from metro.data.prompts.mixtures import Mixture, find_mixture

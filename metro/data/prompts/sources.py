@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metro.data import datasets
-from metro.data.datasets import DatasetUnavailable, JsonlRows, UnusableRow, name_of
+from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree

@@ -9,7 +9,7 @@ through the page cache: a folder of any size opens at once and costs no memory p
 import json
 from pathlib import Path
 
-from metro.data.datasets import JsonlRows
+from metro.data.jsonl_rows import JsonlRows
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.utils.messages import UserError
 

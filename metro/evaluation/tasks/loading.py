@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from metro.data.datasets import DatasetUnavailable, JsonlRows, UnusableRow, load_rows, name_of
+from metro.data.datasets import DatasetUnavailable, load_rows, name_of
+from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prompts.examples import (
     ExampleSettings,
     LeftOut,

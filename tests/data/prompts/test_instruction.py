@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from metro.data.datasets import UnusableRow
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import (
     encoder_text,

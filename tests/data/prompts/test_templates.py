@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from metro.data import datasets
+from metro.data.jsonl_rows import JsonlRows
 from metro.data.prompts.templates import (
     PromptTemplate,
     TemplateTree,
@@ -95,7 +95,7 @@ def test_every_template_renders_rows_of_every_data_set_at_hand(testdata, tree):
         for file in sorted(folder.glob("*/*.jsonl")):
             if subset and file.parent.name != subset:
                 continue
-            rows = datasets.JsonlRows(file, limit=8)
+            rows = JsonlRows(file, limit=8)
             for one in tree.templates(dataset, subset):
                 for number, row in enumerate(rows):
                     made = one.render_example(row, seed=number)
