@@ -1,13 +1,14 @@
 """fairseq's Adam in one pass over memory, for its optimizer `adam` on GPUs.
 
-fairseq knows two fused ones, both of NVIDIA's apex; without apex it computes tensor by tensor. The
+fairseq has two fused ones, both of NVIDIA's apex; without apex it computes tensor by tensor. The
 formula, and what is written into checkpoints, are those of fairseq's own, which `--use-old-adam`
-still chooses.
+still chooses. Importing this module puts it in place.
 """
 
 import torch
 from fairseq.optim import adam
 
+from fairseq_plugins.replaced import replaces
 from metro.ops.adamw import adamw_step
 
 
@@ -53,18 +54,11 @@ class FusedAdam(adam.Adam):
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether PyTorch's fused kernel reads it as it lies in memory."""
+    """Return whether PyTorch's fused kernel reads a tensor as it is stored."""
     return x.dtype == torch.float32 and x.is_contiguous()
 
 
-def use_fused_adam() -> None:
-    """Let fairseq's `adam` take it on GPUs where apex is missing. Again: does nothing."""
-    original = adam.get_fused_adam_class
-    if getattr(original, "replaced_by_metro", False):
-        return
-
-    def get_fused_adam_class():
-        return original() or FusedAdam
-
-    get_fused_adam_class.replaced_by_metro = True
-    adam.get_fused_adam_class = get_fused_adam_class
+@replaces(adam, "get_fused_adam_class")
+def get_fused_adam_class(original):
+    """Give fairseq's `adam` this class where apex is missing."""
+    return original() or FusedAdam

@@ -7,7 +7,9 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +60,8 @@ PLUGINS_MAY_CALL = {
     "asarray": "a view of what fairseq holds",
     "isfinite": "the check of losses",
     "stack": "several checks, waited for once",
-    "minimum": "sizes after fairseq's shortening of sequences",
 }
-MOST_LINES = 400
+MOST_LINES, MOST_FILES = 400, 13
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|scratch)/[\w.-]+")
 
 
@@ -110,6 +111,34 @@ def wrong_directions(root: Path) -> list[Import]:
                 if names[1] != part and names[1] not in MAY_IMPORT.get(part, set()):
                     wrong.append(imported)
     return wrong
+
+
+def import_circles(root: Path) -> list[list[str]]:
+    """The first circle of metro's modules that import each other, lazily or not; else nothing."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in python_files(root, "metro")
+    }
+    paths.pop("metro", None)  # the lazy table
+    imported = {
+        name: {
+            other if other in paths else other.rpartition(".")[0]
+            for _, _, other in read_imports(root, path)
+        }
+        & set(paths)
+        for name, path in paths.items()
+    }
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def crowded_folders(root: Path) -> list[str]:
+    """Folders that show more than MOST_FILES Python files at once."""
+    files = Counter(path.parent for path in python_files(root, "metro", "fairseq_plugins"))
+    return [str(folder.relative_to(root)) for folder in files if files[folder] > MOST_FILES]
 
 
 def fairseq_outside_its_folder(root: Path) -> list[Import]:
@@ -204,6 +233,15 @@ def test_imports_point_downwards():
     assert wrong_directions(ROOT) == []
 
 
+def test_no_modules_import_each_other():
+    assert import_circles(ROOT) == []
+
+
+def test_no_folder_is_crowded():
+    being_moved = {"metro/cli", "metro/models", "metro/data/prompts"}
+    assert set(crowded_folders(ROOT)) <= being_moved
+
+
 def test_every_part_of_metro_has_a_place_in_the_order():
     parts = {
         path.relative_to(ROOT / "metro").with_suffix("").parts[0]
@@ -255,10 +293,14 @@ for module in {modules!r}:
 
 
 def failing_imports(root: Path) -> list[str]:
-    """Modules of metro that do not import where the optional packages are missing."""
+    """Modules of metro that do not import where the optional packages are missing.
+
+    The kernels are written in Triton; the operations import them where one is used.
+    """
     modules = [
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for path in python_files(root, "metro")
+        if path.parent != root / "metro/ops/kernels"
     ]
     code = BLOCK_AND_IMPORT.format(blocked=set(OPTIONAL_PACKAGES), modules=modules)
     done = subprocess.run(
@@ -314,6 +356,21 @@ def test_direction_rule_catches_every_way_of_writing_the_import(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("lazy", ["", "def f():\n    "])
+def test_circle_rule_catches_lazy_imports_too(tmp_path, lazy):
+    files = {
+        "metro/__init__.py": "from metro.cli import main\n",
+        "metro/cli/main.py": "import metro\n",
+        "metro/ops/a.py": "from metro.ops import b\nfrom metro.ops.c import f\n",
+        "metro/ops/b.py": "from .c import f\n",
+        "metro/ops/c.py": f"{lazy}from metro.ops.a import g\n",
+    }
+    (circle,) = import_circles(write(tmp_path, files))
+    assert {"metro.ops.a", "metro.ops.c"} <= set(circle)
+    (tmp_path / "metro/ops/c.py").write_text("")
+    assert import_circles(tmp_path) == []
+
+
 def test_fairseq_rule_catches_a_local_import(tmp_path):
     root = write(
         tmp_path,
@@ -367,14 +424,18 @@ def test_file_rules_catch_violations(tmp_path):
             "metro/data/long.py": lines,
             "metro/data/excused.py": '"""A table.\n\nWhy more than 400 lines: so.\n"""\n' + lines,
             "scripts/run.sh": f"cd {somewhere}\n",
+            **{f"metro/data/text/{i}.py": "" for i in range(MOST_FILES)},
+            **{f"metro/data/prompts/{i}.py": "" for i in range(MOST_FILES + 1)},
         },
     )
+    assert crowded_folders(root) == ["metro/data/prompts"]
     assert long_files_without_reason(root) == ["metro/data/long.py"]
     assert machine_paths(root) == [f"scripts/run.sh:1: cd {somewhere}"]
-    assert folders_without_init(root) == ["metro/data"]
+    assert "metro/data" in folders_without_init(root)
 
 
 def test_import_rule_catches_a_module_that_needs_an_optional_package(tmp_path):
     files = {"metro/__init__.py": "", "metro/a.py": "import datasets\n", "metro/b.py": ""}
+    files["metro/ops/kernels/c.py"] = "import triton\n"
     failing = failing_imports(write(tmp_path, files))
     assert failing == ["metro.a: ModuleNotFoundError: blocked by the test: datasets"]

@@ -5,7 +5,7 @@ import logging
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 
-from fairseq_plugins.compat import stop
+from fairseq_plugins.compat.running import stop
 from fairseq_plugins.loss_guard import LossGuard
 from metro.utils.messages import UserError
 

@@ -78,7 +78,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, p, eps):
-        from metro.ops.dropout_add_layer_norm_kernels import normalise
+        from metro.ops.kernels.dropout_add_layer_norm import normalise
 
         dtype = torch.promote_types(x.dtype, residual.dtype)
         if torch.is_autocast_enabled(x.device.type):
@@ -93,7 +93,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        from metro.ops.dropout_add_layer_norm_kernels import normalise_backward
+        from metro.ops.kernels.dropout_add_layer_norm import normalise_backward
 
         x, residual, weight, means_N, scales_N, seed = ctx.saved_tensors
         grad_x, grad_residual, grad_weight, grad_bias = normalise_backward(

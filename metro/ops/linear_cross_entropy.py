@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import cast_for_autocast, check_kernel
+from metro.ops.linear_cross_entropy_rows import Coefficients, RowSums
 from metro.ops.sampling import sample_tokens, uniform_of
 
 CHUNK_LOGITS = 2**24
@@ -172,13 +173,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
-        reduce_rows = kernels().reduce_rows if options.impl == "triton" else reduce_in_chunks
+        reduce_rows = reduce_in_chunks
+        if options.impl == "triton":
+            from metro.ops.kernels.linear_cross_entropy import reduce_rows
         rows, samples_N, last_CV = reduce_rows(
             hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum=bool(options.smoothing)
         )
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, last_CV, *rows[:4])
         ctx.options = options
-        correct_N = rows.likeliest == targets_N
+        correct_N = rows.most_probable == targets_N
         ctx.mark_non_differentiable(correct_N)
         if samples_N is not None:
             ctx.mark_non_differentiable(samples_N)
@@ -190,7 +193,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, targets_N, last_CV, *rows = ctx.saved_tensors
         num_rows, vocab_size, dtype = len(targets_N), len(weight_VD), grad_N.dtype
         coefficients = gradient_coefficients(
-            RowSums(*rows, likeliest=None), grad_N, vocab_size, ctx.options
+            RowSums(*rows, most_probable=None), grad_N, vocab_size, ctx.options
         )
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -201,7 +204,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             given = (hidden_ND[chunk], weight_VD, bias_V, targets_N[chunk])
             of_chunk = Coefficients(*(x[chunk] for x in coefficients))
             if ctx.options.impl == "triton":
-                grad_CV = kernels().logits_gradient(*given, of_chunk)
+                from metro.ops.kernels.linear_cross_entropy import logits_gradient_of_rows
+
+                grad_CV = logits_gradient_of_rows(*given, of_chunk)
             else:
                 logits_CV = last_CV if chunk.stop >= num_rows else project(*given[:3])
                 grad_CV = logits_gradient(logits_CV, targets_N[chunk], of_chunk)
@@ -217,29 +222,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias_V.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-class RowSums(NamedTuple):
-    """What is known of each row once its logits have been seen: the losses and gradients follow."""
-
-    target_logit: torch.Tensor
-    normaliser: torch.Tensor
-    """log of the sum of the exponentials."""
-    others: torch.Tensor
-    """``1 - p_target``, the share of the other tokens, as the sum of theirs."""
-    logit_sum: torch.Tensor | None
-    """Of all logits, where asked for."""
-    likeliest: torch.Tensor | None
-    """Token id of the highest logit; the gradient does not need it."""
-
-
-class Coefficients(NamedTuple):
-    """A row's gradient of the logits: ``scale * p + shift``, and ``at_target`` at the target."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-    at_target: torch.Tensor
-    normaliser: torch.Tensor
 
 
 def loss_of(rows: RowSums, vocab_size: int, options: Options) -> torch.Tensor:
@@ -290,13 +272,13 @@ def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -
     """Of one chunk, whose target logits are taken out and put back."""
     targets_C1 = targets_C.unsqueeze(-1)
     target_logits_C1 = logits_CV.gather(-1, targets_C1)
-    target_logits_C, likeliest_C = target_logits_C1.squeeze(-1), logits_CV.argmax(-1)
+    target_logits_C, most_probable_C = target_logits_C1.squeeze(-1), logits_CV.argmax(-1)
     logit_sum_C = logits_CV.sum(-1) if needs_sum else None
     log_others_C = logits_CV.scatter_(-1, targets_C1, -torch.inf).logsumexp(-1)
     logits_CV.scatter_(-1, targets_C1, target_logits_C1)
     normaliser_C = torch.logaddexp(log_others_C, target_logits_C)
     others_C = (log_others_C - normaliser_C).exp()
-    return RowSums(target_logits_C, normaliser_C, others_C, logit_sum_C, likeliest_C)
+    return RowSums(target_logits_C, normaliser_C, others_C, logit_sum_C, most_probable_C)
 
 
 def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
@@ -304,13 +286,6 @@ def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
     grad_CV = (logits_CV - row.normaliser.unsqueeze(-1)).exp_()
     torch.addcmul(row.shift.unsqueeze(-1), grad_CV, row.scale.unsqueeze(-1), out=grad_CV)
     return grad_CV.scatter_(-1, targets_C.unsqueeze(-1), row.at_target.unsqueeze(-1))
-
-
-def kernels():
-    """The Triton kernels, imported when first asked for."""
-    from metro.ops import linear_cross_entropy_kernels
-
-    return linear_cross_entropy_kernels
 
 
 def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:

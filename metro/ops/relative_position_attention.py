@@ -1,6 +1,6 @@
 """Attention with a relative position bias, without B,H,T,S tensors kept for the backward pass.
 
-On GPUs the kernels of :mod:`metro.ops.relative_position_attention_kernels` compute the weights a
+On GPUs the kernels of :mod:`metro.ops.kernels.relative_position_attention` compute the weights a
 tile at a time. On the CPU a head of one row is computed at a time, each core at its own, and the
 backward pass computes the weights (and which of them were dropped) again, as Dao et al. (2022) do
 on GPUs. Only the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is
@@ -118,7 +118,7 @@ def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropo
         return relative_position_attention(
             q, k, v, bias, key_mask, is_causal, query_positions, dropout, impl="reference"
         )
-    from metro.ops.relative_position_attention_kernels import attend
+    from metro.ops.kernels.relative_position_attention import attend
 
     return attend(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
 

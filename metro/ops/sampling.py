@@ -23,15 +23,6 @@ def shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """A uniform number in [0, 1) for each (seed, counter): 24 of its bits, float32.
-
-    Args:
-        seeds, counters: int64 tensors that broadcast together.
-    """
-    return uniform_of(counter_bits(seeds, counters))
-
-
 def uniform_of(bits: torch.Tensor) -> torch.Tensor:
     """The highest 24 of 64 random bits as a float32 in [0, 1)."""
     return shift(bits, 40).float() * 2.0**-24

@@ -22,7 +22,7 @@ from tests.ops.triton_tests import (
     runs,
 )
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs the package triton")
 
 SHAPES = [(2, 8, 16), (37, 24), (5, 3), (1, 1), (0, 4), (3, 130)]
 
@@ -77,7 +77,7 @@ def test_with_dropout_values_and_gradients_equal_the_formula_with_what_was_kept(
 def test_elements_are_dropped_independently_at_the_asked_rate(monkeypatch, p):
     """Five standard errors of the rate, and of the correlation along and across rows."""
     if INTERPRETED:  # many rows at a time: the interpreter takes as long for few
-        from metro.ops import dropout_add_layer_norm_kernels as kernels
+        from metro.ops.kernels import dropout_add_layer_norm as kernels
 
         monkeypatch.setattr(kernels, "ROWS", 256)
     kept = kept_by((500, 256), p, seed=1).float()
@@ -170,7 +170,7 @@ def test_kernels_compile_and_fit(architecture, name, monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from metro.ops import dropout_add_layer_norm_kernels as kernels
+    from metro.ops.kernels import dropout_add_layer_norm as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"eps": "fp32", "kept_scale": "fp32"}

@@ -19,7 +19,7 @@ OPTIONS = {
 
 
 def formula(hidden, weight, bias, targets, label_smoothing=0.0, unlikelihood_epsilon=None):
-    """The docstring's formula: each row's loss, and whether its target is the likeliest."""
+    """The docstring's formula: each row's loss, and whether its target is the most probable."""
     logits = F.linear(hidden, weight, bias)
     log_p = logits.log_softmax(-1)
     nll = -log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -31,7 +31,7 @@ def formula(hidden, weight, bias, targets, label_smoothing=0.0, unlikelihood_eps
 
 
 def inputs(rows, width, vocab_size, has_bias=True, ignored=(), dtype=torch.float64):
-    """Leaves whose likeliest word is the target in about every second row."""
+    """Leaves whose most probable token is the target in about every second row."""
     generator = torch.Generator().manual_seed(rows + width + vocab_size)
     weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)
     targets = torch.randint(vocab_size, (rows,), generator=generator)

@@ -25,14 +25,14 @@ from tests.ops.triton_tests import (
     runs,
 )
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs the package triton")
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes seconds for a full tile: several parts of several small tiles each."""
     if DEVICE == "cpu" and INTERPRETED:
-        from metro.ops import linear_cross_entropy_kernels as kernels
+        from metro.ops.kernels import linear_cross_entropy as kernels
 
         monkeypatch.setattr(kernels, "BLOCK_V", 16)
         monkeypatch.setattr(kernels, "BLOCKS_PER_PART", 2)
@@ -109,7 +109,7 @@ def test_half_precision_errs_no_more_than_the_formula_in_it(dtype, options):
 def test_samples_follow_the_softmax(monkeypatch, spread):
     """A fair sampler exceeds 5 standard deviations once in a million."""
     if INTERPRETED:  # many rows at a time: the interpreter takes as long for few
-        from metro.ops import linear_cross_entropy_kernels as kernels
+        from metro.ops.kernels import linear_cross_entropy as kernels
 
         sizes = {"BLOCK_N": 2048, "BLOCK_V": 16, "BLOCK_D": 16}
         monkeypatch.setattr(kernels, "block_sizes", lambda width, dtype: sizes)
@@ -155,11 +155,11 @@ def test_kernels_compile_and_fit(architecture, dtype, name, monkeypatch, tmp_pat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from metro.ops import linear_cross_entropy_kernels as kernels
+    from metro.ops.kernels import linear_cross_entropy as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"HAS_BIAS": True, **kernels.block_sizes(768, dtype)}
-    reducing = {**constants, "SAMPLES": True, "BLOCKS_PER_PART": kernels.BLOCKS_PER_PART}
+    constants = kernels.block_sizes(768, dtype)
+    reducing = {**constants, "BLOCKS_PER_PART": kernels.BLOCKS_PER_PART}
     pointers = {
         "targets": "*i64",
         "streams": "*i64",

@@ -23,13 +23,13 @@ from tests.ops.triton_tests import (
     runs,
 )
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs the package triton")
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter takes long for each program: a few small tiles, several for each program."""
-    from metro.ops import relative_position_attention_kernels as kernels
+    from metro.ops.kernels import relative_position_attention as kernels
 
     if INTERPRETED:
         set_tiles(monkeypatch, kernels, 16)
@@ -180,7 +180,7 @@ def test_weights_are_dropped_independently_at_the_rate(monkeypatch, rate):
     Then for pairs of neighbours, of opposite corners of rectangles (which one number for each query
     and key could tie together), and for heads, that they agree as often as independent ones.
     """
-    from metro.ops import relative_position_attention_kernels as kernels
+    from metro.ops.kernels import relative_position_attention as kernels
 
     length, heads = 128, 8
     if INTERPRETED:
@@ -238,7 +238,7 @@ def test_any_layout_of_the_inputs_is_read():
 @runs
 def test_operators_describe_themselves_to_the_compiler():
     """Oracle: PyTorch's own checks of an operator's schema and of the shapes it promises."""
-    from metro.ops import relative_position_attention_kernels as kernels
+    from metro.ops.kernels import relative_position_attention as kernels
 
     (q, k, v, bias), (mask, is_causal, _) = inputs(Case(keys=16, queries=16, mask="right"))
     q, k, v, bias = (x.float().to(DEVICE) for x in (q, k, v, bias))
@@ -293,16 +293,16 @@ def test_it_compiles_in_one_graph():
 
 
 VARIANTS = {
-    "encoder": {"HAS_BIAS", "DROPS"},
-    "auxiliary model's last layer": {"HAS_BIAS", "HAS_MASK", "HAS_POSITIONS", "DROPS"},
-    "decoder's last layer": {"IS_CAUSAL", "HAS_POSITIONS"},
-    "cross-attention": {"HAS_MASK"},
-    "causal with all but positions": {"HAS_BIAS", "HAS_MASK", "IS_CAUSAL", "DROPS"},
+    "encoder": "bias dropout",
+    "auxiliary model's last layer": "bias mask positions dropout",
+    "decoder's last layer": "causal positions",
+    "cross-attention": "mask",
+    "causal with all but positions": "bias mask causal dropout",
 }
 """Which of the inputs there are, by where training has them."""
-NEEDED_FOR = {"HAS_BIAS": ["bias"], "HAS_MASK": ["key_mask", "key_range"]}
-NEEDED_FOR |= {"HAS_POSITIONS": ["positions"], "DROPS": ["query_random", "key_random"]}
-"""Pointers that are ``None`` without their flag, which Triton compiles as a constant."""
+POINTERS_OF = {"bias": ["bias"], "mask": ["key_mask", "key_range"], "positions": ["positions"]}
+POINTERS_OF |= {"dropout": ["query_random", "key_random"]}
+"""Pointers that are ``None`` where the input is missing, which Triton compiles as a constant."""
 
 
 def compiles():
@@ -342,19 +342,19 @@ def compile_kernel(function, pointers, constants, architecture, **launch):
 @pytest.mark.parametrize("architecture, variant, width, dtype", list(compiles()))
 def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatch, tmp_path):
     """Oracle: Triton's own compiler."""
-    from metro.ops import relative_position_attention_kernels as kernels
+    from metro.ops.kernels import relative_position_attention as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = dict.fromkeys("q k v out grad_out grad_q grad_k grad_v".split(), f"*{dtype}")
     pointers |= dict.fromkeys(("bias", "lse", "delta", "partials"), "*fp32")
     pointers |= dict.fromkeys(("key_range", "query_random", "key_random"), "*i32")
     pointers |= {"key_mask": "*u8", "positions": "*i64"}
-    flags = (*NEEDED_FOR, "IS_CAUSAL")
-    constants = {flag: flag in VARIANTS[variant] for flag in flags} | {"K": width, "TILES": 16}
-    for flag, names in NEEDED_FOR.items():
-        constants |= {} if constants[flag] else dict.fromkeys(names)
+    given = VARIANTS[variant].split()
+    constants = {"IS_CAUSAL": "causal" in given, "K": width, "TILES": 16}
+    for name, missing in POINTERS_OF.items():
+        constants |= {} if name in given else dict.fromkeys(missing)
     for kernel in ("forward", "query_gradient", "key_gradient", "bias"):
-        if kernel == "bias" and not constants["HAS_BIAS"]:
+        if kernel == "bias" and "bias" not in given:
             continue
         function = getattr(kernels, f"{kernel}{'_gradient' * (kernel == 'bias')}_kernel")
         torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
@@ -367,7 +367,7 @@ def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatc
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_small_kernels_compile(architecture, monkeypatch, tmp_path):
     """Oracle: Triton's own compiler."""
-    from metro.ops import relative_position_attention_kernels as kernels
+    from metro.ops.kernels import relative_position_attention as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"out": "*fp16", "grad_out": "*fp16", "delta": "*fp32"}

@@ -7,12 +7,11 @@ import pickle
 
 import pytest
 import torch
-from fairseq import options
 from fairseq.distributed import utils as distributed_utils
-from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-from fairseq_plugins import compat
+from fairseq_plugins.compat.loading import correct_depth, is_damage, newest_checkpoints
+from fairseq_plugins.compat.writing import link_or_copy
 from metro.models.reading import load_tensors_and_settings
 from tests.plugins.conftest import METRO, TINY, configure
 
@@ -26,13 +25,6 @@ def training(corpus, monkeypatch):
         if name.startswith(("SLURM_", "OMPI_")) or name in {*TORCHRUN, "LOCAL_RANK"}:
             monkeypatch.delenv(name)
     return configure(corpus, *TINY, *METRO)
-
-
-def test_applying_the_repairs_twice_changes_nothing():
-    before = (Trainer.train_step, options.parse_args_and_arch, distributed_utils.call_main)
-    compat.apply()
-    after = (Trainer.train_step, options.parse_args_and_arch, distributed_utils.call_main)
-    assert before == after
 
 
 def test_torchrun_is_joined(training, monkeypatch):
@@ -148,13 +140,13 @@ def test_configurations_can_be_read_from_checkpoints_without_executing_code(tmp_
 def test_the_depth_of_an_original_metro_checkpoint_is_read_from_its_weights(kind):
     cfg = kind({"_name": "t5_metro_base_rpe", "encoder_layers": 4})
     weights = {f"encoder.layers.{i}.fc1.bias": None for i in range(12)}
-    state = compat._true_depth({"cfg": {"model": cfg}, "model": weights})
+    state = correct_depth({"cfg": {"model": cfg}, "model": weights})
     assert state["cfg"]["model"].encoder_layers == 12
     other = {
         "cfg": {"model": kind({"_name": "transformer", "encoder_layers": 4})},
         "model": weights,
     }
-    assert compat._true_depth(other)["cfg"]["model"].encoder_layers == 4
+    assert correct_depth(other)["cfg"]["model"].encoder_layers == 4
 
 
 def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
@@ -165,7 +157,7 @@ def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
     (tmp_path / "b.pt").write_bytes(b"old")
     (tmp_path / "b.pt.tmp").write_bytes(b"left by a killed run")
     monkeypatch.setattr(os, "link", no_links)
-    compat.link_or_copy(str(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
+    link_or_copy(str(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]
     assert (tmp_path / "b.pt").read_bytes() == b"new"
     (tmp_path / "a.pt").write_bytes(b"x")
@@ -191,11 +183,11 @@ def test_a_copy_is_complete_or_absent_without_hard_links(tmp_path, monkeypatch):
 def test_only_damage_counts_as_damage(tmp_path, content, error, expected):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)
-    assert compat.is_damage(str(path), error) is expected
+    assert is_damage(str(path), error) is expected
 
 
 def test_crash_files_are_never_resumed_from(tmp_path):
     for name in ("crash.pt", "checkpoint_last.pt", "checkpoint_1_2.pt.tmp", "checkpoint_1_2.pt"):
         (tmp_path / name).write_bytes(b"")
-    found = compat.newest_checkpoints(str(tmp_path), besides="checkpoint_last.pt")
+    found = newest_checkpoints(str(tmp_path), besides="checkpoint_last.pt")
     assert [os.path.basename(path) for path in found] == ["checkpoint_1_2.pt"]

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from metro.ops.sampling import counter_uniform, sample_tokens
+from metro.ops.sampling import counter_bits, sample_tokens, uniform_of
 from metro.pretraining.auxiliary import AuxiliaryConfig
 
 
 def chi_square(counts, expected):
     return float(((counts - expected) ** 2 / expected).sum())
+
+
+def counter_uniform(seeds, counters):
+    return uniform_of(counter_bits(seeds, counters))
 
 
 def test_uniforms_are_uniform_and_uncorrelated():

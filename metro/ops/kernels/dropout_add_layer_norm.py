@@ -14,131 +14,128 @@ Shapes: N rows, D width (padded to a power of two), P programs.
 from __future__ import annotations
 
 import torch
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # nothing here is called then
-    triton = None
+import triton
+import triton.language as tl
 
 ROWS = 2
 """Of a tile: as many as leave the backward pass 128 registers a thread, without spills."""
 WARPS_PER_PROCESSOR = 16
 """Of the backward pass, for each multiprocessor of the GPU: as many as those registers allow."""
 
-if triton is not None:
 
-    @triton.jit
-    def kept_elements(seed, rows, threshold, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """bool of a tile, False with probability ``threshold / 2 ** 16``."""
-        groups = tl.arange(0, BLOCK_D // 8)
-        zeros = tl.zeros((BLOCK_N, BLOCK_D // 8), tl.uint32)
-        a, b, c, d = tl.philox(
-            tl.load(seed),
-            groups[None, :].to(tl.uint32) + zeros,
-            rows[:, None].to(tl.uint32) + zeros,
-            zeros,
-            zeros,
-            7,
-        )
-        words = tl.join(tl.join(a, b), tl.join(c, d))
-        bits = tl.join(words & 0xFFFF, words >> 16)
-        return tl.reshape(bits, (BLOCK_N, BLOCK_D)).to(tl.int32) >= threshold
+@triton.jit
+def kept_elements(seed, rows, threshold, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """bool of a tile, False with probability ``threshold / 2 ** 16``."""
+    groups = tl.arange(0, BLOCK_D // 8)
+    zeros = tl.zeros((BLOCK_N, BLOCK_D // 8), tl.uint32)
+    a, b, c, d = tl.philox(
+        tl.load(seed),
+        groups[None, :].to(tl.uint32) + zeros,
+        rows[:, None].to(tl.uint32) + zeros,
+        zeros,
+        zeros,
+        7,
+    )
+    words = tl.join(tl.join(a, b), tl.join(c, d))
+    bits = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(bits, (BLOCK_N, BLOCK_D)).to(tl.int32) >= threshold
 
-    @triton.jit
-    def normalise_kernel(
-        x,
-        residual,
-        weight,
-        bias,
-        seed,
-        out,
-        means,
-        scales,
-        N,
-        D,
-        eps,
-        threshold,
-        kept_scale,
-        DROPS: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        columns = tl.arange(0, BLOCK_D)
+
+@triton.jit
+def normalise_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    seed,
+    out,
+    means,
+    scales,
+    N,
+    D,
+    eps,
+    threshold,
+    kept_scale,
+    DROPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    at = rows[:, None].to(tl.int64) * D + columns[None, :]
+    is_in = (rows[:, None] < N) & (columns[None, :] < D)
+    z = tl.load(x + at, mask=is_in, other=0.0).to(tl.float32)
+    if DROPS:
+        is_kept = kept_elements(seed, rows, threshold, BLOCK_N, BLOCK_D)
+        z = tl.where(is_kept, z * kept_scale, 0.0)
+    z += tl.load(residual + at, mask=is_in, other=0.0).to(tl.float32)
+    mean = tl.sum(z, 1) / D
+    z = tl.where(is_in, z - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(z * z, 1) / D + eps)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+    y = z * scale[:, None] * w[None, :] + b[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=is_in)
+    tl.store(means + rows, mean, mask=rows < N)
+    tl.store(scales + rows, scale, mask=rows < N)
+
+
+@triton.jit
+def normalise_backward_kernel(
+    grad,
+    x,
+    residual,
+    weight,
+    means,
+    scales,
+    seed,
+    grad_x,
+    grad_residual,
+    grad_weights,
+    grad_biases,
+    N,
+    D,
+    tiles_each,
+    threshold,
+    kept_scale,
+    DROPS: tl.constexpr,
+    WRITES_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``grad_weights`` and ``grad_biases`` (P, D): each program's part."""
+    columns = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    grad_w = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_b = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    start = tl.program_id(0) * tiles_each * BLOCK_N
+    for first in range(start, tl.minimum(start + tiles_each * BLOCK_N, N), BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
         at = rows[:, None].to(tl.int64) * D + columns[None, :]
         is_in = (rows[:, None] < N) & (columns[None, :] < D)
+        g = tl.load(grad + at, mask=is_in, other=0.0).to(tl.float32)
         z = tl.load(x + at, mask=is_in, other=0.0).to(tl.float32)
         if DROPS:
             is_kept = kept_elements(seed, rows, threshold, BLOCK_N, BLOCK_D)
             z = tl.where(is_kept, z * kept_scale, 0.0)
         z += tl.load(residual + at, mask=is_in, other=0.0).to(tl.float32)
-        mean = tl.sum(z, 1) / D
-        z = tl.where(is_in, z - mean[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(z * z, 1) / D + eps)
-        w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-        b = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
-        y = z * scale[:, None] * w[None, :] + b[None, :]
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=is_in)
-        tl.store(means + rows, mean, mask=rows < N)
-        tl.store(scales + rows, scale, mask=rows < N)
-
-    @triton.jit
-    def normalise_backward_kernel(
-        grad,
-        x,
-        residual,
-        weight,
-        means,
-        scales,
-        seed,
-        grad_x,
-        grad_residual,
-        grad_weights,
-        grad_biases,
-        N,
-        D,
-        tiles_each,
-        threshold,
-        kept_scale,
-        DROPS: tl.constexpr,
-        WRITES_X: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """``grad_weights`` and ``grad_biases`` (P, D): each program's part."""
-        columns = tl.arange(0, BLOCK_D)
-        w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-        grad_w = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        grad_b = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        start = tl.program_id(0) * tiles_each * BLOCK_N
-        for first in range(start, tl.minimum(start + tiles_each * BLOCK_N, N), BLOCK_N):
-            rows = first + tl.arange(0, BLOCK_N)
-            at = rows[:, None].to(tl.int64) * D + columns[None, :]
-            is_in = (rows[:, None] < N) & (columns[None, :] < D)
-            g = tl.load(grad + at, mask=is_in, other=0.0).to(tl.float32)
-            z = tl.load(x + at, mask=is_in, other=0.0).to(tl.float32)
+        mean = tl.load(means + rows, mask=rows < N, other=0.0)
+        scale = tl.load(scales + rows, mask=rows < N, other=0.0)
+        z = tl.where(is_in, (z - mean[:, None]) * scale[:, None], 0.0)
+        grad_w += g * z
+        grad_b += g
+        g *= w[None, :]
+        along_z = tl.sum(g * z, 1) / D
+        along_1 = tl.sum(g, 1) / D
+        g = (g - z * along_z[:, None] - along_1[:, None]) * scale[:, None]
+        tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=is_in)
+        if WRITES_X:
             if DROPS:
-                is_kept = kept_elements(seed, rows, threshold, BLOCK_N, BLOCK_D)
-                z = tl.where(is_kept, z * kept_scale, 0.0)
-            z += tl.load(residual + at, mask=is_in, other=0.0).to(tl.float32)
-            mean = tl.load(means + rows, mask=rows < N, other=0.0)
-            scale = tl.load(scales + rows, mask=rows < N, other=0.0)
-            z = tl.where(is_in, (z - mean[:, None]) * scale[:, None], 0.0)
-            grad_w += g * z
-            grad_b += g
-            g *= w[None, :]
-            along_z = tl.sum(g * z, 1) / D
-            along_1 = tl.sum(g, 1) / D
-            g = (g - z * along_z[:, None] - along_1[:, None]) * scale[:, None]
-            tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=is_in)
-            if WRITES_X:
-                if DROPS:
-                    g = tl.where(is_kept, g * kept_scale, 0.0)
-                tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=is_in)
-        at = tl.program_id(0).to(tl.int64) * D + columns
-        tl.store(grad_weights + at, tl.sum(grad_w, 0), mask=columns < D)
-        tl.store(grad_biases + at, tl.sum(grad_b, 0), mask=columns < D)
+                g = tl.where(is_kept, g * kept_scale, 0.0)
+            tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=is_in)
+    at = tl.program_id(0).to(tl.int64) * D + columns
+    tl.store(grad_weights + at, tl.sum(grad_w, 0), mask=columns < D)
+    tl.store(grad_biases + at, tl.sum(grad_b, 0), mask=columns < D)
 
 
 def block_sizes(width: int) -> dict[str, int]:
