@@ -201,7 +201,7 @@ def test_examples_that_cannot_be_asked_are_refused():
         EvaluationExample(3, "x", [], None)
     with pytest.raises(ValueError, match="answer choice 1 of row 3 is empty"):
         EvaluationExample(3, "x", ["a", " "], 0)
-    with pytest.raises(ValueError, match="label 2 of row 3 is none of its 2 choices"):
+    with pytest.raises(ValueError, match="label 2 of row 3 is not one of its 2 choices"):
         EvaluationExample(3, "x", ["a", "b"], 2)
 
 
