@@ -96,13 +96,14 @@ def published_backward(model, examples) -> float:
 
 def our_backward(model, examples) -> float:
     """Gradients of an update, some examples of similar length at a time; returns the loss."""
-    from metro.finetuning.flipped import flipped_loss
+    from metro.finetuning.losses import LossOptions, flipped_loss
 
     total = 0.0
     for first in range(0, len(examples), MICRO_BATCH):
         some = examples[first : first + MICRO_BATCH]
         right, wrong, target = (padded(list(column)) for column in zip(*some, strict=True))
-        loss = flipped_loss(model, right, wrong, target, pad_token_id=PAD, mean="examples")
+        options = LossOptions("flipped", PAD, mean="examples")
+        loss = flipped_loss(model, right, wrong, target, options)
         loss = loss.total * (len(some) / len(examples))
         loss.backward()
         total += float(loss.detach())

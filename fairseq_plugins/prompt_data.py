@@ -18,9 +18,8 @@ from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import order_by_lengths
 from metro.data.prepared_folder import PROMPTS_MANIFEST
-from metro.finetuning.binarised import BinarisedTasks, longer
 from metro.finetuning.collation import EncodedPrompt
-from metro.finetuning.data import PromptData
+from metro.finetuning.data import BinarisedTasks, PromptData
 from metro.utils.messages import UserError
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
@@ -59,7 +58,7 @@ class EpochDataset(FairseqDataset):
 
     def num_tokens_vec(self, indices) -> np.ndarray:
         """The longer of both; as published, one place more is counted for a target."""
-        return longer(self.source_sizes[indices], self.target_sizes[indices] + 1)
+        return (self.target_sizes[indices] + 1).clip(min=self.source_sizes[indices])
 
     def ordered_indices(self) -> np.ndarray:
         return order_by_lengths(self.source_sizes, self.target_sizes, self.seed)

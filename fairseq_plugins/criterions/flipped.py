@@ -6,8 +6,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from metro.finetuning.flipped import UNLIKELIHOOD_WEIGHT, check_unlikelihood_weight
-from metro.finetuning.losses import LossOptions
+from metro.finetuning.losses import UNLIKELIHOOD_WEIGHT, LossOptions, check_unlikelihood_weight
 from metro.utils.messages import UserError
 
 # logged mean -> (sum, what it is divided by, decimals); natural logarithms

@@ -42,9 +42,9 @@ class TransformerT5Model(BaseFairseqModel):
         self,
         src_tokens,
         src_lengths,
-        prev_output_tokens,
+        prev_output_tokens=None,
         has_padding: bool | None = None,
-        wrong_ids=None,
+        wrong_source_ids=None,
         target_ids=None,
         loss_options: LossOptions | None = None,
     ):
@@ -54,7 +54,12 @@ class TransformerT5Model(BaseFairseqModel):
         """
         if loss_options is not None:
             return batch_loss(
-                self.model, loss_options, src_tokens, target_ids, wrong_ids, num_items=1.0
+                self.model,
+                loss_options,
+                src_tokens,
+                target_ids,
+                wrong_source_ids=wrong_source_ids,
+                num_items=1.0,
             )
         mask = None if has_padding is False else src_tokens.ne(self.model.config.pad_token_id)
         output = self.model(

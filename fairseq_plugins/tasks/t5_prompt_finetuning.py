@@ -17,9 +17,9 @@ from omegaconf import II, MISSING
 from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, task_names
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.data.prompts.encoding import PromptEncoder
-from metro.finetuning.binarised import BinarisedTasks
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
-from metro.finetuning.data import PromptData
+from metro.finetuning.data import BinarisedTasks, PromptData
+from metro.finetuning.losses import shift_targets
 from metro.models.vocabulary_folder import build_tokenizer
 from metro.utils.messages import UserError
 
@@ -178,24 +178,26 @@ class T5PromptFinetuningTask(SentinelTask):
         return BinarisedPrompts(tasks, collate=self.collate, seed=self.cfg.seed)
 
     def collate(self, examples: list[EncodedPrompt]) -> dict:
-        dictionary = self.dictionary
-        batch = collate_prompts(examples, dictionary.pad(), self.decoder_start, self.max_width)
-        sample = {
+        pad = self.dictionary.pad()
+        batch = collate_prompts(examples, pad, self.max_width)
+        net_input = {
+            "src_tokens": batch.source_ids,
+            "src_lengths": batch.lengths,
+            "has_padding": batch.has_padding,
+        }
+        if batch.wrong_source_ids is not None:  # METRO's losses shift the target themselves
+            net_input["wrong_source_ids"] = batch.wrong_source_ids
+        else:
+            start = self.decoder_start
+            net_input["prev_output_tokens"] = shift_targets(batch.target_ids, start, pad)
+        return {
             "id": batch.indices,
             "nsentences": len(examples),
             "ntokens": batch.num_target_tokens,
-            "net_input": {
-                "src_tokens": batch.source_ids,
-                "src_lengths": batch.lengths,
-                "prev_output_tokens": batch.decoder_input_ids,
-                "has_padding": batch.has_padding,
-            },
+            "net_input": net_input,
             "target": batch.target_ids,
             "num_skipped": batch.num_skipped,
         }
-        if batch.wrong_ids is not None:
-            sample["net_input"]["wrong_ids"] = batch.wrong_ids
-        return sample
 
     def max_positions(self) -> tuple[int, int]:
         return self.max_source, self.max_target

@@ -1,6 +1,6 @@
-"""Which examples go into which batch: length-grouped or random, the same for any number of workers.
+"""Assignment of examples to batches: length-grouped or random, whatever the number of workers.
 
-Letters: B examples of a batch, P processes.
+Shapes: B examples of a batch, P processes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
@@ -18,13 +18,13 @@ BATCHING = ("length", "random")
 GROUP = 64  # batches that are sorted by length together
 
 
-class EpochBatches(BatchSampler):
+class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, position) for one process of P; shuffled by (seed, epoch).
 
     Length-grouped: a shuffled epoch is cut into groups of 64 * P batches, each group is sorted by
     length and cut into batches, and the batches are shuffled. All processes then work on batches of
-    about the same length at the same time. An epoch ends before a last set of batches that is not
-    full for all processes, unless it is the only one; then it is filled up from its start.
+    similar length at the same time. An epoch ends before a last set of batches that is not full for
+    all processes, unless it is the only one; then it is filled up from its start.
     """
 
     def __init__(
@@ -43,11 +43,10 @@ class EpochBatches(BatchSampler):
             raise UserError(f"batch_size is {batch_size}; use 1 or more")
         self.data, self.batch_size, self.seed, self.batching = data, batch_size, seed, batching
         self.process, self.num_processes = process, num_processes
-        self.drop_last = False
         self.epoch = 1
 
     def set_epoch(self, epoch: int) -> None:
-        """As the Trainer counts, from 0."""
+        """Begin an epoch, counted from 0 as the Trainer does."""
         self.epoch = epoch + 1
 
     def __len__(self) -> int:
@@ -58,26 +57,21 @@ class EpochBatches(BatchSampler):
             yield [(self.epoch, int(position)) for position in batch]
 
     def positions(self) -> np.ndarray:
-        """Positions [P * batches, B] of this epoch, for all processes."""
+        """Return the positions (P * batches, B) of this epoch, for all processes."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.data))
         order = np.resize(order, len(self) * self.num_processes * self.batch_size)
         if self.batching == "length":
             lengths = self.data.lengths(self.epoch)[order]
-            group = GROUP * self.num_processes * self.batch_size
-            order = np.concatenate(
-                [
-                    order[s : s + group][np.argsort(-lengths[s : s + group], kind="stable")]
-                    for s in range(0, len(order), group)
-                ]
-            )
+            group = np.arange(len(order)) // (GROUP * self.num_processes * self.batch_size)
+            order = order[np.lexsort([-lengths, group])]
         sets = order.reshape(len(self), self.num_processes, self.batch_size)
         if self.batching == "length":
             sets = random.permutation(sets)
         return sets.reshape(-1, self.batch_size)
 
 
-class EncodedPrompts(Dataset):
+class EncodedPrompts(Dataset[EncodedPrompt | None]):
     """`PromptData` for a DataLoader whose keys are (epoch, position)."""
 
     def __init__(self, data: PromptData):
@@ -92,7 +86,9 @@ class EncodedPrompts(Dataset):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that tells its batches the epoch, as the Trainer expects of one."""
+    """A DataLoader that passes the epoch on to its `EpochBatches`, as the Trainer expects."""
+
+    batch_sampler: EpochBatches
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -1,14 +1,17 @@
-"""Training data from a folder of prepared prompts: what an epoch holds, and each example encoded.
+"""Finetuning examples: `PromptData` of prompts kept as text, `BinarisedTasks` of stored ids.
 
-Two ways of sampling. ``capped``: every template up to its cap, the window of T0
-(`CappedMixture`). ``proportional``: every row of every dataset once (at most 500,000 of one),
-under one template drawn uniformly among those that have the row, as FLIPPED does it.
+Both hold the examples of one epoch after the other. Two ways of sampling text: ``capped`` takes
+every template up to its cap, the window of T0 (`CappedMixture`); ``proportional`` takes every row
+of every dataset once (at most 500,000 of one), under one template drawn uniformly among those that
+have the row, as FLIPPED does.
 
-Letters: N examples of an epoch, R rows of a dataset, K tasks (templates).
+Shapes: N examples of an epoch, R rows of a dataset, K tasks (templates).
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +19,15 @@ import numpy as np
 
 from metro.data.capped_mixture import CappedMixture
 from metro.data.prompts.encoding import PromptEncoder
-from metro.finetuning.collation import EncodedPrompt
-from metro.finetuning.objectives import Unusable, check_objective, encode_example, stable_hash
+from metro.data.prompts.stored import PromptedExamples, read_manifest
+from metro.finetuning.collation import EncodedPrompt, truncate
+from metro.finetuning.objectives import OBJECTIVES, Unusable, encode_example
 from metro.utils.messages import UserError
 from metro.utils.seeds import draws
 
 SAMPLING = ("capped", "proportional")
 ROWS_PER_DATASET = 500_000
-MOST_SKIPPED = 100  # examples in a row without a use under the objective, before giving up
+MOST_SKIPPED = 100  # consecutive examples that cannot be used under the objective
 LENGTH_SAMPLES = 32
 _TEMPLATE, _LABEL, _REPLACEMENT = 1, 2, 3  # purposes of draws
 
@@ -32,9 +36,9 @@ class EpochPlan(NamedTuple):
     """The examples of one epoch."""
 
     tasks: np.ndarray
-    """[N] number of the task."""
+    """(N) number of the task."""
     indices: np.ndarray
-    """[N] number of the example inside its task."""
+    """(N) number of the example inside its task."""
 
 
 class PromptData:
@@ -47,7 +51,7 @@ class PromptData:
         encoder: text to ids.
         seed: of the sampling and of the wrong labels.
         sampling: "capped", "proportional", or None: proportional for the mixture "flipped".
-        limit: at most so many examples per task (per dataset where sampling is proportional).
+        limit: most examples per task (per dataset where sampling is proportional).
         replace: take another example of the epoch where one cannot be used (for training); else
             `encode` returns None there.
     """
@@ -64,9 +68,8 @@ class PromptData:
         limit: int | None = None,
         replace: bool = True,
     ):
-        from metro.data.prompts.stored import PromptedExamples, read_manifest
-
-        check_objective(objective)
+        if objective not in OBJECTIVES:
+            raise UserError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
         if limit is not None and limit < 1:
             raise UserError(f"the limit is {limit} examples per task; use 1 or more")
         manifest = read_manifest(folder)
@@ -91,42 +94,39 @@ class PromptData:
         if sampling not in SAMPLING:
             raise UserError(f"sampling is {sampling!r}; use one of {', '.join(SAMPLING)}")
         self.objective, self.encoder, self.seed, self.replace = objective, encoder, seed, replace
-        self.names, self.sampling, self.folder = list(tasks), sampling, Path(folder)
+        self.sampling, self.folder = sampling, Path(folder)
         self.examples = [
-            PromptedExamples(Path(folder) / split / name / f"{split}.jsonl") for name in self.names
+            PromptedExamples(Path(folder) / split / name / f"{split}.jsonl") for name in tasks
         ]
         self.rows = [examples.rows for examples in self.examples]
+        self.task_keys = [_stable_hash(name) for name in tasks]
         if sampling == "capped":
+            sizes = [len(rows) for rows in self.rows]
             caps = [
                 min(filter(None, (facts.get("cap"), limit)), default=None)
                 for facts in tasks.values()
             ]
-            self.mixture = CappedMixture([len(rows) for rows in self.rows], caps, seed)
         else:
-            self._group(tasks, limit)
+            groups: dict[str, list[int]] = {}  # tasks of each dataset
+            for number, facts in enumerate(tasks.values()):
+                groups.setdefault(f"{facts['dataset']}/{facts['subset']}", []).append(number)
+            self.groups = [np.array(members) for members in groups.values()]
+            self.group_keys = [_stable_hash(name) for name in groups]
+            self.group_rows = [
+                np.unique(np.concatenate([self.rows[task] for task in members]))
+                for members in self.groups
+            ]
+            sizes = [len(rows) for rows in self.group_rows]
+            caps = [min(limit or ROWS_PER_DATASET, ROWS_PER_DATASET)] * len(sizes)
+        self.mixture = CappedMixture(sizes, caps, seed)
         self._plan: tuple[int, EpochPlan] | None = None
         self._length_fits: dict[int, tuple[float, float]] = {}
-
-    def _group(self, tasks: dict[str, dict], limit: int | None) -> None:
-        """Datasets, their rows, and which templates have which row."""
-        groups: dict[tuple, list[int]] = {}
-        for number, facts in enumerate(tasks.values()):
-            groups.setdefault((facts["dataset"], facts["subset"]), []).append(number)
-        self.groups = [np.array(members) for members in groups.values()]
-        self.group_keys = [stable_hash("/".join(map(str, key))) for key in groups]
-        self.group_rows = [
-            np.unique(np.concatenate([self.rows[task] for task in members]))
-            for members in self.groups
-        ]
-        cap = min(limit or ROWS_PER_DATASET, ROWS_PER_DATASET)
-        sizes = [len(rows) for rows in self.group_rows]
-        self.mixture = CappedMixture(sizes, [cap] * len(sizes), self.seed)
 
     def __len__(self) -> int:
         return len(self.mixture)
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Which examples an epoch holds; epochs count from 1. The last plan is remembered."""
+        """Return the examples of an epoch, counted from 1. The last plan is remembered."""
         if self._plan is None or self._plan[0] != epoch:
             if self.sampling == "capped":
                 plan = EpochPlan(*self.mixture.all_rows(epoch))
@@ -137,25 +137,25 @@ class PromptData:
         return self._plan[1]
 
     def _draw_templates(self, group: int, epoch: int) -> EpochPlan:
-        """Rows of a dataset in one epoch, each under one of the templates that have it."""
+        """Draw one of the templates that have it for each row of a dataset in one epoch."""
         rows = self.group_rows[group][self.mixture.rows(group, epoch)]
         members = self.groups[group]
-        places = np.stack([np.searchsorted(self.rows[task], rows) for task in members])  # K,R
+        indices = np.stack([np.searchsorted(self.rows[task], rows) for task in members])  # K,R
         has_row = np.stack(
             [
-                self.rows[task][np.minimum(place, len(self.rows[task]) - 1)] == rows
-                for task, place in zip(members, places, strict=True)
+                self.rows[task][np.minimum(index, len(self.rows[task]) - 1)] == rows
+                for task, index in zip(members, indices, strict=True)
             ]
         )
         drawn = draws(self.seed, _TEMPLATE, epoch, self.group_keys[group], rows)
         wanted = (drawn % has_row.sum(0).astype(np.uint64)).astype(np.int64)
         chosen = (np.cumsum(has_row, 0) == wanted + 1).argmax(0)  # the first such template has it
-        return EpochPlan(members[chosen], places[chosen, np.arange(len(rows))])
+        return EpochPlan(members[chosen], indices[chosen, np.arange(len(rows))])
 
     def lengths(self, epoch: int) -> np.ndarray:
-        """[N] tokens of each example (source and target), estimated from its bytes.
+        """Estimate the tokens (N) of each example, source and target, from its bytes.
 
-        For grouping examples of similar length: nothing is read but a few examples of each task.
+        For grouping examples of similar length: only a few examples of each task are read.
         """
         tasks, indices = self.plan(epoch)
         lengths = np.zeros(len(tasks))
@@ -168,15 +168,14 @@ class PromptData:
         return np.clip(np.rint(lengths), 1, most).astype(np.int64)
 
     def _fit_lengths(self, task: int) -> tuple[float, float]:
-        """Tokens as a linear function of bytes, from a few examples of a task."""
+        """Fit tokens as a linear function of bytes, from a few examples of a task."""
         if task not in self._length_fits:
-            count = len(self.examples[task])
+            count, offsets = len(self.examples[task]), self.examples[task].offsets
             sample = np.unique(np.linspace(0, count - 1, min(count, LENGTH_SAMPLES)).astype(int))
             measured = []
             for index in sample:
                 encoded = self._encode(task, int(index), epoch=0)
                 if not isinstance(encoded, Unusable):
-                    offsets = self.examples[task].offsets
                     num_bytes = int(offsets[index + 1] - offsets[index])
                     measured.append((num_bytes, len(encoded.source_ids) + len(encoded.target_ids)))
             x, y = np.array(measured or [(1.0, 1.0)], dtype=np.float64).T
@@ -186,10 +185,10 @@ class PromptData:
         return self._length_fits[task]
 
     def encode(self, position: int, epoch: int) -> EncodedPrompt | None:
-        """One example of an epoch.
+        """Encode one example of an epoch.
 
         Raises:
-            ValueError: with ``replace``, none of many examples can be used under the objective.
+            UserError: with ``replace``, none of many examples can be used under the objective.
         """
         plan, place = self.plan(epoch), position
         reasons: list[str] = []
@@ -202,16 +201,17 @@ class PromptData:
                 return None
             if len(reasons) >= min(MOST_SKIPPED, 10 * len(self)):
                 raise UserError(
-                    f"{len(reasons)} examples of {self.folder} in a row cannot be used under the "
-                    f"objective {self.objective} ({', '.join(sorted(set(reasons)))}); prepare a "
-                    "mixture of tasks with options (metro prepare-prompts --mixture flipped)"
+                    f"{len(reasons)} consecutive examples of {self.folder} cannot be used under "
+                    f"the objective {self.objective} ({', '.join(sorted(set(reasons)))}); prepare "
+                    "a mixture of tasks with answer choices (metro prepare-prompts --mixture "
+                    "flipped)"
                 )
             drawn = draws(self.seed, _REPLACEMENT, epoch, position, len(reasons))
             place = int(drawn % np.uint64(len(self)))
 
     def _encode(self, task: int, index: int, epoch: int) -> EncodedPrompt | Unusable:
         example = self.examples[task][index]
-        label = draws(self.seed, _LABEL, epoch, stable_hash(self.names[task]), example["row"])
+        label = draws(self.seed, _LABEL, epoch, self.task_keys[task], example["row"])
         try:
             return encode_example(example, index, self.objective, self.encoder, int(label))
         except Unusable as reason:
@@ -219,6 +219,85 @@ class PromptData:
 
 
 def default_sampling(manifest: dict) -> str:
-    """How a mixture is sampled where nothing else is asked for."""
+    """Return the sampling of a mixture where the user names none."""
     by_data_set = manifest.get("cap_of", "template") == "data_set"
     return "proportional" if by_data_set or manifest.get("mixture") == "flipped" else "capped"
+
+
+def _stable_hash(text: str) -> int:
+    """Hash text to the same number in every process."""
+    return zlib.crc32(text.encode("utf-8"))
+
+
+class BinarisedTasks:
+    """Tasks of stored (source, target) pairs (`metro prepare-prompts --vocab`), each up to its cap.
+
+    Args:
+        sources, targets: per task the stored sequences, without `<s>` and with `</s>`; each has
+            `sizes` and gives tensors.
+        caps: most examples of each task in an epoch.
+        max_source, max_target: where to cut sequences (special tokens included); None leaves them.
+        bos, eos: ids of `<s>` and `</s>`.
+        num_words: size of the vocabulary; higher ids are refused.
+        seed: of the window of the capped tasks.
+        name: of the data, for messages.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        caps: Sequence[int | None],
+        *,
+        max_source: int | None,
+        max_target: int | None,
+        bos: int,
+        eos: int,
+        num_words: int,
+        seed: int,
+        name: str,
+    ):
+        for task, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if len(source) != len(target):
+                raise UserError(
+                    f"task {task} of {name} has {len(source)} sources but {len(target)} targets; "
+                    "prepare it again with metro prepare-prompts"
+                )
+        self.sources, self.targets, self.name = sources, targets, name
+        self.max_source, self.max_target = max_source, max_target
+        self.bos, self.eos, self.num_words = bos, eos, num_words
+        self.mixture = CappedMixture([len(source) for source in sources], caps, seed)
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def sizes(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of sources (N) and of targets (N), special ones included."""
+        rows = [self.mixture.rows(task, epoch) for task in range(len(self.sources))]
+
+        def measure(sequences: Sequence, num_added: int, limit: int | None) -> np.ndarray:
+            sizes = [
+                np.asarray(of_task.sizes)[chosen]
+                for of_task, chosen in zip(sequences, rows, strict=True)
+            ]
+            total = np.concatenate(sizes) + num_added
+            return total if limit is None else np.minimum(total, limit)
+
+        sources = measure(self.sources, 1, self.max_source)  # <s>
+        return sources, measure(self.targets, 0, self.max_target)
+
+    def encode(self, position: int, epoch: int) -> EncodedPrompt:
+        """Return one example of an epoch."""
+        task, row = self.mixture.locate(position, epoch)
+        source, target = self.sources[task][row].numpy(), self.targets[task][row].numpy()
+        highest = max(source.max(), target.max())
+        if highest >= self.num_words:
+            raise UserError(
+                f"{self.name} holds id {highest} (example {row} of task {task}), but dict.txt ends "
+                f"at id {self.num_words - 1}; use the dict.txt that the data was binarised with"
+            )
+        if self.max_source is not None:
+            source = truncate(source, self.max_source - 1, self.eos)
+        if self.max_target is not None:
+            target = truncate(target, self.max_target, self.eos)
+        return EncodedPrompt(row, np.insert(source, 0, self.bos), target)

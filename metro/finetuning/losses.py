@@ -1,6 +1,20 @@
-"""The loss of a batch under each objective, without logits of the whole batch in memory.
+"""Losses of prompt finetuning, without logits of the whole batch in memory.
 
-Letters: B batch, S encoder tokens, T target tokens.
+With encoder input x, target y, lambda the unlikelihood weight, and means over the target's tokens
+t (padding excluded, the end token included):
+
+direct, channel
+    mean_t -log P(y_t | x, y_<t)
+direct+ul
+    mean_t -log P(y_t | x, y_<t) + lambda * mean_t -log(1 - P(y'_t | x, y'_<t) + 0.01)
+    where y' is a wrong label
+FLIPPED (Ye et al., ICLR 2023, equations 2 and 3)
+    mean_t -log P(y_t | x, y_<t) + lambda * mean_t -log(1 - P(y_t | x', y_<t) + 0.01)
+    where y is the instruction, x the input with its label and x' the input with a wrong label
+
+As published, the 0.01 makes the second term slightly negative where P is 0.
+
+Shapes: B batch, S encoder tokens, T target tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,38 +22,133 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from metro.finetuning.flipped import (
-    check_unlikelihood_weight,
-    flipped_loss,
-    mean_weights,
-    shift_right,
-    stack_padded,
-    start_token,
-    token_losses,
-    unlikelihood,
-)
-from metro.models.projection import projection_input, unwrap
+from metro.models.projection import ProjectionInput, projection_input, unwrap
+from metro.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from metro.utils.messages import UserError
+
+EPSILON = 0.01
+UNLIKELIHOOD_WEIGHT = 3.0
 
 
 class LossOptions(NamedTuple):
-    """What the loss needs beside the batch."""
+    """Settings of the loss."""
 
     objective: str
+    """See :mod:`metro.finetuning.objectives`."""
     pad_token_id: int
+    """Padding of all ids."""
     mean: str = "tokens"
-    unlikelihood_weight: float = 3.0
+    """"tokens" weights every token of a batch equally, "examples" every example, as the published
+    training did with one example per micro-batch."""
+    unlikelihood_weight: float = UNLIKELIHOOD_WEIGHT
+    """Lambda; 0 excludes the second term from the loss, not from the log."""
     label_smoothing: float = 0.0
+    """Of direct and channel."""
 
 
 class BatchLoss(NamedTuple):
-    """The loss of a batch and what is logged of it."""
+    """Loss of a batch and the values logged with it."""
 
     total: torch.Tensor
+    """Scalar with gradient."""
     sums: dict[str, torch.Tensor]
-    """Without gradient, as sums over examples or tokens; the names say what of."""
+    """Sums over examples or tokens, without gradient; "examples" and "tokens" are their numbers."""
+
+
+class UnlikelihoodLoss(NamedTuple):
+    """Loss of a batch with right and wrong labels."""
+
+    total: torch.Tensor
+    """likelihood + unlikelihood_weight * unlikelihood; the only field with a gradient."""
+    likelihood: torch.Tensor
+    """First mean of the formula."""
+    unlikelihood: torch.Tensor
+    """Second mean of the formula, without lambda."""
+    right_log_prob_B: torch.Tensor
+    """log P(target | encoder input) of each example with its right label."""
+    wrong_log_prob_B: torch.Tensor
+    """The same with the wrong label."""
+
+
+def token_losses(
+    projected: ProjectionInput,
+    target_ids_BT: torch.Tensor,
+    pad_token_id: int,
+    label_smoothing: float = 0.0,
+) -> LinearCrossEntropy:
+    """Compute `-log P(target)` (B, T) in fp32, 0 at padding."""
+    return linear_cross_entropy(
+        projected.hidden_BTD,
+        projected.weight_VD,
+        target_ids_BT,
+        bias_V=projected.bias_V,
+        ignore_index=pad_token_id,
+        label_smoothing=label_smoothing,
+    )
+
+
+def unlikelihood(nll: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
+    """Compute `-log(1 - p + epsilon)` of `nll = -log p`, finite for every p including 1."""
+    return -torch.log(epsilon - torch.expm1(-nll))
+
+
+def mean_weights(
+    is_target_BT: torch.Tensor, mean: str, num_items: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Compute weights (B, T) such that the weighted sum of a value per token is its mean.
+
+    Args:
+        is_target_BT: floating-point, 1 at target tokens and 0 at padding.
+        mean: "tokens" or "examples".
+        num_items: divisor in place of this batch's number of tokens (or examples).
+    """
+    if mean == "tokens":
+        return is_target_BT / (is_target_BT.sum() if num_items is None else num_items)
+    if mean != "examples":
+        raise UserError(f"mean is {mean!r}; use 'tokens' or 'examples'")
+    total = len(is_target_BT) if num_items is None else num_items
+    return is_target_BT / is_target_BT.sum(1, keepdim=True).clamp(min=1) / total
+
+
+def shift_targets(target_ids_BT: torch.Tensor, start: int, pad: int) -> torch.Tensor:
+    """Make the decoder's input of a padded target: `start`, then all but the last token."""
+    shifted = target_ids_BT.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(target_ids_BT.eq(pad), pad)
+
+
+def start_token(model: nn.Module) -> int:
+    """Return the decoder's first input.
+
+    Raises:
+        UserError: the model's configuration does not name it.
+    """
+    inner = unwrap(model)
+    start = getattr(inner.config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError(
+            f"the configuration of {type(inner).__name__} has no decoder_start_token_id; "
+            "set it in its config.json"
+        )
+    return start
+
+
+def stack_padded(first_BS: torch.Tensor, second_BS: torch.Tensor, pad: int) -> torch.Tensor:
+    """Concatenate two batches along B, padded to the wider one."""
+    width = max(first_BS.shape[1], second_BS.shape[1])
+    return torch.cat(
+        [F.pad(ids, (0, width - ids.shape[1]), value=pad) for ids in (first_BS, second_BS)]
+    )
+
+
+def check_unlikelihood_weight(weight: float) -> None:
+    """Refuse a lambda that would reward the wrong label, or NaN."""
+    if not 0 <= weight < float("inf"):
+        raise UserError(f"unlikelihood_weight (lambda) is {weight}; use 0 or more (published: 3)")
 
 
 def batch_loss(
@@ -47,97 +156,132 @@ def batch_loss(
     options: LossOptions,
     source_ids: torch.Tensor,
     target_ids: torch.Tensor,
-    wrong_ids: torch.Tensor | None = None,
+    *,
+    wrong_source_ids: torch.Tensor | None = None,
+    wrong_target_ids: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
 ) -> BatchLoss:
-    """The loss of one (micro-)batch; all ids are padded with `options.pad_token_id`.
+    """Compute the loss of one (micro-)batch under any objective.
 
-    `num_items` tokens (or examples, as `options.mean` says) of the whole batch divide the sum.
+    Args:
+        model: any sequence-to-sequence model of Hugging Face.
+        options: objective and settings.
+        source_ids: (B, S) encoder ids, padded.
+        target_ids: (B, T) target ids, end token included.
+        wrong_source_ids: (B, S') encoder ids with a wrong label, for flipped.
+        wrong_target_ids: (B, T') target ids of a wrong label, for direct+ul.
+        num_items: tokens (or examples, see `options.mean`) that the sum is divided by, where this
+            batch is one part of a larger one.
     """
     pad, is_target = options.pad_token_id, target_ids.ne(options.pad_token_id)
-    counts = {"tokens": is_target.sum().float(), "examples": is_target.any(1).sum().float()}
-    if options.objective == "flipped":
-        loss = flipped_loss(
-            model,
-            source_ids,
-            wrong_ids,
-            target_ids,
-            pad_token_id=pad,
-            unlikelihood_weight=options.unlikelihood_weight,
-            num_items=num_items,
-            mean=options.mean,
-        )
-        ranked = (loss.right_log_prob_B > loss.wrong_log_prob_B).float()
-        items = counts[options.mean] if num_items is None else num_items
-        return BatchLoss(
-            loss.total,
-            {
-                "likelihood": loss.likelihood * items,
-                "unlikelihood": loss.unlikelihood * items,
-                "right_log_prob": loss.right_log_prob_B.sum(),
-                "wrong_log_prob": loss.wrong_log_prob_B.sum(),
-                "right_prob": loss.right_log_prob_B.exp().sum(),
-                "wrong_prob": loss.wrong_log_prob_B.exp().sum(),
-                "ranked_right": ranked.sum(),
-                **counts,
-            },
-        )
-    if options.objective == "direct+ul":
-        return _direct_unlikelihood(
-            model, options, source_ids, target_ids, wrong_ids, num_items, counts
-        )
+    sums = {"tokens": is_target.sum().float(), "examples": is_target.any(1).sum().float()}
+    if options.objective in ("flipped", "direct+ul"):
+        if options.objective == "flipped":
+            assert wrong_source_ids is not None
+            loss = flipped_loss(model, source_ids, wrong_source_ids, target_ids, options, num_items)
+        else:
+            assert wrong_target_ids is not None
+            loss = direct_unlikelihood_loss(
+                model, source_ids, target_ids, wrong_target_ids, options, num_items
+            )
+        items = sums[options.mean] if num_items is None else num_items
+        sums |= {
+            "likelihood": loss.likelihood * items,
+            "unlikelihood": loss.unlikelihood * items,
+            "right_log_prob": loss.right_log_prob_B.sum(),
+            "wrong_log_prob": loss.wrong_log_prob_B.sum(),
+            "right_prob": loss.right_log_prob_B.exp().sum(),
+            "wrong_prob": loss.wrong_log_prob_B.exp().sum(),
+            "ranked_right": (loss.right_log_prob_B > loss.wrong_log_prob_B).float().sum(),
+        }
+        return BatchLoss(loss.total, sums)
     projected = projection_input(
         model,
         input_ids=source_ids,
         attention_mask=source_ids.ne(pad),
-        decoder_input_ids=shift_right(target_ids, start_token(model)),
+        decoder_input_ids=shift_targets(target_ids, start_token(model), pad),
     )
     loss_BT, correct_BT = token_losses(projected, target_ids, pad, options.label_smoothing)
     weight_BT = mean_weights(is_target.to(loss_BT.dtype), options.mean, num_items)
     exact = (correct_BT | ~is_target).all(1).float()
-    return BatchLoss(
-        (loss_BT * weight_BT).sum(),
-        {"nll": loss_BT.detach().sum(), "exact": exact.sum(), **counts},
-    )
+    sums |= {"nll": loss_BT.detach().sum(), "exact": exact.sum()}
+    return BatchLoss((loss_BT * weight_BT).sum(), sums)
 
 
-def _direct_unlikelihood(
-    model, options: LossOptions, source_ids, target_ids, wrong_ids, num_items, counts
-) -> BatchLoss:
-    """-log P(y | x) and, on the tokens of a wrong label, -log(1 - P(y'_t | x) + 0.01).
-
-    The prompt is encoded once. Each term is a mean over its own tokens (or over examples).
-    """
-    check_unlikelihood_weight(options.unlikelihood_weight)
-    pad, num_examples = options.pad_token_id, len(target_ids)
-    mask = source_ids.ne(pad)
-    encoder = unwrap(model).get_encoder()
-    hidden = encoder(input_ids=source_ids, attention_mask=mask)[0]
-    targets = stack_padded(target_ids, wrong_ids, pad)
+def direct_unlikelihood_loss(
+    model: nn.Module,
+    source_ids: torch.Tensor,
+    target_ids: torch.Tensor,
+    wrong_target_ids: torch.Tensor,
+    options: LossOptions,
+    num_items: torch.Tensor | float | None = None,
+) -> UnlikelihoodLoss:
+    """Compute the loss of direct+ul; arguments as for :func:`batch_loss`. Encodes x once."""
+    pad, mask = options.pad_token_id, source_ids.ne(options.pad_token_id)
+    encoded = unwrap(model).get_encoder()(input_ids=source_ids, attention_mask=mask)[0]
+    targets = stack_padded(target_ids, wrong_target_ids, pad)
     projected = projection_input(
         model,
-        encoder_outputs=BaseModelOutput(hidden.repeat(2, 1, 1)),
+        encoder_outputs=BaseModelOutput(encoded.repeat(2, 1, 1)),
         attention_mask=mask.repeat(2, 1),
-        decoder_input_ids=shift_right(targets, start_token(model)),
+        decoder_input_ids=shift_targets(targets, start_token(model), pad),
     )
-    nll = token_losses(projected, targets, pad).loss
-    is_token = targets.ne(pad).to(nll.dtype)
-    right, wrong = nll[:num_examples], nll[num_examples:]
-    weight = mean_weights(is_token[:num_examples], options.mean, num_items)
-    # A batch that is part of a larger one has its share of the examples or right tokens; the wrong
-    # tokens are weighed so that they count as many as those.
-    wrong_weight = mean_weights(is_token[num_examples:], options.mean, None)
-    share = weight.sum() / wrong_weight.sum()
-    likelihood = (right * weight).sum()
-    unlikely = (unlikelihood(wrong) * is_token[num_examples:] * wrong_weight).sum() * share
-    ranked = (right.detach().sum(1) < wrong.detach().sum(1)).float()
-    items = counts[options.mean] if num_items is None else num_items
-    return BatchLoss(
+    return _right_and_wrong(projected, targets, options, num_items)
+
+
+def flipped_loss(
+    model: nn.Module,
+    right_ids: torch.Tensor,
+    wrong_ids: torch.Tensor,
+    target_ids: torch.Tensor,
+    options: LossOptions,
+    num_items: torch.Tensor | float | None = None,
+) -> UnlikelihoodLoss:
+    """Compute the FLIPPED loss; both encoder inputs go through the model in one batch.
+
+    Args:
+        model: any sequence-to-sequence model of Hugging Face.
+        right_ids: (B, S) encoder ids with the right label, padded.
+        wrong_ids: (B, S') encoder ids with a wrong label.
+        target_ids: (B, T) ids of the instruction, end token included.
+        options: settings.
+        num_items: as for :func:`batch_loss`.
+    """
+    pad = options.pad_token_id
+    encoder_ids = stack_padded(right_ids, wrong_ids, pad)
+    targets = target_ids.repeat(2, 1)
+    projected = projection_input(
+        model,
+        input_ids=encoder_ids,
+        attention_mask=encoder_ids.ne(pad),
+        decoder_input_ids=shift_targets(targets, start_token(model), pad),
+    )
+    return _right_and_wrong(projected, targets, options, num_items)
+
+
+def _right_and_wrong(
+    projected: ProjectionInput,
+    target_ids_BT: torch.Tensor,
+    options: LossOptions,
+    num_items: torch.Tensor | float | None,
+) -> UnlikelihoodLoss:
+    """Combine both terms: half of the batch has right labels, the other half wrong ones."""
+    check_unlikelihood_weight(options.unlikelihood_weight)
+    nll = token_losses(projected, target_ids_BT, options.pad_token_id).loss
+    right_BT, wrong_BT = nll.chunk(2)
+    is_right, is_wrong = target_ids_BT.ne(options.pad_token_id).to(nll.dtype).chunk(2)
+    likelihood = (right_BT * mean_weights(is_right, options.mean, num_items)).sum()
+    if num_items is not None and options.mean == "tokens":
+        # The wrong tokens of a part of a batch count as much as its right ones.
+        num_items = num_items * is_wrong.sum() / is_right.sum()
+    unlikelihood_BT = unlikelihood(wrong_BT)
+    if options.unlikelihood_weight == 0:  # for the log only
+        unlikelihood_BT = unlikelihood_BT.detach()
+    unlikely = (unlikelihood_BT * mean_weights(is_wrong, options.mean, num_items)).sum()
+    return UnlikelihoodLoss(
         likelihood + options.unlikelihood_weight * unlikely,
-        {
-            "nll": right.detach().sum(),
-            "unlikelihood": unlikely.detach() * items,
-            "ranked_right": ranked.sum(),
-            **counts,
-        },
+        likelihood.detach(),
+        unlikely.detach(),
+        -right_BT.detach().sum(1),
+        -wrong_BT.detach().sum(1),
     )

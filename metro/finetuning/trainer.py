@@ -1,24 +1,28 @@
-"""The Trainer of Hugging Face with METRO's data and losses.
+"""Hugging Face's Trainer with METRO's data and losses; imported for training only.
 
-Batches, their sharding over processes and the loss are ours; updates, mixed precision,
-accumulation, checkpoints, resuming, logging and several processes are the Trainer's.
+Batches, their distribution over processes and the loss are METRO's; updates, mixed precision,
+accumulation, checkpoints, resuming and logging are the Trainer's.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
 import time
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
 
 from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
-from metro.finetuning.collation import PromptBatch, collate_prompts
+from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
-from metro.finetuning.losses import LossOptions, batch_loss
+from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
 from metro.utils.messages import UserError
 
-# logged mean -> (sum, what it is divided by)
+# logged mean -> (sum, divisor)
 MEANS = {
     "likelihood": ("likelihood", "items"),
     "unlikelihood": ("unlikelihood", "items"),
@@ -29,25 +33,25 @@ MEANS = {
     "right_prob": ("right_prob", "examples"),
     "wrong_prob": ("wrong_prob", "examples"),
     "ranked_right": ("ranked_right", "examples"),
-    "padding_share": ("padding", "places"),
+    "padding_share": ("padding", "positions"),
 }
+# shown on the console, in this order
+SHOWN = (
+    *("loss", "likelihood", "unlikelihood", "right_prob", "wrong_prob", "ranked_right"),
+    *("exact_match", "grad_norm", "learning_rate", "padding_share", "skipped_examples"),
+    *("eval_loss", "eval_ranked_right", "eval_exact_match", "eval_skipped_examples"),
+)
 
 
-def trainer_class() -> type:
-    """The Trainer with METRO's data and losses; made here, as importing theirs needs accelerate."""
-    from transformers import Seq2SeqTrainer
+class FinetuningTrainer(Trainer):
+    """Trains on `PromptData` under one objective.
 
-    return type("FinetuningTrainer", (FinetuningLogic, Seq2SeqTrainer), {})
-
-
-class FinetuningLogic:
-    """What is mixed into the Trainer: trains on `PromptData` under one objective.
-
-    Logged beside the loss: both terms of FLIPPED (`likelihood`, `unlikelihood`), the probability of
-    the instruction under the right and a wrong label (`right_prob`, `wrong_prob` and their
-    logarithms), how often the right label makes it likelier (`ranked_right`); for direct and
-    channel how often every token of the target is the likeliest (`exact_match`); the share of
-    padding, and how many examples were skipped because they have no wrong label.
+    Logged beside the loss: for flipped and direct+ul both terms (`likelihood`, `unlikelihood`), the
+    target's mean probability with the right and with the wrong label (`right_prob`, `wrong_prob`
+    and their logarithms) and the share of examples where the right one is greater
+    (`ranked_right`); for direct and channel the share of examples with every target token most
+    probable (`exact_match`); the share of padding, and the number of examples skipped because they
+    have no wrong label.
     """
 
     def __init__(
@@ -63,7 +67,6 @@ class FinetuningLogic:
         **kwargs,
     ):
         self.loss_options, self.batching, self.max_width = loss_options, batching, max_width
-        self.valid_data = valid_data
         super().__init__(
             model,
             args,
@@ -76,23 +79,27 @@ class FinetuningLogic:
         self.sums: dict[str, torch.Tensor] = {}
         self.num_skipped = 0
 
-    def collate(self, examples: list) -> dict:
-        """A batch for the loader; examples that cannot be used are None."""
-        usable = [example for example in examples if example is not None]
-        if not usable:
-            return {"num_skipped": len(examples)}
-        batch = collate_prompts(usable, self.loss_options.pad_token_id, None, self.max_width)
-        return {**as_inputs(batch), "num_skipped": batch.num_skipped + len(examples) - len(usable)}
-
     # --- data ---
 
-    def get_train_dataloader(self) -> EpochLoader:
-        return self._loader(self.train_dataset, self.args.per_device_train_batch_size)
+    def collate(self, examples: list[EncodedPrompt | None]) -> dict[str, Any]:
+        """Make a batch for the loader; examples that cannot be used are None."""
+        usable = [example for example in examples if example is not None]
+        num_unusable = len(examples) - len(usable)
+        if not usable:
+            return {"num_skipped": num_unusable}
+        batch = collate_prompts(usable, self.loss_options.pad_token_id, self.max_width)
+        return {
+            **batch._asdict(),
+            "num_examples": len(usable),
+            "num_skipped": batch.num_skipped + num_unusable,
+        }
 
-    def _loader(self, dataset: EncodedPrompts, batch_size: int) -> EpochLoader:
+    def get_train_dataloader(self) -> EpochLoader:
+        dataset = self.train_dataset
+        assert isinstance(dataset, EncodedPrompts)
         batches = EpochBatches(
             dataset.data,
-            batch_size,
+            self.args.per_device_train_batch_size,
             seed=self.args.seed,
             batching=self.batching,
             process=self.args.process_index,
@@ -106,8 +113,8 @@ class FinetuningLogic:
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device=None):
-        """The micro-batches of one update, and the items of all processes in them."""
+    def get_batch_samples(self, epoch_iterator, num_batches, device=None):
+        """Return the micro-batches of one update, and the number of items of all processes."""
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
@@ -115,7 +122,7 @@ class FinetuningLogic:
                 break
             batches.append(batch)
         name = "num_target_tokens" if self.loss_options.mean == "tokens" else "num_examples"
-        num_items = torch.tensor(float(sum(batch.get(name, 0) for batch in batches)))
+        num_items = torch.tensor(float(sum(batch[name] for batch in batches)))
         return batches, self._sum_over_processes(num_items.to(self.args.device))
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
@@ -134,25 +141,25 @@ class FinetuningLogic:
         total = loss.total * self.args.world_size
         return (total, None) if return_outputs else total
 
-    def _loss(self, model, inputs, num_items):
+    def _loss(self, model, inputs: dict[str, Any], num_items) -> BatchLoss:
         loss = batch_loss(
             model,
             self.loss_options,
-            inputs["input_ids"],
+            inputs["source_ids"],
             inputs["target_ids"],
-            inputs.get("wrong_ids"),
-            num_items,
+            wrong_source_ids=inputs["wrong_source_ids"],
+            wrong_target_ids=inputs["wrong_target_ids"],
+            num_items=num_items,
         )
         items = loss.sums[self.loss_options.mean]
-        places = torch.full_like(items, inputs["num_places"])
-        padding = torch.full_like(items, inputs["num_places"] - inputs["num_tokens"])
-        return loss._replace(
-            sums={**loss.sums, "items": items, "places": places, "padding": padding}
-        )
+        positions = torch.full_like(items, inputs["num_positions"])
+        padding = torch.full_like(items, inputs["num_positions"] - inputs["num_tokens"])
+        sums = {**loss.sums, "items": items, "positions": positions, "padding": padding}
+        return loss._replace(sums=sums)
 
     def floating_point_ops(self, inputs) -> int:
-        """6 operations per parameter and token of a forward and backward pass."""
-        return 6 * inputs.get("num_tokens", 0) * self._num_parameters
+        """Estimate a forward and backward pass as 6 operations per parameter and token."""
+        return 6 * inputs["num_tokens"] * self._num_parameters
 
     @functools.cached_property
     def _num_parameters(self) -> int:
@@ -160,19 +167,18 @@ class FinetuningLogic:
 
     # --- logging and evaluation ---
 
-    def log(self, logs: dict, *args, **kwargs) -> None:
-        """As the Trainer's, with what was summed up since the last line of training."""
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, with means over everything since the last line of training."""
         if "loss" in logs and self.sums:
             logs = {**logs, **self._means(self.sums)}
             skipped = torch.tensor(float(self.num_skipped), device=self.args.device)
-            skipped = int(self._sum_over_processes(skipped))
-            if skipped:
-                logs["skipped_examples"] = skipped
+            if num_skipped := int(self._sum_over_processes(skipped)):
+                logs["skipped_examples"] = num_skipped
             self.sums = {}
         super().log(logs, *args, **kwargs)
 
     def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Means over all processes; one transfer for all of them."""
+        """Compute means over all processes with one transfer."""
         names = sorted(sums)
         values = self._sum_over_processes(torch.stack([sums[name].float() for name in names]))
         found = dict(zip(names, values.tolist(), strict=True))
@@ -183,69 +189,91 @@ class FinetuningLogic:
         }
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
-        """Loss and shares over the validation examples, each once."""
-        data = (eval_dataset or self.eval_dataset).data
-        started, sums, skipped = time.time(), {}, 0
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Compute loss and means over the validation examples, each once.
+
+        Raises:
+            UserError: not a single example can be used.
+        """
+        dataset = eval_dataset or self.eval_dataset
+        assert isinstance(dataset, EncodedPrompts)
+        started, skipped = time.time(), 0
+        sums: dict[str, torch.Tensor] = {}
         if self.is_world_process_zero():
-            print(f"evaluating {len(data)} held-out examples", flush=True)
+            print(f"evaluating {len(dataset)} held-out examples", flush=True)
         self.model.eval()
-        keys = [(0, position) for position in np_argsort(data.lengths(0))]
-        size = self.args.per_device_eval_batch_size
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        mine = batches[self.args.process_index :: self.args.world_size]
-        dataset = EncodedPrompts(data)
-        for batch in mine:
-            inputs = self._prepare_inputs(self.collate([dataset[key] for key in batch]))
+        longest_first = np.argsort(-dataset.data.lengths(0), kind="stable")
+        size, world_size = self.args.per_device_eval_batch_size, self.args.world_size
+        for start in range(self.args.process_index * size, len(dataset), world_size * size):
+            positions = longest_first[start : start + size].tolist()
+            batch = self.collate([dataset[0, position] for position in positions])
+            inputs = self._prepare_inputs(batch)
             skipped += inputs["num_skipped"]
-            if "input_ids" not in inputs:
+            if "source_ids" not in inputs:
                 continue
             with self.compute_loss_context_manager():
                 loss = self._loss(self.model, inputs, None)
             items = loss.sums["items"]
             for name, value in {**loss.sums, "loss": loss.total * items}.items():
                 sums[name] = sums.get(name, 0) + value
-        if self.args.world_size > 1:
+        if world_size > 1:
             sums = self._same_keys(sums)
         if not sums:
             raise UserError(
-                f"no validation example of {data.folder} can be used under the objective "
-                f"{data.objective}; leave eval_steps out, or prepare tasks with options"
+                f"no validation example of {dataset.data.folder} can be used under the objective "
+                f"{self.loss_options.objective}; leave eval_steps out, or prepare tasks with "
+                "answer choices"
             )
         metrics = self._means(sums)
         parts = torch.stack([sums["loss"], sums["items"], torch.full_like(sums["loss"], skipped)])
-        total, items, skipped = self._sum_over_processes(parts).tolist()
+        total, num_items, num_skipped = self._sum_over_processes(parts).tolist()
+        metrics |= {
+            "loss": total / num_items,
+            "skipped_examples": int(num_skipped),
+            "runtime": round(time.time() - started, 2),
+        }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics[f"{metric_key_prefix}_loss"] = total / items
-        metrics[f"{metric_key_prefix}_skipped_examples"] = int(skipped)
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def _same_keys(self, sums: dict) -> dict:
-        """A process without a batch takes part in the sums with zeros."""
+    def _same_keys(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let a process without a batch take part in the sums with zeros."""
         gathered: list = [None] * self.args.world_size
         dist.all_gather_object(gathered, sorted(sums))
         zero = torch.zeros((), device=self.args.device)
         return {name: sums.get(name, zero) for name in sorted(set().union(*gathered))}
 
 
-def as_inputs(batch: PromptBatch) -> dict:
-    """What the loader hands over; tensors go to the device, numbers stay."""
-    inputs = {
-        "input_ids": batch.source_ids,
-        "target_ids": batch.target_ids,
-        "num_target_tokens": batch.num_target_tokens,
-        "num_examples": len(batch.indices),
-        "num_tokens": batch.num_tokens,
-        "num_places": batch.num_places,
-    }
-    return inputs if batch.wrong_ids is None else {**inputs, "wrong_ids": batch.wrong_ids}
+class ConsoleCallback(TrainerCallback):
+    """Prints one line per logging step: update, time left and the most important numbers."""
+
+    started: float | None = None
+    first_step = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            place = f"from update {state.global_step} " if state.global_step else ""
+            print(f"training {place}to update {state.max_steps}", flush=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.started is None:
+            return
+        numbers = [f"{name} {_short(logs[name])}" for name in SHOWN if name in (logs or {})]
+        if not numbers:
+            return
+        done = state.global_step - self.first_step
+        seconds = time.monotonic() - self.started
+        left = int(seconds / done * (state.max_steps - state.global_step)) if done else 0
+        print(
+            f"update {state.global_step}/{state.max_steps} "
+            f"(left {datetime.timedelta(seconds=left)})  {'  '.join(numbers)}",
+            flush=True,
+        )
 
 
-def np_argsort(lengths) -> list[int]:
-    """Positions from the longest example to the shortest."""
-    return (-lengths).argsort(kind="stable").tolist()
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -75,14 +75,14 @@ def test_examples_depend_on_seed_and_epoch_alone(data, encoder):
     read(again, 2, range(10))
     assert read(again, 1, range(120)) == first
     assert read(data(seed=2), 1, range(120)) != first
-    topic = range(60, 120)  # three options: about half of the wrong labels are new
+    topic = range(60, 120)  # three answer choices: about half of the wrong labels are new
     wrong = [[read(data(), epoch, topic)[i][2] for i in topic] for epoch in (1, 2)]
     changed = sum(a != b for a, b in zip(*wrong, strict=True))
     assert 15 < changed < 45
 
 
 def test_examples_without_use_are_replaced_and_counted(tmp_path, encoder):
-    """Every fourth row has a single option; in training others stand in for them."""
+    """Every fourth row has a single answer choice; in training others stand in for them."""
 
     def single(example):
         if example["row"] % 4 == 0:
@@ -92,7 +92,7 @@ def test_examples_without_use_are_replaced_and_counted(tmp_path, encoder):
     folder = write_prepared(tmp_path / "data", 60, change=single)
     prompts = PromptData(folder, "train", "flipped", encoder, seed=1)
     encoded = [prompts.encode(i, 1) for i in range(len(prompts))]
-    assert all(example.wrong_ids is not None for example in encoded)
+    assert all(example.wrong_source_ids is not None for example in encoded)
     assert sum(example.num_skipped > 0 for example in encoded) == 30
     plain = PromptData(folder, "train", "flipped", encoder, seed=1, replace=False)
     assert sum(plain.encode(i, 1) is None for i in range(len(plain))) == 30
@@ -122,7 +122,7 @@ def test_data_without_a_single_usable_example_is_refused(tmp_path, encoder):
         tmp_path / "data", 60, change=lambda example: {**example, "answer_choices": None}
     )
     prompts = PromptData(folder, "train", "flipped", encoder, seed=1)
-    with pytest.raises(ValueError, match="cannot be used under the objective flipped .no options"):
+    with pytest.raises(ValueError, match="under the objective flipped .no answer choices"):
         prompts.encode(0, 1)
 
 

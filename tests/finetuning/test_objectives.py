@@ -2,9 +2,10 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
+from metro.data.prompts.encoding import PromptEncoder
+from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.objectives import Unusable, encode_example, gold_and_others
 from metro.utils.seeds import draws
 
@@ -20,93 +21,92 @@ EXAMPLE = {
 }
 
 
-class Words:
-    """A stand-in for the encoder whose ids are the words themselves."""
+class Words(PromptEncoder):
+    """An encoder whose tokens are words, numbered as they occur."""
 
     max_target_length = 99
 
+    def __init__(self):
+        self.words: list[str] = []
+
     def sources(self, texts):
-        return [text.split() for text in texts]
+        for word in " ".join(texts).split():
+            if word not in self.words:
+                self.words.append(word)
+        return [[self.words.index(word) for word in text.split()] for text in texts]
 
     labelled_sources = targets = sources
 
-
-@pytest.fixture
-def texts(monkeypatch):
-    """encode_example with words instead of ids."""
-    monkeypatch.setattr("numpy.array", lambda values, dtype=None: " ".join(values))
-    return lambda objective, draw=0, **changes: encode_example(
-        {**EXAMPLE, **changes}, 7, objective, Words(), draw
-    )
+    def text(self, ids) -> str | None:
+        return None if ids is None else " ".join(self.words[i] for i in ids)
 
 
-def test_direct_reads_the_prompt_and_writes_the_answer(texts):
+def texts(objective, draw=0, **changes) -> EncodedPrompt:
+    """EXAMPLE encoded, with the words of the ids."""
+    words = Words()
+    encoded = encode_example({**EXAMPLE, **changes}, 7, objective, words, draw)
+    return EncodedPrompt(7, *(words.text(ids) for ids in encoded[1:5]), encoded.num_skipped)
+
+
+def test_direct_reads_the_prompt_and_writes_the_answer():
     encoded = texts("direct")
     assert (encoded.source_ids, encoded.target_ids) == ("it rains. Is it wet?", "Yes")
-    assert (encoded.index, encoded.wrong_ids) == (7, None)
+    assert (encoded.wrong_source_ids, encoded.wrong_target_ids) == (None, None)
 
 
-def test_channel_reads_the_answer_and_writes_the_prompt(texts):
+def test_channel_reads_the_answer_and_writes_the_prompt():
     encoded = texts("channel")
     assert (encoded.source_ids, encoded.target_ids) == ("Yes", "it rains. Is it wet?")
 
 
-def test_flipped_reads_input_and_label_and_writes_the_instruction(texts):
+def test_flipped_reads_input_and_label_and_writes_the_instruction():
     encoded = texts("flipped", label=0, answer_choices=["No", "Yes"])
     assert encoded.source_ids == "input: it rains.<extra_id_0> output: No"
-    assert encoded.wrong_ids == "input: it rains.<extra_id_0> output: Yes"
+    assert encoded.wrong_source_ids == "input: it rains.<extra_id_0> output: Yes"
     assert encoded.target_ids == "<extra_id_0> Is it wet?"
 
 
-def test_direct_unlikelihood_has_a_wrong_answer(texts):
+def test_direct_unlikelihood_has_a_wrong_answer():
     encoded = texts("direct+ul", label=0, answer_choices=["No", "Yes"], target="No")
     assert encoded.source_ids == "it rains. Is it wet?"
-    assert (encoded.target_ids, encoded.wrong_ids) == ("No", "Yes")
+    assert (encoded.target_ids, encoded.wrong_target_ids) == ("No", "Yes")
 
 
-def test_wrong_labels_are_uniform_over_the_other_options(texts):
-    """3,000 draws of two options: 1,500 +- 4 standard deviations."""
-    wrong = Counter(texts("flipped", int(draws(1, epoch))).wrong_ids for epoch in range(3000))
+def test_wrong_labels_are_uniform_over_the_other_answer_choices():
+    """3,000 draws of two answer choices: 1,500 +- 4 standard deviations."""
+    wrong = Counter(
+        texts("flipped", int(draws(1, epoch))).wrong_source_ids for epoch in range(3000)
+    )
     assert {text.split()[-1] for text in wrong} == {"No", "Maybe"}
     assert all(abs(count - 1500) < 4 * 3000**0.5 / 2 for count in wrong.values())
 
 
 def test_a_wrong_label_never_reads_as_the_gold_one():
-    """Options given twice, as in 6 of 400 rows of cos_e."""
+    """Answer choices given twice, as in 6 of 400 rows of cos_e."""
     example = {"answer_choices": ["a", "b", "b", "a", "c"], "label": 0}
     assert gold_and_others(example) == ("a", ["b", "c"])
 
 
-def test_options_that_encode_alike_are_passed_over(texts):
-    """The words of "Yes" and "Yes " are the same: the wrong label is the third option."""
+def test_answer_choices_with_identical_ids_are_skipped():
+    """The words of "Yes" and "Yes " are the same: the wrong label is the third answer choice."""
     for epoch in range(20):
         encoded = texts("flipped", epoch, answer_choices=["Yes ", "Yes", "No"])
-        assert encoded.wrong_ids.endswith("output: No")
-    with pytest.raises(Unusable, match="encode alike"):
+        assert encoded.wrong_source_ids.endswith("output: No")
+    with pytest.raises(Unusable, match="identical ids"):
         texts("direct+ul", answer_choices=["Yes ", "Yes"])
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"answer_choices": None}, "no options"),
-        ({"label": None}, "no options"),
-        ({"answer_choices": ["Yes"], "label": 0}, "a single option"),
-        ({"answer_choices": ["Yes", "Yes"], "label": 0}, "a single option"),
+        ({"answer_choices": None}, "no answer choices"),
+        ({"label": None}, "no answer choices"),
+        ({"answer_choices": ["Yes"], "label": 0}, "a single answer choice"),
+        ({"answer_choices": ["Yes", "Yes"], "label": 0}, "a single answer choice"),
         ({"flipped_input": None, "instruction": None}, "no instruction"),
         ({"instruction": "<extra_id_0>  <extra_id_1> \n"}, "instruction without text"),
     ],
 )
-def test_examples_without_use_are_refused(texts, changes, reason):
+def test_examples_without_use_are_refused(changes, reason):
     with pytest.raises(Unusable, match=reason):
         texts("flipped", **changes)
-
-
-def test_draws_are_uniform_and_independent_of_shape():
-    """Chi-square of 16 bins over 64,000 draws: below 37.7 with probability 0.999."""
-    rows = np.arange(64_000)
-    together = draws(5, 2, 1, rows)
-    assert [int(x) for x in together[:3]] == [int(draws(5, 2, 1, row)) for row in range(3)]
-    counts = np.bincount((together % np.uint64(16)).astype(int), minlength=16)
-    assert ((counts - 4000) ** 2 / 4000).sum() < 37.7
-    assert len(set(together.tolist())) == len(rows)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import metro
-from metro.finetuning.run import complete_checkpoints, finetune
+from metro.finetuning.output_folder import complete_checkpoints
+from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
 from tests.finetuning.prepared import write_prepared
 
@@ -130,7 +131,7 @@ def test_other_settings_do_not_continue_a_run(settings):
         finetune(settings(save_steps=6, learning_rate=0.5))
     with pytest.raises(ValueError, match="holds a run already"):
         finetune(settings(resume="never"))
-    with pytest.raises(ValueError, match="no complete checkpoint-N folder"):
+    with pytest.raises(ValueError, match="not a complete checkpoint-N folder"):
         finetune(settings(resume="nowhere"))
 
 
