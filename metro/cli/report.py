@@ -24,18 +24,8 @@ def report(
     Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
     the figure of each suite as SVG.
     """
-    from rich.console import Console
+    from metro.evaluation.report.build import report as write
 
-    from metro.evaluation.report.build import average, build_sections, find_runs, write_report
-
-    sections = build_sections(find_runs(runs, out), published or ["all"], suite)
-    paths = write_report(sections, out, title)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for section in sections:
-        for row in section.rows:
-            if row.kind == "run":
-                name = row.label if row.says_method else f"{row.label} ({row.detail})"
-                console.print(f"{section.title}: {name} {average(section, row)}")
-        for note in section.notes:
-            console.print(f"note: {note}")
-    console.print("wrote " + ", ".join(str(path) for path in paths))
+    done = write(runs, out, published or ["all"], suite, title)
+    print(done)
+    print("wrote " + ", ".join(str(path) for path in done.paths))

@@ -61,10 +61,10 @@ def test_published_rows_are_chosen_by_option(run, tmp_path):
 
 
 def test_partial_runs_are_named_on_the_terminal(tmp_path):
-    """Oracle: one of two prompts is there, so no task is whole."""
+    """Oracle: one of two prompts is there, so no task is complete."""
     run = write_run(tmp_path / "run", {"rte": {"a": 0.5}}, listed={"rte": ["a", "b"]})
     done = call(run, "--out", tmp_path / "report")
-    assert "(direct) no task is whole" in done.output
+    assert "(direct) no task is complete" in done.output
     assert "note: partial, not in the average: rte (1 of 2 prompts)" in done.output
 
 

@@ -1,45 +1,104 @@
-"""`metro report`: run folders in, a folder of tables, figures and one page out."""
+"""`metro report`: tables, figures and one page of evaluations, written from their run folders."""
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from metro.evaluation.report.comparison import Row, Section, compare
 from metro.evaluation.report.figure import standalone
 from metro.evaluation.report.page import page, slug
-from metro.evaluation.report.tables import latex, markdown, prompts_csv, tasks_csv
+from metro.evaluation.report.tables import grid, latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.run_folder import read_run
+from metro.models.registry import registered_models
 from metro.utils.files import write_text
 from metro.utils.messages import UserError, counted, percent
+from metro.utils.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that has been written."""
+
+    paths: list[Path]
+    """report.html first, then the other files."""
+    sections: list[Section]
+    """Numbers of every suite, as fractions."""
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Suite -> its table in percent: runs, differences, published rows, guessing."""
+        found = {}
+        for section in self.sections:
+            header, *rows = grid(section)
+            found[section.suite] = Table(header, rows, section.title, section.notes)
+        return found
+
+    def __str__(self) -> str:
+        """A line per run, and the remarks on them."""
+        lines = []
+        for section in self.sections:
+            for row in section.rows:
+                if row.kind == "run":
+                    name = row.label if row.says_method else f"{row.label} ({row.detail})"
+                    lines.append(f"{section.title}: {name} {average(section, row)}")
+            lines += [f"note: {note}" for note in section.notes]
+        return "\n".join(lines)
+
+
+def report(
+    runs: Sequence[str | Path],
+    out: str | Path = "report",
+    published: Sequence[str] = ("all",),
+    suite: str | None = None,
+    title: str | None = None,
+) -> Report:
+    """Compare runs with each other and with published numbers, and write the report.
+
+    Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
+    the figure of each suite as SVG.
+
+    Args:
+        runs: run folders of `metro evaluate`, or folders of run folders.
+        out: folder to write into.
+        published: rows to show: all, none, or names of registered models.
+        suite: report only the runs of this suite.
+        title: heading; by default the models and suites.
+
+    Raises:
+        UserError: a folder is not a run, or no run is left.
+    """
+    sections = build_sections(find_runs(runs, out), published, suite)
+    return Report(write_report(sections, out, title), sections)
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
-    """The run folders that are meant: a folder of run folders stands for those inside it.
+    """Find the run folders: a folder of run folders stands for those inside it.
 
     The folder of an earlier report is passed over, so that `results/*` may hold it.
 
     Raises:
-        ValueError: a folder is not there, or is no run and holds none.
+        UserError: a folder does not exist, or is not a run and holds none.
     """
+    remedy = "give folders that `metro evaluate` wrote"
     found = []
     for folder in map(Path, folders):
         if (folder / "run.json").is_file():
             found.append(folder)
             continue
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; give run folders that `metro evaluate` wrote")
+            raise UserError(f"{folder} is not a folder; {remedy}")
         if is_report(folder) or (out is not None and folder.resolve() == Path(out).resolve()):
             continue
         inside = sorted(path.parent for path in folder.glob("*/run.json"))
         if not inside:
             raise UserError(
-                f"{folder} is not a run folder, nor does it hold one (no run.json); give folders "
-                "that `metro evaluate` wrote"
+                f"{folder} is not a run folder, nor does it hold one (no run.json); {remedy}"
             )
         found += inside
     if not found:
-        raise UserError("no run to report on: give the folders that `metro evaluate` wrote")
+        raise UserError(f"no run to report on: {remedy}")
     return found
 
 
@@ -50,9 +109,7 @@ def is_report(folder: Path) -> bool:
 def build_sections(
     folders: Sequence[str | Path], published: Sequence[str] = ("all",), suite: str | None = None
 ) -> list[Section]:
-    """Read the runs and put them beside published rows, a section per suite."""
-    from metro.models.registry import registered_models
-
+    """Read the runs and compare them with published rows, a section per suite."""
     runs = [read_run(folder) for folder in folders]
     suites = list(dict.fromkeys(run.suite for run in runs))
     if suite is not None:
@@ -64,20 +121,18 @@ def build_sections(
 
 
 def average(section: Section, row: Row) -> str:
-    """The average of a run for the terminal, and what it is over."""
+    """The average of a run for the terminal, and the number of its tasks."""
     if row.average is None:
-        return "no task is whole"
+        return "no task is complete"
     part = "" if row.num_averaged == len(section.tasks) else f"{row.num_averaged} of "
     return f"{percent(row.average)}, over {part}{counted(len(section.tasks), 'task')}"
 
 
 def default_title(sections: Sequence[Section]) -> str:
-    """Models and suites, as far as they fit a heading."""
+    """Models and suites, if they fit a heading."""
     models = list(dict.fromkeys(run.model for section in sections for run in section.runs))
     suites = listing([section.title for section in sections])
-    if len(models) > 3:
-        return f"{len(models)} models on {suites}"
-    return f"{listing(models)} on {suites}"
+    return f"{listing(models) if len(models) < 4 else f'{len(models)} models'} on {suites}"
 
 
 def listing(names: Sequence[str]) -> str:
@@ -88,9 +143,9 @@ def listing(names: Sequence[str]) -> str:
 def write_report(
     sections: Sequence[Section], out: str | Path, title: str | None = None
 ) -> list[Path]:
-    """Write every format into `out`; each file is whole or not there. Returns the paths.
+    """Write every format into `out`, each file completely or not at all; return the paths.
 
-    Figures of an earlier report in the same folder go if this one has none of their suites.
+    Figures of an earlier report in the same folder are deleted if this one has none of their suite.
     """
     title = title or default_title(sections)
     files = {
@@ -112,7 +167,7 @@ def write_report(
 
 
 def figures_of(folder: Path) -> set[str]:
-    """The figures that an earlier report wrote, by the suites of its table."""
+    """Names of the figures that an earlier report wrote, by the suites of its table."""
     if not is_report(folder):
         return set()
     with (folder / "tasks.csv").open(encoding="utf-8", newline="") as file:

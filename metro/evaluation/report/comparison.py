@@ -5,6 +5,7 @@ followed by the difference to the published row of the same model, then the publ
 accuracy of guessing. Values are fractions here; percent is a matter of printing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,29 @@ class Section:
     def letters(self, row: Row) -> str:
         """The letters of a published row's sources."""
         return ", ".join(self.sources[part] for part in source_parts(row.detail))
+
+    @property
+    def other_published(self) -> list[PublishedRow]:
+        """Published rows other than those that a run is compared with."""
+        own = [run.published for run in self.runs]
+        return [row for row in self.published if row not in own]
+
+    @property
+    def chances(self) -> dict[str, float]:
+        """Task -> accuracy of guessing."""
+        return next((row.values for row in self.rows if row.kind == "chance"), {})
+
+    def scale(self) -> tuple[int, int]:
+        """Round ends in percent around all values, at least 20 points apart."""
+        values = [v for row in self.rows if row.kind != "difference" for v in row.values.values()]
+        for run in self.runs:
+            for task in run.summary.tasks.values():
+                values += self.values_per_prompt(task).values()
+        low = 10 * math.floor(10 * min(values, default=0) + 1e-9)
+        high = 10 * math.ceil(10 * max(values, default=1) - 1e-9)
+        while high - low < 20:
+            low, high = max(0, low - 10), min(100, high + 10)
+        return low, high
 
     @property
     def metric_title(self) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 
 from metro.evaluation.runs.run_folder import Run
@@ -77,3 +78,14 @@ def short_model_name(model: str) -> str:
     ):
         return f"{path.parent.name}/{path.name}".lstrip("/")
     return path.name
+
+
+def grouped(number: float) -> str:
+    """12 345, with narrow spaces."""
+    return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def asset(name: str) -> str:
+    """Read a file of the page."""
+    path = resources.files("metro.evaluation").joinpath("report/assets", name)
+    return path.read_text("utf-8")

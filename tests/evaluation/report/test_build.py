@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from metro.evaluation.report.build import build_sections, find_runs, write_report
+from metro.evaluation.report.build import build_sections, find_runs, report, write_report
 from metro.evaluation.report.comparison import compare
 from metro.evaluation.report.figure import standalone
 from metro.evaluation.report.page import page
@@ -181,11 +181,14 @@ def test_report_is_written_whole_and_again(tmp_path):
     out = tmp_path / "results" / "report"
     for _ in range(2):
         folders = sorted((tmp_path / "results").iterdir())
-        sections = build_sections(find_runs(folders, out))
-        paths = write_report(sections, out)
+        done = report(folders, out)
+        paths = done.paths
         names = ["report.html", "report.md", "report.tex", "tasks.csv", "prompts.csv", "t0.svg"]
         assert [path.name for path in paths] == [*names, "bigbench.svg"]
         assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in paths)
+    assert done.tables["t0"].header == ["", "RTE", "CB", "AVG"]
+    assert done.tables["t0"].rows[0] == ["METRO-T0-Base", "59.00", "47.00", "53.00"]
+    assert "T0 Eval: METRO-T0-Base (direct) 53.00, over 2 tasks" in str(done)
     assert find_runs([tmp_path / "results"]) == [
         tmp_path / "results" / "one",
         tmp_path / "results" / "two",
@@ -219,7 +222,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     empty.mkdir()
     with pytest.raises(ValueError, match=r"empty is not a run folder"):
         find_runs([empty])
-    with pytest.raises(ValueError, match=r"away is no folder"):
+    with pytest.raises(ValueError, match=r"away is not a folder"):
         find_runs([tmp_path / "away"])
     with pytest.raises(ValueError, match="no run to report on"):
         find_runs([])
