@@ -1,4 +1,4 @@
-# Every target prepares .venv by itself; when nothing changed this costs nothing and needs no network.
+# Every target first brings .venv up to date; if nothing changed, that is instant and needs no network.
 #   make install [PYTHON=python3.12]   the environment alone
 #   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine
 #   make test    [SLOW=1] [ARGS="-k masking"]
@@ -10,12 +10,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := fairseq-needs,train,triton,dev
 TORCH  := torch==2.13.0
-# OpenMP threads that wait sleep instead of spinning: with another busy process on the same cores,
-# spinning made a training step of the tiny model about seven times slower.
+# Idle OpenMP threads sleep instead of spinning: with another busy process on the same cores, spinning
+# made a training step of the tiny model about seven times slower.
 export OMP_WAIT_POLICY ?= passive
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-# The sdist that was reviewed and the only published wheel; nothing else is accepted.
+# Pinned to the reviewed sdist and the only published wheel.
 FAIRSEQ := fairseq-fixed==0.12.3.1 \
   --hash=sha256:c607577a54ab30e2ee0f0b0a754ea5cdbc6ad0a9f99a1726638a2201445bc1cc \
   --hash=sha256:38d6732118a4ff568aafa27a7667b51e4e74f23276c7da3600405532cc2d36e0
@@ -25,9 +25,9 @@ FAIRSEQ := fairseq-fixed==0.12.3.1 \
 
 install: $(STAMP)
 
-# .unfinished marks an install under way: found at the start, the last one was cut short and what
-# it left cannot be trusted, so the environment is built anew.
-$(STAMP): setup.py metro/environment.py constraints.txt Makefile
+# .unfinished marks an install in progress: if it exists at the start, the last install was
+# interrupted, and the environment is rebuilt from scratch.
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11: make install PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "install 1/4: environment in $(VENV)"
@@ -37,7 +37,7 @@ $(STAMP): setup.py metro/environment.py constraints.txt Makefile
 	@$(PIP) install -c constraints.txt pip setuptools wheel
 	@echo "install 2/4: $(TORCH)"
 	@$(PIP) install -c constraints.txt $(TORCH)
-	@echo "install 3/4: metro[$(EXTRAS)]"
+	@echo "install 3/4: metro-t5[$(EXTRAS)]"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@echo "install 4/4: fairseq (pure Python; a compiled fairseq that is already there is kept)"
 	@echo '$(FAIRSEQ)' > $(VENV)/fairseq.txt

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
 from metro.data.text.demo_text import write_demo_text
-from metro.environment import available_cores
+from metro.utils.worker_pool import available_cores
 
 METRO = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--valid-fraction", "0"]
 

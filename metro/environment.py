@@ -1,90 +1,77 @@
-"""What this machine has: versions, devices, optional parts.
+"""Facts about this machine: versions, devices, optional packages.
 
-Nothing here raises when parts are broken. `metro doctor` shows it, and benchmarks store it beside
-their numbers.
+Nothing here raises if packages are broken. `metro doctor` shows the facts, and benchmarks store
+them beside their numbers.
 """
 
 import importlib
 import importlib.util
 import logging
-import operator
 import os
 import platform
-import re
 import shutil
+import tomllib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
 import metro
+from metro.utils.messages import DISTRIBUTION, install_command
+from metro.utils.worker_pool import available_cores
 
 
 @dataclass(frozen=True)
 class Part:
     """A package that METRO uses."""
 
-    module: str
-    """Name to import."""
-    requirement: str
-    """Name on PyPI and versions, as pip and setup.py take it."""
+    name: str
+    """Name on PyPI; pyproject.toml states the versions, and whether METRO requires it."""
     purpose: str
-    required: bool = False
-    install: str = ""
-    """Command that installs it, where that is not ``pip install`` of the requirement."""
-
-    @property
-    def distribution(self) -> str:
-        return re.match(r"[\w.-]+", self.requirement)[0]
-
-    @property
-    def bounds(self) -> str:
-        return self.requirement.removeprefix(self.distribution)
+    extra: str = ""
+    """Extra of METRO that installs it."""
+    module: str = ""
+    """Name to import, if it differs."""
 
 
-FAIRSEQ = "fairseq-fixed==0.12.3.1"
-FAIRSEQ_INSTALL = (
-    f"READTHEDOCS=1 pip install --no-deps --no-build-isolation {FAIRSEQ} && "
-    "pip install '.[fairseq-needs]'"
-)
-
-# setup.py takes the requirements from here, so that they are written once. In the commands, "." is
-# the folder of the project. torch has a lower bound only: a CUDA build that is there stays.
 PARTS = [
-    Part("torch", "torch>=2.6", "tensors and models", True),
-    Part("transformers", "transformers>=4.57,<6", "model classes", True),
-    Part("sentencepiece", "sentencepiece>=0.2", "tokenisation", True),
-    Part("numpy", "numpy>=1.26", "data", True),
-    Part("safetensors", "safetensors", "model files", True),
-    Part("jinja2", "jinja2", "prompt templates", True),
-    Part("yaml", "pyyaml", "configurations", True),
-    Part("matplotlib", "matplotlib>=3.8", "plots", True),
-    Part("typer", "typer>=0.12", "command line", True),
-    Part("rich", "rich>=13", "tables and progress", True),
-    Part("fairseq", FAIRSEQ, "pretraining: extra [fairseq]", False, FAIRSEQ_INSTALL),
-    Part("accelerate", "accelerate>=1.1", "finetuning: extra [train]"),
-    Part("datasets", "datasets>=3", "hf: inputs: extra [train], [eval]"),
-    Part("peft", "peft>=0.17", "LoRA adapters: extra [dev]"),
-    Part("triton", "triton>=3.2", "GPU kernels: extra [triton]"),
-    Part("liger_kernel", "liger-kernel", "alternative GPU kernels"),
-    Part("tensorboard", "tensorboard", "training curves, live"),
-    Part("pytest", "pytest>=8", "tests: extra [dev]"),
+    Part("torch", "tensors and models"),
+    Part("transformers", "model classes"),
+    Part("sentencepiece", "tokenisation"),
+    Part("numpy", "data"),
+    Part("safetensors", "model files"),
+    Part("jinja2", "prompt templates"),
+    Part("pyyaml", "configurations", module="yaml"),
+    Part("matplotlib", "plots"),
+    Part("typer", "command line"),
+    Part("rich", "tables and progress"),
+    Part("fairseq-fixed", "pretraining", "fairseq", module="fairseq"),
+    Part("accelerate", "finetuning", "train"),
+    Part("datasets", "datasets of the hub", "train"),
+    Part("peft", "LoRA adapters", "dev"),
+    Part("triton", "GPU kernels", "triton"),
+    Part("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
+    Part("tensorboard", "training curves, live", "fairseq-needs"),
+    Part("pytest", "tests", "dev"),
 ]
-REQUIREMENTS = {part.module: part.requirement for part in PARTS}
 
 
 @dataclass
 class PartStatus:
-    """How one package was found."""
+    """State of one package."""
 
     name: str
     purpose: str
     required: bool
     version: str | None = None
     error: str | None = None
-    """Why it cannot be used, None if it can."""
+    """Reason why it cannot be used, None if it can."""
     install: str | None = None
-    """What to type, None if nothing is to be done."""
+    """Command that installs it, None if it can be used."""
 
 
 @dataclass
@@ -109,7 +96,7 @@ class Environment:
 
     @property
     def missing(self) -> list[PartStatus]:
-        """Required parts that cannot be used."""
+        """Required packages that cannot be used."""
         return [part for part in self.parts if part.required and part.error]
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,10 +104,11 @@ class Environment:
 
 
 def inspect_environment() -> Environment:
-    """Look at this machine; imports torch and fairseq to see whether they really load."""
-    logging.disable(logging.WARNING)  # fairseq talks while it is imported
+    """Inspect this machine; imports torch and fairseq to see whether they really load."""
+    logging.disable(logging.WARNING)  # fairseq logs while it is imported
     try:
-        parts = [_check(part) for part in PARTS]
+        declared = declared_requirements()
+        parts = [_check(part, declared.get(part.name)) for part in PARTS]
     finally:
         logging.disable(logging.NOTSET)
     environment = Environment(
@@ -138,47 +126,69 @@ def inspect_environment() -> Environment:
     return environment
 
 
-def _check(part: Part) -> PartStatus:
-    status = PartStatus(part.distribution, part.purpose, part.required)
+def declared_requirements() -> dict[str, Requirement]:
+    """Read METRO's requirements from pyproject.toml in a checkout, else from the wheel's metadata.
+
+    Returns:
+        Name on PyPI -> requirement; those of extras have a marker.
+    """
+    lines: Iterable[str]
+    project_file = Path(metro.__file__).parents[1] / "pyproject.toml"
+    if project_file.is_file():
+        project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
+        lines = [
+            *(
+                f"{line}; extra == '{extra}'"
+                for extra, names in project["optional-dependencies"].items()
+                for line in names
+            ),
+            *project["dependencies"],
+        ]
+    else:
+        # A requirement without an extra comes last, so that it overwrites those of extras.
+        lines = sorted(metadata.requires(DISTRIBUTION) or (), key=lambda line: ";" not in line)
+    return {(requirement := Requirement(line)).name: requirement for line in lines}
+
+
+def _check(part: Part, requirement: Requirement | None) -> PartStatus:
+    required = requirement is not None and requirement.marker is None
+    needed = f"{part.name}{requirement.specifier if requirement else ''}"
+    module = part.module or part.name
+    status = PartStatus(part.name, part.purpose, required)
     try:
-        status.version = metadata.version(part.distribution)
+        status.version = metadata.version(part.name)
     except metadata.PackageNotFoundError:
         pass
     try:
-        if importlib.util.find_spec(part.module) is None:
+        if importlib.util.find_spec(module) is None:
             status.error = "not installed"
-        elif part.required or part.module == "fairseq":
+        elif required or module == "fairseq":
             # Only an import tells whether shared libraries load; the optional rest is too slow.
-            module = importlib.import_module(part.module)
-            status.version = status.version or getattr(module, "__version__", None)
+            imported = importlib.import_module(module)
+            status.version = status.version or getattr(imported, "__version__", None)
     except (Exception, SystemExit) as error:  # a broken package may raise anything
         status.error = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
-    if not status.error and status.version and not satisfies(status.version, part.bounds):
-        status.error = f"METRO needs {part.requirement}"
+    if not status.error and status.version and requirement:
+        if not satisfies(status.version, requirement):
+            status.error = f"METRO needs {needed}"
     if status.error:
-        status.install = part.install or f"pip install '{part.requirement}'"
+        status.install = install_command(part.extra) if part.extra else f"pip install '{needed}'"
+        if module == "fairseq":  # without its extensions, which take minutes to compile
+            flags = "--no-deps --no-build-isolation"
+            pure = f"READTHEDOCS=1 pip install {flags} {needed}"
+            status.install = f"{pure} && {install_command('fairseq-needs')}"
     return status
 
 
-def satisfies(version: str, bounds: str) -> bool:
-    """Whether a version lies within bounds such as ``>=4.57,<6``.
+def satisfies(version: str, requirement: Requirement) -> bool:
+    """Tell whether an installed version meets a requirement.
 
-    Numbers alone count: ``2.6.0a0+cu128`` is 2.6.0. Where there are none, anything is within.
+    Only its release numbers count: ``2.6.0a0+cu128`` is 2.6.0. An unreadable version passes.
     """
-    compare = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
-    found = release_numbers(version)
-    return not found or all(
-        compare[sign](found, release_numbers(number))
-        for sign, number in re.findall(r"(>=|==|<)([\d.]+)", bounds)
-    )
-
-
-def release_numbers(version: str) -> tuple[int, ...]:
-    """(2, 6) of ``2.6.0+cpu``: without zeros at the end, so that 2.6 equals 2.6.0."""
-    numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
+    try:
+        return requirement.specifier.contains(Version(version).base_version)
+    except InvalidVersion:
+        return True
 
 
 def _look_at_torch(environment: Environment) -> None:
@@ -229,13 +239,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_gib() -> float | None:

@@ -20,17 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folder of metro/ -> the parts of metro/ that it may import beside itself.
 MAY_IMPORT = {
     "utils": set(),
-    "environment": set(),
+    "environment": {"utils"},
     "modeling": set(),
     "ops": set(),
     "fuse": {"modeling", "ops"},
-    "data": {"utils", "environment", "modeling"},
+    "data": {"utils", "modeling"},
     "pretraining": {"utils", "modeling", "ops", "fuse", "data"},
-    "models": {"utils", "environment", "modeling", "ops", "data", "pretraining"},
-    "conversion": {"utils", "environment", "modeling", "data", "pretraining", "models"},
+    "models": {"utils", "modeling", "ops", "data", "pretraining"},
+    "conversion": {"utils", "modeling", "data", "pretraining", "models"},
     "finetuning": {
         "utils",
-        "environment",
         "modeling",
         "ops",
         "fuse",
@@ -38,7 +37,7 @@ MAY_IMPORT = {
         "models",
         "conversion",
     },
-    "evaluation": {"utils", "environment", "modeling", "ops", "fuse", "data", "models"},
+    "evaluation": {"utils", "modeling", "ops", "fuse", "data", "models"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

@@ -58,7 +58,7 @@ def show(environment) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     to_install = [part for part in environment.parts if part.install]
     if to_install:
-        console.print("\nTo install what is missing (. is the folder of the project):")
+        console.print("\nTo install what is missing:")
         for part in to_install:
             need = "required" if part.required else "optional"
             console.print(f"  {part.install}   # {part.name}, {need}", markup=False, soft_wrap=True)

@@ -14,6 +14,13 @@ _CHUNKS_PER_WORKER = 2
 _function: Callable | None = None  # of this worker process
 
 
+def available_cores() -> int:
+    """Count the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def map_in_order(
     factory: Callable, arguments: tuple, items: Iterable, num_workers: int
 ) -> Iterator[tuple]:

@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from metro import environment
 from metro.cli.main import load_command
-from metro.environment import PARTS, Part, inspect_environment, satisfies
-
-ROOT = Path(__file__).resolve().parents[2]
+from metro.environment import (
+    PARTS,
+    Part,
+    declared_requirements,
+    inspect_environment,
+    satisfies,
+)
 
 # Runs doctor where no shared library of torch loads.
 DOCTOR_WITH_BROKEN_TORCH = """
@@ -36,14 +41,21 @@ main()
 
 @pytest.fixture
 def doctor(tmp_path, monkeypatch, capsys):
-    """Runs doctor on these parts alone: exit status and report. `tmp_path` is importable."""
+    """Runs doctor on one part alone: exit status and report. `tmp_path` is importable.
+
+    Extras are marked in a requirement as in the metadata of a package: ``name; extra == 'x'``.
+    """
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run(*parts: Part) -> tuple[int, dict]:
-        monkeypatch.setattr(environment, "PARTS", list(parts))
+    def run(part: Part, requirement: str) -> tuple[int, dict]:
+        monkeypatch.setattr(environment, "PARTS", [part])
+        declared = {part.name: Requirement(requirement)}
+        monkeypatch.setattr(environment, "declared_requirements", lambda: declared)
         with pytest.raises(SystemExit) as ended:
             load_command("doctor")(["--json"])
-        return ended.value.code, json.loads(capsys.readouterr().out)
+        report = json.loads(capsys.readouterr().out)
+        assert report["ok"] is (ended.value.code == 0)
+        return ended.value.code, report["parts"][0]
 
     return run
 
@@ -51,7 +63,7 @@ def doctor(tmp_path, monkeypatch, capsys):
 def test_complete_environment_is_ok():
     found = inspect_environment()
     assert found.missing == []
-    assert {part.module for part in PARTS if part.required} >= {"torch", "transformers"}
+    assert {part.name for part in found.parts if part.required} >= {"torch", "transformers"}
     assert json.loads(json.dumps(found.as_dict()))["ok"] is True
     assert found.cores >= 1 and found.disk_free_gib > 0
 
@@ -65,41 +77,37 @@ def test_required_part_that_is_missing_or_does_not_load_is_reported_with_the_rem
     doctor, tmp_path
 ):
     (tmp_path / "broken_part.py").write_text("raise OSError('libbroken.so: cannot open')")
-    code, report = doctor(
-        Part("broken_part", "broken-part>=2", "tests", True),
-        Part("missing_part", "missing-part", "tests", True),
-    )
-    assert code == 1 and report["ok"] is False
-    broken, missing = report["parts"]
-    assert "libbroken.so" in broken["error"]
+    code, broken = doctor(Part("broken-part", "tests", module="broken_part"), "broken-part>=2")
+    assert code == 1 and "libbroken.so" in broken["error"]
     assert broken["install"] == "pip install 'broken-part>=2'"
-    assert missing["error"] == "not installed"
-    assert missing["install"] == "pip install 'missing-part'"
+    code, missing = doctor(Part("missing_part", "tests"), "missing_part")
+    assert code == 1 and missing["error"] == "not installed"
+    assert missing["install"] == "pip install 'missing_part'"
 
 
-def test_missing_optional_part_is_no_failure(doctor):
-    code, report = doctor(Part("missing_part", "missing-part", "tests", install="make it"))
-    assert code == 0 and report["ok"] is True
-    assert report["parts"][0]["install"] == "make it"
+def test_missing_optional_part_is_no_failure_and_its_extra_is_named(doctor):
+    code, part = doctor(Part("missing_part", "tests", "train"), "missing_part; extra == 'train'")
+    assert code == 0 and part["required"] is False
+    assert re.fullmatch(r"pip install (-e )?'.*\[train\]'", part["install"])
 
 
 @pytest.mark.parametrize(
-    "version, required, code", [("2.5.1+cpu", True, 1), ("2.5.1", False, 0), ("2.6.0", True, 0)]
+    "version, marker, code",
+    [("2.5.1+cpu", "", 1), ("2.5.1", "; extra == 'x'", 0), ("2.6.0", "", 0)],
 )
 def test_version_below_the_minimum_is_reported_with_the_remedy(
-    doctor, tmp_path, version, required, code
+    doctor, tmp_path, version, marker, code
 ):
     (tmp_path / "old_part.py").write_text("")
     (tmp_path / "old_part-1.dist-info").mkdir()
-    (tmp_path / "old_part-1.dist-info/METADATA").write_text(f"Name: old-part\nVersion: {version}\n")
-    ended, report = doctor(Part("old_part", "old-part>=2.6,<3", "tests", required))
-    (part,) = report["parts"]
+    (tmp_path / "old_part-1.dist-info/METADATA").write_text(f"Name: old_part\nVersion: {version}\n")
+    ended, part = doctor(Part("old_part", "tests"), f"old_part<3,>=2.6{marker}")
     assert ended == code and part["version"] == version
     if version == "2.6.0":
         assert part["error"] is None and part["install"] is None
     else:
-        assert part["error"] == "METRO needs old-part>=2.6,<3"
-        assert part["install"] == "pip install 'old-part>=2.6,<3'"
+        assert part["error"] == "METRO needs old_part<3,>=2.6"
+        assert part["install"] == "pip install 'old_part<3,>=2.6'"
 
 
 @pytest.mark.parametrize(
@@ -120,18 +128,21 @@ def test_version_below_the_minimum_is_reported_with_the_remedy(
 )
 def test_versions_are_compared_as_numbers(version, bounds, expected):
     """Oracle: by hand."""
-    assert satisfies(version, bounds) is expected
+    assert satisfies(version, Requirement(f"part{bounds}")) is expected
 
 
-def test_setup_takes_the_requirements_from_here(tmp_path):
-    """Oracle: the metadata that setup.py makes."""
-    pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    required = (tmp_path / "metro.egg-info/requires.txt").read_text().split("\n\n")[0].split()
-    # The order of two bounds may differ.
-    expected = [part.requirement for part in PARTS if part.required]
-    assert sorted(map(sorted, required)) == sorted(map(sorted, expected))
+def test_every_part_is_declared_but_the_one_to_choose():
+    """Oracle: pyproject.toml, and the extras by hand."""
+    declared = declared_requirements()
+    assert {part.name for part in PARTS} - set(declared) == {"liger-kernel"}
+    for part in PARTS:
+        if part.name in declared:
+            assert (declared[part.name].marker is None) is (part.extra == ""), part.name
+            if part.extra:
+                assert declared[part.name].marker.evaluate({"extra": part.extra}) or (
+                    part.name == "datasets"  # of two extras
+                )
+    assert str(declared["transformers"].specifier) == "<6,>=4.57"
 
 
 def test_broken_torch_is_reported_and_the_rest_still_shown():

@@ -32,9 +32,8 @@ from metro.data.prompts.output import (
 from metro.data.prompts.sandbox import ProtectedRow
 from metro.data.prompts.settings import ignored_options, read_settings
 from metro.data.prompts.sources import Part, PartPlan, Unavailable
-from metro.environment import available_cores
 from metro.utils.messages import UserError
-from metro.utils.worker_pool import map_in_order
+from metro.utils.worker_pool import available_cores, map_in_order
 
 CHUNK_EXAMPLES = 2000
 CHECKPOINT_SECONDS = 5.0

@@ -24,10 +24,9 @@ from metro.data.text.vocabulary import (
     sample_chunks,
     train_vocabulary,
 )
-from metro.environment import available_cores
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
-from metro.utils.worker_pool import map_in_order
+from metro.utils.worker_pool import available_cores, map_in_order
 
 FORMAT_VERSION = 1
 
