@@ -6,7 +6,7 @@ Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs triton (make install)")
 
 from tests.ops.test_relative_position_attention_kernels import (  # noqa: E402, F401
     CASES,

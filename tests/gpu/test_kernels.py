@@ -6,7 +6,7 @@ Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs triton (make install)")
 
 from tests.ops.test_linear_cross_entropy_kernels import (  # noqa: E402, F401
     test_a_sample_depends_on_its_own_row_alone,

@@ -6,7 +6,7 @@ Oracle: float64 on the CPU. Run by `scripts/gpu_suite.sh`; skipped where there i
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton: pip install 'metro[triton]'")
+pytest.importorskip("triton", reason="needs triton (make install)")
 
 from metro.ops.adamw import adamw_step  # noqa: E402
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm  # noqa: E402

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -179,28 +177,3 @@ def test_one_hub_id_for_two_models_is_refused(tmp_path):
     path.write_text(ENTRY + ENTRY.split("models:\n")[1].replace("  a:", "  b:"))
     with pytest.raises(ValueError, match="hub_id x/a is given to more than one model"):
         registry.read_registry(path)
-
-
-def test_an_installed_package_carries_the_registry_and_every_data_file(tmp_path):
-    """Oracle: what setup.py builds, imported from a place without the checkout; the tree."""
-    pytest.importorskip("setuptools")
-    build = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path / "b")]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    library = tmp_path / "b" / "lib"
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]);"
-        "from metro.models import registry as r;"
-        "assert r.__file__.startswith(sys.argv[1]), r.__file__;"
-        "print(len(r.registered_models()), r.registry_folder())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(library)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.stdout.split() == ["13", str(library / "metro/checkpoints")], done.stderr
-    for package in ("metro", "fairseq_plugins"):
-        for path in (ROOT / package).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
-                assert (library / path.relative_to(ROOT)).is_file(), (
-                    f"add it to package_data: {path}"
-                )
