@@ -32,7 +32,7 @@ from benchmarks.common import measure_isolated, print_table, write_results
 from benchmarks.plain_pretraining import make_plain, plain_loss
 from metro.fuse import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 
@@ -99,7 +99,7 @@ def build_metro(size: str, dropout: float) -> MetroPretrainingModel:
     }[size]
     torch.manual_seed(0)
     config = MetroT5Config(vocab_size=VOCAB_SIZE, dropout_rate=dropout, **sizes)
-    return MetroPretrainingModel(config, AuxiliaryConfig(4 if size == "base" else 1))
+    return MetroPretrainingModel(config, MetroPretrainingConfig(4 if size == "base" else 1))
 
 
 def metro_batch(batch_size: int) -> dict[str, torch.Tensor]:

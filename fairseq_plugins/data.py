@@ -1,16 +1,16 @@
 """The pretraining dataset: stored items -> blocks -> corrupted examples -> padded batches.
 
-The work on arrays is done by `metro.data.blocks` and `metro.data.collation`.
-
-Nothing is read before it is needed: items stay in their memory-mapped file, a block is put together
-when its example is asked for, and only the index of blocks is kept in memory.
+The work on arrays is done by `metro.data.blocks`, `metro.pretraining.masking` and
+`metro.data.collation`. Nothing is read before it is needed: items stay in their memory-mapped file,
+a block is put together when its example is asked for, and only the index of blocks is in memory.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from fairseq.data import FairseqDataset
@@ -21,20 +21,69 @@ from metro.data.collation import crop, join_block
 from metro.pretraining.masking import item_random
 from metro.utils.messages import UserError
 
+# Field of a batch of `metro.data.collation` -> name that fairseq forces on it, in a sample and in
+# its `net_input`; other fields are inputs under their own names. `models.metro_t5` and
+# `models.transformer_t5` translate the inputs back.
+OF_SAMPLE = {
+    "indices": "id",
+    "num_tokens": "ntokens",
+    "num_target_tokens": "ntokens",
+    "target_ids": "target",
+}
+INPUTS = {
+    "masked_ids": "src_tokens",
+    "input_ids": "src_tokens",
+    "lengths": "src_lengths",
+    "decoder_input_ids": "prev_output_tokens",
+}
+
+
+def as_sample(batch: NamedTuple) -> dict:
+    """Rename a batch's fields as fairseq wants them."""
+    fields = batch._asdict()
+    sample = {OF_SAMPLE[name]: fields.pop(name) for name in OF_SAMPLE if name in fields}
+    inputs = {INPUTS.get(name, name): value for name, value in fields.items()}
+    return {**sample, "nsentences": len(sample["id"]), "net_input": inputs}
+
+
+class Corruption(Protocol):
+    """Turns the uncorrupted ids of a block into one example.
+
+    A small object of its own, as loader processes receive it.
+    """
+
+    def __call__(
+        self, original_ids: np.ndarray, random: np.random.RandomState, index: int, epoch: int
+    ) -> NamedTuple: ...
+
+
+@dataclass(frozen=True)
+class Collation:
+    """Merges examples into fairseq's sample."""
+
+    merge: Callable[..., NamedTuple]
+    """`collate_masked` or `collate_spans`."""
+    pad: int
+    start: int
+    """The decoder's first input."""
+    max_width: int | None
+    """Longest sequence that the model takes."""
+
+    def __call__(self, examples: list) -> dict:
+        return as_sample(self.merge(examples, self.pad, self.start, self.max_width))
+
 
 def check_files(path: str) -> None:
     """Refuse a missing, half missing or empty split."""
     if not os.path.exists(index_file_path(path)):
         is_train = os.path.basename(path).startswith("train")
-        raise FileNotFoundError(
+        without = (
+            "; to train without validation: dataset.disable_validation=true (--disable-validation)"
+        )
+        raise UserError(
             f"no data at {path}.idx; check task.data (a folder made by `metro prepare-text` or "
             "fairseq-preprocess) and the split names (dataset.train_subset, dataset.valid_subset)"
-            + (
-                ""
-                if is_train
-                else "; to train without validation dataset dataset."
-                "disable_validation=true (--disable-validation)"
-            )
+            + ("" if is_train else without)
         )
     if not os.path.exists(data_file_path(path)):
         raise UserError(
@@ -51,7 +100,6 @@ def check_files(path: str) -> None:
 class PretrainingDataset(FairseqDataset):
     """Blocks of text, each starting with `<s>`, corrupted anew in every epoch.
 
-    `corrupt(block_ids, random, index, epoch)` returns one example and `collate` merges examples.
     `crop` shortens items before they are grouped: "none", "truncate" or "random_crop"; the crop is
     drawn once and is the same in every epoch, as in the original.
     """
@@ -60,21 +108,21 @@ class PretrainingDataset(FairseqDataset):
         self,
         items,
         *,
-        corrupt: Callable[..., NamedTuple],
-        collate: Callable[..., dict],
+        corruption: Corruption,
+        collation: Collation,
         break_mode: str,
         tokens_per_sample: int,
         crop: str,
         bos: int,
-        num_words: int,
+        vocab_size: int,
         seed: int,
         name: str = "the dataset",
     ):
         super().__init__()
-        self.items, self.corrupt, self.collate = items, corrupt, collate
+        self.items, self.corruption, self.collation = items, corruption, collation
         self.crop, self.bos, self.seed = crop, bos, seed
-        self.num_words, self.name = num_words, name
-        self.max_block = tokens_per_sample - 1  # one place is for <s>
+        self.vocab_size, self.name = vocab_size, name
+        self.max_block = tokens_per_sample - 1  # leaves room for <s>
         self.epoch = 1
         self.blocks = build_blocks(
             items.sizes, break_mode, self.max_block, crop_items=crop != "none"
@@ -100,24 +148,24 @@ class PretrainingDataset(FairseqDataset):
         return crop(ids, self.max_block, item_random(self.seed, 0, index) if draws else None)
 
     def block_ids(self, index: int) -> np.ndarray:
-        """The uncorrupted ids of one example, `<s>` first."""
+        """Return the uncorrupted ids of one example, `<s>` first."""
         first, last, offset, length = (int(field[index]) for field in self.blocks)
         items = [self._item(i) for i in range(first, last + 1)]
         ids = join_block(items, offset, length, self.bos)
-        if ids.max() >= self.num_words:
+        if ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.name} holds id {ids.max()} (items {first} to {last}), but dict.txt ends at "
-                f"id {self.num_words - 1}; use the dict.txt that the data was binarised with"
+                f"id {self.vocab_size - 1}; use the dict.txt that the data was binarised with"
             )
         return ids
 
     def __getitem__(self, index: int) -> NamedTuple:
         index = int(index)
         random = item_random(self.seed, self.epoch, index)
-        return self.corrupt(self.block_ids(index), random, index, self.epoch)
+        return self.corruption(self.block_ids(index), random, index, self.epoch)
 
     def collater(self, examples: list[NamedTuple]) -> dict:
-        return self.collate(examples) if examples else {}
+        return self.collation(examples) if examples else {}
 
     def size(self, index: int) -> int:
         return int(self.sizes[index])
@@ -128,7 +176,7 @@ class PretrainingDataset(FairseqDataset):
         return self.sizes[indices]
 
     def ordered_indices(self) -> np.ndarray:
-        """By length; equal lengths in one random order that is the same in every epoch."""
+        """Order by length; equal lengths in one random order that is the same in every epoch."""
         return order_by_length(self.sizes, self.seed)
 
     def batch_by_size(

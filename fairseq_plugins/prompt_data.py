@@ -135,7 +135,7 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
     kind, _, group = split.partition("_")
     where = folder / kind
     if not (where / TRAIN_CAPS).is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"no {where / TRAIN_CAPS}; task.data has to be a folder made by metro prepare-prompts "
             "(with --vocab for the binarised form), and splits are train, valid or valid_GROUP"
         )

@@ -12,7 +12,11 @@ from fairseq_plugins.models._options import (
 )
 from metro.fuse import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
-from metro.pretraining.auxiliary import RTD_HEADS, SHARED_EMBEDDINGS, AuxiliaryConfig
+from metro.pretraining.configuration import (
+    RTD_HEADS,
+    SHARED_EMBEDDINGS,
+    MetroPretrainingConfig,
+)
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError
@@ -71,7 +75,7 @@ def choice(name: str, value, valid: tuple[str, ...], if_true: str) -> str:
     return text
 
 
-def auxiliary_config(cfg: MetroModelConfig) -> AuxiliaryConfig:
+def auxiliary_config(cfg: MetroModelConfig) -> MetroPretrainingConfig:
     """METRO's own options as the library takes them."""
     if cfg.no_generator:
         raise UserError(
@@ -79,8 +83,8 @@ def auxiliary_config(cfg: MetroModelConfig) -> AuxiliaryConfig:
             "pretraining without one use task t5 with model transformer_t5_base_rpe"
         )
     share = cfg.share_generator_discriminator_embed
-    return AuxiliaryConfig(
-        num_layers=cfg.generator_layers,
+    return MetroPretrainingConfig(
+        auxiliary_layers=cfg.generator_layers,
         zero_dropout=cfg.generator_zero_dropout,
         sample_mode=cfg.generator_sample_mode,
         rtd_head=choice("rtd_head", cfg.rtd_head, RTD_HEADS, if_true="simple"),

@@ -1,9 +1,10 @@
-"""What both pretraining tasks share: options, shards, the dataset."""
+"""Options, shards and dataset of both pretraining tasks."""
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
 
 from fairseq import utils
 from fairseq.data import Dictionary, data_utils
@@ -11,7 +12,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_METHOD_CHOICES
 from omegaconf import II, MISSING
 
-from fairseq_plugins.data import PretrainingDataset, check_files
+from fairseq_plugins.data import Collation, Corruption, PretrainingDataset, check_files
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.utils.messages import UserError
 
@@ -49,7 +50,7 @@ class PretrainingConfig(FairseqDataclass):
 
 
 def check_shares(cfg, *names: str) -> None:
-    """Refuse options that are no share, or that make more than a whole together."""
+    """Refuse options that are not a share, or that make more than a whole together."""
     values = [getattr(cfg, name) for name in names]
     for name, value in zip(names, values, strict=True):
         if not 0 <= value <= 1:  # also NaN
@@ -67,6 +68,9 @@ def check_mask_length(cfg) -> None:
 class PretrainingTask(SentinelTask):
     """Base of the tasks `t5_metro` and `t5`."""
 
+    merge: Callable
+    """Merges examples: a function of `metro.data.collation`."""
+
     def __init__(self, cfg: PretrainingConfig, dictionary: Dictionary):
         super().__init__(cfg, dictionary)
         check_shares(cfg, "mask_prob")
@@ -77,26 +81,22 @@ class PretrainingTask(SentinelTask):
 
     @classmethod
     def read_dictionary(cls, data: str) -> Dictionary:
-        """The vocabulary of the first shard; the other shards must have the same, or none."""
+        """Read the vocabulary of the first shard; the others must have the same, or none."""
         folders = utils.split_paths(data)
-        paths = [os.path.join(folder, "dict.txt") for folder in folders]
-        if not os.path.exists(paths[0]):
+        paths = [Path(folder, "dict.txt") for folder in folders]
+        if not paths[0].exists():
             raise UserError(
                 f"no dict.txt in the data folder {folders[0]}; it is written by "
                 "`metro prepare-text` and fairseq-preprocess: copy the one that the data was "
                 "binarised with, or check task.data"
             )
-        with open(paths[0], "rb") as file:
-            first = file.read()
         for path in paths[1:]:
-            if os.path.exists(path):
-                with open(path, "rb") as file:
-                    if file.read() != first:
-                        raise UserError(
-                            f"{path} differs from {paths[0]}; all shards must be binarised with "
-                            "the same vocabulary"
-                        )
-        dictionary = Dictionary.load(paths[0])
+            if path.exists() and path.read_bytes() != paths[0].read_bytes():
+                raise UserError(
+                    f"{path} differs from {paths[0]}; all shards must be binarised with the same "
+                    "vocabulary"
+                )
+        dictionary = Dictionary.load(str(paths[0]))
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         return dictionary
 
@@ -112,19 +112,19 @@ class PretrainingTask(SentinelTask):
         shorten = not splits or split in splits.split(",")
         self.datasets[split] = PretrainingDataset(
             data_utils.load_indexed_dataset(path, self.dictionary, combine=combine),
-            corrupt=self.corrupt,
-            collate=self.collate,
+            corruption=self.corruption(),
+            collation=Collation(
+                self.merge, self.dictionary.pad(), self.first_sentinel, self.max_width
+            ),
             break_mode=str(self.cfg.sample_break_mode),
             tokens_per_sample=self.cfg.tokens_per_sample,
             crop=str(self.cfg.shorten_method) if shorten else "none",
             bos=self.dictionary.bos(),
-            num_words=self.first_sentinel,
+            vocab_size=self.first_sentinel,
             seed=self.cfg.seed,
             name=path,
         )
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> NamedTuple:
-        raise NotImplementedError
-
-    def collate(self, examples: list[NamedTuple]) -> dict:
+    def corruption(self) -> Corruption:
+        """Return what makes an example of a block."""
         raise NotImplementedError

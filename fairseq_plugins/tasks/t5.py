@@ -22,6 +22,21 @@ class T5Config(PretrainingConfig):
     mask_multiple_length: int = field(default=5, metadata={"help": "longest span"})
 
 
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Replaces spans by sentinels; options as of `metro.pretraining.masking.corrupt_spans`."""
+
+    first_sentinel_id: int
+    max_positions: int
+    mask_prob: float
+    empty_prob: float
+    mask_multiple_length: int
+    max_target_tokens: int | None
+
+    def __call__(self, original_ids, random, index: int, epoch: int) -> SpanExample:
+        return SpanExample(index, *corrupt_spans(original_ids, random, **vars(self)))
+
+
 @register_task("t5", dataclass=T5Config)
 class T5Task(PretrainingTask):
     """T5 pretraining by span corruption.
@@ -34,10 +49,10 @@ class T5Task(PretrainingTask):
         check_shares(cfg, "empty_prob")
         check_mask_length(cfg)
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> SpanExample:
-        spans = corrupt_spans(
-            original_ids,
-            random,
+    merge = staticmethod(collate_spans)
+
+    def corruption(self) -> SpanCorruption:
+        return SpanCorruption(
             first_sentinel_id=self.first_sentinel,
             max_positions=self.cfg.tokens_per_sample,
             mask_prob=self.cfg.mask_prob,
@@ -45,20 +60,3 @@ class T5Task(PretrainingTask):
             mask_multiple_length=self.cfg.mask_multiple_length,
             max_target_tokens=self.max_width,
         )
-        return SpanExample(index, spans.input_ids, spans.target_ids)
-
-    def collate(self, examples: list[SpanExample]) -> dict:
-        pad, start = self.dictionary.pad(), self.first_sentinel
-        batch = collate_spans(examples, pad, start, self.max_width)
-        return {
-            "id": batch.indices,
-            "nsentences": len(examples),
-            "ntokens": batch.num_target_tokens,
-            "net_input": {
-                "src_tokens": batch.input_ids,
-                "src_lengths": batch.lengths,
-                "prev_output_tokens": batch.decoder_input_ids,
-                "has_padding": batch.has_padding,
-            },
-            "target": batch.target_ids,
-        }

@@ -29,6 +29,26 @@ class T5MetroConfig(PretrainingConfig):
     mask_stdev: float = field(default=0.0, metadata={"help": "only 0 is implemented"})
 
 
+@dataclass(frozen=True)
+class Masking:
+    """Masks a block for the auxiliary model; options as of `metro.pretraining.masking`."""
+
+    seed: int
+    mask_id: int
+    vocab_size: int
+    num_special: int
+    mask_prob: float
+    leave_unmasked_prob: float
+    random_token_prob: float
+    mask_multiple_length: int
+
+    def __call__(self, original_ids, random, index: int, epoch: int) -> MaskedExample:
+        options = {name: value for name, value in vars(self).items() if name != "seed"}
+        masked_ids, is_masked = mask_tokens(original_ids, random, **options)
+        seed = sampling_seed(self.seed, epoch, index)
+        return MaskedExample(index, original_ids, masked_ids, is_masked, seed)
+
+
 @register_task("t5_metro", dataclass=T5MetroConfig)
 class T5MetroTask(PretrainingTask):
     """METRO pretraining."""
@@ -43,11 +63,12 @@ class T5MetroTask(PretrainingTask):
         check_shares(cfg, "leave_unmasked_prob", "random_token_prob")
         check_mask_length(cfg)
 
-    def corrupt(self, original_ids, random, index: int, epoch: int) -> MaskedExample:
+    merge = staticmethod(collate_masked)
+
+    def corruption(self) -> Masking:
         cfg = self.cfg
-        masked = mask_tokens(
-            original_ids,
-            random,
+        return Masking(
+            seed=cfg.seed,
             mask_id=self.first_sentinel,
             vocab_size=len(self.dictionary),
             num_special=self.dictionary.nspecial,
@@ -56,27 +77,3 @@ class T5MetroTask(PretrainingTask):
             random_token_prob=cfg.random_token_prob,
             mask_multiple_length=cfg.mask_multiple_length,
         )
-        seed = sampling_seed(cfg.seed, epoch, index)
-        return MaskedExample(index, original_ids, masked.masked_ids, masked.is_masked, seed)
-
-    def collate(self, examples: list[MaskedExample]) -> dict:
-        pad, start = self.dictionary.pad(), self.first_sentinel
-        batch = collate_masked(examples, pad, start, self.max_width)
-        return {
-            "id": batch.indices,
-            "nsentences": len(examples),
-            "ntokens": sum(batch.lengths.tolist()),
-            "net_input": {
-                "src_tokens": batch.masked_ids,
-                "src_lengths": batch.lengths,
-                "prev_output_tokens": batch.decoder_input_ids,
-                "original_ids": batch.original_ids,
-                "is_masked": batch.is_masked,
-                "sampling_seed": batch.sampling_seed,
-                # known here, so that the model need not wait for the device to find out
-                "max_masked": batch.max_masked,
-                "has_padding": batch.has_padding,
-            },
-            "generator_target": batch.mlm_targets,
-            "discriminator_target": batch.original_ids,
-        }

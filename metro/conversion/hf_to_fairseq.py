@@ -29,7 +29,7 @@ from metro.models.loading import read_config
 from metro.models.reading import check_weights, expected_shapes, read_folder, read_tensors
 from metro.models.source import check_model_folder
 from metro.models.vocabulary_folder import build_tokenizer
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.files import check_output, new_file, read_json
 from metro.utils.messages import UserError
@@ -179,7 +179,7 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
 
 def _pretraining_weights(
     folder: Path, settings: dict, config: MetroT5Config, main: dict
-) -> tuple[dict[str, torch.Tensor], AuxiliaryConfig | None]:
+) -> tuple[dict[str, torch.Tensor], MetroPretrainingConfig | None]:
     """Read and check auxiliary model and RTD head, if the export has kept them."""
     path = folder / PRETRAINING_WEIGHTS
     if not path.is_file():

@@ -92,7 +92,7 @@ def training_rows(checkpoint: FairseqCheckpoint, data: Path) -> dict[str, Any]:
     }.get(str(task.get("_name")), task.get("_name"))
     rows: dict[str, Any] = {"objective": objective, "fairseq model": model_name(settings)}
     if checkpoint.auxiliary is not None:
-        rows["layers of the auxiliary model"] = checkpoint.auxiliary.num_layers
+        rows["layers of the auxiliary model"] = checkpoint.auxiliary.auxiliary_layers
         rows["RTD head"] = checkpoint.auxiliary.rtd_head
     rows["data"] = without_paths(task.get("data"))
     rows |= _counts(data)

@@ -2,7 +2,7 @@
 
 Pure NumPy until a batch is complete, so it runs in data loader processes; padding is on the right.
 
-Letters: B examples of a batch, T tokens of the longest one (rounded up), N tokens of one sequence.
+Shapes: B examples of a batch, T tokens of the longest one (rounded up), N tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class MaskedExample(NamedTuple):
     """One example of METRO pretraining."""
 
     index: int
-    """Its place in the dataset."""
+    """Its number in the dataset."""
     original_ids: np.ndarray
     """int64 [N]."""
     masked_ids: np.ndarray
@@ -35,7 +35,7 @@ class MaskedBatch(NamedTuple):
     """A batch of METRO pretraining."""
 
     indices: torch.Tensor
-    """int64 [B]: places in the dataset."""
+    """int64 [B]: numbers in the dataset."""
     lengths: torch.Tensor
     """int64 [B]: tokens without padding."""
     original_ids: torch.Tensor
@@ -44,23 +44,23 @@ class MaskedBatch(NamedTuple):
     """int64 [B, T]."""
     is_masked: torch.Tensor
     """bool [B, T]."""
-    mlm_targets: torch.Tensor
-    """int64 [B, T]: the original at masked positions, padding elsewhere."""
     decoder_input_ids: torch.Tensor
     """int64 [B, T]: the original shifted right."""
     sampling_seed: torch.Tensor
     """int64 [B]."""
     max_masked: int
-    """Masked positions of the row that has most; known here without waiting for a device."""
+    """Masked positions of the sequence that has most; known here without asking a device."""
     has_padding: bool
-    """Whether any row of `masked_ids` is shorter than T; likewise."""
+    """True if any sequence is shorter than T; likewise."""
+    num_tokens: int
+    """Tokens without padding."""
 
 
 class SpanExample(NamedTuple):
     """One example of span corruption."""
 
     index: int
-    """Its place in the dataset."""
+    """Its number in the dataset."""
     input_ids: np.ndarray
     """int64: the text with sentinels for spans."""
     target_ids: np.ndarray
@@ -71,7 +71,7 @@ class SpanBatch(NamedTuple):
     """A batch of span corruption; inputs and targets have widths of their own."""
 
     indices: torch.Tensor
-    """int64 [B]: places in the dataset."""
+    """int64 [B]: numbers in the dataset."""
     lengths: torch.Tensor
     """int64 [B]: input tokens without padding."""
     input_ids: torch.Tensor
@@ -83,15 +83,16 @@ class SpanBatch(NamedTuple):
     num_target_tokens: int
     """Target tokens without padding."""
     has_padding: bool
-    """Whether any row of `input_ids` is shorter than T."""
+    """True if any input is shorter than T."""
 
 
 def crop(
     ids: np.ndarray, max_tokens: int, random: np.random.RandomState | None = None
 ) -> np.ndarray:
-    """The first `max_tokens` ids; with `random`, as many from a random place.
+    """Cut to the first `max_tokens` ids; with `random`, to as many from a random position.
 
-    Draws only where something is cut. As in the original, the last possible place is never drawn.
+    Draws only where something is cut. As in the original, the last possible position is never
+    drawn.
     """
     excess = len(ids) - max_tokens
     if excess <= 0:
@@ -101,18 +102,18 @@ def crop(
 
 
 def join_block(items: Sequence[np.ndarray], offset: int, num_tokens: int, bos: int) -> np.ndarray:
-    """`bos` and `num_tokens` tokens of the joined items, from `offset` on."""
+    """Return `bos` and `num_tokens` tokens of the joined items, from `offset` on."""
     joined = np.concatenate(items)[offset : offset + num_tokens]
     return np.concatenate([[bos], joined])
 
 
 def shift_right(ids: np.ndarray, start: int) -> np.ndarray:
-    """Decoder input for the target `ids`: `start`, then everything but the last id."""
+    """Return the decoder's input for the target `ids`: `start`, then all but the last id."""
     return np.concatenate([[start], ids[:-1]])
 
 
 def pad_batch(sequences: Sequence[np.ndarray], pad, max_width: int | None = None) -> torch.Tensor:
-    """[B, T], padded to a multiple of 8, or to `max_width` where that is less.
+    """Pad to [B, T], T a multiple of 8, or `max_width` where that is less.
 
     `max_width` is the longest sequence that the model takes; nothing is cut, so an example longer
     than that makes the batch as wide as itself.
@@ -122,8 +123,8 @@ def pad_batch(sequences: Sequence[np.ndarray], pad, max_width: int | None = None
     if max_width is not None:
         width = max(longest, min(width, max_width))
     batch = np.full((len(sequences), width), pad, dtype=sequences[0].dtype)
-    for row, ids in zip(batch, sequences, strict=True):
-        row[: len(ids)] = ids
+    for padded, ids in zip(batch, sequences, strict=True):
+        padded[: len(ids)] = ids
     return torch.from_numpy(batch)
 
 
@@ -136,7 +137,6 @@ def collate_masked(
         return pad_batch(sequences, value, max_width)
 
     indices, originals, masked_ids, is_masked, seeds = zip(*examples, strict=True)
-    targets = [np.where(m, ids, pad) for m, ids in zip(is_masked, originals, strict=True)]
     lengths = [len(ids) for ids in originals]
     original_ids = padded(originals)
     return MaskedBatch(
@@ -145,11 +145,11 @@ def collate_masked(
         original_ids=original_ids,
         masked_ids=padded(masked_ids),
         is_masked=padded(is_masked, False),
-        mlm_targets=padded(targets),
         decoder_input_ids=padded([shift_right(ids, start) for ids in originals]),
         sampling_seed=torch.tensor(seeds),
         max_masked=max(int(mask.sum()) for mask in is_masked),
         has_padding=min(lengths) < original_ids.shape[1],
+        num_tokens=sum(lengths),
     )
 
 

@@ -23,7 +23,7 @@ from metro.models.fairseq_names import (
     rename_plugin_state,
 )
 from metro.models.reading import check_weights, expected_shapes, load_tensors_and_settings
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError, shortened
 
@@ -52,8 +52,8 @@ class FairseqCheckpoint:
     extra: dict[str, torch.Tensor]
     """``auxiliary.*`` and ``rtd_head.*`` of ``MetroPretrainingModel``; empty for plain T5."""
     config: MetroT5Config
-    auxiliary: AuxiliaryConfig | None
-    """The auxiliary model's sizes; ``None`` for plain T5."""
+    auxiliary: MetroPretrainingConfig | None
+    """The auxiliary model and the RTD head; ``None`` for plain T5."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """``optimizer_history``: one entry per training run, with its number of updates."""
     losses: dict[str, float] = field(default_factory=dict)
@@ -235,8 +235,8 @@ def model_config(
     )
 
 
-def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryConfig:
-    """Build the auxiliary model's configuration, reading the spellings of published files too."""
+def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> MetroPretrainingConfig:
+    """Build the configuration of auxiliary model and RTD head, in published spellings too."""
     cfg = settings["model"]
 
     def choice(name: str, if_true: str) -> str:
@@ -245,8 +245,8 @@ def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> AuxiliaryCon
 
     layers = [re.match(r"auxiliary\.encoder\.block\.(\d+)\.", name) for name in extra]
     try:
-        return AuxiliaryConfig(
-            num_layers=max((int(layer[1]) + 1 for layer in layers if layer), default=0),
+        return MetroPretrainingConfig(
+            auxiliary_layers=max((int(layer[1]) + 1 for layer in layers if layer), default=0),
             zero_dropout=bool(cfg.get("generator_zero_dropout", False)),
             sample_mode=str(cfg.get("generator_sample_mode") or "train"),
             rtd_head=choice("rtd_head", "simple"),
@@ -280,7 +280,7 @@ def generation_config(checkpoint: FairseqCheckpoint) -> GenerationConfig:
     )
 
 
-def shared_with_main(auxiliary: AuxiliaryConfig) -> dict[str, str]:
+def shared_with_main(auxiliary: MetroPretrainingConfig) -> dict[str, str]:
     """Map the auxiliary model's names of tensors it shares to the main model's names."""
     shared = auxiliary.share.split("_")
     names = {

@@ -3,11 +3,10 @@
 Gong et al. (ACL 2023), section 3.1. It is called "generator" in the published registry and
 checkpoints.
 
-Shapes: B batch, T tokens, M masked positions per row (padded), D d_model, V vocabulary.
+Shapes: B batch, T tokens, M masked positions per sequence (padded), D d_model, V vocabulary.
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,40 +18,7 @@ from metro.ops.linear_sample_cross_entropy import (
     LinearSampleCrossEntropy,
     linear_sample_cross_entropy,
 )
-from metro.utils.messages import UserError
-
-RTD_HEADS = ("none", "simple", "roberta")
-SHARED_EMBEDDINGS = ("none", "token", "token_pos", "token_pos_norm")
-SAMPLE_MODES = ("train", "eval")
-
-
-@dataclass(frozen=True)
-class AuxiliaryConfig:
-    """What METRO pretraining adds to the main model's configuration.
-
-    Raises:
-        ValueError: an option outside its valid values, naming both.
-    """
-
-    num_layers: int = 4
-    """Layers of the auxiliary model: 4 for base and base++, 6 for large++."""
-    zero_dropout: bool = True
-    """No dropout in the auxiliary model; otherwise the main model's rates."""
-    sample_mode: str = "train"
-    """Samples come from the training pass (``train``), or from one without dropout (``eval``)."""
-    rtd_head: str = "simple"
-    """Replaced token detection head: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
-    share: str = "token"
-    """What it shares with the main encoder: token, position embedding, LayerNorm, or ``none``."""
-
-    def __post_init__(self):
-        for name, valid in (
-            ("rtd_head", RTD_HEADS),
-            ("share", SHARED_EMBEDDINGS),
-            ("sample_mode", SAMPLE_MODES),
-        ):
-            if getattr(self, name) not in valid:
-                raise UserError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(valid)}")
+from metro.pretraining.configuration import MetroPretrainingConfig
 
 
 class PredictionHead(nn.Module):
@@ -74,7 +40,7 @@ class PredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(output_dim))
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What is projected."""
+        """Return what is projected to the vocabulary, or to the logit."""
         return self.layer_norm(self.activation(self.dense(hidden)))
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,26 +53,26 @@ class AuxiliaryModel(nn.Module):
 
     Args:
         config: the main model's configuration.
-        auxiliary: depth, dropout and what is shared.
-        main_encoder: the main encoder, whose embeddings ``auxiliary.share`` may take.
+        pretraining: depth, dropout and what is shared.
+        main_encoder: the main encoder, whose embeddings ``pretraining.share`` may take.
     """
 
     def __init__(
-        self, config: MetroT5Config, auxiliary: AuxiliaryConfig, main_encoder: MetroT5Stack
+        self, config: MetroT5Config, pretraining: MetroPretrainingConfig, main_encoder: MetroT5Stack
     ):
         super().__init__()
         config = copy.deepcopy(config)
-        config.num_layers = auxiliary.num_layers
-        if auxiliary.zero_dropout:
+        config.num_layers = pretraining.auxiliary_layers
+        if pretraining.zero_dropout:
             config.dropout_rate = config.attention_dropout_rate = 0.0
             config.activation_dropout_rate = 0.0
-        shared = auxiliary.share.split("_")
+        shared = pretraining.share.split("_")
         embed_tokens = (
             main_encoder.embed_tokens
             if "token" in shared
             else nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
         )
-        self.sample_mode = auxiliary.sample_mode
+        self.sample_mode = pretraining.sample_mode
         self.encoder = MetroT5Stack(config, embed_tokens, is_decoder=False)
         self.lm_head = PredictionHead(config, config.vocab_size, tied=True)
         self.initialize_weights(own_tokens="token" not in shared)
@@ -117,7 +83,7 @@ class AuxiliaryModel(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self, own_tokens: bool) -> None:
-        """As BERT: weights normal with standard deviation 0.02, biases and padding rows zero."""
+        """Initialise as BERT: normal with standard deviation 0.02; biases and padding zero."""
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -132,7 +98,10 @@ class AuxiliaryModel(nn.Module):
     def forward(
         self, masked_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Logits B,M,V at ``positions`` B,M of ``masked_ids`` B,T; ``mask`` B,T, True = attend."""
+        """Return logits B,M,V at ``positions`` B,M of ``masked_ids`` B,T.
+
+        ``mask`` is B,T, True = attend.
+        """
         hidden_BMD = self.encoder(masked_ids, mask, positions=positions).last_hidden_state
         return self.lm_head(hidden_BMD, self.encoder.embed_tokens.weight)
 
@@ -144,10 +113,10 @@ class AuxiliaryModel(nn.Module):
         target_ids: torch.Tensor,
         seeds: torch.Tensor,
     ) -> LinearSampleCrossEntropy:
-        """Loss and a sample at ``positions``, without keeping logits.
+        """Compute loss and a sample at ``positions``, without keeping logits.
 
         Samples come from the training pass or, with ``sample_mode`` ``eval``, from one without
-        dropout; they are a function of the row's seed and the position.
+        dropout; they are a function of the sequence's seed and the position.
 
         Args:
             masked_ids, mask, positions: as for :meth:`forward`.

@@ -1,16 +1,18 @@
 """The METRO objective: masked language modelling, replaced token detection (RTD), corrective LM.
 
-Gong et al. (ACL 2023), section 3.1 and equation 5, with M the masked and V the non-padding
-positions::
+Gong et al. (ACL 2023), section 3.1 and equation 5, means over the positions that are ``masked`` and
+over those that are a ``token``, not padding::
 
-    L = mean_M[-log p_aux(x_i)] + mean_M[w_i * -log p_main(x_i)] + 50 * mean_V[BCE(rtd_i, r_i)]
+    L = mean_masked[-log p_aux(x_i)]               # masked language modelling, auxiliary model
+        + mean_masked[w_i * -log p_main(x_i)]      # corrective LM, main model's decoder
+        + 50 * mean_token[BCE(rtd_i, r_i)]         # RTD, main model's encoder; r_i: replaced
 
 ``w_i = sigmoid(rtd_i)``, detached, in the base configuration and 1 otherwise. As in the original,
 the total is scaled by the number of positions of the LM loss, which fairseq divides by
 (``sample_size``).
 
-Shapes: B batch, T tokens, M masked positions per row (padded), N scored positions per row (the
-masked ones, padded, or all T), D width, V vocabulary.
+Shapes: B batch, T tokens, M masked positions per sequence (padded), N positions of the corrective
+LM per sequence (the M or all T), D width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class MetroObjective:
     """Weights and variants of the objective; the defaults are those of base++ and large++.
 
     Raises:
-        ValueError: ``positions`` outside its valid values, or weighting without an RTD loss.
+        UserError: ``positions`` outside its valid values, or weighting without an RTD loss.
     """
 
     corrective_lm_weight: float = 1.0
@@ -79,7 +81,7 @@ class MetroLosses(NamedTuple):
     """Positions that are not padding."""
     mlm_num_correct: torch.Tensor
     replaced_num_correct: torch.Tensor
-    """Replaced positions where the main model's most likely token is the original."""
+    """Replaced positions where the main model's most probable token is the original."""
     num_replaced: torch.Tensor
     unreplaced_num_correct: torch.Tensor
     """As ``replaced_num_correct``, over the unreplaced positions that were scored."""
@@ -98,7 +100,7 @@ class TokenLoss(NamedTuple):
     nll: torch.Tensor
     """Minus the log-probability of the target."""
     correct: torch.Tensor
-    """Whether the target is the most likely token."""
+    """True where the target is the most probable token."""
 
 
 def token_cross_entropy(
@@ -107,7 +109,7 @@ def token_cross_entropy(
     targets: torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> TokenLoss:
-    """Cross-entropy of a projection, without keeping logits; see :mod:`metro.ops`.
+    """Compute the cross-entropy of a projection, without keeping logits; see :mod:`metro.ops`.
 
     Args:
         hidden: (..., D).
@@ -123,56 +125,80 @@ def token_cross_entropy(
     return TokenLoss(smoothed.loss, nll.detach(), correct)
 
 
+class AuxiliaryPositions(NamedTuple):
+    """The auxiliary model's positions, B,M."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    """True where the original is the most probable token."""
+    is_masked: torch.Tensor
+    """False at those that only fill up M."""
+
+
+class ScoredPositions(NamedTuple):
+    """The positions of the corrective LM, B,N."""
+
+    lm: TokenLoss
+    is_scored: torch.Tensor
+    """False at those that have no LM loss."""
+    is_replaced: torch.Tensor
+    rtd_logits: torch.Tensor | None
+    """The same as those of :class:`AllPositions`; ``None`` without an RTD head."""
+
+
+class AllPositions(NamedTuple):
+    """Every position, B,T."""
+
+    rtd_logits: torch.Tensor | None
+    """Above 0 where the RTD head takes the token for replaced; ``None`` without one."""
+    rtd_is_scored: torch.Tensor
+    """True where there is an RTD loss."""
+    is_replaced: torch.Tensor
+    """True where the auxiliary model's sample is not the original."""
+    is_token: torch.Tensor
+    """False at padding."""
+
+
 def metro_losses(
     objective: MetroObjective,
-    *,
-    mlm_loss: torch.Tensor,
-    mlm_correct: torch.Tensor,
-    is_masked: torch.Tensor,
-    lm: TokenLoss,
-    lm_is_scored: torch.Tensor,
-    lm_is_replaced: torch.Tensor,
-    lm_rtd_logits: torch.Tensor | None,
-    rtd_logits: torch.Tensor | None,
-    rtd_is_scored: torch.Tensor,
-    is_replaced: torch.Tensor,
-    is_token: torch.Tensor,
+    auxiliary: AuxiliaryPositions,
+    scored: ScoredPositions,
+    everywhere: AllPositions,
 ) -> MetroLosses:
-    """All losses and counts of one batch.
+    """Compute all losses and counts of one batch.
 
-    Args:
-        objective: weights and variants.
-        mlm_loss, mlm_correct, is_masked: B,M of the auxiliary model's positions; those that only
-            fill up M have ``is_masked`` False.
-        lm, lm_is_scored, lm_is_replaced, lm_rtd_logits: B,N of the main model's positions.
-        rtd_logits, rtd_is_scored, is_replaced, is_token: B,T of all positions.
+    The RTD loss is that of ``objective.rtd_weight > 0``, over ``everywhere``.
     """
+    lm, is_masked = scored.lm, auxiliary.is_masked
+    is_replaced, is_token = everywhere.is_replaced, everywhere.is_token
     zero = lm.loss.new_zeros((), dtype=torch.float32)
-    mlm = mlm_loss.where(is_masked, zero).sum()
+    mlm = auxiliary.loss.where(is_masked, zero).sum()
     is_unreplaced = is_token & ~is_replaced
-    num_masked, num_tokens, num_rtd = is_masked.sum(), is_token.sum(), rtd_is_scored.sum()
+    num_masked, num_tokens = is_masked.sum(), is_token.sum()
+    num_rtd = everywhere.rtd_is_scored.sum()
 
     if objective.rtd_weight > 0:
-        rtd_logits = rtd_logits.float()
+        assert everywhere.rtd_logits is not None, "rtd_weight is above 0 without an RTD head"
+        rtd_logits = everywhere.rtd_logits.float()
         rtd = F.binary_cross_entropy_with_logits(rtd_logits, is_replaced.float(), reduction="none")
-        rtd = rtd.where(rtd_is_scored, zero).sum()
+        rtd = rtd.where(everywhere.rtd_is_scored, zero).sum()
         predicted = rtd_logits >= 0
-        rtd_replaced, rtd_unreplaced = (
-            (predicted & is_replaced).sum(),
-            (~predicted & is_unreplaced).sum(),
-        )
+        rtd_replaced = (predicted & is_replaced).sum()
+        rtd_unreplaced = (~predicted & is_unreplaced).sum()
     else:
         rtd, rtd_replaced, rtd_unreplaced = zero, num_tokens * 0, num_tokens * 0
 
-    lm_loss, lm_nll = lm.loss.where(lm_is_scored, zero), lm.nll.where(lm_is_scored, zero)
-    mean_weight = 1.0
+    lm_loss, lm_nll = lm.loss.where(scored.is_scored, zero), lm.nll.where(scored.is_scored, zero)
+    sample_size = scored.is_scored.sum()
+    mean_weight = torch.ones_like(zero)
     if objective.weighted_lm:
-        weights = lm_rtd_logits.detach().float().sigmoid()
+        assert scored.rtd_logits is not None, "weighted_lm without an RTD head"
+        weights = scored.rtd_logits.detach().float().sigmoid()
         lm_loss, lm_nll = lm_loss * weights, lm_nll * weights
         if objective.positions == "none":
             mean_weight = weights.mean()  # over padding too, as the original does
         else:
-            mean_weight = weights.where(lm_is_scored, zero).sum() / lm_is_scored.sum().clamp(min=1)
+            mean_weight = weights.where(scored.is_scored, zero).sum() / sample_size.clamp(min=1)
         mean_weight = mean_weight.where(mean_weight > 0, 1.0)  # nothing was scored
     lm_loss, lm_nll = lm_loss.sum(), lm_nll.sum() / mean_weight
     if objective.divide_by_mean_weight:
@@ -180,15 +206,14 @@ def metro_losses(
     if objective.rtd_only:
         lm_loss = lm_loss * 0.0
 
-    sample_size = lm_is_scored.sum()
     total = (
         mlm / num_masked.clamp(min=1) * sample_size
         + objective.corrective_lm_weight * lm_loss
         + objective.rtd_weight * rtd / num_rtd.clamp(min=1) * sample_size
     )
     with torch.no_grad():
-        lm_is_correct = lm.correct & lm_is_scored
-        lm_is_unreplaced = lm_is_scored & ~lm_is_replaced
+        lm_is_correct = lm.correct & scored.is_scored
+        lm_is_unreplaced = scored.is_scored & ~scored.is_replaced
         return MetroLosses(
             total=total,
             sample_size=sample_size,
@@ -199,8 +224,8 @@ def metro_losses(
             num_masked=num_masked,
             num_rtd=num_rtd,
             num_tokens=num_tokens,
-            mlm_num_correct=(mlm_correct & is_masked).sum(),
-            replaced_num_correct=(lm_is_correct & lm_is_replaced).sum(),
+            mlm_num_correct=(auxiliary.correct & is_masked).sum(),
+            replaced_num_correct=(lm_is_correct & scored.is_replaced).sum(),
             num_replaced=is_replaced.sum(),
             unreplaced_num_correct=(lm_is_correct & lm_is_unreplaced).sum(),
             num_unreplaced=is_unreplaced.sum(),

@@ -2,7 +2,7 @@
 
 Gong et al. (ACL 2023), section 3.1 and figure 1.
 
-Shapes: B batch, T tokens, M masked positions of the fullest row, D d_model, V vocabulary.
+Shapes: B batch, T tokens, M masked positions of the fullest sequence, D d_model, V vocabulary.
 """
 
 import torch
@@ -10,10 +10,14 @@ from torch import nn
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from metro.pretraining.auxiliary import AuxiliaryConfig, AuxiliaryModel, PredictionHead
+from metro.pretraining.auxiliary import AuxiliaryModel, PredictionHead
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import (
+    AllPositions,
+    AuxiliaryPositions,
     MetroLosses,
     MetroObjective,
+    ScoredPositions,
     metro_losses,
     token_cross_entropy,
 )
@@ -27,15 +31,15 @@ class MetroPretrainingModel(nn.Module):
 
     Args:
         config: sizes of the main model.
-        auxiliary: depth of the auxiliary model, kind of RTD head, what is shared.
+        pretraining: the auxiliary model and the RTD head.
     """
 
-    def __init__(self, config: MetroT5Config, auxiliary: AuxiliaryConfig):
+    def __init__(self, config: MetroT5Config, pretraining: MetroPretrainingConfig):
         super().__init__()
         self.config = config
         self.main = MetroT5ForConditionalGeneration(config)
-        self.auxiliary = AuxiliaryModel(config, auxiliary, self.main.encoder)
-        self.rtd_head = build_rtd_head(config, auxiliary.rtd_head)
+        self.auxiliary = AuxiliaryModel(config, pretraining, self.main.encoder)
+        self.rtd_head = build_rtd_head(config, pretraining.rtd_head)
 
     def forward(
         self,
@@ -49,19 +53,19 @@ class MetroPretrainingModel(nn.Module):
         max_masked: int | None = None,
         has_padding: bool | None = None,
     ) -> MetroLosses:
-        """One METRO step: predict and sample masked tokens, detect the replaced ones, correct them.
+        """Run one METRO step: sample masked tokens, detect the replaced ones, correct them.
 
         Args:
             masked_ids: B,T int64, the sequence with masked positions, padded on the right.
             original_ids: B,T int64, the sequence as it was.
             is_masked: B,T bool, positions chosen for masking.
             decoder_input_ids: B,T int64, the original shifted right.
-            sampling_seed: B int64, seeds each row's samples, whatever batch the row is in.
+            sampling_seed: B int64, seeds each sequence's samples, whatever batch it is in.
             objective: what to compute.
             corrupted_ids: B,T int64, used instead of sampling where given.
-            max_masked: at least the masked positions of every row.
-            has_padding: whether any row is padded; without padding attention needs no mask. This
-                and ``max_masked`` are looked up when absent, which waits for the device.
+            max_masked: at least the masked positions of every sequence.
+            has_padding: False where no sequence is padded; attention then needs no mask. This and
+                ``max_masked`` are computed when absent, which synchronises with the device.
         """
         is_token = original_ids.ne(self.config.pad_token_id)
         if has_padding is None:
@@ -69,55 +73,49 @@ class MetroPretrainingModel(nn.Module):
         mask = is_token if has_padding else None
         if max_masked is None:
             max_masked = int(is_masked.sum(1).max())
-        # Masked positions in order, filled up with unmasked ones to the same number in each row.
+        # Masked positions in order, filled up with unmasked ones to M in each sequence.
         positions = is_masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         positions = positions[:, : max(max_masked, 1)]
-        masked_rows = is_masked.gather(1, positions)
+        is_masked_BM = is_masked.gather(1, positions)
 
-        mlm_targets = original_ids.gather(1, positions).masked_fill(~masked_rows, NO_TARGET)
+        mlm_targets = original_ids.gather(1, positions).masked_fill(~is_masked_BM, NO_TARGET)
         mlm = self.auxiliary.predict(masked_ids, mask, positions, mlm_targets, sampling_seed)
         if corrupted_ids is None:
-            samples = mlm.samples.where(masked_rows, masked_ids.gather(1, positions))
+            samples = mlm.samples.where(is_masked_BM, masked_ids.gather(1, positions))
             corrupted_ids = masked_ids.scatter(1, positions, samples)
         is_replaced = corrupted_ids.ne(original_ids) & is_token
 
         encoder_hidden = self.main.encoder(corrupted_ids, mask).last_hidden_state
         rtd_logits = None if self.rtd_head is None else self.rtd_head(encoder_hidden).squeeze(-1)
-        scored = None if objective.positions == "none" else positions
+        lm_positions = None if objective.positions == "none" else positions
         decoder_hidden = self.main.decoder(
             decoder_input_ids,
             encoder_hidden_states=encoder_hidden,
             encoder_attention_mask=mask,
-            positions=scored,
+            positions=lm_positions,
         ).last_hidden_state
 
         def select(x_BT):
-            return x_BT if scored is None or x_BT is None else x_BT.gather(1, scored)
+            return x_BT if lm_positions is None or x_BT is None else x_BT.gather(1, lm_positions)
 
-        lm_is_scored = is_token if scored is None else masked_rows
+        lm_is_scored = is_token if lm_positions is None else is_masked_BM
+        lm = token_cross_entropy(
+            decoder_hidden,
+            self.main.lm_head.weight,
+            select(original_ids).masked_fill(~lm_is_scored, NO_TARGET),
+            objective.label_smoothing,
+        )
+        rtd_is_scored = is_masked if objective.positions == "both" else is_token
         return metro_losses(
             objective,
-            mlm_loss=mlm.loss,
-            mlm_correct=mlm.correct,
-            is_masked=masked_rows,
-            lm=token_cross_entropy(
-                decoder_hidden,
-                self.main.lm_head.weight,
-                select(original_ids).masked_fill(~lm_is_scored, NO_TARGET),
-                objective.label_smoothing,
-            ),
-            lm_is_scored=lm_is_scored,
-            lm_is_replaced=select(is_replaced),
-            lm_rtd_logits=select(rtd_logits),
-            rtd_logits=rtd_logits,
-            rtd_is_scored=is_masked if objective.positions == "both" else is_token,
-            is_replaced=is_replaced,
-            is_token=is_token,
+            AuxiliaryPositions(mlm.loss, mlm.correct, is_masked_BM),
+            ScoredPositions(lm, lm_is_scored, select(is_replaced), select(rtd_logits)),
+            AllPositions(rtd_logits, rtd_is_scored, is_replaced, is_token),
         )
 
 
 def build_rtd_head(config: MetroT5Config, kind: str) -> nn.Module | None:
-    """The RTD head: one logit per position, above 0 where it takes the token for replaced.
+    """Build the RTD head: one logit per position, above 0 where it takes the token for replaced.
 
     ``simple`` is a linear layer, ``roberta`` a dense layer, activation and LayerNorm before it; the
     projection starts at zero. ``none`` is ``None``.

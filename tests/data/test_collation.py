@@ -72,11 +72,10 @@ def test_a_batch_of_masked_examples():
     assert batch.indices.tolist() == [4, 7] and batch.lengths.tolist() == [4, 3]
     assert batch.original_ids.tolist() == [[0, 5, 6, 2, 1], [0, 8, 2, 1, 1]]
     assert batch.masked_ids.tolist() == [[0, 90, 90, 2, 1], [90, 8, 2, 1, 1]]
-    assert batch.mlm_targets.tolist() == [[1, 5, 6, 1, 1], [0, 1, 1, 1, 1]]
     assert batch.decoder_input_ids.tolist() == [[90, 0, 5, 6, 1], [90, 0, 8, 1, 1]]
     assert batch.is_masked.int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     assert batch.sampling_seed.tolist() == [1004, 1007]
-    assert batch.max_masked == 2
+    assert batch.max_masked == 2 and batch.num_tokens == 7
 
 
 def test_a_batch_of_span_examples():

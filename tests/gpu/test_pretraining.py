@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from metro.fuse import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.ops.adamw import adamw_step
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 
@@ -31,7 +31,7 @@ def build(dropout: float) -> MetroPretrainingModel:
     sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
     rates = dict(dropout_rate=dropout, attention_dropout_rate=dropout)
     config = MetroT5Config(vocab_size=SENTINEL + LENGTH, **sizes, **rates)
-    return MetroPretrainingModel(config, AuxiliaryConfig(1))
+    return MetroPretrainingModel(config, MetroPretrainingConfig(1))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
+from metro.utils.messages import UserError
 from tests.plugins.conftest import TINY, configure, write_corpus
 from tests.plugins.test_data import TASKS, build_task
 
@@ -17,7 +18,7 @@ def test_data_folder_without_dictionary(tmp_path):
 
 def test_missing_split_names_the_file(corpus):
     task = build_task("t5_metro", corpus, 32)
-    with pytest.raises(FileNotFoundError, match="no data at .*test.idx; check task.data"):
+    with pytest.raises(UserError, match="no data at .*test.idx; check task.data"):
         task.load_dataset("test")
 
 
@@ -26,7 +27,7 @@ def test_missing_validation_data_names_how_to_go_without(train, corpus, tmp_path
     data.mkdir()
     for name in ("dict.txt", "train.idx", "train.bin"):
         shutil.copy(corpus / name, data)
-    with pytest.raises(FileNotFoundError, match=r"valid.idx.*disable_validation=true \(--disable-"):
+    with pytest.raises(UserError, match=r"valid.idx.*disable_validation=true \(--disable-"):
         train(tmp_path / "save", "--max-update 1", data=data)
     train(tmp_path / "save", "--max-update 1 --disable-validation", data=data)
 

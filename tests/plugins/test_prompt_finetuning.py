@@ -16,6 +16,7 @@ from fairseq.trainer import Trainer
 from fairseq_plugins.models._options import metro_t5_config
 from metro.finetuning.losses import LossOptions, batch_loss
 from metro.models.fairseq_names import metro_name
+from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
 from tests.plugins import conftest, test_models
 from tests.plugins.conftest import ROOT, Result, assert_equal_runs, load
@@ -309,7 +310,7 @@ def test_folders_without_what_is_needed_are_refused(data, prompts, tmp_path):
     task = tasks.setup_task(configure(data).task)
     with pytest.raises(ValueError, match="no group 'maybe' .*use one of valid_yesno, valid_both"):
         task.load_dataset("valid_maybe")
-    with pytest.raises(FileNotFoundError, match="data_cap.json"):
+    with pytest.raises(UserError, match="data_cap.json"):
         task.load_dataset("test")
 
 

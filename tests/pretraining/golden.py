@@ -10,7 +10,7 @@ import torch
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.fairseq_names import metro_name, rename_fairseq_state
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 
@@ -75,8 +75,8 @@ def load_model(golden: Path, letter: str, checkpoint: dict | None = None) -> tor
         options = checkpoint["cfg"]["model"]
         model = MetroPretrainingModel(
             tiny_config(),
-            AuxiliaryConfig(
-                num_layers=options["generator_layers"],
+            MetroPretrainingConfig(
+                auxiliary_layers=options["generator_layers"],
                 rtd_head=options["rtd_head"],
                 share=options["share_generator_discriminator_embed"],
             ),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metro.ops.sampling import counter_bits, sample_tokens, uniform_of
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 
 
 def chi_square(counts, expected):
@@ -59,4 +59,4 @@ def test_a_token_without_probability_is_never_drawn():
 )
 def test_unknown_options_name_the_valid_ones(option, message):
     with pytest.raises(ValueError, match=message):
-        AuxiliaryConfig(**option)
+        MetroPretrainingConfig(**option)

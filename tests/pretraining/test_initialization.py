@@ -7,14 +7,16 @@ import torch
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
 from tests.pretraining.golden import parameter
 
 MODELS = {
-    "metro_base_rtd_simple_share_token": AuxiliaryConfig(4, rtd_head="simple", share="token"),
-    "metro_base_rtd_roberta_share_token_pos_norm": AuxiliaryConfig(
-        4, rtd_head="roberta", share="token_pos_norm"
+    "metro_base_rtd_simple_share_token": MetroPretrainingConfig(
+        4, rtd_head="simple", share="token"
+    ),
+    "metro_base_rtd_roberta_share_token_pos_norm": MetroPretrainingConfig(
+        rtd_head="roberta", share="token_pos_norm"
     ),
     "t5_base": None,
 }

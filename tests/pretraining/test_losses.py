@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from metro.pretraining.losses import MetroObjective, metro_losses, token_cross_entropy
+from metro.pretraining.losses import (
+    AllPositions,
+    AuxiliaryPositions,
+    MetroObjective,
+    ScoredPositions,
+    metro_losses,
+    token_cross_entropy,
+)
 
 LN2, LN4 = math.log(2), math.log(4)
 
@@ -23,22 +30,25 @@ def hand_losses(**objective):
     num_scored = scored.shape[1]
     is_replaced = torch.tensor([[True, False, False, False]])
     targets = torch.tensor([[0, 3, 0, 1]])
-    words = torch.eye(4)  # hidden states are logits
-    mlm = token_cross_entropy(torch.zeros(1, 2, 4), words, targets[:, :2])
+    two = torch.tensor([[True, True, False, False]])
+    identity = torch.eye(4)  # hidden states are logits
+    mlm = token_cross_entropy(torch.zeros(1, 2, 4), identity, targets[:, :2])
     lm_logits = torch.zeros(1, num_scored, 4, requires_grad=True)
     return metro_losses(
         MetroObjective(**objective),
-        mlm_loss=mlm.loss,
-        mlm_correct=mlm.correct,
-        is_masked=is_masked,
-        lm=token_cross_entropy(lm_logits, words, targets[:, :num_scored]),
-        lm_is_scored=scored,
-        lm_is_replaced=is_replaced[:, :num_scored],
-        lm_rtd_logits=torch.zeros(1, num_scored),
-        rtd_logits=torch.zeros(1, 4, requires_grad=True),
-        rtd_is_scored=torch.tensor([[True, True, False, False]]) if positions == "both" else three,
-        is_replaced=is_replaced,
-        is_token=three,
+        AuxiliaryPositions(mlm.loss, mlm.correct, is_masked),
+        ScoredPositions(
+            token_cross_entropy(lm_logits, identity, targets[:, :num_scored]),
+            is_scored=scored,
+            is_replaced=is_replaced[:, :num_scored],
+            rtd_logits=torch.zeros(1, num_scored),
+        ),
+        AllPositions(
+            rtd_logits=torch.zeros(1, 4, requires_grad=True),
+            rtd_is_scored=two if positions == "both" else three,
+            is_replaced=is_replaced,
+            is_token=three,
+        ),
     )
 
 

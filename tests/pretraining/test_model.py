@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.pretraining.auxiliary import AuxiliaryConfig
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 
@@ -26,7 +26,9 @@ def build(dropout=0.0, **auxiliary) -> MetroPretrainingModel:
         dropout_rate=dropout,
         decoder_start_token_id=SENTINEL,
     )
-    return MetroPretrainingModel(config, AuxiliaryConfig(**{"num_layers": 1, **auxiliary}))
+    return MetroPretrainingModel(
+        config, MetroPretrainingConfig(**{"auxiliary_layers": 1, **auxiliary})
+    )
 
 
 def batch(rows=4, length=12):
@@ -140,7 +142,7 @@ def test_dropout_of_the_auxiliary_model(zero_dropout, rates):
     config = MetroT5Config(
         vocab_size=64, d_model=16, num_layers=1, dropout_rate=0.5, activation_dropout_rate=0.25
     )
-    model = MetroPretrainingModel(config, AuxiliaryConfig(1, zero_dropout=zero_dropout))
+    model = MetroPretrainingModel(config, MetroPretrainingConfig(1, zero_dropout=zero_dropout))
     got = model.auxiliary.encoder.config
     assert rates == (got.dropout_rate, got.attention_dropout_rate, got.activation_dropout_rate)
     assert model.config.dropout_rate == 0.5

@@ -1,0 +1,39 @@
+"""What METRO pretraining adds to the main model: an auxiliary model and an RTD head."""
+
+from dataclasses import dataclass
+
+from metro.utils.messages import UserError
+
+RTD_HEADS = ("none", "simple", "roberta")
+SHARED_EMBEDDINGS = ("none", "token", "token_pos", "token_pos_norm")
+SAMPLE_MODES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class MetroPretrainingConfig:
+    """Configuration of the auxiliary model and the head of replaced token detection (RTD).
+
+    Raises:
+        UserError: an option outside its valid values, naming both.
+    """
+
+    auxiliary_layers: int = 4
+    """Layers of the auxiliary model: 4 for base and base++, 6 for large++."""
+    zero_dropout: bool = True
+    """No dropout in the auxiliary model; otherwise the main model's rates."""
+    sample_mode: str = "train"
+    """Samples come from the training pass (``train``), or from one without dropout (``eval``)."""
+    rtd_head: str = "simple"
+    """RTD head on the main encoder: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
+    share: str = "token"
+    """What the auxiliary model shares with the main encoder: ``none``, ``token`` embeddings,
+    ``token_pos`` (also positions) or ``token_pos_norm`` (also the first LayerNorm)."""
+
+    def __post_init__(self):
+        for name, valid in (
+            ("rtd_head", RTD_HEADS),
+            ("share", SHARED_EMBEDDINGS),
+            ("sample_mode", SAMPLE_MODES),
+        ):
+            if getattr(self, name) not in valid:
+                raise UserError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(valid)}")
