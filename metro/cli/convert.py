@@ -1,46 +1,43 @@
 """`metro convert`: fairseq checkpoints to Hugging Face folders, and back."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Convert models.")
-
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16; default: every tensor keeps its own."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+PATH = click.Path(path_type=Path)
+dtype_option = click.option(
+    "--dtype", help="float32, bfloat16 or float16; default: every tensor keeps its own."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
-@app.callback()
-def root() -> None:
+@click.group()
+def command() -> None:
     """Convert fairseq checkpoints to Hugging Face folders, and back, exactly."""
 
 
-@app.command("to-hf")
+@command.command(
+    "to-hf", epilog="\b\nExample:\n  metro convert to-hf checkpoint_best.pt --out model"
+)
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder to make.")
+@click.option(
+    "--vocab", type=PATH, help="Folder with sp.model and dict.txt; default: the training data's."
+)
+@dtype_option
+@click.option("--keep-auxiliary", is_flag=True, help="Keep the auxiliary model and the RTD head.")
+@click.option(
+    "--cased/--uncased", default=None, help="Keep capitals; default: as the vocabulary was made."
+)
+@overwrite_option
 def convert_to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (.pt) of fairseq.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    vocab: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with sp.model and dict.txt; default: what it was trained on.",
-        ),
-    ] = None,
-    dtype: Dtype = None,
-    keep_auxiliary: Annotated[
-        bool,
-        typer.Option("--keep-auxiliary", help="Keep the auxiliary model and the RTD head too."),
-    ] = False,
-    cased: Annotated[
-        bool | None,
-        typer.Option(
-            "--cased/--uncased", help="Keep capitals; default: as the vocabulary was made."
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
+    checkpoint: Path,
+    out: Path,
+    vocab: Path | None,
+    dtype: str | None,
+    keep_auxiliary: bool,
+    cased: bool | None,
+    overwrite: bool,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder that loads anywhere.
 
@@ -66,27 +63,27 @@ def convert_to_hf(
         lower=None if cased is None else not cased,
         overwrite=overwrite,
     )
-    case = "folds capitals" if done.lower else "keeps capitals"
-    print(f"{done.out}: {done.num_parameters:,} parameters in {done.dtype}")
-    print(f"vocabulary: {done.vocabulary} ({case})")
+    case = "lowercases" if done.lower else "keeps capitals"
+    click.echo(f"{done.out}: {done.num_parameters:,} parameters in {done.dtype}")
+    click.echo(f"vocabulary: {done.vocabulary} ({case})")
     for part in done.dropped:
         remedy = "" if "optimizer" in part else " (--keep-auxiliary keeps it)"
-        print(f"left out: {part}{remedy}")
+        click.echo(f"left out: {part}{remedy}")
     for note in done.notes:
-        print(f"note: {note}")
-    print(f"try it: metro generate {done.out} 'A text.'")
+        click.echo(f"note: {note}")
+    click.echo(f"try it: metro generate {done.out} 'A text.'")
 
 
-@app.command("to-fairseq")
+@command.command(
+    "to-fairseq", epilog="\b\nExample:\n  metro convert to-fairseq model --out checkpoint.pt"
+)
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Checkpoint to make (.pt).")
+@click.option("--names", help="Parameter names: original or metro; default: those of the export.")
+@dtype_option
+@overwrite_option
 def convert_to_fairseq(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of a METRO-T5.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint to make (.pt).")],
-    names: Annotated[
-        str | None,
-        typer.Option(help="Parameter names: original or metro; default: those it had."),
-    ] = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
+    folder: Path, out: Path, names: str | None, dtype: str | None, overwrite: bool
 ) -> None:
     """Write a Hugging Face folder as a checkpoint that fairseq trains further.
 
@@ -102,12 +99,12 @@ def convert_to_fairseq(
 
     done = to_fairseq(folder, out, names=names, dtype=resolve_dtype(dtype), overwrite=overwrite)
     parts = "main model, auxiliary model, RTD head" if done.has_auxiliary else "main model"
-    print(f"{done.out}: {parts} of {done.model}, {done.names} parameter names")
+    click.echo(f"{done.out}: {parts} of {done.model}, {done.names} parameter names")
     if done.vocabulary:
-        print(
+        click.echo(
             f"vocabulary: stays in {done.vocabulary} (sp.model, dict.txt); give --vocab "
             f"{done.vocabulary} where DATA is made and where the checkpoint is read"
         )
     else:
-        print(f"vocabulary: {folder} has none; DATA needs the model's own sp.model and dict.txt")
-    print(f"train it further: fairseq-train DATA --finetune-from-model {done.out} ...")
+        click.echo(f"vocabulary: {folder} has none; DATA needs the model's sp.model and dict.txt")
+    click.echo(f"train it further: fairseq-train DATA --finetune-from-model {done.out} ...")

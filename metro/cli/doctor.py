@@ -1,14 +1,13 @@
-"""`metro doctor`: what is installed, what the machine has, what to type for the rest."""
+"""`metro doctor`: packages and devices of this machine, and how to install the rest."""
 
 import json
-from typing import Annotated
 
-import typer
+import click
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+@click.command(epilog="\b\nExample:\n  metro doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
     """Show versions, devices and what is missing, with the command that installs it.
 
     Exit status 1: something that METRO cannot do without is missing or broken.
@@ -17,13 +16,14 @@ def doctor(
 
     environment = inspect_environment()
     if as_json:
-        print(json.dumps(environment.as_dict(), indent=2))
+        click.echo(json.dumps(environment.as_dict(), indent=2))
     else:
         show(environment)
-    raise typer.Exit(1 if environment.missing else 0)
+    raise click.exceptions.Exit(1 if environment.missing else 0)
 
 
 def show(environment) -> None:
+    """Print the environment for people."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

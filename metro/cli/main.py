@@ -1,142 +1,140 @@
 """Entry point of `metro`.
 
-A sub-command is one line of COMMANDS and one file: a function whose annotations typer reads, or a
-`typer.Typer` where it has sub-commands of its own. The file is imported only when it is called, so
-that `metro --help` stays instant.
+A sub-command is one line of COMMANDS and one file, whose `command` is a `click.Command`. The file
+is imported only when it is called, so that `metro --help` stays instant.
 """
 
+import errno
 import importlib
 import os
+import platform
 import sys
-from typing import Annotated
+from importlib import metadata
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+import click
 
 import metro
+from metro.utils.messages import UserError
 
-# name -> (function or typer.Typer, the line that `metro --help` shows)
+# name -> the line that `metro --help` shows, in the order text -> model -> numbers
 COMMANDS = {
-    "doctor": (
-        "metro.cli.doctor:doctor",
-        "Show versions, devices and what is missing, with the command that installs it.",
-    ),
-    "prepare-text": (
-        "metro.cli.prepare_text:prepare_text",
-        "Turn text into the binarised, sharded data that pretraining reads.",
-    ),
-    "convert": (
-        "metro.cli.convert:app",
-        "Convert fairseq checkpoints to Hugging Face folders, and back.",
-    ),
-    "models": (
-        "metro.cli.models:models",
-        "List the released METRO-T0, T0 and FLIPPED models and their published results.",
-    ),
-    "generate": (
-        "metro.cli.generate:generate",
-        "Let a model answer a text: a released model, a folder or a hub id.",
-    ),
-    "templates": (
-        "metro.cli.templates:app",
-        "Fetch the prompt templates of promptsource.",
-    ),
-    "prompts": (
-        "metro.cli.prompts:app",
-        "List prompt templates; show what a model will read and be asked for.",
-    ),
-    "prepare-prompts": (
-        "metro.cli.prepare_prompts:prepare_prompts",
-        "Turn datasets and prompt templates into finetuning data: T0, T0+, T0++, FLIPPED.",
-    ),
-    "finetune": (
-        "metro.cli.finetune:finetune",
-        "Prompt-finetune a seq2seq model: direct, channel or flipped.",
-    ),
-    "flip": (
-        "metro.cli.flip:flip",
-        "Show which option makes the instruction most likely, and what each one suggests.",
-    ),
-    "evaluate": (
-        "metro.cli.evaluate:evaluate",
-        "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
-    ),
-    "report": (
-        "metro.cli.report:report",
-        "Make tables and plots of evaluations, beside the published numbers.",
-    ),
+    "doctor": "Show versions, devices and what is missing, with the command that installs it.",
+    "prepare-text": "Turn text into the binarised, sharded data that pretraining reads.",
+    "plugins": "Print the folder of METRO's fairseq plugins, which pretrain models.",
+    "convert": "Convert fairseq checkpoints to Hugging Face folders, and back.",
+    "models": "List the released METRO-T0, T0 and FLIPPED models and their published results.",
+    "generate": "Let a model answer a text: a released model, a folder or a hub id.",
+    "templates": "Fetch the prompt templates of promptsource.",
+    "prompts": "List prompt templates; show what a model will read and be asked for.",
+    "prepare-prompts": "Turn datasets and templates into finetuning data: T0, T0+, T0++, FLIPPED.",
+    "finetune": "Prompt-finetune a seq2seq model: direct, channel or flipped.",
+    "flip": "Show which answer choice makes the instruction most probable.",
+    "evaluate": "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
+    "report": "Make tables and plots of evaluations, beside the published numbers.",
 }
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError)
+REMEDIES = {
+    errno.ENOENT: "does not exist: correct the path",
+    errno.EACCES: "may not be read or written by you: change its permissions or use another path",
+    errno.EPERM: "may not be changed by you: use another path",
+    errno.EISDIR: "is a folder: name a file",
+    errno.ENOTDIR: "is not a folder: name a folder",
+    errno.EEXIST: "exists already: use another path",
+    errno.ENOSPC: "cannot be written, the disk is full: make room or use another disk",
+    errno.EDQUOT: "cannot be written, your quota is used up: make room or use another disk",
+    errno.EFBIG: "cannot be written, it is larger than the file system or `ulimit -f` allows",
+    errno.EROFS: "is on a read-only file system: use another path",
+    errno.ENAMETOOLONG: "has too long a name: use a shorter one",
+    errno.ENOTEMPTY: "is not empty: use another path",
+    errno.EXDEV: "is on another file system: keep inputs and outputs on one",
+}
+"""What to say of a path, by the error number of the operating system."""
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(click.Group):
     """Lists the sub-commands of COMMANDS without importing them."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx, cmd_name):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A stand-in that knows the help line only; `resolve_command` puts the real one there."""
         if cmd_name not in COMMANDS:
             return None
-        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
+        return click.Command(cmd_name, short_help=COMMANDS[cmd_name])
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name, stand_in, rest = super().resolve_command(ctx, args)
-        if stand_in is None:
-            return name, None, rest
-        return name, load_command(name), rest
+        return name, load_command(str(name)) if stand_in else None, rest
 
 
-def load_command(name: str):
-    """The sub-command as a click command, its function imported now."""
-    module, attribute = COMMANDS[name][0].split(":")
-    command = getattr(importlib.import_module(module), attribute)
-    if not isinstance(command, typer.Typer):
-        function, command = command, typer.Typer(add_completion=False)
-        command.command(name)(function)
-    command.rich_markup_mode = None  # rich's tables cut long option names at 80 columns
-    return typer.main.get_command(command)
+def load_command(name: str) -> click.Command:
+    """The sub-command, its module imported now."""
+    command: click.Command = importlib.import_module(f"metro.cli.{name.replace('-', '_')}").command
+    command.name = name
+    return command
 
 
-app = typer.Typer(
-    cls=LazyGroup,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Pretrain and finetune T5-style models: METRO, METRO-T0, FLIPPED.",
-)
+@click.group(cls=LazyGroup, no_args_is_help=True)
+@click.version_option(metro.__version__, message="metro %(version)s")
+def app() -> None:
+    """Pretrain and finetune T5-style models: METRO, METRO-T0, FLIPPED.
 
-
-def print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"metro {metro.__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it.")
-    ] = False,
-) -> None:
-    pass
+    From text to a model (prepare-text, fairseq with the plugins, convert), from the model to a
+    prompted one (prepare-prompts, finetune), from that to numbers (evaluate, report).
+    """
 
 
 def main() -> None:
-    """Run the command line; what a user can put right is one line, not a traceback."""
+    """Run the command line; an error that a user can correct is one line, not a traceback."""
     try:
-        app()
-    except USER_ERRORS as error:
-        if os.environ.get("METRO_DEBUG"):
-            raise
-        from rich.console import Console
-        from rich.text import Text
+        status = app.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        status = 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get("METRO_DEBUG"):
+            import traceback
 
-        message = f"{error}".strip() or type(error).__name__
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}", style="red"))
-        sys.exit(2)
+            traceback.print_exc()
+        click.secho(f"error: {line}" if line else fault(), fg="red", err=True)
+        status = 2 if line else 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def one_line(error: Exception) -> str | None:
+    """Word an error that the user can correct; None for a fault of METRO's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        path = error.filename2 or error.filename
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        return f"{path if isinstance(path, str) else 'a file'} {REMEDIES[error.errno]}"
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError):
+        return "out of memory: use smaller batches, or fewer processes"
+    return None
+
+
+def fault() -> str:
+    """The line below the traceback of an error that is not the user's."""
+    versions = [f"metro {metro.__version__}", f"python {platform.python_version()}"]
+    for name in ("torch", "transformers"):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {name}")
+    return (
+        f"This is a fault of METRO's, not of yours: please report it with the lines above and "
+        f"these versions: {', '.join(versions)}."
+    )
 
 
 if __name__ == "__main__":

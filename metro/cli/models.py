@@ -2,22 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 from metro.utils.messages import UserError
 
 
-def models(
-    name: Annotated[
-        str | None, typer.Argument(help="A registered name or a hub id; all without it.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    write_cards: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a model card of each into a folder.")
-    ] = None,
-) -> None:
+@click.command(epilog="\b\nExample:\n  metro models metro_t0_base")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--write-cards",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write a model card of each into a folder.",
+)
+def command(name: str | None, as_json: bool, write_cards: Path | None) -> None:
     """List the released checkpoints, or show one with its published results.
 
     Their names are understood by every command that takes a model.
@@ -28,17 +28,17 @@ def models(
         if name or as_json:
             raise UserError("--write-cards writes all cards: leave the name and --json out")
         written = registry_cards.write_cards(write_cards)
-        print(f"{len(written)} model cards written into {write_cards}")
+        click.echo(f"{len(written)} model cards written into {write_cards}")
     elif name is None:
         all_models = registry.registered_models()
         if as_json:
-            print(json.dumps([model.as_dict() for model in all_models.values()], indent=2))
+            click.echo(json.dumps([model.as_dict() for model in all_models.values()], indent=2))
         else:
             show_list(all_models.values())
     else:
         model = registry.registered_model(name)
         if as_json:
-            print(json.dumps(model.as_dict(), indent=2))
+            click.echo(json.dumps(model.as_dict(), indent=2))
         else:
             show_one(model)
 

@@ -17,6 +17,7 @@ def settings_command(
     settings: type[Settings],
     *,
     example: str,
+    resumes: bool = False,
     extra: Sequence[click.Parameter] = (),
 ) -> click.Command:
     """A command that makes ``settings`` of its options and of ``--config``, and runs.
@@ -26,6 +27,7 @@ def settings_command(
             the command's help.
         settings: see `metro.utils.settings`.
         example: shown below the options.
+        resumes: an interrupted run resumes when the same command is given again.
         extra: parameters of the command line alone.
     """
     own_names = [parameter.name for parameter in extra]
@@ -41,12 +43,21 @@ def settings_command(
                 more = given.pop(f"more_{part.name}")
                 given[part.name] = (*given[part.name], *more)
         given = {name: None if value == () else value for name, value in given.items()}
-        return run(settings.combine(config, given), **own)
+        try:
+            return run(settings.combine(config, given), **own)
+        except KeyboardInterrupt:
+            if not resumes:
+                raise
+            click.echo("interrupted: run the same command again to resume", err=True)
+            raise click.exceptions.Exit(130) from None
 
     return click.Command(
         None,
         callback=callback,
-        params=[*parameters, _config_option(settings), *extra],
+        params=sorted(
+            [*parameters, *extra, _config_option(settings)],
+            key=lambda parameter: isinstance(parameter, click.Option),
+        ),
         help=run.__doc__,
         epilog=f"\b\nExample:\n  {example}",
     )

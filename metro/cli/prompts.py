@@ -1,46 +1,34 @@
 """`metro prompts`: list templates, and show what encoder and decoder will read.
 
-========  ====================================  =======================
-.         encoder                               decoder
-========  ====================================  =======================
-direct    prompt                                answer (every choice)
-channel   answer (every choice)                 prompt
-flipped   input and answer (every choice)       instruction
-========  ====================================  =======================
-"""
-
+========  ====================================  ================
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 from metro.utils.messages import UserError
 
 OBJECTIVES = ("direct", "channel", "flipped")
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    help="List prompt templates; show what a model will read and be asked for.",
+templates_option = click.option(
+    "--templates",
+    type=click.Path(path_type=Path),
+    help="promptsource tree; default: METRO_TEMPLATES, else the fetched one.",
 )
-
-Templates = Annotated[
-    Path | None,
-    typer.Option(help="promptsource tree; default: METRO_TEMPLATES, else the fetched one."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 
 
-@app.command("list")
+@click.group()
+def command() -> None:
+    """List prompt templates; show what a model will read and be asked for."""
+
+
+@command.command("list", epilog="\b\nExample:\n  metro prompts list --dataset super_glue/rte")
+@click.option("--dataset", help="Only of this dataset, as super_glue/rte.")
+@click.option("--mixture", help="Only of this mixture: t0, t0p, t0pp, flipped, ...")
+@templates_option
+@json_option
 def list_prompts(
-    dataset: Annotated[
-        str | None, typer.Option(help="Only of this dataset, as super_glue/rte.")
-    ] = None,
-    mixture: Annotated[
-        str | None, typer.Option(help="Only of this mixture: t0, t0p, t0pp, flipped, ...")
-    ] = None,
-    templates: Templates = None,
-    json: AsJson = False,
+    dataset: str | None, mixture: str | None, templates: Path | None, as_json: bool
 ) -> None:
     """List templates with their metrics; --json prints everything."""
     from metro.data.datasets import name_of
@@ -61,17 +49,17 @@ def list_prompts(
     for name in names:
         try:
             found = tree.templates(*name) if not mixture else chosen.templates(tree, *name)
-        except ValueError:
+        except UserError:
             if dataset:
                 raise
             absent.append(name_of(*name))
             continue
-        if not json:
-            typer.echo(f"{name_of(*name)}: {len(found)} templates")
+        if not as_json:
+            click.echo(f"{name_of(*name)}: {len(found)} templates")
         for template in found:
-            _print_template(template, json)
+            _print_template(template, as_json)
     if absent:
-        typer.echo(f"no templates in {tree.path} for: {', '.join(absent)}", err=True)
+        click.echo(f"no templates in {tree.path} for: {', '.join(absent)}", err=True)
 
 
 def _print_template(template, as_json: bool) -> None:
@@ -80,35 +68,47 @@ def _print_template(template, as_json: bool) -> None:
 
     if as_json:
         fields = {"task": template.task_name, **asdict(template)}
-        typer.echo(json.dumps(fields, ensure_ascii=False))
+        click.echo(json.dumps(fields, ensure_ascii=False))
         return
     facts = [", ".join(template.metrics) or "no metric"]
     facts += ["answer choices"] if template.answer_choices else []
     facts += ["original task"] if template.original_task else []
-    typer.echo(f"  {template.name}  [{'; '.join(facts)}]")
+    click.echo(f"  {template.name}  [{'; '.join(facts)}]")
 
 
-@app.command("show")
+@command.command(
+    "show",
+    epilog="\b\nExample:\n  metro prompts show --dataset super_glue/rte --objective flipped",
+)
+@click.option("--dataset", required=True, help="Dataset, as super_glue/rte or imdb.")
+@click.option("--prompt", help="Name of one template; default: all of the dataset.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Local rows: DIR/DATASET/SUBSET/SPLIT.jsonl; default: the hub.",
+)
+@click.option("--split", help="Default: the validation split, else the first.")
+@click.option("--limit", type=click.IntRange(min=1), default=1, help="Rows of the split.")
+@click.option("--objective", default="direct", help="direct, channel or flipped.")
+@click.option(
+    "--instruction-text",
+    default="published",
+    help="published, or rendered: without branches that are not taken.",
+)
+@templates_option
+@click.option("--seed", type=int, default=0, help="Of templates that draw at random.")
+@json_option
 def show_prompts(
-    dataset: Annotated[str, typer.Option(help="Dataset, as super_glue/rte or imdb.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="Name of one template; default: all of the dataset.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Local rows: DIR/DATASET/SUBSET/SPLIT.jsonl; default: the hub."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Default: the validation split, else the first.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of the split.")] = 1,
-    objective: Annotated[str, typer.Option(help="direct, channel or flipped.")] = "direct",
-    instruction_text: Annotated[
-        str, typer.Option(help="published, or rendered: without branches that are not taken.")
-    ] = "published",
-    templates: Templates = None,
-    seed: Annotated[int, typer.Option(help="Of templates that draw at random.")] = 0,
-    json: AsJson = False,
+    dataset: str,
+    prompt: str | None,
+    data_dir: Path | None,
+    split: str | None,
+    limit: int,
+    objective: str,
+    instruction_text: str,
+    templates: Path | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Show prompts, answers and answer choices of a dataset's rows.
 
@@ -139,13 +139,13 @@ def show_prompts(
                 example = make_example(template, rows[number], split, number, settings)
                 view = _view(example, objective)
             except UnusableRow as error:
-                typer.echo(f"{template.name!r}, row {number}: {error}", err=True)
+                click.echo(f"{template.name!r}, row {number}: {error}", err=True)
                 continue
             shown += 1
-            _print_view(view, json)
+            _print_view(view, as_json)
     if not shown:
-        typer.echo("no example to show", err=True)
-        raise typer.Exit(1)
+        click.echo("no example to show", err=True)
+        raise click.exceptions.Exit(1)
 
 
 def _view(example, objective: str) -> dict:
@@ -179,14 +179,14 @@ def _print_view(view: dict, as_json: bool) -> None:
     import json
 
     if as_json:
-        typer.echo(json.dumps(view, ensure_ascii=False))
+        click.echo(json.dumps(view, ensure_ascii=False))
         return
-    typer.secho(f"{view['task']}, {view['split']} row {view['row']}", bold=True)
+    click.secho(f"{view['task']}, {view['split']} row {view['row']}", bold=True)
     # Text that all choices share is printed once.
     for part in ("encoder", "decoder"):
         texts = view[f"{part}_texts"]
         for i, text in enumerate(texts[:1] if len(set(texts)) == 1 else texts):
             choice = f" of choice {i}" if len(set(texts)) > 1 else ""
             answer = " (the answer)" if choice and view["label"] == i else ""
-            typer.echo(f"--- {part}{choice}{answer}\n{text}")
-    typer.echo("")
+            click.echo(f"--- {part}{choice}{answer}\n{text}")
+    click.echo("")

@@ -1,24 +1,12 @@
-"""`metro report`."""
+"""`metro report`: tables and plots of evaluations."""
 
-from pathlib import Path
-from typing import Annotated
+import click
 
-import typer
+from metro.cli.options import settings_command
+from metro.evaluation.settings import ReportSettings
 
 
-def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="Run folders of `metro evaluate`, or folders that hold some."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("report"),
-    published: Annotated[
-        list[str] | None,
-        typer.Option(help="Published rows to show: all, none, or names of `metro models`."),
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="Only the runs of this suite.")] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
-) -> None:
+def report(settings: ReportSettings) -> None:
     """Make tables and plots of evaluations, beside the published numbers.
 
     Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
@@ -26,6 +14,11 @@ def report(
     """
     from metro.evaluation.report.build import report as write
 
-    done = write(runs, out, published or ["all"], suite, title)
-    print(done)
-    print("wrote " + ", ".join(str(path) for path in done.paths))
+    done = write(settings)
+    click.echo(done)
+    click.echo("wrote " + ", ".join(str(path) for path in done.paths))
+
+
+command = settings_command(
+    report, ReportSettings, example="metro report results --out report --published metro_t0_base"
+)

@@ -1,31 +1,24 @@
 """`metro templates`: fetch promptsource's templates once."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Fetch the prompt templates of promptsource."
+
+@click.group()
+def command() -> None:
+    """Fetch the prompt templates of promptsource."""
+
+
+@command.command(epilog="\b\nExample:\n  metro templates fetch")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    help="The source package promptsource-0.2.3.tar.gz, downloaded before.",
 )
-
-
-@app.callback()
-def root() -> None:
-    pass
-
-
-@app.command("fetch")
-def fetch(
-    file: Annotated[
-        Path | None,
-        typer.Option(help="The source package promptsource-0.2.3.tar.gz, downloaded before."),
-    ] = None,
-    index: Annotated[
-        str | None, typer.Option(help="Package index; default: PIP_INDEX_URL, else PyPI.")
-    ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Replace what is there.")] = False,
-) -> None:
+@click.option("--index", help="Package index; default: PIP_INDEX_URL, else PyPI.")
+@click.option("--again", is_flag=True, help="Replace existing templates.")
+def fetch(file: Path | None, index: str | None, again: bool) -> None:
     """Download promptsource 0.2.3's source package and put its templates into the cache.
 
     The checksum is pinned, and no code of the package is run. Every command finds them there.
@@ -33,5 +26,5 @@ def fetch(
     from metro.data.prompts.template_download import fetch_templates
 
     fetched = fetch_templates(file=file, index=index, again=again)
-    there = " (they were there; --again replaces them)" if fetched.was_there else ""
-    print(f"{fetched.folder}: templates of {fetched.num_files} datasets{there}")
+    note = " (present before; --again replaces them)" if fetched.was_there else ""
+    click.echo(f"{fetched.folder}: templates of {fetched.num_files} datasets{note}")

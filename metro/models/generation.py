@@ -9,99 +9,18 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from metro.models.generation_settings import GenerationSettings
+from metro.models.loading import LoadedModel, load
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
 
-_LEAST = {
-    "max_input_tokens": 3,
-    "num_beams": 1,
-    "num_answers": 1,
-    "no_repeat_ngram_size": 0,
-    "top_k": 0,
-    "batch_size": 1,
-}
 WINDOW = 16
 """Number of batches sorted by length together, to reduce padding."""
-MOST_NEW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are searched for.
-
-    Raises:
-        ValueError: a value out of range, or one that needs another.
-    """
-
-    max_new_tokens: int | None = None
-    """Longest answer; by default 256, or what the model's positions hold."""
-    max_input_tokens: int = 512
-    """Longer texts are cut on the right."""
-    num_beams: int = 1
-    num_answers: int = 1
-    """Answers per text, best first: of the beams, or samples."""
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    sample: bool = False
-    """Draw from the model's distribution instead of taking the best."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """Draw from the k most probable tokens; 0 = all."""
-    top_p: float = 1.0
-    seed: int = 0
-    """Of sampling. The same texts, batch size and seed give the same answers."""
-    batch_size: int = 8
-    sentinels: bool = False
-    """Read ``<sen001>`` in a text as the sentinel of that name; as pretraining did, it is read as
-    ordinary characters otherwise."""
-
-    def __post_init__(self):
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; use at least {least}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; use at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}; use more than 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; use more than 0 and at most 1")
-        if not self.sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise UserError("temperature, top_k and top_p need sampling: add --sample")
-        if self.num_answers > 1 and not self.sample and self.num_answers > self.num_beams:
-            raise UserError(
-                f"num_answers is {self.num_answers} with num_beams {self.num_beams}: use at least "
-                "as many beams, or sampling"
-            )
-
-    def options(self, model) -> dict:
-        """Return the arguments for ``model.generate``."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self._longest_answer(model),
-            "num_beams": self.num_beams,
-            "num_return_sequences": self.num_answers,
-            "do_sample": self.sample,
-        }
-        if self.num_beams > 1:
-            options["length_penalty"] = self.length_penalty
-        if self.no_repeat_ngram_size:
-            options["no_repeat_ngram_size"] = self.no_repeat_ngram_size
-        if self.sample:
-            options |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return options
-
-    def _longest_answer(self, model) -> int:
-        positions = getattr(model.config, "max_positions", None)  # T5 has no such limit
-        if self.max_new_tokens is None:
-            return min(MOST_NEW_TOKENS, positions) if positions else MOST_NEW_TOKENS
-        if positions and self.max_new_tokens > positions:
-            raise UserError(
-                f"max_new_tokens is {self.max_new_tokens}, but the model has {positions} positions"
-            )
-        return self.max_new_tokens
 
 
 class Answered(NamedTuple):
@@ -112,6 +31,76 @@ class Answered(NamedTuple):
     """Best first; ``settings.num_answers`` of them."""
     was_cut: bool
     """True if the text was longer than ``settings.max_input_tokens`` and truncated."""
+
+
+def generate(
+    model: str | Path | LoadedModel,
+    texts: str | Iterable[str],
+    settings: GenerationSettings | None = None,
+    *,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> list[str] | list[list[str]]:
+    """Answer texts with a model.
+
+    Args:
+        model: registered name, hub id, Hugging Face folder, fairseq checkpoint (``.pt``), or a
+            model loaded before with `metro.load`, which is not loaded for each call.
+        texts: one text or several.
+        settings: all options, or give them one by one.
+        progress: show progress on stderr.
+        options: fields of `GenerationSettings`, such as ``max_new_tokens`` or ``num_beams``.
+
+    Returns:
+        An answer per text; with ``num_answers`` above 1 a list of answers per text, best first.
+
+    Raises:
+        UserError: an option is wrong, or there is no such model.
+    """
+    settings = GenerationSettings.of(settings, **options)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    found = []
+    with Progress.of(progress) as shown:
+        if not isinstance(model, LoadedModel):
+            shown.say(f"loading {model}")
+            model = load_for_generation(model, settings)
+        for answered in answer_texts(*model, texts, settings):
+            found.append(answered)
+            shown.show("generating", len(found), len(texts))
+        if num_cut := sum(answered.was_cut for answered in found):
+            shown.say(remark_on_cut(num_cut, model.model, settings))
+    if settings.num_answers > 1:
+        return [answered.answers for answered in found]
+    return [answered.answers[0] for answered in found]
+
+
+def load_for_generation(name: str | Path, settings: GenerationSettings) -> LoadedModel:
+    """Load a model where and as the settings say; by default on a GPU, in bfloat16 there.
+
+    Raises:
+        UserError: the device is not available, or there is no such model.
+    """
+    device, dtype = settings.device, settings.dtype
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used ({reason}); try cpu") from None
+    if dtype is None:
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+    return load(name, device=device, dtype=dtype, vocab=settings.vocab)
+
+
+def remark_on_cut(num_cut: int, model, settings: GenerationSettings) -> str:
+    """Say that texts were longer than the settings or the model allow."""
+    positions = getattr(model.config, "max_positions", None)
+    limit = f"max_input_tokens is {settings.max_input_tokens}"
+    if positions and positions < settings.max_input_tokens:
+        limit += f", and the model has {positions} positions"
+    return f"note: {num_cut} of the texts were cut: {limit}"
 
 
 def answer_texts(
@@ -146,7 +135,7 @@ def with_sentinels(tokenizer):
     if not names:
         raise UserError(
             f"sentinels is set, but {type(tokenizer).__name__} has no <sen001>, ...; T5's "
-            "<extra_id_0>, ... are always recognised (leave --sentinels out)"
+            "<extra_id_0>, ... are always recognised (leave sentinels out)"
         )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(names)

@@ -1,5 +1,6 @@
 """Progress of a long command, on stderr: bars on a terminal, a line now and then elsewhere."""
 
+import os
 import time
 from typing import Any, Self
 
@@ -8,19 +9,24 @@ SECONDS_OF_SILENCE = 20.0
 SECONDS_BETWEEN_REFRESHES = 0.1
 
 
+def is_first_process() -> bool:
+    """True in the first of the processes that ``torchrun`` started, and without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Progress:
     """Shows what is said and how far the work is; a context, at whose end the bars stop.
 
     Args:
-        enabled: False shows nothing.
+        enabled: False shows nothing, nor do processes of ``torchrun`` other than the first.
     """
 
     def __init__(self, enabled: bool = True):
-        self.enabled = enabled
+        self.enabled = enabled and is_first_process()
         self._bars: Any = None
         self._steps: dict[str, tuple[float, float, int | None]] = {}  # began at, with, bar
         self._last_shown = time.monotonic()
-        if enabled:
+        if self.enabled:
             from rich.console import Console
 
             self._console = Console(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Cells as texts, the first column left-aligned, the others right-aligned."""
 
@@ -28,6 +28,8 @@ class Table:
         return "\n".join(
             [*filter(None, [self.title]), *texts, *(f"note: {note}" for note in self.notes)]
         )
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:

@@ -1,14 +1,14 @@
 """`metro convert`, as it is typed."""
 
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from metro.cli.convert import app
+from metro.cli.convert import command
 from metro.utils.messages import UserError
 
 
 def metro_convert(*arguments, code: int = 0):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(command, [str(argument) for argument in arguments])
     if code == 0:
         assert done.exit_code == 0, (done.output, done.exception)
     return done

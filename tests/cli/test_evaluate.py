@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from metro.cli.main import app
 from metro.evaluation.runs.run_folder import read_run
@@ -142,13 +142,13 @@ def test_overwrite_starts_again(tmp_path, model, toys):
         (["--suite", "t1"], "no suite 't1': did you mean 't0'"),
         (["--task", "colours"], "no task 'colours': did you mean 'colour'"),
         (["--prompt", "plane"], "no task here has a prompt 'plane': did you mean 'plain'"),
-        (["--method", "reverse"], "--method is 'reverse'; use one of direct, channel, flipped"),
-        (["--normalization", "max"], "--normalization is 'max'; use one of sum"),
+        (["--method", "reverse"], "method is 'reverse'; use one of direct, channel, flipped"),
+        (["--normalization", "max"], "normalization is 'max'; use one of sum"),
         (["--method", "channel", "--normalization", "calibrated"], "use sum or mean"),
         (["--limit", "0"], "limit is 0"),
         (["--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
         (["--check-published"], "no registered model is called"),
-        (["--protocol", "bart"], "--protocol is 'bart'; use one of metro, t0, flipped, t5"),
+        (["--protocol", "bart"], "protocol is 'bart'; use one of metro, t0, flipped, t5"),
         (["--run-name", "a/b"], "use a name without slashes"),
         (["--task", "gone"], "no task of toys can be evaluated: nowhere is not in"),
         (["--device", "toaster"], "use cpu, cuda"),
@@ -229,7 +229,7 @@ def test_wrong_options_are_refused_before_torch_is_imported(tmp_path):
         ("metro_t0_base", "--suite", "t1", "did you mean 't0'"),
         ("metro_t0_base", "--data-dir", "nowhere", "--data-dir nowhere is not a folder"),
         ("metro_t0_base", "--bigbench-dir", "here", "--bigbench-dir here is not a folder"),
-        ("metro_t0_base", "--method", "reverse", "--method is 'reverse'"),
+        ("metro_t0_base", "--method", "reverse", "method is 'reverse'"),
         ("metro_t0_base", "--templates", "nowhere", "templates at nowhere"),
         ("metro_t0_base", "--suite", "mmlu", "--data-dir", str(tmp_path), "no task of mmlu can be"),
     ]:

@@ -5,12 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import metro
-from metro.cli import finetune as module
+from metro.cli.main import load_command
 from metro.finetuning.settings import FinetuningSettings
 from tests.finetuning.conftest import t5_folder  # noqa: F401
 from tests.finetuning.prepared import write_prepared
@@ -24,9 +23,7 @@ def prepared(tmp_path_factory):
 
 
 def run(*arguments: str):
-    app = typer.Typer(add_completion=False)
-    app.command("finetune")(module.finetune)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(load_command("finetune"), list(arguments))
 
 
 def test_every_setting_is_an_option_and_explained(monkeypatch):

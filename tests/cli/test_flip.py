@@ -5,7 +5,7 @@ Oracles: the scores of the plain computation, and the message that names what is
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from metro.cli.flip import tie
 from metro.cli.main import app

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from metro.data.text.corpus import prepare_text
-from tests.data.prepared import random_text, silent
+from tests.data.prepared import random_text
 from tests.data.prompts.toys import make_world
 
 
@@ -19,7 +19,9 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def vocab(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vocab") / "vocab"
-    return prepare_text([text], folder, train_vocab=150, num_workers=1, say=silent).folder
+    return prepare_text(
+        inputs=[text], out=folder, train_vocab=150, num_workers=1, progress=False
+    ).folder
 
 
 @pytest.fixture(scope="session")

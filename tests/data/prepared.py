@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.text.corpus import prepare_text
+from metro.utils.progress import Progress
 
 ALL_FILES = ("dict.txt", "sp.model", "train.bin", "train.idx", "valid.bin", "valid.idx")
 
@@ -22,16 +23,23 @@ def random_text(seed: int, num_lines: int) -> str:
     return "".join("\n" if rng.random() < 0.1 else line + "\n" for line in lines)
 
 
-def silent(line: str) -> None:
-    pass
+class Said(Progress):
+    """Progress that keeps the lines that a user is told."""
+
+    def __init__(self):
+        super().__init__(enabled=False)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def prepare(inputs, out, vocab, **settings):
     """With defaults that make a test quick, and what the user was told."""
-    said = []
-    settings = {"num_workers": 1, "valid_fraction": 0, **settings}
-    result = prepare_text([*map(str, inputs)], out, vocab=vocab, say=said.append, **settings)
-    return result, "\n".join(said)
+    progress = Said()
+    settings = {"num_workers": 1, "valid_fraction": 0, "progress": progress, **settings}
+    result = prepare_text(inputs=inputs, out=out, vocab=vocab, **settings)
+    return result, "\n".join(progress.lines)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

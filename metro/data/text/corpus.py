@@ -7,25 +7,24 @@ of workers, nor where chunks are cut, nor an interruption changes a byte of it.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from metro.data import DEFAULT_VALID_FRACTION
 from metro.data.prepared_folder import TEXT_MANIFEST, PreparedFolder
 from metro.data.text import reading as text_input
 from metro.data.text.encoding import WordCounter
-from metro.data.text.preparation import Preparation, PreparationState, Progress
+from metro.data.text.preparation import Preparation, PreparationState
 from metro.data.text.reading import TextSource
+from metro.data.text.settings import PrepareTextSettings
 from metro.data.text.vocabulary import (
-    MIN_VOCAB_SIZE,
     merge_counts,
     sample_chunks,
     train_vocabulary,
 )
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
 FORMAT_VERSION = 1
@@ -42,42 +41,30 @@ class PreparedText(NamedTuple):
 
 
 def prepare_text(
-    inputs: list[str],
-    out: str | Path,
+    settings: PrepareTextSettings | None = None,
     *,
-    vocab: str | Path | None = None,
-    train_vocab: int | None = None,
-    lower: bool = True,
-    num_workers: int | None = None,
-    valid_fraction: float = DEFAULT_VALID_FRACTION,
-    overwrite: bool = False,
-    say: Callable[[str], None] = print,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: bool | Progress = True,
+    **options: Any,
 ) -> PreparedText:
-    """Turn text into a folder that ``fairseq-train`` reads; continue an earlier, killed call.
+    """Turn text into a folder that ``fairseq-train`` reads; resume an earlier, killed call.
 
     Args:
-        inputs: files (plain text, ``.jsonl`` with a ``text`` field, ``.gz`` of both), or
-            ``hf:DATASET[:CONFIG]``. Between two of them stands a document boundary.
-        out: folder to make. It appears when it is complete.
-        vocab: folder with ``sp.model`` and ``dict.txt``.
-        train_vocab: train a vocabulary of that many ids on the inputs instead.
-        lower: fold to lower case.
-        num_workers: processes; default all cores.
-        valid_fraction: share of the documents set aside for validation; 0 writes no validation set.
-        overwrite: replace an output, or an unfinished run, that was made with other settings.
-        say: receives the few lines that a user should read.
-        progress: called after each chunk.
+        settings: all options, or give them one by one.
+        progress: show progress on stderr.
+        options: fields of `PrepareTextSettings`, such as ``inputs``, ``out`` and ``vocab``.
+
+    Raises:
+        UserError: an option is wrong, or there is no text.
     """
-    if (vocab is None) == (train_vocab is None):
-        raise UserError("give a vocabulary: either --vocab DIR or --train-vocab N")
-    if train_vocab is not None and train_vocab < MIN_VOCAB_SIZE:
-        raise UserError(f"--train-vocab is {train_vocab}, and must be at least {MIN_VOCAB_SIZE}")
-    if not 0 <= valid_fraction < 1:
-        raise UserError(f"--valid-fraction is {valid_fraction}, and must be at least 0 and below 1")
-    num_workers = available_cores() if num_workers is None else num_workers
-    if num_workers < 1:
-        raise UserError(f"--workers is {num_workers}, and must be at least 1")
+    settings = PrepareTextSettings.of(settings, **options)
+    with Progress.of(progress) as shown:
+        return _prepare(settings, shown)
+
+
+def _prepare(options: PrepareTextSettings, progress: Progress) -> PreparedText:
+    inputs, vocab, train_vocab = options.inputs, options.vocab, options.train_vocab
+    lower, overwrite = not options.cased, options.overwrite
+    num_workers = options.num_workers or available_cores()
     sources = text_input.open_sources(inputs)
     settings = {
         "format": FORMAT_VERSION,
@@ -86,36 +73,34 @@ def prepare_text(
         if vocab
         else f"train {train_vocab}",
         "lower": lower,
-        "valid_fraction": valid_fraction,
+        "valid_fraction": options.valid_fraction,
     }
     folder = PreparedFolder(
-        Path(out), settings, TEXT_MANIFEST, "metro prepare-text", checksums=True
+        options.out, settings, TEXT_MANIFEST, "metro prepare-text", checksums=True
     )
     if finished := folder.finished_manifest(overwrite):
-        say(f"{folder.out} is already finished; nothing to do")
+        progress.say(f"{folder.out} is already finished; nothing to do")
         return PreparedText(folder.out, finished, True)
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedText(folder.out, folder.complete(), False)
     if earlier:
         state = PreparationState.from_json(earlier)
-        say(
+        progress.say(
             f"continuing after {state.train.num_items + state.valid.num_items:,} items, "
             f"in {sources[state.position.source].name} at line {state.position.line + 1:,}"
         )
     else:
         state = PreparationState()
         try:
-            _place_vocabulary(
-                folder, sources, vocab, train_vocab, lower, num_workers, say, progress
-            )
+            _place_vocabulary(folder, sources, vocab, train_vocab, lower, num_workers, progress)
         except ValueError:
             folder.discard()
             raise
         folder.save_state(asdict(state))
-    preparation = Preparation(folder, sources, state, valid_fraction)
+    preparation = Preparation(folder, sources, state, options.valid_fraction)
     preparation.encode_all(lower, num_workers, progress)
-    manifest = folder.complete(preparation.finish(say))
+    manifest = folder.complete(preparation.finish(progress))
     return PreparedText(folder.out, manifest, False)
 
 
@@ -127,18 +112,17 @@ def _vocabulary_digest(vocabulary: Vocabulary) -> str:
 def _place_vocabulary(
     folder: PreparedFolder,
     sources: list[TextSource],
-    vocab: str | Path | None,
+    vocab: Path | None,
     train_vocab: int | None,
     lower: bool,
     num_workers: int,
-    say: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    progress: Progress,
 ) -> None:
     """Put ``sp.model`` and ``dict.txt`` into the work folder: copied, or trained on the inputs."""
     if vocab is not None:
         if lower is False and not Vocabulary.from_folder(vocab).is_cased:
-            say(f"warning: {vocab} has no capitals, so --cased has little effect")
-        folder.copy_vocabulary(Path(vocab))
+            progress.say(f"warning: {vocab} has no capitals, so --cased has little effect")
+        folder.copy_vocabulary(vocab)
         return
     total = text_input.total_bytes(sources)
     before = text_input.bytes_before(sources)
@@ -147,14 +131,13 @@ def _place_vocabulary(
         for chunk, counts in map_in_order(
             WordCounter, (lower,), sample_chunks(sources), num_workers
         ):
-            progress(
-                Progress("counting words", before[chunk.end.source] + chunk.bytes_on_disk, total)
-            )
+            done = before[chunk.end.source] + chunk.bytes_on_disk
+            progress.show("counting words", done, total)
             yield counts
 
     counts = merge_counts(counted())
     if not counts:
         raise UserError("no text in the input to train a vocabulary on")
-    progress(Progress("training the vocabulary", 0, None))
+    progress.say("training the vocabulary")
     train_vocabulary(counts, train_vocab, lower, folder.partial)
     Vocabulary.from_folder(folder.partial)  # raises unless the two files agree

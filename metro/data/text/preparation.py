@@ -1,9 +1,7 @@
 """The items of a corpus on their way to the files: splits, counts, the state to continue from."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,20 +12,12 @@ from metro.data.text.encoding import ChunkEncoder, EncodedChunk
 from metro.data.text.reading import Chunk, ReadPosition, TextSource
 from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
 from metro.utils.seeds import draws
 from metro.utils.worker_pool import map_in_order
 
 CHECKPOINT_SECONDS = 5.0
 _MAX_SKIP_EXAMPLES = 10
-
-
-class Progress(NamedTuple):
-    """How far a step is."""
-
-    step: str
-    done: int
-    total: int | None
-    """Bytes of input on disk; None where that is unknown."""
 
 
 @dataclass
@@ -76,10 +66,8 @@ class Preparation:
         self.train = IndexedFileWriter(folder.partial / "train", self.dtype, state.train)
         self.valid = IndexedFileWriter(folder.partial / "valid", self.dtype, state.valid)
 
-    def encode_all(
-        self, lower: bool, num_workers: int, progress: Callable[[Progress], None]
-    ) -> None:
-        """Encode what is left of the inputs."""
+    def encode_all(self, lower: bool, num_workers: int, progress: Progress) -> None:
+        """Encode the rest of the inputs."""
         total = text_input.total_bytes(self.sources)
         before = text_input.bytes_before(self.sources)
         chunks = text_input.read_chunks(self.sources, self.state.position)
@@ -87,13 +75,14 @@ class Preparation:
         saved = time.monotonic()
         for chunk, encoded in map_in_order(ChunkEncoder, arguments, chunks, num_workers):
             self._add(chunk, encoded)
-            progress(Progress("encoding", before[chunk.end.source] + chunk.bytes_on_disk, total))
+            done = before[chunk.end.source] + chunk.bytes_on_disk
+            progress.show("encoding", done, total)
             if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 self._save()
                 saved = time.monotonic()
         self._save()
 
-    def finish(self, say: Callable[[str], None]) -> dict:
+    def finish(self, progress: Progress) -> dict:
         """See to it that both splits have something, write the indices, and sum up."""
         state = self.state
         if not state.num_text_items:
@@ -106,11 +95,11 @@ class Preparation:
             self._fill_validation()
         for source in self.sources:
             if not state.items_per_source.get(source.name):
-                say(f"warning: {source.name} is empty or has no usable text")
+                progress.say(f"warning: {source.name} is empty or has no usable text")
         if state.skipped:
-            say(f"warning: {self._describe_skips()}")
+            progress.say(f"warning: {self._describe_skips()}")
         for note in state.notes:
-            say(f"note: {note}")
+            progress.say(f"note: {note}")
         counts = {
             "documents": state.num_documents,
             "lines": state.num_text_items,

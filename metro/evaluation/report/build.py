@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from metro.evaluation.report.comparison import Row, Section, compare
 from metro.evaluation.report.figure import standalone
@@ -11,6 +12,7 @@ from metro.evaluation.report.page import page, slug
 from metro.evaluation.report.tables import grid, latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.run_folder import read_run
+from metro.evaluation.settings import ReportSettings
 from metro.models.registry import registered_models
 from metro.utils.files import write_text
 from metro.utils.messages import UserError, counted, percent
@@ -48,11 +50,7 @@ class Report:
 
 
 def report(
-    runs: Sequence[str | Path],
-    out: str | Path = "report",
-    published: Sequence[str] = ("all",),
-    suite: str | None = None,
-    title: str | None = None,
+    runs: ReportSettings | str | Path | Sequence[str | Path], **options: Any
 ) -> Report:
     """Compare runs with each other and with published numbers, and write the report.
 
@@ -60,17 +58,19 @@ def report(
     the figure of each suite as SVG.
 
     Args:
-        runs: run folders of `metro evaluate`, or folders of run folders.
-        out: folder to write into.
-        published: rows to show: all, none, or names of registered models.
-        suite: report only the runs of this suite.
-        title: heading; by default the models and suites.
+        runs: run folders of `metro.evaluate`, or folders of run folders; or complete settings.
+        options: fields of `ReportSettings`, such as ``out`` and ``published``.
 
     Raises:
-        UserError: a folder is not a run, or no run is left.
+        UserError: a folder is not a run, no run is left, or an option is wrong.
     """
-    sections = build_sections(find_runs(runs, out), published, suite)
-    return Report(write_report(sections, out, title), sections)
+    if isinstance(runs, ReportSettings):
+        settings = ReportSettings.of(runs, **options)
+    else:
+        settings = ReportSettings.of(runs=runs, **options)
+    found = find_runs(settings.runs, settings.out)
+    sections = build_sections(found, settings.published, settings.suite)
+    return Report(write_report(sections, settings.out, settings.title), sections)
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:

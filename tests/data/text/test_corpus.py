@@ -16,7 +16,7 @@ from metro.data.text.corpus import prepare_text
 from metro.data.text.preparation import is_validation_document
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
-from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text, silent
+from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text
 
 
 def test_bytes_equal_fairseq_preprocess_on_the_same_lines(text, vocab, tmp_path):
@@ -238,11 +238,11 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
         ([tmp_path / "empty.txt"], {}, ValueError, "no text in the input .*all files are empty"),
         ([tmp_path / "blank.txt"], {}, ValueError, "no text in the input"),
         ([tmp_path / "cut.txt.gz"], {"overwrite": True}, ValueError, "not a complete gzip file"),
-        ([text], {"valid_fraction": 1.0, "overwrite": True}, ValueError, "--valid-fraction is 1.0"),
-        ([text], {"num_workers": 0, "overwrite": True}, ValueError, "--workers is 0"),
-        ([text], {"train_vocab": 100}, ValueError, "either --vocab DIR or --train-vocab N"),
-        ([text], {"vocab": None, "train_vocab": 0}, ValueError, "--train-vocab is 0, .* least 6"),
-        ([text], {"vocab": None, "train_vocab": -5}, ValueError, "--train-vocab is -5, .* least 6"),
+        ([text], {"valid_fraction": 1.0, "overwrite": True}, ValueError, "valid_fraction is 1.0"),
+        ([text], {"num_workers": 0, "overwrite": True}, ValueError, "num_workers is 0"),
+        ([text], {"train_vocab": 100}, ValueError, "either vocab DIR or train_vocab N"),
+        ([text], {"vocab": None, "train_vocab": 0}, ValueError, "train_vocab is 0; use 6"),
+        ([text], {"vocab": None, "train_vocab": -5}, ValueError, "train_vocab is -5; use 6"),
     ]
     for inputs, settings, error, message in cases:
         with pytest.raises(error, match=message):
@@ -260,9 +260,9 @@ def test_finished_folder_is_left_alone_and_other_settings_need_overwrite(text, v
     assert again.was_finished and "already finished" in said
     assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     with pytest.raises(ValueError, match="lower was True and is False.*--overwrite"):
-        prepare([text], out, vocab, lower=False)
+        prepare([text], out, vocab, cased=True)
     (out / "notes.md").write_text("mine")
-    prepare([text], out, vocab, lower=False, valid_fraction=0.2, overwrite=True)
+    prepare([text], out, vocab, cased=True, valid_fraction=0.2, overwrite=True)
     assert {path.name for path in out.iterdir()} == {*ALL_FILES, "prepare_text.json", "notes.md"}
     assert not out.with_name("out.partial").exists()
     (out / "train.bin").write_bytes(b"damaged")
@@ -289,7 +289,12 @@ def test_trained_vocabulary_has_the_published_layout_and_is_the_same_each_time(
     """Oracle: the layout of the published sp.model files."""
     for name, workers in (("a", 1), ("b", 2)):
         prepare_text(
-            [text], tmp_path / name, train_vocab=200, lower=lower, num_workers=workers, say=silent
+            inputs=[text],
+            out=tmp_path / name,
+            train_vocab=200,
+            cased=not lower,
+            num_workers=workers,
+            progress=False,
         )
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     vocabulary = Vocabulary.from_folder(tmp_path / "a")
@@ -309,7 +314,12 @@ def test_vocabulary_size_that_does_not_fit_the_text_is_refused(tmp_path, size, r
     (tmp_path / "small.txt").write_text("some few words\n")
     message = f"vocabulary of {size} pieces on 3 distinct words: {remedy}"
     with pytest.raises(ValueError, match=message):
-        prepare_text([tmp_path / "small.txt"], tmp_path / "out", train_vocab=size, num_workers=1)
+        prepare_text(
+            inputs=[tmp_path / "small.txt"],
+            out=tmp_path / "out",
+            train_vocab=size,
+            num_workers=1,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["small.txt"]
 
 

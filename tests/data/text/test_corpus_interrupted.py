@@ -15,7 +15,7 @@ from metro.data.indexed_file import IndexedFileWriter
 from metro.data.text import preparation
 from metro.data.text import reading as text_input
 from metro.modeling.text_metro_t5 import Vocabulary
-from tests.data.prepared import files_of, items_of, prepare, random_text
+from tests.data.prepared import Said, files_of, items_of, prepare, random_text
 
 RUN = """
 import sys
@@ -24,13 +24,13 @@ from metro.data.text import reading as text_input
 from metro.data.text.corpus import prepare_text
 text_input.CHUNK_BYTES, preparation.CHECKPOINT_SECONDS = 2000, 0
 vocab, out, workers, *inputs = sys.argv[1:]
-prepare_text(inputs, out, vocab=vocab, num_workers=int(workers), valid_fraction=0.1)
+prepare_text(inputs=inputs, out=out, vocab=vocab, num_workers=int(workers), valid_fraction=0.1)
 """
 
 
 def start(inputs, out, vocab, workers) -> subprocess.Popen:
     command = [sys.executable, "-c", RUN, vocab, out, workers, *inputs]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -51,7 +51,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(text, vocab, 
                     process.send_signal(signal.SIGKILL)
                     break
                 time.sleep(0.005)
-        said, _ = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
         resumed += "continuing after" in said
         if process.returncode == 0 or out.exists():  # killed after its last step: complete as well
             break
@@ -70,7 +70,7 @@ def test_kill_in_every_step_of_finishing_is_survived(text, vocab, tmp_path, monk
     few.write_text("a\n\nb c\n\nd\n")
     expected, _ = prepare([few], tmp_path / "expected", vocab, valid_fraction=0.001)
     out = tmp_path / "out"
-    prepare([few], out, vocab, lower=False)  # so that the end has to replace an earlier output
+    prepare([few], out, vocab, cased=True)  # so that the end has to replace an earlier output
 
     class Killed(BaseException):
         pass
@@ -104,20 +104,21 @@ def test_kill_in_every_step_of_finishing_is_survived(text, vocab, tmp_path, monk
         result, _ = prepare([few], out, vocab, valid_fraction=0.001, overwrite=True)
         assert files_of(out) == files_of(expected.folder), f"killed in step {step}"
         assert result.manifest["counts"] == expected.manifest["counts"]
-        prepare([few], out, vocab, lower=False, overwrite=True)
+        prepare([few], out, vocab, cased=True, overwrite=True)
     assert steps > 20
 
 
-def stop_after(num_calls: int):
-    """A progress callback that interrupts after so many calls."""
-    calls = []
+class StopsAfter(Said):
+    """Progress that interrupts after so many calls."""
 
-    def progress(now):
-        calls.append(now)
-        if len(calls) > num_calls:
+    def __init__(self, num_calls: int):
+        super().__init__()
+        self.num_left = num_calls
+
+    def show(self, *state) -> None:
+        self.num_left -= 1
+        if self.num_left < 0:
             raise KeyboardInterrupt
-
-    return progress
 
 
 def test_resuming_with_other_settings_or_changed_input_is_refused(vocab, tmp_path, monkeypatch):
@@ -128,11 +129,11 @@ def test_resuming_with_other_settings_or_changed_input_is_refused(vocab, tmp_pat
     monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", 0)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare([text], out, vocab, progress=stop_after(num_calls=5))
+        prepare([text], out, vocab, progress=StopsAfter(5))
     with pytest.raises(
         ValueError, match="unfinished run that differs: lower was True and is False"
     ):
-        prepare([text], out, vocab, lower=False)
+        prepare([text], out, vocab, cased=True)
     content = text.read_bytes()
     text.write_bytes(content + b"more\n")
     with pytest.raises(ValueError, match=r"input changed on disk: .*text.txt.*--overwrite"):
@@ -153,7 +154,7 @@ def test_interrupted_dataset_continues_at_its_record(vocab, tmp_path, monkeypatc
     monkeypatch.setattr(text_input, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
-        prepare([source], out, vocab, progress=stop_after(num_calls=5))
+        prepare([source], out, vocab, progress=StopsAfter(5))
     result, said = prepare([source], out, vocab)
     assert "continuing after" in said
     assert files_of(result.folder) == files_of(expected.folder)

@@ -1,0 +1,217 @@
+"""Zero-shot evaluation from settings to numbers: `metro.evaluate` and `metro evaluate`.
+
+Wrong settings are refused before torch is imported, which takes seconds.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metro.evaluation.settings import EvaluationSettings
+from metro.evaluation.tasks.suites import Suite, find_suite
+from metro.utils.messages import UserError
+from metro.utils.progress import Progress
+from metro.utils.table import Table
+
+if TYPE_CHECKING:
+    from metro.evaluation.runs.processes import Processes
+    from metro.evaluation.runs.published import PublishedCheck
+    from metro.evaluation.runs.summary import Summary
+    from metro.evaluation.tasks.loading import Sources, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of one model on a suite."""
+
+    folder: Path
+    """Run folder: results, per-example scores, summary."""
+    summary: "Summary"
+    """All numbers: of tasks and prompts, averages and intervals; fractions."""
+    missing: dict[str, str]
+    """Tasks whose data were not found -> reason."""
+    num_new: int
+    """Prompts evaluated in this call; the others were finished before."""
+    published: "PublishedCheck | None"
+    """Comparison with the published numbers, where it was asked for."""
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Task -> mean accuracy over its prompts, as a fraction."""
+        return {name: task.mean for name, task in self.summary.tasks.items()}
+
+    @property
+    def table(self) -> Table:
+        """Tasks in rows, numbers in percent; readable as text and in a notebook."""
+        return self.summary.table()
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
+
+def evaluate(
+    model: str | EvaluationSettings, *, progress: bool | Progress = True, **options: Any
+) -> Evaluation:
+    """Evaluate a model zero-shot by ranking the answer choices of every prompt.
+
+    An interrupted run is resumed by the same call, a narrowed one extended.
+
+    Args:
+        model: registered name, hub id, Hugging Face folder or fairseq checkpoint (``.pt``); or
+            complete settings.
+        progress: show progress on stderr.
+        options: fields of `EvaluationSettings`, such as ``suite``, ``data_dir``, ``limit``.
+
+    Raises:
+        UserError: a setting is wrong, or the data of no task were found.
+    """
+    if isinstance(model, EvaluationSettings):
+        settings = EvaluationSettings.of(model, **options)
+    else:
+        settings = EvaluationSettings.of(models=[model], **options)
+    if len(settings.models) != 1:
+        raise UserError("metro.evaluate takes one model; call it once for each")
+    with Progress.of(progress) as shown:
+        [evaluation] = evaluate_models(settings, shown)
+    return evaluation
+
+
+def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterator[Evaluation]:
+    """Evaluate one model after the other, on data that are loaded once.
+
+    Raises:
+        UserError: see `evaluate`.
+    """
+    suite = find_suite(settings.suite)
+    chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
+    check_models(settings, suite)
+    from metro.evaluation.tasks.loading import Sources, load_tasks
+
+    sources = Sources(
+        settings.data_dir,
+        settings.templates,
+        settings.bigbench_dir,
+        settings.split,
+        settings.limit,
+        settings.instruction_text,
+        settings.label_words,
+        settings.seed,
+    )
+    tasks, missing = load_tasks(chosen, sources)
+    if not tasks:
+        first = next(iter(missing.values()), "no prompt is left")
+        raise UserError(f"no task of {suite.name} can be evaluated: {first}")
+    from metro.evaluation.runs.processes import join_processes  # and torch with it
+
+    processes = join_processes(settings.device)
+    try:
+        for model in settings.models:
+            yield _evaluate_model(
+                model, settings, suite, tasks, missing, sources, processes, progress
+            )
+    finally:
+        processes.close()
+
+
+def check_models(settings: EvaluationSettings, suite: Suite) -> None:
+    """Refuse models that do not exist, or have no published numbers to check."""
+    from metro.evaluation.runs.published import published_values
+    from metro.models.registry import registered_model
+    from metro.models.source import model_source
+
+    for name in settings.models:
+        model_source(name)
+        if settings.check_published:
+            registered = registered_model(name)
+            published_values(registered, suite.name, settings.method_of(name))
+
+
+def _evaluate_model(
+    name: str,
+    settings: EvaluationSettings,
+    suite: Suite,
+    tasks: "list[Task]",
+    missing: dict[str, str],
+    sources: "Sources",
+    processes: "Processes",
+    progress: Progress,
+) -> Evaluation:
+    from metro.evaluation.runs import runner
+    from metro.evaluation.runs.published import check_published
+    from metro.evaluation.runs.run_folder import RunFolder, read_run
+    from metro.evaluation.runs.summary import summarize, write_summary
+    from metro.evaluation.tasks.protocol import choose_protocol
+    from metro.fuse import fuse
+    from metro.modeling.configuration_metro_t5 import MetroT5Config
+    from metro.models.loading import load
+    from metro.models.registry import find_registered
+
+    registered = find_registered(name)
+    method = settings.method_of(name)
+    progress.say(f"loading {name}")
+    model, tokenizer = load(
+        name,
+        dtype=settings.dtype,
+        device=processes.device,
+        attn_implementation=settings.attention,
+        vocab=settings.vocab,
+    )
+    is_cuda = processes.device.type == "cuda"
+    if is_cuda and isinstance(model.config, MetroT5Config):
+        fuse(model)  # on the CPU packed_scoring.py does more
+    batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
+    scoring = runner.Settings(method, settings.normalization, batch_tokens)
+    protocol = choose_protocol(
+        settings.protocol or (registered.family if registered else None),
+        model.config,
+        method,
+        max_source_length=settings.max_source_length,
+        max_target_length=settings.max_target_length,
+    )
+    path = settings.out / settings.folder_name(name)
+    folder = None
+    if processes.is_first:
+        if settings.overwrite and (path / "run.json").is_file():
+            shutil.rmtree(path)
+        info = runner.run_info(
+            name,
+            registered.name if registered else None,
+            model,
+            suite,
+            sources,
+            protocol,
+            scoring,
+            runner.environment_versions(),
+        )
+        folder = RunFolder(path, info)
+    progress.say(f"{name} on {suite.title}, method {method}, into {path}")
+    progress.say(f"protocol {protocol.describe()}")
+    outcome = runner.evaluate(
+        model,
+        tokenizer,
+        tasks,
+        folder,
+        suite.name,
+        protocol,
+        scoring,
+        processes,
+        progress,
+    )
+    summary = None
+    if folder is not None:
+        summary = summarize(read_run(path))
+        write_summary(summary, path / "summary.json")
+    summary = processes.from_first(summary)
+    if outcome.num_new == 0:
+        progress.say("all prompts were finished before; nothing was computed")
+    published = None
+    if settings.check_published and registered:
+        published = check_published(summary, registered, settings.tolerance)
+    return Evaluation(path, summary, missing, outcome.num_new, published)

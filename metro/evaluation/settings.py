@@ -1,0 +1,146 @@
+"""Settings of `metro evaluate` and `metro.evaluate`. Nothing heavy is imported here."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from metro.data.prompts.instruction import INSTRUCTION_TEXTS
+from metro.evaluation.tasks.label_generalization import LABEL_WORDS
+from metro.evaluation.tasks.protocol import PROTOCOLS
+from metro.models.registry import METHODS, find_registered
+from metro.utils.messages import UserError
+from metro.utils.settings import Settings, option
+
+NORMALIZATIONS = ("sum", "mean", "calibrated")
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings(Settings):
+    """Options of an evaluation."""
+
+    models: list[str] = option(
+        help="Registered names, hub ids, Hugging Face folders, fairseq checkpoints (.pt).",
+        positional=True,
+        metavar="MODEL...",
+    )
+    suite: str = option(
+        "t0", "t0, flipped14, bigbench, label_generalization, mmlu, or a file .yaml."
+    )
+    out: Path = option("results", "A folder per run is made in it.")
+    method: str | None = option(
+        None, "Default: the method the model was trained for.", choices=METHODS
+    )
+    protocol: str | None = option(
+        None, "Special tokens and lengths; default: the model's.", choices=tuple(PROTOCOLS)
+    )
+    tasks: list[str] | None = option(None, "Only this task; may be repeated.", flag="--task")
+    prompts: list[str] | None = option(None, "Only this prompt; may be repeated.", flag="--prompt")
+    limit: int | None = option(None, "Rows of each task, evenly spread.", least=1)
+    split: str | None = option(None, "Instead of the suite's split.")
+    data_dir: Path | None = option(None, "Local data: <dataset>/<subset or default>/<split>.jsonl.")
+    templates: Path | None = option(None, "A promptsource tree; default: the one that was fetched.")
+    bigbench_dir: Path | None = option(
+        None, "<task>/task.json of BIG-bench; default: bigbench in --data-dir."
+    )
+    normalization: str = option(
+        "sum", "sum (published), mean (per token), or calibrated.", choices=NORMALIZATIONS
+    )
+    instruction_text: str = option("published", "For method flipped.", choices=INSTRUCTION_TEXTS)
+    label_words: str = option("words", "For label_generalization.", choices=LABEL_WORDS)
+    max_source_length: int | None = option(None, "Tokens; default: the model family's.")
+    max_target_length: int | None = option(None, "Tokens; default: the model family's.")
+    vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    attention: str | None = option(
+        None, "Implementation; default: the model's.", choices=("sdpa", "eager")
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1; default: a GPU.")
+    batch_tokens: int | None = option(
+        None, "Tokens of a batch; changes speed and memory only.", least=1
+    )
+    seed: int = option(0, "Of templates that draw at random.")
+    run_name: str | None = option(None, "The run's folder in --out; default: MODEL-METHOD-SUITE.")
+    check_published: bool = option(
+        False, "Fail if a registered model misses its published accuracy."
+    )
+    tolerance: float = option(1.0, "Percentage points per task for --check-published.", least=0)
+    overwrite: bool = option(False, "Delete a run of the same name instead of resuming it.")
+
+    def check(self) -> None:
+        """Refuse names of run folders that are wrong or would be shared."""
+        if not self.models:
+            raise UserError("no model to evaluate: name at least one")
+        if self.run_name and len(self.models) > 1:
+            raise UserError("run_name names one run, but there are several models; leave it out")
+        if self.run_name and Path(self.run_name).name != self.run_name:
+            raise UserError(f"run_name is {self.run_name!r}; use a name without slashes")
+        if self.check_published and self.limit is not None:
+            raise UserError("check_published needs all rows: leave limit out")
+        folders: dict[str, str] = {}
+        for name in self.models:
+            folder = self.folder_name(name)
+            if folder in folders:
+                raise UserError(
+                    f"models {folders[folder]} and {name} would share the run folder {folder}; "
+                    "evaluate them one at a time, each with a run_name of its own"
+                )
+            folders[folder] = name
+
+    def method_of(self, model: str) -> str:
+        """The method that a model is evaluated with."""
+        registered = find_registered(model)
+        return self.method or (registered.method if registered else "direct")
+
+    def folder_name(self, model: str) -> str:
+        """Name of a run's folder."""
+        suite = Path(self.suite).stem
+        return self.run_name or f"{short_name(model)}-{self.method_of(model)}-{suite}"
+
+
+def short_name(model: str) -> str:
+    """A folder name for a model: the last parts of a path or hub id."""
+    path = Path(model.rstrip("/"))
+    parts = path.parts[-2:] if path.suffix == ".pt" else path.parts[-1:]
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", "_".join(parts).removesuffix(".pt")).strip("._")
+
+
+@dataclass(kw_only=True)
+class ReportSettings(Settings):
+    """Options of a report."""
+
+    runs: list[Path] = option(
+        help="Run folders of `metro evaluate`, or folders that hold some.",
+        positional=True,
+        metavar="RUN...",
+    )
+    out: Path = option("report", "Folder to write into.")
+    published: list[str] = option(
+        ["all"], "Published rows to show: all, none, or names of `metro models`."
+    )
+    suite: str | None = option(None, "Only the runs of this suite.")
+    title: str | None = option(None, "Heading of the report.")
+
+
+@dataclass(kw_only=True)
+class FlipSettings(Settings):
+    """Options of FLIPPED on one input."""
+
+    model: str = option(
+        help="Registered name, hub id, folder or .pt file.", positional=True, metavar="MODEL"
+    )
+    input: str = option(
+        help="The input instance; <extra_id_0>, <extra_id_1>... for the instruction."
+    )
+    options: list[str] = option(
+        help='Answer choices; --options "Positive" "Negative", or --options twice.',
+        rest="[OPTION]...",
+    )
+    instruction: str | None = option(
+        None,
+        'The instruction, "<extra_id_0> Title: <extra_id_1> Review:"; without it the instruction '
+        "that each option suggests decides.",
+    )
+    vocab: str | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    device: str | None = option(None, "cpu, cuda, cuda:1; default: cpu.")
+    max_new_tokens: int = option(64, "Of the generated instructions.", least=1)
