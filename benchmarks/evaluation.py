@@ -40,7 +40,7 @@ from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import METHODS, RankClassifier
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.suites import find_suite
-from metro.fuse import fuse
+from metro.fusion import fuse
 
 SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
 BATCH = 8

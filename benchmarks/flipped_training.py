@@ -34,7 +34,7 @@ def build_model(kind: str):
     sizes = dict(d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, vocab_size=NUM_WORDS)
     ids = dict(pad_token_id=PAD, eos_token_id=START, decoder_start_token_id=START, dropout_rate=0.0)
     if kind == "METRO-T5":
-        from metro.fuse import fuse
+        from metro.fusion import fuse
         from metro.modeling.configuration_metro_t5 import MetroT5Config
         from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import measure_isolated, print_table, write_results
 from benchmarks.plain_pretraining import make_plain, plain_loss
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective

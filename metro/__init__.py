@@ -1,5 +1,16 @@
 """METRO: pretraining of T5-style models with signals from an auxiliary model.
 
+The whole work as functions, each of which takes the options of its command as keywords:
+
+    import metro
+
+    metro.prepare_text(inputs=["book.txt"], out="data", train_vocab=8000)
+    metro.prepare_prompts(mixture="t0", out="prompts")
+    metro.finetune(model="metro_t0_base", data="prompts", output_dir="finetuned")
+    metro.generate("finetuned", ["Is the sky blue?"])
+    evaluation = metro.evaluate("finetuned", suite="t0", limit=100)
+    metro.report(evaluation.folder, out="report")
+
 `import metro` is instant: the public names below are imported on first use.
 """
 
@@ -9,14 +20,22 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _PUBLIC: dict[str, str] = {
+    "load": "metro.models.loading",
+    "generate": "metro.models.generation",
+    "prepare_text": "metro.data.text.corpus",
+    "prepare_prompts": "metro.data.prompts.prepare",
+    "finetune": "metro.finetuning.run",
+    "evaluate": "metro.evaluation.evaluate",
+    "report": "metro.evaluation.report.build",
+    "fuse": "metro.fusion",
+    "LoadedModel": "metro.models.loading",
     "MetroT5Config": "metro.modeling.configuration_metro_t5",
     "MetroT5EncoderModel": "metro.modeling.modeling_metro_t5",
     "MetroT5ForConditionalGeneration": "metro.modeling.modeling_metro_t5",
     "MetroT5Tokenizer": "metro.modeling.tokenization_metro_t5",
     "MetroPretrainingModel": "metro.pretraining.model",
-    "load": "metro.models.loading",
-    "LoadedModel": "metro.models.loading",
     "register": "metro.models.auto_classes",
+    "UserError": "metro.utils.messages",
 }
 
 __all__ = ["__version__", *_PUBLIC]

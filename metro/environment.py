@@ -47,7 +47,7 @@ PARTS = [
     Part("jinja2", "prompt templates"),
     Part("pyyaml", "configurations", module="yaml"),
     Part("matplotlib", "plots"),
-    Part("typer", "command line"),
+    Part("click", "command line"),
     Part("rich", "tables and progress"),
     Part("fairseq-fixed", "pretraining", "fairseq", module="fairseq"),
     Part("accelerate", "finetuning", "train"),

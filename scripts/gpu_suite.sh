@@ -6,7 +6,7 @@
 # WHEELS   wheels to use beside what PYTHON has. They go to a temporary folder: nothing is installed for
 #          good. PYTHON has torch and NumPy; wheels are needed for what else it lacks of
 #            device, tests, pretraining: transformers tokenizers huggingface_hub safetensors regex pyyaml
-#              filelock packaging requests httpx tqdm typer rich click jinja2 sentencepiece matplotlib pytest
+#              filelock packaging requests httpx tqdm rich click jinja2 sentencepiece matplotlib pytest
 #            prepare_text, prompt_data and the tests of fairseq-train, in addition: fairseq-fixed (built with
 #              READTHEDOCS=1) hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker
 #              tabulate colorama lxml scikit-learn scipy joblib threadpoolctl tensorboard
@@ -77,7 +77,7 @@ if [ -n "${WHEELS:-}" ]; then
     PATH=$SCRATCH/site/bin:$PATH
 fi
 
-METRO="torch numpy transformers sentencepiece safetensors jinja2 yaml matplotlib typer rich"
+METRO="torch numpy transformers sentencepiece safetensors jinja2 yaml matplotlib click rich"
 benchmarks=$(for file in $(grep -l write_results benchmarks/*.py); do
     basename "$file" .py
 done | grep -vx common)

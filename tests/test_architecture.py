@@ -23,21 +23,21 @@ MAY_IMPORT = {
     "environment": {"utils"},
     "modeling": set(),
     "ops": set(),
-    "fuse": {"modeling", "ops"},
+    "fusion": {"modeling", "ops"},
     "data": {"utils", "modeling"},
-    "pretraining": {"utils", "modeling", "ops", "fuse", "data"},
+    "pretraining": {"utils", "modeling", "ops", "fusion", "data"},
     "models": {"utils", "modeling", "ops", "data", "pretraining"},
     "conversion": {"utils", "modeling", "data", "pretraining", "models"},
     "finetuning": {
         "utils",
         "modeling",
         "ops",
-        "fuse",
+        "fusion",
         "data",
         "models",
         "conversion",
     },
-    "evaluation": {"utils", "modeling", "ops", "fuse", "data", "models"},
+    "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

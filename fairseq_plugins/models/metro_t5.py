@@ -10,7 +10,7 @@ from fairseq_plugins.models._options import (
     check_vocabulary,
     metro_t5_config,
 )
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.configuration import (
     RTD_HEADS,

@@ -11,7 +11,7 @@ from fairseq_plugins.models._options import (
     metro_t5_config,
 )
 from metro.finetuning.losses import LossOptions, batch_loss
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 

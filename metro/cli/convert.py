@@ -43,14 +43,14 @@ def convert_to_hf(
 
     Takes checkpoints of this project and of the original METRO-T0 code.
     """
-    from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.data.text.vocabulary import read_vocabulary
     from metro.models.source import check_file
     from metro.utils.files import check_output
 
     check_output(out, overwrite, (checkpoint,))  # here too, before seconds of imports
     check_file(checkpoint)
     if vocab:
-        Vocabulary.from_folder(vocab)
+        read_vocabulary(vocab)
     from metro.conversion.fairseq_to_hf import to_hf
     from metro.models.loading import resolve_dtype
 

@@ -31,7 +31,7 @@ def generate(
     MODEL is a registered name, a hub id, a folder, or a checkpoint .pt; TEXT - reads one text per
     line from stdin. One answer per line, in the order of the texts; an empty line stays empty.
     """
-    from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.data.text.vocabulary import read_vocabulary
     from metro.models.source import model_source
     from metro.utils.files import check_output
 
@@ -40,7 +40,7 @@ def generate(
         check_output(output, overwrite)
     place = model_source(model)
     if settings.vocab:
-        Vocabulary.from_folder(settings.vocab)
+        read_vocabulary(settings.vocab)
     hub = "" if Path(place).exists() else f" ({place} on the Hugging Face hub)"
     with Progress() as progress, open_output(output, overwrite) as write:
         progress.say(f"loading {model}{hub}")

@@ -148,7 +148,7 @@ def _evaluate_model(
     from metro.evaluation.runs.run_folder import RunFolder, read_run
     from metro.evaluation.runs.summary import summarize, write_summary
     from metro.evaluation.tasks.protocol import choose_protocol
-    from metro.fuse import fuse
+    from metro.fusion import fuse
     from metro.modeling.configuration_metro_t5 import MetroT5Config
     from metro.models.loading import load
     from metro.models.registry import find_registered

@@ -113,12 +113,12 @@ def check_sources(settings: FinetuningSettings) -> None:
     """
     from metro.data.prompts.mixtures import find_mixture
     from metro.data.prompts.stored import read_manifest
-    from metro.modeling.text_metro_t5 import Vocabulary
+    from metro.data.text.vocabulary import read_vocabulary
     from metro.models.source import model_source
 
     model_source(settings.model)
     if settings.vocab:
-        Vocabulary.from_folder(settings.vocab)
+        read_vocabulary(settings.vocab)
     if Path(settings.data).is_dir():
         read_manifest(settings.data)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metro.data.prepared_folder import PROMPTS_MANIFEST, TEXT_MANIFEST
+from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import DICT_FILE, SPM_FILE, VOCABULARY_FILES, Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.utils.messages import UserError
@@ -71,7 +72,7 @@ def build_tokenizer(
         UserError: the vocabulary is not the one that the model was trained with.
     """
     folder = Path(folder)
-    vocabulary = Vocabulary.from_folder(folder)
+    vocabulary = read_vocabulary(folder)
     num_sentinels = vocab_size - len(vocabulary)
     if num_sentinels < 0 or tokens_per_sample not in (None, num_sentinels):
         sentinels = "" if tokens_per_sample is None else f" and {tokens_per_sample} sentinels"

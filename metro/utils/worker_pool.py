@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from metro.utils.messages import UserError
+
 _CHUNKS_PER_WORKER = 2
+
 _function: Callable | None = None  # of this worker process
 
 
@@ -53,9 +56,9 @@ def map_in_order(
             item, future = pending.popleft()
             yield item, future.result()
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process died, perhaps for want of memory; run the same command again with "
-            "fewer --workers to continue"
+        raise UserError(
+            "a worker process died, perhaps out of memory; run the same command again with fewer "
+            "--workers to resume"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

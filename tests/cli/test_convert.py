@@ -21,7 +21,7 @@ def test_there_and_back(testdata, tmp_path):
     folder, back = tmp_path / "model", tmp_path / "back.pt"
     done = metro_convert("to-hf", checkpoint, "--out", folder, "--vocab", vocab, "--keep-auxiliary")
     assert "371,456 parameters in float32" in done.output
-    assert "folds capitals" in done.output and "auxiliary" not in done.output.split("note:")[0]
+    assert "lowercases" in done.output and "auxiliary" not in done.output.split("note:")[0]
     done = metro_convert("to-fairseq", folder, "--out", back)
     assert "auxiliary model" in done.output and "original parameter names" in done.output
     assert f"vocabulary: stays in {folder}" in " ".join(done.output.split("\n"))
@@ -61,5 +61,5 @@ def test_mistakes_are_errors_of_the_user(testdata, tmp_path):
         (("to-fairseq", tmp_path / "taken", "--out", tmp_path / "x.pt"), "config.json"),
     ):
         done = metro_convert(*arguments, code=1)
-        assert isinstance(done.exception, ValueError) and word in str(done.exception)
+        assert isinstance(done.exception, UserError) and word in str(done.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

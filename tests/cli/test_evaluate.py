@@ -67,7 +67,7 @@ def test_a_run_leaves_results_summary_and_what_was_run(whole_run, model):
         "protocol metro",
         "colour / plain:",
         "average of 2",
-        "left out for want of data, 1 task:",
+        "skipped, data not found, 1 task:",
     ):
         assert word in done.output
 

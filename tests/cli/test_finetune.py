@@ -35,22 +35,6 @@ def test_every_setting_is_an_option_and_explained(monkeypatch):
     assert "flipped_3b" in text
 
 
-def test_options_reach_the_run_and_the_command_line_comes_first(tmp_path, monkeypatch):
-    """Oracle: what is written on the command line and in the file."""
-    seen = []
-    monkeypatch.setattr(FinetuningSettings, "combine", lambda *given: seen.append(given) or 1 / 0)
-    run("--config", "c.yaml", "--batch-size", "3", "--dataset", "a", "--dataset", "b/c",
-        "--gradient-checkpointing", "--adam-betas", "0.9", "--adam-betas", "0.98")  # fmt: skip
-    (config, given), *_ = seen
-    assert config == Path("c.yaml")
-    assert {name: value for name, value in given.items() if value is not None} == {
-        "batch_size": 3,
-        "dataset": ["a", "b/c"],
-        "gradient_checkpointing": True,
-        "adam_betas": [0.9, 0.98],
-    }
-
-
 def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path):  # noqa: F811
     options = {
         "model": str(t5_folder),

@@ -37,7 +37,7 @@ def test_what_is_not_there_is_a_table_and_not_a_failure(world, tmp_path):
     out = tmp_path / "out"
     done = prepare(world, "--out", str(out), "--data-dir", str(tmp_path / "data"), "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "not to be had" in done.stderr and "two/sub" in done.stderr
+    assert "not available" in done.stderr and "two/sub" in done.stderr
     assert "Traceback" not in done.stderr
     assert "dropped 2: label out of range of the answer choices (first: one, 'ask', row 0" in (
         done.stderr

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.ops.adamw import adamw_step
 from metro.pretraining.configuration import MetroPretrainingConfig

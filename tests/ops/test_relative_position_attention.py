@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metro.fuse import fuse, fused_attend
+from metro.fusion import fuse, fused_attend
 from metro.modeling.attention_metro_t5 import Attention
 from metro.modeling.layers_metro_t5 import FeedForward
 from metro.ops import relative_position_attention as op

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import fairseq_plugins
 from fairseq_plugins.models import metro_t5
 from fairseq_plugins.tasks._pretraining import PretrainingTask
-from metro.fuse import fused_attend
+from metro.fusion import fused_attend
 from metro.modeling.attention_metro_t5 import Attention
 from tests.plugins.conftest import configure
 

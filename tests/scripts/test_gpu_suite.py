@@ -30,7 +30,7 @@ class cuda:
     get_device_name = staticmethod(lambda: "a GPU")
 __version__ = "2.11.0"
 """
-PACKAGES = "numpy transformers sentencepiece safetensors jinja2 yaml matplotlib typer rich pytest"
+PACKAGES = "numpy transformers sentencepiece safetensors jinja2 yaml matplotlib click rich pytest"
 
 
 @pytest.fixture

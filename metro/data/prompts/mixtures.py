@@ -175,7 +175,7 @@ def _read_mixture(path: Path) -> Mixture:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"no mixture file {path}")
+        raise UserError(f"no mixture file {path}")
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -12,6 +12,7 @@ from metro.data.prompts.instruction import INSTRUCTION_TEXTS
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sources import PartPlan, PromptSources, Unavailable
 from metro.data.prompts.templates import TemplateTree, find_templates
+from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 
@@ -107,7 +108,7 @@ def read_settings(
     rendering = ExampleSettings(
         seed, instruction_text, found.fold_whitespace, min_choices, can_flip
     )
-    vocabulary = Vocabulary.from_folder(vocab) if vocab else None
+    vocabulary = read_vocabulary(vocab) if vocab else None
     return PromptSettings(found, sources, format, vocabulary, rendering, lower)
 
 

@@ -19,6 +19,7 @@ from metro.data.text.reading import TextSource
 from metro.data.text.settings import PrepareTextSettings
 from metro.data.text.vocabulary import (
     merge_counts,
+    read_vocabulary,
     sample_chunks,
     train_vocabulary,
 )
@@ -69,9 +70,7 @@ def _prepare(options: PrepareTextSettings, progress: Progress) -> PreparedText:
     settings = {
         "format": FORMAT_VERSION,
         "inputs": [source.fingerprint() for source in sources],
-        "vocab": _vocabulary_digest(Vocabulary.from_folder(vocab))
-        if vocab
-        else f"train {train_vocab}",
+        "vocab": _vocabulary_digest(read_vocabulary(vocab)) if vocab else f"train {train_vocab}",
         "lower": lower,
         "valid_fraction": options.valid_fraction,
     }
@@ -120,7 +119,7 @@ def _place_vocabulary(
 ) -> None:
     """Put ``sp.model`` and ``dict.txt`` into the work folder: copied, or trained on the inputs."""
     if vocab is not None:
-        if lower is False and not Vocabulary.from_folder(vocab).is_cased:
+        if lower is False and not read_vocabulary(vocab).is_cased:
             progress.say(f"warning: {vocab} has no capitals, so --cased has little effect")
         folder.copy_vocabulary(vocab)
         return
@@ -140,4 +139,4 @@ def _place_vocabulary(
         raise UserError("no text in the input to train a vocabulary on")
     progress.say("training the vocabulary")
     train_vocabulary(counts, train_vocab, lower, folder.partial)
-    Vocabulary.from_folder(folder.partial)  # raises unless the two files agree
+    read_vocabulary(folder.partial)  # raises unless the two files agree

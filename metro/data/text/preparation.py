@@ -10,7 +10,8 @@ from metro.data.prepared_folder import PreparedFolder
 from metro.data.text import reading as text_input
 from metro.data.text.encoding import ChunkEncoder, EncodedChunk
 from metro.data.text.reading import Chunk, ReadPosition, TextSource
-from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
+from metro.data.text.vocabulary import read_vocabulary
+from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from metro.utils.seeds import draws
@@ -61,7 +62,7 @@ class Preparation:
         fraction: float,
     ):
         self.folder, self.sources, self.state, self.fraction = folder, sources, state, fraction
-        self.vocab_size = len(Vocabulary.from_folder(folder.partial))
+        self.vocab_size = len(read_vocabulary(folder.partial))
         self.dtype = best_dtype(self.vocab_size)
         self.train = IndexedFileWriter(folder.partial / "train", self.dtype, state.train)
         self.valid = IndexedFileWriter(folder.partial / "valid", self.dtype, state.valid)

@@ -117,7 +117,7 @@ def open_sources(names: list[str]) -> list[TextSource]:
     sources = [TextSource(str(name)) for name in names]
     paths = [Path(source.name) for source in sources if not source.is_dataset]
     if missing := [str(path) for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"no such input file: {', '.join(missing)}")
+        raise UserError(f"no such input file: {', '.join(missing)}")
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise UserError(f"input is a folder, name the files in it: {', '.join(folders)}")
     for path in paths:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from metro.data.text.reading import TextSource, read_chunks, total_bytes
-from metro.modeling.text_metro_t5 import DICT_FILE, NUM_SPECIAL_IDS, SPM_FILE
+from metro.modeling.text_metro_t5 import DICT_FILE, NUM_SPECIAL_IDS, SPM_FILE, Vocabulary
 from metro.utils.messages import UserError
 
 SAMPLE_BYTES = 256 << 20
@@ -20,6 +20,18 @@ MAX_WORDS = 4_000_000
 _COVERAGE = {"nmt_nfkc_cf": 0.999995, "nmt_nfkc": 0.999999}  # of the published 32k and 64k models
 _LEAST_COVERAGE = 0.98  # that SentencePiece takes
 _NUM_THREADS = 8  # sums depend on it, so it is fixed whatever the machine has
+
+
+def read_vocabulary(folder: str | Path) -> Vocabulary:
+    """Read ``sp.model`` and ``dict.txt`` of a folder that a user named.
+
+    Raises:
+        UserError: one of them is missing, damaged, or does not belong to the other.
+    """
+    try:
+        return Vocabulary.from_folder(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
 
 
 def sample_chunks(sources: list[TextSource], sample_bytes: int = SAMPLE_BYTES):

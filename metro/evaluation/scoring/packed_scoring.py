@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from metro.evaluation.scoring.pair_batches import Batch
 from metro.evaluation.scoring.target_projection import DecodedRows
-from metro.fuse import fused_feed_forward
+from metro.fusion import fused_feed_forward
 from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration

@@ -232,7 +232,7 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random_text(5, 50).encode())[:-20])
     out = tmp_path / "out"
     cases = [
-        ([tmp_path / "nowhere.txt", text], {}, FileNotFoundError, "no such input file: .*nowhere"),
+        ([tmp_path / "nowhere.txt", text], {}, UserError, "no such input file: .*nowhere"),
         ([tmp_path], {}, ValueError, "is a folder"),
         ([], {}, ValueError, "no input"),
         ([tmp_path / "empty.txt"], {}, ValueError, "no text in the input .*all files are empty"),

@@ -15,6 +15,7 @@ from metro.data.indexed_file import IndexedFileWriter
 from metro.data.text import preparation
 from metro.data.text import reading as text_input
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.messages import UserError
 from tests.data.prepared import Said, files_of, items_of, prepare, random_text
 
 RUN = """
@@ -198,5 +199,5 @@ def test_dead_worker_is_reported_not_waited_for(text, vocab, tmp_path, monkeypat
     monkeypatch.setattr(
         "metro.data.text.encoding.normalize_text", lambda *_: signal.raise_signal(9)
     )
-    with pytest.raises(RuntimeError, match="a worker process died.*same command"):
+    with pytest.raises(UserError, match="a worker process died.*same command"):
         prepare([text], tmp_path / "out", vocab, num_workers=2)

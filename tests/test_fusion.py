@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.modeling.attention_metro_t5 import Attention
 from metro.modeling.layers_metro_t5 import AttentionLayer
 from metro.ops import packed_linear

@@ -1,0 +1,57 @@
+"""Settings of `metro prepare-prompts` and `metro.prepare_prompts`. Nothing heavy is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from metro.data.prompts.instruction import INSTRUCTION_TEXTS
+from metro.utils.settings import Settings, option
+
+
+@dataclass(kw_only=True)
+class PreparePromptsSettings(Settings):
+    """Options of turning datasets and prompt templates into finetuning data."""
+
+    mixture: str = option(
+        help="t0, t0p, t0pp, t0_train_eval, flipped, or a FILE.yaml.", flag="--mixture,-m"
+    )
+    out: Path | None = option(None, "Folder to make. It appears when it is complete.")
+    vocab: Path | None = option(None, "Folder with sp.model and dict.txt: makes ids, for fairseq.")
+    format: str | None = option(
+        None, "Default: fairseq if there is a --vocab.", choices=("fairseq", "jsonl")
+    )
+    data_dir: Path | None = option(
+        None, "Local rows, DIR/DATASET/SUBSET/SPLIT.jsonl, in place of the hub."
+    )
+    templates: Path | None = option(
+        None, "promptsource tree; default: METRO_TEMPLATES, else the fetched one."
+    )
+    datasets: list[str] | None = option(
+        None,
+        "Only this dataset of the mixture, as super_glue/rte; repeatable.",
+        flag="--dataset",
+    )
+    source: str = option(
+        "templates", "p3: prompts that bigscience/P3 has rendered.", choices=("templates", "p3")
+    )
+    validation: str = option(
+        "published",
+        "Tasks to validate on: published, all of the mixture, or none.",
+        choices=("published", "all", "none"),
+    )
+    limit: int | None = option(
+        None, "At most N rows of a dataset and side, spread evenly.", metavar="N", least=1
+    )
+    valid_limit: int | None = option(
+        None, "The same for validation; default: --limit.", metavar="N", least=1
+    )
+    seed: int = option(0, "Of templates that draw at random.")
+    instruction_text: str = option(
+        "published",
+        "FLIPPED: published, or rendered (without branches not taken).",
+        choices=INSTRUCTION_TEXTS,
+    )
+    cased: bool = option(False, "Keep capitals, or lowercase (fairseq).", flag="--cased/--uncased")
+    num_workers: int | None = option(
+        None, "Processes; default: all cores.", flag="--workers", least=1
+    )
+    overwrite: bool = option(False, "Replace a result made with other settings.")

@@ -1,0 +1,145 @@
+"""Commands built from settings: what is typed, written in YAML or passed in Python is the same.
+
+Oracle: the settings object put together by hand.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from metro.cli.main import COMMANDS, load_command
+from metro.cli.options import settings_command
+from metro.utils.messages import UserError
+from metro.utils.settings import Settings, option
+
+
+@dataclass(kw_only=True)
+class CountSettings(Settings):
+    """Options of a command that does not exist."""
+
+    model: str = option(help="Model.", positional=True)
+    inputs: list[str] = option(help="Files.", flag="--input,-i", rest="[FILE]...")
+    unit: str = option("lines", "Unit of the count.", choices=("lines", "tokens"))
+    betas: list[float] = option([0.9, 0.99], "Two numbers.")
+    limit: int | None = option(None, "At most so many.", least=1)
+    rate: float = option(1e-3, "Rate.")
+    cased: bool = option(False, "Keep capitals.", flag="--cased/--uncased")
+    save: bool = option(True, "Save it.")
+    out: Path | None = option(None, "Folder.")
+
+
+@pytest.fixture
+def call():
+    seen = []
+
+    def count(settings: CountSettings, verbose: bool) -> None:
+        """Count something."""
+        seen.append((settings, verbose))
+
+    command = settings_command(
+        count,
+        CountSettings,
+        example="metro count m",
+        extra=[click.Option(["--verbose"], is_flag=True)],
+    )
+
+    def run(*arguments: str):
+        done = CliRunner().invoke(command, [*map(str, arguments)])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return seen.pop() if seen else done
+
+    return run
+
+
+def test_the_three_ways_give_the_same_settings(call, tmp_path):
+    values = dict(model="m", inputs=["a", "b", "c"], unit="tokens", betas=[0.5, 0.6],
+                  limit=3, rate=5e-5, cased=True, save=False, out="x")  # fmt: skip
+    expected = CountSettings(**values)
+    assert expected.out == Path("x") and expected.rate == 0.00005
+    typed, verbose = call(
+        *"--unit tokens --betas 0.5 --betas 0.6 --limit 3 --rate 5e-5 --cased --no-save".split(),
+        *"--out x --verbose -i a --input b m c".split(),
+    )
+    assert typed == expected and verbose
+    (tmp_path / "c.yaml").write_text(
+        "model: m\ninputs: [a, b, c]\nunit: tokens\nbetas: [0.5, 0.6]\nlimit: 3\n"
+        "rate: 5e-5\ncased: true\nsave: false\nout: x\n"
+    )
+    assert call("--config", tmp_path / "c.yaml")[0] == expected
+    changed, _ = call("--config", tmp_path / "c.yaml", "--limit", "4", "--uncased", "k")
+    assert (changed.limit, changed.cased, changed.model) == (4, False, "k")
+    assert CountSettings.of(expected, limit=4).limit == 4 and expected.limit == 3
+
+
+def test_what_is_not_given_keeps_its_default(call):
+    settings, _ = call("m", "--input", "a")
+    assert settings == CountSettings(model="m", inputs=["a"])
+    assert settings.betas == [0.9, 0.99] and settings.save is True and settings.limit is None
+    settings.betas.append(1.0)
+    assert CountSettings(model="m", inputs=["a"]).betas == [0.9, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"unit": "words"}, "unit is 'words'; use one of lines, tokens"),
+        ({"limit": 0}, "limit is 0; use 1 or more"),
+        ({"limit": "many"}, "limit is 'many'; it must be of type int"),
+        ({"rate": "fast"}, "rate is 'fast'; it must be of type float"),
+        ({"betas": ["0.5", "x"]}, "betas is 'x'; it must be of type float"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_the_same_words_in_all_three_ways(
+    call, tmp_path, values, message
+):
+    [(name, value)] = values.items()
+    needed = {"model": "m", "inputs": ["a"]}
+    flags = value if isinstance(value, list) else [value]
+    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\n{name}: {value}\n")
+    for way in (
+        lambda: CountSettings(**needed, **values),
+        lambda: CountSettings.of(**needed, **values),
+        lambda: call("m", "-i", "a", *(x for flag in flags for x in (f"--{name}", flag))),
+        lambda: call("--config", tmp_path / "c.yaml"),
+    ):
+        with pytest.raises(UserError) as refused:
+            way()
+        assert str(refused.value) == message
+
+
+def test_missing_and_unknown_options_are_named(call):
+    with pytest.raises(UserError, match="missing: MODEL, --input; give them"):
+        call()
+    with pytest.raises(UserError, match="unknown option 'limt'; did you mean 'limit'"):
+        CountSettings.of(model="m", inputs=["a"], limt=3)
+    assert "No such option" in call("m", "--limt", "3").output
+
+
+def test_help_explains_every_option(call):
+    text = " ".join(call("--help").output.split())
+    for part in ("Usage: root [OPTIONS] MODEL [FILE]...", "-i, --input TEXT Files. [required]",
+                 "--unit [lines|tokens] Unit of the count. [default: lines]",
+                 "--betas FLOAT Two numbers. [default: 0.9, 0.99]", "--cased / --uncased",
+                 "--save / --no-save", "--config FILE", "Example: metro count m"):  # fmt: skip
+        assert part in text, text
+
+
+def commands(name: str) -> list[click.Command]:
+    command = load_command(name)
+    return list(command.commands.values()) if isinstance(command, click.Group) else [command]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_that_it_understands(name):
+    """Oracle: click's parser on the words of the example."""
+    import shlex
+
+    for command in commands(name):
+        example = shlex.split(command.epilog.split("Example:\n")[1])
+        if example[0] == "metro":
+            words = example[2 if command.name == name else 3 :]
+            command.make_context(command.name, words)
