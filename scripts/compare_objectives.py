@@ -84,10 +84,10 @@ def prepare(options, mixture: str, datasets, name: str) -> Path:
 
     folder = options.out / f"data_{name}"
     prepare_prompts(
-        mixture,
-        folder,
+        mixture=mixture,
+        out=folder,
         format="jsonl",
-        data_sets=list(datasets),
+        datasets=list(datasets),
         data_dir=options.data_dir,
         templates=options.templates,
         validation="all",

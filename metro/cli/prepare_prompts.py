@@ -3,9 +3,8 @@
 import click
 
 from metro.cli.options import settings_command
-from metro.data.prompts.options import PreparePromptsSettings
+from metro.data.settings import PreparePromptsSettings
 from metro.utils.messages import UserError
-from metro.utils.progress import Progress
 
 
 def prepare_prompts(settings: PreparePromptsSettings, dry_run: bool) -> None:
@@ -17,29 +16,11 @@ def prepare_prompts(settings: PreparePromptsSettings, dry_run: bool) -> None:
     from metro.data.prompts.prepare import prepare_prompts as prepare
     from metro.data.prompts.settings import plan_prompts, read_settings
 
-    options = settings.as_dict()
-    mixture, out, num_workers, overwrite, cased = map(
-        options.pop, ("mixture", "out", "num_workers", "overwrite", "cased")
-    )
-    options |= {"data_sets": options.pop("datasets"), "lower": not cased}
     if dry_run:
-        found = read_settings(mixture, **options)
+        found = read_settings(settings)
         print_plan(plan_prompts(found), found)
         return
-    if out is None:
-        raise UserError("--out is missing: name the folder to make (or add --dry-run)")
-    with Progress() as progress:
-        result = prepare(
-            mixture,
-            out,
-            num_workers=num_workers,
-            overwrite=overwrite,
-            say=progress.say,
-            progress=lambda now: progress.show(
-                "preparing", now.parts_done, now.num_parts, f"{now.step}, {now.done:,} prompts"
-            ),
-            **options,
-        )
+    result = prepare(settings)
     print_result(result)
 
 

@@ -3,7 +3,7 @@
 import click
 
 from metro.cli.options import settings_command
-from metro.data.text.settings import PrepareTextSettings
+from metro.data.settings import PrepareTextSettings
 
 
 def prepare_text(settings: PrepareTextSettings) -> None:

@@ -1,6 +1,14 @@
 """`metro prompts`: list templates, and show what encoder and decoder will read.
 
-========  ====================================  ================
+========  ====================================  =======================
+.         encoder                               decoder
+========  ====================================  =======================
+direct    prompt                                answer (every choice)
+channel   answer (every choice)                 prompt
+flipped   input and answer (every choice)       instruction
+========  ====================================  =======================
+"""
+
 from pathlib import Path
 
 import click

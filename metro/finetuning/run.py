@@ -20,7 +20,7 @@ from metro.finetuning.output_folder import (
     save,
 )
 from metro.finetuning.settings import FinetuningSettings
-from metro.fuse import fuse
+from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import load
 from metro.utils.messages import MissingPackage, UserError
@@ -223,11 +223,11 @@ def _data_folder(settings: FinetuningSettings) -> Path:
     if not (folder / PROMPTS_MANIFEST).is_file():
         print(f"preparing the mixture {settings.data} in {folder}", flush=True)
         prepare_prompts(
-            settings.data,
-            folder,
+            mixture=settings.data,
+            out=folder,
             format="jsonl",
             templates=settings.templates,
             data_dir=settings.data_dir,
-            data_sets=settings.dataset,
+            datasets=settings.dataset,
         )
     return folder

@@ -120,7 +120,7 @@ def test_models_that_would_share_a_folder_are_refused_first(tmp_path, model, toy
     done = call(model, other, *arguments, *extra)
     assert isinstance(done.exception, ValueError), done.output
     assert f"models {model} and {other} would share the run folder" in str(done.exception)
-    assert "one at a time, each with a --run-name of its own" in str(done.exception)
+    assert "one at a time, each with a run_name of its own" in str(done.exception)
     assert "loading" not in done.output
     assert read_run(tmp_path / "out" / "t5_prompt_tiny_f-direct-toys").model == model
     assert call(model, other, *arguments, "--method", "channel").exception is not None

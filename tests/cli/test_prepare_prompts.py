@@ -67,10 +67,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--out is missing"),
+        ([], "out is missing"),
         (["--out", "OUT", "--mixture", "t1"], "no mixture 't1'"),
         (["--out", "OUT", "--dataset", "three"], "has no dataset 'three'"),
-        (["--out", "OUT", "--format", "fairseq"], "add --vocab DIR"),
+        (["--out", "OUT", "--format", "fairseq"], "--vocab DIR"),
     ],
 )
 def test_wrong_options_are_one_line(world, tmp_path, options, message):

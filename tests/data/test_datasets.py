@@ -12,6 +12,7 @@ from metro.data.datasets import (
 )
 from metro.data.prompts.mixtures import find_mixture
 from metro.data.prompts.settings import plan_prompts, read_settings
+from metro.data.settings import PreparePromptsSettings
 from tests.data.prompts.toys import YES_NO, files_of, prepare, write_rows, write_templates
 
 ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
@@ -99,8 +100,11 @@ def test_mixture_from_the_hub_is_planned_and_prepared(repository, table, tmp_pat
     local, _ = prepare(tmp_path, tmp_path / "local")
     remote, _ = prepare(tmp_path, tmp_path / "remote", data_dir=None, num_workers=2)
     assert files_of(local.folder) == files_of(remote.folder)
-    settings = read_settings(str(tmp_path / "mix.yaml"), templates=tmp_path / "templates")
-    assert [(line.side, line.rows, line.examples) for line in plan_prompts(settings)] == [
+    options = PreparePromptsSettings(
+        mixture=str(tmp_path / "mix.yaml"), templates=tmp_path / "templates"
+    )
+    plan = plan_prompts(read_settings(options))
+    assert [(line.side, line.rows, line.examples) for line in plan] == [
         ("train", 7, 21), ("valid", 3, 9),
     ]  # fmt: skip
 

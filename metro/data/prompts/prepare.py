@@ -7,10 +7,9 @@ workers nor an interruption changes a byte.
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.indexed_file import best_dtype
@@ -32,23 +31,14 @@ from metro.data.prompts.output import (
 from metro.data.prompts.sandbox import ProtectedRow
 from metro.data.prompts.settings import ignored_options, read_settings
 from metro.data.prompts.sources import Part, PartPlan, Unavailable
+from metro.data.settings import PreparePromptsSettings
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
 CHUNK_EXAMPLES = 2000
 CHECKPOINT_SECONDS = 5.0
 _SYNC_THREADS = 32
-
-
-class PromptProgress(NamedTuple):
-    """State of the work."""
-
-    step: str
-    """The dataset."""
-    done: int
-    """Renderings (rows times templates) of all parts so far."""
-    parts_done: int
-    num_parts: int
 
 
 class PreparedPrompts(NamedTuple):
@@ -61,46 +51,44 @@ class PreparedPrompts(NamedTuple):
 
 
 def prepare_prompts(
-    mixture: str,
-    out: str | Path,
+    settings: PreparePromptsSettings | None = None,
     *,
-    num_workers: int | None = None,
-    overwrite: bool = False,
-    say: Callable[[str], None] = print,
-    progress: Callable[[PromptProgress], None] = lambda _: None,
-    **options,
+    progress: bool | Progress = True,
+    **options: Any,
 ) -> PreparedPrompts:
-    """Turn datasets and templates into a folder that finetuning reads; continue a killed call.
+    """Turn datasets and templates into a folder that finetuning reads; resume a killed call.
 
     Args:
-        mixture: name of a published mixture, or a YAML file.
-        out: folder to make. It appears when it is complete.
-        num_workers: processes; default all cores.
-        overwrite: replace an output, or an unfinished run, that was made with other settings.
-        say: receives the few lines that a user should read.
-        progress: called after each chunk.
-        options: those of ``read_settings``.
+        settings: all options, or give them one by one.
+        progress: show progress on stderr.
+        options: fields of `PreparePromptsSettings`, such as ``mixture``, ``out`` and ``limit``.
 
     Raises:
         UserError: an option is wrong, or not a single example could be made.
     """
-    settings = read_settings(mixture, **options)
-    num_workers = available_cores() if num_workers is None else num_workers
-    if num_workers < 1:
-        raise UserError(f"--workers is {num_workers}, and must be at least 1")
-    folder = PromptFolder(Path(out), settings.fingerprint())
+    settings = PreparePromptsSettings.of(settings, **options)
+    with Progress.of(progress) as shown:
+        return _prepare(settings, shown)
+
+
+def _prepare(options: PreparePromptsSettings, progress: Progress) -> PreparedPrompts:
+    if options.out is None:
+        raise UserError("out is missing: name the folder to make (or add --dry-run)")
+    settings, overwrite = read_settings(options), options.overwrite
+    folder = PromptFolder(options.out, settings.fingerprint())
     finished = folder.finished_manifest(overwrite)
     if finished and not (overwrite and finished["unavailable"]):
         missing = len(finished["unavailable"])
         again = f" ({missing} parts were not available; --overwrite tries again)" if missing else ""
-        say(f"{folder.out} is already finished; nothing to do{again}")
+        progress.say(f"{folder.out} is already finished; nothing to do{again}")
         return PreparedPrompts(folder.out, finished, True)
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedPrompts(folder.out, folder.complete(), False)
     for note in ignored_options(settings):
-        say(f"warning: {note}")
-    work = _Preparation(settings, folder, earlier or {}, num_workers, say, progress)
+        progress.say(f"warning: {note}")
+    num_workers = options.num_workers or available_cores()
+    work = _Preparation(settings, folder, earlier or {}, num_workers, progress)
     return PreparedPrompts(folder.out, work.run(), False)
 
 
@@ -152,9 +140,9 @@ class ChunkRenderer:
 class _Preparation:
     """The run of one command."""
 
-    def __init__(self, settings, folder: PromptFolder, earlier: dict, num_workers, say, progress):
+    def __init__(self, settings, folder: PromptFolder, earlier: dict, num_workers, progress):
         self.settings, self.folder, self.num_workers = settings, folder, num_workers
-        self.say, self.progress = say, progress
+        self.progress: Progress = progress
         self.done: dict[str, dict] = earlier.get("done", {})
         self.current: dict = earlier.get("current", {})
         self.unavailable: list[Unavailable] = [*settings.sources.without_templates()]
@@ -164,7 +152,7 @@ class _Preparation:
     def run(self) -> dict:
         plans = self.settings.sources.plans()
         if self.done or self.current:
-            self.say(f"continuing after {len(self.done)} of {len(plans)} parts")
+            self.progress.say(f"continuing after {len(self.done)} of {len(plans)} parts")
         elif self.settings.vocabulary:
             self.folder.copy_vocabulary(self.settings.vocabulary.folder)
         self.folder.save_state(self._state())
@@ -177,8 +165,12 @@ class _Preparation:
                 self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
                 continue
             self._do(plan, part, number, len(plans))
-        self.progress(PromptProgress("all", self.num_rendered, len(plans), len(plans)))
+        self._show("all", len(plans), len(plans))
         return self._finish(plans)
+
+    def _show(self, step: str, parts_done: int, num_parts: int) -> None:
+        note = f"{step}, {self.num_rendered:,} prompts"
+        self.progress.show("preparing prompts", parts_done, num_parts, note)
 
     def _do(self, plan: PartPlan, part: Part, number: int, num_parts: int) -> None:
         earlier = self.current if self.current.get("part") == plan.key else {}
@@ -203,7 +195,7 @@ class _Preparation:
         renderer = (part, self.settings.rendering, self._encoder())
         num_workers = min(self.num_workers, max(1, len(bounds)))
         saved, base = time.monotonic(), self.num_rendered
-        self.progress(PromptProgress(plan.key, base, number, num_parts))
+        self._show(plan.key, number, num_parts)
         try:
             for (_, stop), chunk in map_in_order(ChunkRenderer, renderer, bounds, num_workers):
                 for writer, task, encoded in zip(writers, tasks, chunk, strict=True):
@@ -211,7 +203,7 @@ class _Preparation:
                     _merge(task["dropped"], encoded.dropped)
                     _merge(task["noted"], encoded.noted)
                 self.num_rendered = base + stop * len(plan.templates)
-                self.progress(PromptProgress(plan.key, self.num_rendered, number, num_parts))
+                self._show(plan.key, number, num_parts)
                 if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                     _together(writers, "flush")
                     positions = [writer.position for writer in writers]

@@ -2,23 +2,21 @@
 
 import hashlib
 from dataclasses import astuple
-from pathlib import Path
 from typing import NamedTuple
 
 from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import ExampleSettings, make_example
-from metro.data.prompts.instruction import INSTRUCTION_TEXTS
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sources import PartPlan, PromptSources, Unavailable
-from metro.data.prompts.templates import TemplateTree, find_templates
+from metro.data.prompts.templates import find_templates
+from metro.data.settings import PreparePromptsSettings
 from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 
 FORMAT_VERSION = 2
 """Counted up when equal settings give other examples."""
-FORMATS = ("fairseq", "jsonl")
 
 
 class PromptSettings(NamedTuple):
@@ -56,60 +54,40 @@ class PromptSettings(NamedTuple):
         }
 
 
-def read_settings(
-    mixture: str,
-    *,
-    vocab: str | Path | None = None,
-    format: str | None = None,
-    templates: str | Path | TemplateTree | None = None,
-    data_dir: str | Path | None = None,
-    data_sets: list[str] | None = None,
-    source: str = "templates",
-    validation: str = "published",
-    limit: int | None = None,
-    valid_limit: int | None = None,
-    seed: int = 0,
-    instruction_text: str = "published",
-    lower: bool = True,
-) -> PromptSettings:
-    """Check the options of ``prepare_prompts`` and find what they name.
+def read_settings(options: PreparePromptsSettings) -> PromptSettings:
+    """Find the mixture, templates, rows and vocabulary that the options name.
 
     Raises:
-        ValueError: an option has no such value.
+        UserError: one of them does not exist, or they do not fit together.
     """
-    found = find_mixture(mixture).narrowed(data_sets)
+    found = find_mixture(options.mixture).narrowed(options.datasets)
     is_flipped = found.cap_of == "data_set"
-    format = format or ("fairseq" if vocab and not is_flipped else "jsonl")
-    if format not in FORMATS:
-        raise UserError(f"--format is {format!r}, and must be one of {', '.join(FORMATS)}")
+    format = options.format or ("fairseq" if options.vocab and not is_flipped else "jsonl")
     if format == "fairseq" and is_flipped:
         raise UserError(
             f"mixture {found.name} needs the answer choices of each example, which fairseq's "
-            "format cannot hold: leave --format out (both training routes read jsonl for it)"
+            "format cannot hold: leave format out (both training routes read jsonl for it)"
         )
-    if format == "fairseq" and not vocab:
-        raise UserError("--format fairseq needs a vocabulary: add --vocab DIR")
-    if instruction_text not in INSTRUCTION_TEXTS:
-        raise UserError(
-            f"--instruction-text is {instruction_text!r}, and must be one of "
-            f"{', '.join(INSTRUCTION_TEXTS)}"
-        )
+    if format == "fairseq" and not options.vocab:
+        raise UserError("format fairseq needs a vocabulary: add vocab (--vocab DIR)")
     sources = PromptSources(
         found,
-        templates if isinstance(templates, TemplateTree) else find_templates(templates),
-        source=source,
-        data_dir=Path(data_dir) if data_dir is not None else None,
-        validation=validation,
-        limit=limit,
-        valid_limit=valid_limit,
+        find_templates(options.templates),
+        source=options.source,
+        data_dir=options.data_dir,
+        validation=options.validation,
+        limit=options.limit,
+        valid_limit=options.valid_limit,
     )
-    can_flip = format == "jsonl" and source == "templates"
-    min_choices = 2 if found.needs_choices else 0
     rendering = ExampleSettings(
-        seed, instruction_text, found.fold_whitespace, min_choices, can_flip
+        options.seed,
+        options.instruction_text,
+        found.fold_whitespace,
+        min_choices=2 if found.needs_choices else 0,
+        with_instruction=format == "jsonl" and options.source == "templates",
     )
-    vocabulary = read_vocabulary(vocab) if vocab else None
-    return PromptSettings(found, sources, format, vocabulary, rendering, lower)
+    vocabulary = read_vocabulary(options.vocab) if options.vocab else None
+    return PromptSettings(found, sources, format, vocabulary, rendering, not options.cased)
 
 
 def ignored_options(settings: PromptSettings) -> list[str]:

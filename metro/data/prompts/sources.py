@@ -19,8 +19,6 @@ from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
 from metro.utils.messages import UserError
 
-SOURCES = ("templates", "p3")
-VALIDATION_CHOICES = ("published", "all", "none")
 P3 = "bigscience/P3"
 SAMPLED_ROWS = 16
 
@@ -160,16 +158,11 @@ class PromptSources:
         limit: int | None = None,
         valid_limit: int | None = None,
     ):
-        _check_one_of("--source", source, SOURCES)
-        _check_one_of("--validation", validation, VALIDATION_CHOICES)
         if source == "p3" and mixture.cap_of == "data_set":
             raise UserError(
                 f"mixture {mixture.name} cannot come from P3, whose prompts do not say which part "
-                "is the instruction: leave --source out"
+                "is the instruction: leave source out"
             )
-        for name, value in (("--limit", limit), ("--valid-limit", valid_limit)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}, and must be at least 1")
         self.mixture, self.tree = mixture.in_tree(tree), tree
         self.source, self.data_dir = source, data_dir
         self.validation = validation
@@ -315,8 +308,3 @@ class PromptSources:
             return plan.dataset, plan.subset
         task = plan.templates[0].task_name
         return (P3, task) if self.data_dir is None else ("P3", task)
-
-
-def _check_one_of(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{option} is {value!r}, and must be one of {', '.join(known)}")

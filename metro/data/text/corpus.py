@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.prepared_folder import TEXT_MANIFEST, PreparedFolder
+from metro.data.settings import PrepareTextSettings
 from metro.data.text import reading as text_input
 from metro.data.text.encoding import WordCounter
 from metro.data.text.preparation import Preparation, PreparationState
 from metro.data.text.reading import TextSource
-from metro.data.text.settings import PrepareTextSettings
 from metro.data.text.vocabulary import (
     merge_counts,
     read_vocabulary,

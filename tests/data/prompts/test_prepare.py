@@ -10,6 +10,7 @@ from metro.data.prompts.settings import plan_prompts, read_settings
 from metro.data.prompts.sources import Unavailable
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.data.prompts.templates import TemplateTree
+from metro.data.settings import PreparePromptsSettings
 from tests.data.prompts.toys import (
     YES_NO,
     files_of,
@@ -93,14 +94,14 @@ def test_workers_and_chunks_change_nothing(world, tmp_path, monkeypatch, vocab, 
 
 def test_plan_tells_what_will_be_made(world, tmp_path, vocab):
     """Oracle: the preparation itself; the tokens from all examples, as nothing is capped away."""
-    settings = read_settings(
-        str(world / "mix.yaml"),
+    settings = PreparePromptsSettings(
+        mixture=str(world / "mix.yaml"),
         templates=world / "templates",
         data_dir=world / "data",
         vocab=vocab,
         limit=16,
     )
-    lines = plan_prompts(settings)
+    lines = list(plan_prompts(read_settings(settings)))
     result, _ = prepare(world, tmp_path / "out", vocab=vocab, limit=16)
     for side in ("train", "valid"):
         planned = [line for line in lines if line.side == side]
@@ -135,16 +136,16 @@ def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_
     ("options", "message"),
     [
         ({"mixture": "t00"}, "no mixture 't00': there are t0, t0p"),
-        ({"data_sets": ["onee"]}, "has no dataset 'onee': did you mean 'one'"),
-        ({"format": "arrow"}, "--format is 'arrow'"),
+        ({"datasets": ["onee"]}, "has no dataset 'onee': did you mean 'one'"),
+        ({"format": "arrow"}, "format is 'arrow'"),
         ({"format": "fairseq"}, "needs a vocabulary"),
-        ({"mixture": "flipped", "format": "fairseq"}, "leave --format out"),
-        ({"source": "p4"}, "--source is 'p4'"),
+        ({"mixture": "flipped", "format": "fairseq"}, "leave format out"),
+        ({"source": "p4"}, "source is 'p4'"),
         ({"mixture": "flipped", "source": "p3"}, "cannot come from P3"),
-        ({"validation": "some"}, "--validation is 'some'"),
-        ({"instruction_text": "all"}, "--instruction-text is 'all'"),
-        ({"limit": 0}, "--limit is 0"),
-        ({"num_workers": 0}, "--workers is 0"),
+        ({"validation": "some"}, "validation is 'some'"),
+        ({"instruction_text": "all"}, "instruction_text is 'all'"),
+        ({"limit": 0}, "limit is 0"),
+        ({"num_workers": 0}, "num_workers is 0"),
         ({"templates": "nowhere"}, "no folder of templates at nowhere"),
     ],
 )
@@ -156,7 +157,7 @@ def test_wrong_options_are_refused_with_the_remedy(world, tmp_path, options, mes
 
 def test_options_that_change_nothing_are_named(world, vocab, tmp_path):
     (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
-    options = {"mixture": str(tmp_path / "mix.yaml"), "limit": 2, "lower": False, "vocab": vocab}
+    options = {"mixture": str(tmp_path / "mix.yaml"), "limit": 2, "cased": True, "vocab": vocab}
     _, said = prepare(world, tmp_path / "text", format="jsonl", **options)
     assert said == [
         "warning: --cased changes nothing: jsonl keeps the text as it is",

@@ -12,11 +12,13 @@ import pytest
 from metro.data.prompts import prepare as prepare_module
 from metro.data.prompts.stored import read_manifest
 from metro.utils.messages import UserError
+from tests.data.prepared import Said
 from tests.data.prompts.toys import files_of, make_world, prepare
 
 RUN = """
 import sys
 from metro.data.prompts import prepare as prepare_module
+from tests.data.prepared import Said
 from tests.data.prompts.toys import prepare
 from pathlib import Path
 prepare_module.CHUNK_EXAMPLES, prepare_module.CHECKPOINT_SECONDS = 40, 0
@@ -86,12 +88,13 @@ def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(prepare_module, "CHUNK_EXAMPLES", 30)
     monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0)
 
-    def stop(now):
-        if now.done > 200:
-            raise KeyboardInterrupt
+    class Stops(Said):
+        def show(self, step, done, total=None, note=""):
+            if int(note.split(", ")[1].split()[0]) > 200:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(world, tmp_path / "out", progress=stop)
+        prepare(world, tmp_path / "out", progress=Stops())
     file = world / "data/one/default/train.jsonl"
     rows, written = file.read_bytes(), file.stat().st_mtime_ns
     file.write_bytes(rows + b'{"text": "more", "label": 0}\n')

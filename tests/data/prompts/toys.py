@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 from metro.data.prompts.prepare import prepare_prompts
+from tests.data.prepared import Said
 
 TEMPLATE = """  {key}: !Template
     answer_choices: {choices}
@@ -66,15 +67,16 @@ def make_world(root: Path, num_rows: int = 300) -> Path:
 
 def prepare(world: Path, out: Path, **options):
     """With defaults that make a test quick, and what the user was told."""
-    said: list[str] = []
+    progress = Said()
     options = {
+        "mixture": world / "mix.yaml",
         "templates": world / "templates",
         "data_dir": world / "data",
         "num_workers": 1,
+        "progress": progress,
         **options,
     }
-    mixture = options.pop("mixture", str(world / "mix.yaml"))
-    return prepare_prompts(mixture, out, say=said.append, **options), said
+    return prepare_prompts(out=out, **options), progress.lines
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
