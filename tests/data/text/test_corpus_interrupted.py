@@ -197,7 +197,7 @@ def _is_running(pid: str) -> bool:
 
 def test_dead_worker_is_reported_not_waited_for(text, vocab, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "metro.data.text.encoding.normalize_text", lambda *_: signal.raise_signal(9)
+        "metro.modeling.text_metro_t5.normalize_text", lambda *_: signal.raise_signal(9)
     )
     with pytest.raises(UserError, match="a worker process died.*same command"):
         prepare([text], tmp_path / "out", vocab, num_workers=2)
