@@ -49,9 +49,7 @@ class Report:
         return "\n".join(lines)
 
 
-def report(
-    runs: ReportSettings | str | Path | Sequence[str | Path], **options: Any
-) -> Report:
+def report(runs: ReportSettings | str | Path | Sequence[str | Path], **options: Any) -> Report:
     """Compare runs with each other and with published numbers, and write the report.
 
     Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
