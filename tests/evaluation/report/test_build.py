@@ -181,7 +181,7 @@ def test_report_is_written_whole_and_again(tmp_path):
     out = tmp_path / "results" / "report"
     for _ in range(2):
         folders = sorted((tmp_path / "results").iterdir())
-        done = report(folders, out)
+        done = report(folders, out=out)
         paths = done.paths
         names = ["report.html", "report.md", "report.tex", "tasks.csv", "prompts.csv", "t0.svg"]
         assert [path.name for path in paths] == [*names, "bigbench.svg"]
