@@ -122,7 +122,6 @@ def inspect_environment() -> Environment:
         parts=parts,
     )
     _look_at_torch(environment)
-    _look_at_fairseq(environment)
     return environment
 
 
@@ -214,21 +213,6 @@ def _look_at_torch(environment: Environment) -> None:
             f"torch is built for CUDA {environment.cuda} but sees no GPU: check nvidia-smi and "
             "CUDA_VISIBLE_DEVICES"
         )
-
-
-def _look_at_fairseq(environment: Environment) -> None:
-    try:
-        spec = importlib.util.find_spec("fairseq")
-        if spec is None or spec.origin is None:
-            return
-        compiled = bool(list(Path(spec.origin).parent.glob("data/data_utils_fast*.so")))
-    except Exception:
-        return
-    environment.notes.append(
-        "fairseq: Cython parts present"
-        if compiled
-        else "fairseq: pure Python, its Cython parts are absent and not needed"
-    )
 
 
 def _cpu_name() -> str:

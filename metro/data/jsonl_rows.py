@@ -1,15 +1,12 @@
 """Rows of a jsonl file: random access by line offsets, without reading the file into memory."""
 
 import json
-import mmap
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 from metro.utils.messages import UserError
-
-_BLOCK = 1 << 24
-_LONGEST_BLANK = 64
 
 
 class UnusableRow(UserError):
@@ -91,16 +88,11 @@ def _line_offsets(path: Path):
     """Find the offsets of all non-blank lines and the end of the file, int64."""
     import numpy as np
 
-    ends, size = [], 0
+    offsets, end = array("q"), 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + (size + 1))
-            size += len(block)
-        offsets = np.unique(np.concatenate([[0], *ends, [size]]).astype(np.int64))
-        short = np.flatnonzero(np.diff(offsets) < _LONGEST_BLANK)
-        if not len(short):
-            return offsets
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            # A blank line is counted to the row before it.
-            blank = [i for i in short if content[offsets[i] : offsets[i + 1]].isspace()]
-    return np.delete(offsets, blank)
+        for line in file:
+            if not line.isspace():
+                offsets.append(end)
+            end += len(line)
+    offsets.append(end)
+    return np.array(offsets)

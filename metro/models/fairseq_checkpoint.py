@@ -131,10 +131,6 @@ def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
     """Read the groups of settings, ``model`` among them, as plain values."""
     try:
         settings = plain(content.get("cfg"))
-        if not settings:  # before fairseq had configurations, all options were in one namespace
-            args = plain(content.get("args"))
-            if isinstance(args, dict):
-                settings = {"model": args, "task": {"_name": args.get("task"), **args}}
     except RecursionError:
         raise UserError(f"{path} holds settings that contain themselves; it is damaged") from None
     groups = settings.items() if isinstance(settings, dict) else ()
