@@ -191,7 +191,7 @@ class T5PromptFinetuningTask(SentinelTask):
             start = self.decoder_start
             net_input["prev_output_tokens"] = shift_targets(batch.target_ids, start, pad)
         return {
-            "id": batch.indices,
+            "id": batch.rows,
             "nsentences": len(examples),
             "ntokens": batch.num_target_tokens,
             "net_input": net_input,

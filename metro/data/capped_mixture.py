@@ -1,10 +1,10 @@
-"""Which examples an epoch of a prompt mixture holds: every task up to its cap, as a moving window.
+"""Examples of an epoch of a prompt mixture: every task up to its cap, as a moving window.
 
-T0 (Sanh et al. 2022) caps each template at 500,000 // (templates of its dataset) examples. A task
-with more examples than its cap is walked through in one fixed permutation; an epoch takes up where
-the one before stopped and goes round at the end.
+T0 (Sanh et al., ICLR 2022) caps each template at 500,000 // (templates of its dataset) examples. A
+task with more examples than its cap is read in one fixed permutation, over and over: an epoch
+starts behind the last example of the epoch before.
 
-Letters: N examples of an epoch, K tasks.
+Shapes: N examples of an epoch, K tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from metro.utils.messages import UserError
 
 
 class ExamplePlace(NamedTuple):
-    """Where an example of the mixture lies."""
+    """Location of an example in a mixture."""
 
     task: int
     """Number of its task."""
@@ -27,9 +27,12 @@ class ExamplePlace(NamedTuple):
 
 
 class CappedMixture:
-    """Tasks of `sizes` examples, of which an epoch takes at most `caps`.
+    """Tasks of `sizes` examples, of which an epoch takes at most `caps` (None: all).
 
-    Epochs count from 1. Within an epoch examples stand task by task.
+    Epochs count from 1. Within an epoch examples are ordered by task.
+
+    Raises:
+        UserError: a cap is below 1, or there is not a single example.
     """
 
     def __init__(self, sizes: Sequence[int], caps: Sequence[int | None], seed: int):
@@ -40,44 +43,41 @@ class CappedMixture:
                 raise UserError(f"the cap of task {task} is {cap}; use 1 or more, or leave it out")
         if min(sizes, default=0) < 0 or sum(sizes) == 0:
             raise UserError(f"a mixture of {len(sizes)} tasks without a single example")
-        self.sizes = [int(size) for size in sizes]
         self.counts = [
-            size if cap is None else min(size, int(cap))
-            for size, cap in zip(self.sizes, caps, strict=True)
+            int(size if cap is None else min(size, cap))
+            for size, cap in zip(sizes, caps, strict=True)
         ]
         self.ends = np.cumsum(self.counts, dtype=np.int64)
         # One generator per task: adding a task does not change what is taken of the others.
         self.permutations = [
             _permutation(size, seed) if size > count else None
-            for size, count in zip(self.sizes, self.counts, strict=True)
+            for size, count in zip(sizes, self.counts, strict=True)
         ]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def rows(self, task: int, epoch: int) -> np.ndarray:
-        """The rows that an epoch takes of one task, in order."""
+        """Return the rows that an epoch takes of one task, in order."""
         count, permutation = self.counts[task], self.permutations[task]
         if permutation is None:
             return np.arange(count)
         return permutation[(epoch * count + np.arange(count)) % len(permutation)]
 
     def all_rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tasks [N] and rows [N] of a whole epoch."""
+        """Return tasks (N) and rows (N) of a whole epoch."""
         tasks = np.repeat(np.arange(len(self.counts)), self.counts)
         rows = [self.rows(task, epoch) for task in range(len(self.counts))]
         return tasks, np.concatenate(rows)
 
     def locate(self, position: int, epoch: int) -> ExamplePlace:
-        """Task and row of one example, without laying out the epoch."""
+        """Return task and row of one example, without building the whole epoch."""
         task = int(np.searchsorted(self.ends, position, side="right"))
-        offset = position - int(self.ends[task]) + self.counts[task]
+        row = position - int(self.ends[task]) + self.counts[task]
         permutation = self.permutations[task]
-        if permutation is None:
-            return ExamplePlace(task, offset)
-        return ExamplePlace(
-            task, int(permutation[(epoch * self.counts[task] + offset) % len(permutation)])
-        )
+        if permutation is not None:
+            row = int(permutation[(epoch * self.counts[task] + row) % len(permutation)])
+        return ExamplePlace(task, row)
 
 
 def _permutation(size: int, seed: int) -> np.ndarray:
@@ -88,9 +88,6 @@ def _permutation(size: int, seed: int) -> np.ndarray:
 def order_by_lengths(
     source_lengths: np.ndarray, target_lengths: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Examples by ascending source length, then target length, then at random as `seed` decides."""
-    ties = np.empty(len(source_lengths), dtype=np.int64)
-    ties[np.random.RandomState(seed).permutation(len(source_lengths))] = np.arange(
-        len(source_lengths)
-    )
+    """Order examples by source length, then target length, then at random as `seed` decides."""
+    ties = np.argsort(np.random.RandomState(seed).permutation(len(source_lengths)))
     return np.lexsort([ties, target_lengths, source_lengths])

@@ -1,14 +1,15 @@
-"""Writes fairseq's memory-mapped format, resumably: ``<split>.bin`` (ids) and ``<split>.idx``.
+"""Resumable writer of fairseq's memory-mapped format, ``<split>.bin`` and ``<split>.idx``.
 
-``.bin`` is all ids, item after item. ``.idx`` is a header, the int32 size of every item, and the
-int64 byte offset of every item. The index needs all sizes, so they wait in ``<split>.sizes`` beside
-the data: memory stays flat whatever the number of items.
+``.bin`` holds all ids, item after item; ``.idx`` a header, the int32 size of every item, and the
+int64 byte offset of every item. The index needs all sizes, so they are kept in ``<split>.sizes``
+beside the data: memory use does not grow with the number of items.
 """
 
 import os
+import shutil
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,12 +23,12 @@ _ITEMS_AT_ONCE = 1 << 20
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The id type that fairseq chooses for a vocabulary of this size."""
+    """Return the dtype of ids that fairseq chooses for a vocabulary of this size."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.uint32)
 
 
 class WritePosition(NamedTuple):
-    """How far a pair of files has been written."""
+    """Amount of data in a pair of files."""
 
     num_items: int
     num_tokens: int
@@ -39,8 +40,7 @@ START = WritePosition(0, 0)
 class IndexedFileWriter:
     """Appends items to ``<prefix>.bin``; ``finish`` writes ``<prefix>.idx``.
 
-    Opened on files of an interrupted run it continues at ``position``: whatever lies behind it is
-    cut off.
+    Opened on files of an interrupted run it continues at ``position`` and discards what follows.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, position: WritePosition = START):
@@ -57,7 +57,7 @@ class IndexedFileWriter:
         return WritePosition(self.num_items, self.num_tokens)
 
     def append(self, ids: np.ndarray, sizes: np.ndarray) -> None:
-        """Add ``len(sizes)`` items whose ids stand in ``ids`` one after the other."""
+        """Add ``len(sizes)`` items, whose ids are concatenated in ``ids``."""
         assert ids.dtype == self.dtype and len(ids) == sizes.sum()
         self._bin.write(ids.tobytes())
         self._sizes.write(sizes.astype(_SIZE_DTYPE).tobytes())
@@ -71,7 +71,7 @@ class IndexedFileWriter:
             os.fsync(file.fileno())
 
     def read_last(self, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and sizes of the last ``num_items`` items."""
+        """Return ids and sizes of the last ``num_items`` items."""
         assert 0 <= num_items <= self.num_items
         self._bin.flush()
         self._sizes.flush()
@@ -82,7 +82,7 @@ class IndexedFileWriter:
         return ids, sizes
 
     def truncate(self, position: WritePosition) -> None:
-        """Cut off all items behind ``position``."""
+        """Discard all items after ``position``."""
         self.num_items, self.num_tokens = position
         for file, size in (
             (self._bin, self.num_tokens * self.dtype.itemsize),
@@ -103,11 +103,11 @@ class IndexedFileWriter:
             index.write(
                 MAGIC + struct.pack("<QBQ", VERSION, _DTYPE_CODES[self.dtype], self.num_items)
             )
-            for sizes in _read_parts(sizes_file):
-                index.write(sizes.tobytes())
+            shutil.copyfileobj(sizes_file, index)
             sizes_file.seek(0)
             start = 0
-            for sizes in _read_parts(sizes_file):
+            while part := sizes_file.read(_ITEMS_AT_ONCE * _SIZE_DTYPE.itemsize):
+                sizes = np.frombuffer(part, _SIZE_DTYPE)
                 ends = start + np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
                 starts = np.concatenate([np.array([start]), ends[:-1]])
                 index.write(starts.astype(_POINTER_DTYPE).tobytes())
@@ -116,22 +116,16 @@ class IndexedFileWriter:
             os.fsync(index.fileno())
 
 
-def _open_at(path: Path, num_bytes: int):
-    """Open for writing with exactly the first ``num_bytes`` kept."""
+def _open_at(path: Path, num_bytes: int) -> BinaryIO:
+    """Open for writing and keep the first ``num_bytes``."""
     file = path.open("r+b" if path.exists() else "w+b")
     found = file.seek(0, os.SEEK_END)
     if found < num_bytes:
         file.close()
         raise UserError(
-            f"{path} has {found} bytes where {num_bytes} were written before the interruption: "
-            "it was "
-            "changed since; start again with --overwrite"
+            f"{path} has {found} bytes where {num_bytes} were written before the interruption: it "
+            "was changed since; start again with --overwrite"
         )
     file.truncate(num_bytes)
     file.seek(num_bytes)
     return file
-
-
-def _read_parts(sizes_file):
-    while part := sizes_file.read(_ITEMS_AT_ONCE * _SIZE_DTYPE.itemsize):
-        yield np.frombuffer(part, _SIZE_DTYPE)

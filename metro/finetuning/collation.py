@@ -17,7 +17,7 @@ from metro.data.collation import pad_batch
 class EncodedPrompt(NamedTuple):
     """Token ids of one example under an objective."""
 
-    index: int
+    row: int
     """Its number inside its task."""
     source_ids: np.ndarray
     """Encoder ids, special tokens included."""
@@ -34,8 +34,8 @@ class EncodedPrompt(NamedTuple):
 class PromptBatch(NamedTuple):
     """A padded batch, longest source first."""
 
-    indices: torch.Tensor
-    """int64 (B)."""
+    rows: torch.Tensor
+    """int64 (B): `EncodedPrompt.row`."""
     lengths: torch.Tensor
     """int64 (B): source tokens without padding."""
     source_ids: torch.Tensor
@@ -73,27 +73,26 @@ def collate_prompts(
 ) -> PromptBatch:
     """Merge examples into a batch, padded with `pad` to at most `max_width` (see `pad_batch`)."""
     longest_first = np.argsort([-len(example.source_ids) for example in examples], kind="stable")
-    columns = zip(*(examples[i] for i in longest_first), strict=True)
-    indices, sources, targets, wrong_sources, wrong_targets, num_skipped = columns
+    examples = [examples[i] for i in longest_first]
 
     def padded(sequences: Sequence[np.ndarray]) -> torch.Tensor:
         return pad_batch([np.asarray(ids, dtype=np.int64) for ids in sequences], pad, max_width)
 
-    ids = [
-        None if column[0] is None else padded(column)
-        for column in (sources, targets, wrong_sources, wrong_targets)
-    ]
+    sources = [example.source_ids for example in examples]
+    targets = [example.target_ids for example in examples]
+    wrong_sources = [e.wrong_source_ids for e in examples if e.wrong_source_ids is not None]
+    wrong_targets = [e.wrong_target_ids for e in examples if e.wrong_target_ids is not None]
+    columns = [column for column in (sources, targets, wrong_sources, wrong_targets) if column]
+    batches = [padded(column) for column in columns]
     return PromptBatch(
-        torch.tensor(indices),
-        torch.tensor([len(ids) for ids in sources]),
-        *ids,
+        rows=torch.tensor([example.row for example in examples]),
+        lengths=torch.tensor([len(ids) for ids in sources]),
+        source_ids=batches[0],
+        target_ids=batches[1],
+        wrong_source_ids=batches[2] if wrong_sources else None,
+        wrong_target_ids=batches[-1] if wrong_targets else None,
         num_target_tokens=sum(map(len, targets)),
-        num_tokens=sum(
-            len(ids)
-            for column in (sources, targets, wrong_sources, wrong_targets)
-            for ids in column
-            if ids is not None
-        ),
-        num_positions=sum(batch.numel() for batch in ids if batch is not None),
-        num_skipped=sum(num_skipped),
+        num_tokens=sum(len(ids) for column in columns for ids in column),
+        num_positions=sum(batch.numel() for batch in batches),
+        num_skipped=sum(example.num_skipped for example in examples),
     )

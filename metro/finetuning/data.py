@@ -172,7 +172,7 @@ class PromptData:
         if task not in self._length_fits:
             count, offsets = len(self.examples[task]), self.examples[task].offsets
             sample = np.unique(np.linspace(0, count - 1, min(count, LENGTH_SAMPLES)).astype(int))
-            measured = []
+            measured: list[tuple[float, float]] = []
             for index in sample:
                 encoded = self._encode(task, int(index), epoch=0)
                 if not isinstance(encoded, Unusable):

@@ -36,13 +36,13 @@ class Unusable(UserError):
 
 
 def encode_example(
-    example: dict, index: int, objective: str, encoder: PromptEncoder, draw: int
+    example: dict, row: int, objective: str, encoder: PromptEncoder, draw: int
 ) -> EncodedPrompt:
     """Encode one prompted example.
 
     Args:
         example: as `metro prepare-prompts` writes it.
-        index: its number inside its task.
+        row: its number inside its task.
         objective: one of OBJECTIVES.
         encoder: text to ids.
         draw: seeds the choice of the wrong label.
@@ -52,19 +52,19 @@ def encode_example(
     """
     if objective == "direct":
         source, target = encoder.sources([example["input"]]), encoder.targets([example["target"]])
-        return EncodedPrompt(index, _ids(source[0]), _ids(target[0]))
+        return EncodedPrompt(row, _ids(source[0]), _ids(target[0]))
     if objective == "channel":
         source, target = encoder.sources([example["target"]]), encoder.targets([example["input"]])
-        return EncodedPrompt(index, _ids(source[0]), _ids(target[0]))
+        return EncodedPrompt(row, _ids(source[0]), _ids(target[0]))
     gold, others = gold_and_others(example)
     random.Random(draw).shuffle(others)
     if objective == "flipped":
-        return _flipped(example, index, encoder, gold, others)
-    return _direct_unlikelihood(example, index, encoder, others)
+        return _flipped(example, row, encoder, gold, others)
+    return _direct_unlikelihood(example, row, encoder, others)
 
 
 def _flipped(
-    example: dict, index: int, encoder: PromptEncoder, gold: str, others: list[str]
+    example: dict, row: int, encoder: PromptEncoder, gold: str, others: list[str]
 ) -> EncodedPrompt:
     text, instance = example.get("instruction"), example.get("flipped_input")
     if not text or instance is None:
@@ -81,19 +81,19 @@ def _flipped(
         wrong = encoder.labelled_sources([encoder_text(instance, label)])[0]
         if wrong != right:
             ids = _ids(right), _ids(instruction)
-            return EncodedPrompt(index, *ids, wrong_source_ids=_ids(wrong))
+            return EncodedPrompt(row, *ids, wrong_source_ids=_ids(wrong))
     raise Unusable("identical ids of all answer choices")
 
 
 def _direct_unlikelihood(
-    example: dict, index: int, encoder: PromptEncoder, others: list[str]
+    example: dict, row: int, encoder: PromptEncoder, others: list[str]
 ) -> EncodedPrompt:
     source, target = encoder.sources([example["input"]])[0], encoder.targets([example["target"]])[0]
     for label in others:
         wrong = encoder.targets([label])[0]
         if wrong != target:
             ids = _ids(source), _ids(target)
-            return EncodedPrompt(index, *ids, wrong_target_ids=_ids(wrong))
+            return EncodedPrompt(row, *ids, wrong_target_ids=_ids(wrong))
     raise Unusable("identical ids of all answer choices")
 
 

@@ -200,7 +200,7 @@ def load_for_training(settings: FinetuningSettings):
     return model.train(), tokenizer
 
 
-def set_dropout(model: torch.nn.Module, dropout: float) -> None:
+def set_dropout(model, dropout: float) -> None:
     """Use one dropout rate everywhere but after activations, which keep their own."""
     config = model.config
     for name in ("dropout_rate", "dropout", "attention_dropout_rate", "attention_dropout"):
@@ -210,7 +210,7 @@ def set_dropout(model: torch.nn.Module, dropout: float) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
         elif isinstance(vars(module).get("dropout"), float) and not hasattr(module, "activation"):
-            module.dropout = dropout
+            vars(module)["dropout"] = dropout
 
 
 def _data_folder(settings: FinetuningSettings) -> Path:

@@ -1,9 +1,9 @@
-"""What a sequence-to-sequence model feeds into its output embedding.
+"""Input of the output embedding of any sequence-to-sequence model.
 
 Losses and scores need the probability of one token per position. With the hidden states and the
 projection's weight they can be computed in pieces; the model's own logits (B, T, V) never exist.
 
-Letters: B batch, T target tokens, D width of the hidden states, V vocabulary.
+Shapes: B batch, T target tokens, D width of the hidden states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from metro.utils.messages import UserError
 
 
 class ProjectionInput(NamedTuple):
-    """`hidden @ weight.T + bias` are the model's logits."""
+    """The model's logits are `hidden @ weight.T + bias`."""
 
     hidden_BTD: torch.Tensor
-    """The decoder's output, scaled as the model scales it."""
+    """(B, T, D) output of the decoder, scaled as the model scales it."""
     weight_VD: torch.Tensor
-    """The output embedding, in the hidden states' type."""
+    """(V, D) output embedding, in the dtype of the hidden states."""
     bias_V: torch.Tensor | None
-    """Bias of the output embedding and `final_logits_bias`, where the model has one."""
+    """(V) bias of the output embedding and `final_logits_bias`, where the model has one."""
 
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -35,12 +35,12 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
     """Run `model(**forward_kwargs)` without its output projection.
 
-    For any sequence-to-sequence model of Hugging Face, METRO's and one wrapped for several
-    processes; `encoder_outputs=` may be given as usual. The output embedding is put back before
-    this returns.
+    Works for any sequence-to-sequence model of Hugging Face, METRO's included, also wrapped for
+    several processes; `encoder_outputs=` may be given as usual. The output embedding is put back
+    before this returns.
 
     Raises:
-        ValueError: the model has no output embedding, or changes its logits after the projection.
+        UserError: the model has no output embedding, or changes its logits after the projection.
     """
     inner = unwrap(model)
     head = inner.get_output_embeddings()
@@ -63,7 +63,7 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
             "once; it cannot be used here"
         )
     hidden_BTD = caught[0]
-    if inner not in _checked:  # once per model: comparing waits for the device
+    if inner not in _checked:  # once per model: comparing synchronises with the GPU
         if not torch.equal(output.logits.to(hidden_BTD.dtype), hidden_BTD):
             raise UserError(
                 f"{type(inner).__name__} changes its logits after the output embedding (soft "
@@ -78,14 +78,12 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of several processes or of `torch.compile`."""
-    while True:
-        if isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
+    """Return the model inside the wrappers of distributed training or of `torch.compile`."""
+    for name in ("module", "_orig_mod"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrap(inner)
+    return model
 
 
 @contextlib.contextmanager

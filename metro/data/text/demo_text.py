@@ -1,9 +1,8 @@
-"""Real English text that any machine with METRO has: the documentation in its Python packages.
+"""English text from the docstrings of installed Python packages, for the demonstration.
 
-The standard library and the packages METRO needs carry many megabytes of explanations in their
-docstrings. They are read with `ast`, nothing is imported or run, and only paragraphs that look like
-prose are kept: one document per module, one line per paragraph. Enough to try a pretraining run
-without a network; for anything else take a corpus.
+The standard library and the packages METRO needs have many megabytes of them. They are read with
+`ast`, nothing is imported or run, and only paragraphs that look like prose are kept: one document
+per module, one line per paragraph. Enough to try a pretraining run without a network.
 """
 
 import ast
@@ -12,6 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from metro.utils.files import write_text
 from metro.utils.messages import UserError
 
 # In this order, so that a short text is mostly about Python and mathematics.
@@ -29,7 +29,7 @@ _NO_PROSE = (">>>", "::", "---", "===", "+--", "|", "\\", "http", "{", "}", "<",
 
 
 def default_roots() -> list[Path]:
-    """The standard library's folder and those of the PACKAGES that are installed."""
+    """Return the folders of the standard library and of the installed PACKAGES."""
     paths = sysconfig.get_paths()
     roots = [Path(paths["stdlib"])]
     roots += [Path(paths["purelib"]) / name for name in PACKAGES]
@@ -37,22 +37,21 @@ def default_roots() -> list[Path]:
 
 
 def documents(roots: Iterable[Path]) -> Iterator[list[str]]:
-    """Paragraphs of one module at a time, in a fixed order; what was seen before is left out."""
+    """Yield the paragraphs of one module at a time, in a fixed order and without repetitions."""
     seen: set[str] = set()
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             folders = path.relative_to(root).parts[:-1]
             if SKIPPED_FOLDERS.intersection(folders) or path.stat().st_size > LONGEST_MODULE:
                 continue
-            fresh = [text for text in module_paragraphs(path) if text not in seen]
-            fresh = list(dict.fromkeys(fresh))
+            fresh = [text for text in dict.fromkeys(module_paragraphs(path)) if text not in seen]
             seen.update(fresh)
             if fresh:
                 yield fresh
 
 
 def module_paragraphs(path: Path) -> list[str]:
-    """Prose in the string literals of a Python file, in the order of the file."""
+    """Return the prose in the string literals of a Python file, in its order."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
@@ -67,7 +66,7 @@ def module_paragraphs(path: Path) -> list[str]:
 
 
 def prose_paragraphs(docstring: str) -> list[str]:
-    """The paragraphs of a docstring that are English sentences, each as one line."""
+    """Return the paragraphs of a docstring that are English sentences, each as one line."""
     kept = []
     for block in re.split(r"\n\s*\n", docstring.expandtabs()):
         lines = block.strip("\n").splitlines()
@@ -84,7 +83,7 @@ def prose_paragraphs(docstring: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whole sentences: a capital first, a full stop last, nearly all of it words."""
+    """Recognise sentences: a capital first, a full stop last, nearly all of it words."""
     if not text[:1].isupper() or text[-1:] not in ".!?" or any(mark in text for mark in _NO_PROSE):
         return False
     words = text.split()
@@ -99,19 +98,16 @@ def _indent(line: str) -> int:
 
 def write_demo_text(path: Path, num_bytes: int, roots: Iterable[Path] | None = None) -> int:
     """Write about `num_bytes` of text, documents separated by an empty line; return the bytes."""
-    written = 0
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for paragraphs in documents(default_roots() if roots is None else roots):
-            document = "\n".join(paragraphs) + "\n\n"
-            file.write(document)
-            written += len(document.encode("utf-8"))
-            if written >= num_bytes:
-                break
+    texts, written = [], 0
+    for paragraphs in documents(default_roots() if roots is None else roots):
+        texts.append("\n".join(paragraphs) + "\n\n")
+        written += len(texts[-1].encode("utf-8"))
+        if written >= num_bytes:
+            break
     if written == 0:
         raise UserError(
             "no Python sources with documentation found to make a demonstration text from; "
             'give a text of your own: make demo DEMO_TEXT="my.txt"'
         )
-    temporary.replace(path)
+    write_text(path, "".join(texts))
     return written

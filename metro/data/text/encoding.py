@@ -1,9 +1,8 @@
-"""What is done with a chunk of text, in worker processes: decode, normalise, encode.
+"""Chunks of text to ids, in worker processes: decode, normalise, encode.
 
 Lines of plain text are items, an empty one is an item of its own that separates documents. A jsonl
 record or a dataset's record is a document: its non-blank lines are items, followed by a separator.
-A separator holds nothing but ``</s>``; so does any line of which the vocabulary leaves nothing
-over.
+A separator consists of ``</s>`` alone, and so does a line without any token.
 """
 
 import json
@@ -23,14 +22,15 @@ class EncodedChunk(NamedTuple):
     """The items of a chunk, in order."""
 
     ids: np.ndarray
-    """Ids of all items one after the other, each ending with ``</s>``."""
+    """Concatenated ids of all items, each ending with ``</s>``."""
     sizes: np.ndarray
     """int32, ids per item; 1 is a separator of documents."""
     skips: list[Skip]
+    """Lines that cannot be used."""
 
 
 class ChunkEncoder:
-    """Chunk -> items."""
+    """Encodes a chunk into items."""
 
     def __init__(self, vocabulary: Path, lower: bool, dtype: np.dtype):
         from sentencepiece import SentencePieceProcessor
@@ -41,7 +41,7 @@ class ChunkEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         skips = list(chunk.skips)
-        if chunk.is_jsonl or isinstance(chunk.payload, list):
+        if chunk.is_documents:
             items = list(self._encode_documents(documents(chunk, skips)))
         else:
             items = self.vocabulary.encode_texts(text_lines(chunk, skips), self.lower)
@@ -58,39 +58,39 @@ class ChunkEncoder:
 
 
 class WordCounter:
-    """Chunk -> how often each normalised word occurs."""
+    """Counts the normalised words of a chunk."""
 
     def __init__(self, lower: bool):
         self.lower = lower
 
     def __call__(self, chunk: Chunk) -> Counter[str]:
-        is_documents = chunk.is_jsonl or isinstance(chunk.payload, list)
-        texts = documents(chunk, []) if is_documents else text_lines(chunk, [])
+        texts = documents(chunk, []) if chunk.is_documents else text_lines(chunk, [])
         return Counter(
             chain.from_iterable(normalize_text(text, self.lower).split() for text in texts)
         )
 
 
 def text_lines(chunk: Chunk, skips: list[Skip]) -> list[str]:
-    """The lines of a chunk of plain text; those that are not UTF-8 are noted in ``skips``."""
+    """Return the lines of a chunk of plain text; append those that are not UTF-8 to ``skips``."""
     try:
         lines = chunk.payload.decode("utf-8").split("\n")
     except UnicodeDecodeError:
-        lines = [line for _, line in _decoded_lines(chunk, skips)]
-        return lines
+        return [line for _, line in _decoded_lines(chunk, skips)]
     if not lines[-1]:
         lines.pop()
     return lines
 
 
 def documents(chunk: Chunk, skips: list[Skip]) -> Iterator[str]:
-    """The text of each record of a chunk; records without usable text are left out and noted."""
+    """Yield the text of each record of a chunk; append records without usable text to ``skips``."""
     if isinstance(chunk.payload, list):
         numbered = enumerate(chunk.payload, start=chunk.first_line)
     else:
         numbered = _json_texts(chunk, skips)
     for number, text in numbered:
-        if not text.isascii() and not _is_encodable(text):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
             skips.append(Skip(number, "not valid Unicode (lone surrogate)"))
         else:
             yield text
@@ -122,11 +122,3 @@ def _decoded_lines(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]
             yield number, line.decode("utf-8")
         except UnicodeDecodeError:
             skips.append(Skip(number, "not valid UTF-8"))
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,7 +1,7 @@
-"""Reads training text in chunks of complete lines: plain text, jsonl, .gz of both, datasets.
+"""Reader of training text in chunks of complete lines: plain text, jsonl, .gz of both, datasets.
 
-Chunks come in order and can start at any earlier chunk's end, so a run that was interrupted goes on
-where it was. Nothing larger than a chunk, or than one line, is ever in memory.
+Chunks come in order and can start at the end of any earlier chunk, so an interrupted run can be
+resumed. Memory holds one chunk, or one line where that is longer.
 """
 
 import gzip
@@ -22,23 +22,24 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 class ReadPosition(NamedTuple):
-    """A place between two lines of the inputs."""
+    """A position between two lines of the inputs."""
 
     source: int
     """Index of the input."""
     offset: int
-    """Bytes read of it (of the decompressed text), or records of a dataset."""
+    """Bytes (of the decompressed text), or records of a dataset, read so far."""
     line: int
-    """Lines or records before this place."""
+    """Lines or records read so far."""
 
 
 START = ReadPosition(0, 0, 0)
 
 
 class Skip(NamedTuple):
-    """A line that could not be used."""
+    """A line that cannot be used."""
 
     line: int
+    """Its number, counted from 1."""
     reason: str
 
 
@@ -52,9 +53,14 @@ class Chunk(NamedTuple):
     """Number of the first line, counted from 1."""
     end: ReadPosition
     bytes_on_disk: int
-    """How far into the file (the compressed one, if it is) this chunk ends."""
+    """Position in the file (the compressed one, if it is) where this chunk ends."""
     skips: tuple[Skip, ...] = ()
-    """Lines left out because of their length."""
+    """Lines skipped because of their length."""
+
+    @property
+    def is_documents(self) -> bool:
+        """True for records, False for lines of plain text."""
+        return self.is_jsonl or isinstance(self.payload, list)
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,17 @@ class TextSource:
         return self.name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
 
     def size(self) -> int | None:
-        """Bytes on disk, or None where nobody knows."""
+        """Return the bytes on disk, None where unknown."""
         return None if self.is_dataset else os.path.getsize(self.name)
 
     def fingerprint(self) -> dict:
-        """What must not change between the parts of an interrupted run."""
+        """Return the facts that must not change before an interrupted run is resumed."""
         if not self.is_dataset:
             stat = os.stat(self.name)
             return {"name": self.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         folder = Path(self.dataset_and_config()[0])
-        files = (
-            sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        )
-        stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        stats = [(str(path.relative_to(folder)), path.stat()) for path in paths]
         return {
             "name": self.name,
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
@@ -99,7 +103,7 @@ class TextSource:
         return dataset, config or None
 
     def chunks(self, index: int, start: ReadPosition) -> Iterator[Chunk]:
-        """The chunks from ``start`` on; ``index`` is this source's place among the inputs."""
+        """Yield the chunks from ``start`` on; ``index`` is the number of this source."""
         if self.is_dataset:
             return _dataset_chunks(self, index, start)
         return _file_chunks(self, index, start)
@@ -109,8 +113,7 @@ def open_sources(names: list[str]) -> list[TextSource]:
     """Check that every input can be read, before any work is done.
 
     Raises:
-        FileNotFoundError: a file does not exist (all missing ones are named).
-        ValueError: no input, or a folder.
+        UserError: no input, files that do not exist, or folders (all of them are named).
     """
     if not names:
         raise UserError("no input: give --input FILE")
@@ -126,7 +129,7 @@ def open_sources(names: list[str]) -> list[TextSource]:
 
 
 def read_chunks(sources: list[TextSource], start: ReadPosition = START) -> Iterator[Chunk]:
-    """All chunks of all sources in order, from ``start`` on."""
+    """Yield all chunks of all sources in order, from ``start`` on."""
     for index in range(start.source, len(sources)):
         here = start if index == start.source else ReadPosition(index, 0, 0)
         yield from sources[index].chunks(index, here)
@@ -142,15 +145,15 @@ def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterato
                 yield Chunk(payload, source.is_jsonl, first_line, end, raw.tell(), skips)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
-                f"{source.name} is not a complete gzip file ({error}); it reads well up to line "
+                f"{source.name} is not a complete gzip file ({error}); it can be read up to line "
                 f"{start.line}"
             ) from None
 
 
 def _split_lines(stream: BinaryIO, index: int, start: ReadPosition):
-    """Yield (complete lines, skips, position behind them) until the stream ends.
+    """Yield (complete lines, skips, position after them) until the stream ends.
 
-    What is skipped depends on a line's length alone, never on where a chunk begins.
+    Lines are skipped for their length alone, whatever the cuts between chunks.
     """
     offset, line = start.offset, start.line
     parts: list[bytes] = []  # of a line that has not ended yet
@@ -212,16 +215,16 @@ def _load_dataset(source: TextSource):
     dataset, config = source.dataset_and_config()
     try:
         return load_dataset(dataset, config, split="train", streaming=True)
-    except Exception as error:  # the library raises a dozen kinds; all mean "not that one"
+    except (OSError, ValueError) as error:  # not found, no network, no such configuration
         raise UserError(f"cannot read {source.name}: {type(error).__name__}: {error}") from None
 
 
 def total_bytes(sources: list[TextSource]) -> int | None:
-    """Bytes on disk of all sources, or None where one is of unknown size."""
+    """Sum up the bytes on disk of all sources; None where one is of unknown size."""
     sizes = [source.size() for source in sources]
     return None if None in sizes else sum(sizes)
 
 
 def bytes_before(sources: list[TextSource]) -> list[int]:
-    """Bytes on disk before each source, those of unknown size counted as none."""
+    """Sum up the bytes on disk before each source; an unknown size counts as 0."""
     return list(itertools.accumulate((source.size() or 0 for source in sources), initial=0))
