@@ -1,8 +1,8 @@
-"""Runs beside published rows: what every format of the report shows, computed once.
+"""Runs beside published rows: the numbers of every format of the report, computed once.
 
 One section per suite. Its columns are the tasks that a run has results of, its rows the runs, each
 followed by the difference to the published row of the same model, then the published rows, then the
-accuracy of guessing. Values are fractions here; percent is a matter of printing.
+accuracy of guessing. Values are fractions; the formats print percent.
 """
 
 import math
@@ -15,33 +15,32 @@ import numpy as np
 from metro.evaluation.report.naming import colours, labels, model_name, suite_title
 from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.run_folder import Run
-from metro.evaluation.runs.summary import Summary, TaskSummary, summarize
+from metro.evaluation.runs.summary import Summary, TaskSummary, aggregate, summarize
 from metro.models.registry import SUITES
 from metro.utils.messages import UserError, counted
 
-# What the papers print for a suite; accuracy where it is not named.
 SUITE_METRICS = {"label_generalization": "macro_f1"}
-METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+"""Metric that the papers print for a suite, where it is not the accuracy."""
 
 
 @dataclass
 class ReportRun:
-    """A run as the report names it."""
+    """A run with the names that the report gives it."""
 
     run: Run
     summary: Summary
     label: str
     model: str
-    """The model alone, as the report calls it."""
+    """Title of the model alone."""
     colour: int
     """Number of its colour and shape, the same in every section for the same model and method."""
     published: PublishedRow | None = None
-    """What it is compared with: the first published row of the same model and method."""
+    """First published row of the same model and method, which the run is compared with."""
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """A line of the table."""
 
     kind: str
     """run, difference, published or chance."""
@@ -51,26 +50,25 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)
     average: float | None = None
     num_averaged: int = 0
+    """Tasks that the average is over."""
     partial: frozenset[str] = frozenset()
-    """Tasks whose value is of a part of the prompts."""
+    """Tasks whose value is over a part of the prompts."""
     run_index: int | None = None
-    """Which run of the section it belongs to."""
-    colour: int | None = None
-    """As of its run."""
+    """Index of its run in the section."""
     best: frozenset[str] = frozenset()
     """Tasks (and "average") where this run is the best of several."""
     compared: bool = False
-    """Of a published row: whether a run is compared with it."""
+    """True for a published row that a run is compared with."""
 
     @property
     def says_method(self) -> bool:
-        """Whether the label of a run has its method."""
+        """True if the label of a run contains its method."""
         return f", {self.detail}" in self.label
 
 
 @dataclass
 class Section:
-    """One suite."""
+    """Runs and published rows of a suite."""
 
     suite: str
     metric: str
@@ -86,7 +84,7 @@ class Section:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Letter of every source of the published rows that the table shows."""
+        """Source -> its letter, for the published rows in the table."""
         parts = [source_parts(row.detail) for row in self.rows if row.kind == "published"]
         shown = dict.fromkeys(part for row in parts for part in row)
         return {source: chr(ord("a") + number) for number, source in enumerate(shown)}
@@ -120,11 +118,11 @@ class Section:
 
     @property
     def metric_title(self) -> str:
-        return METRIC_TITLES[self.metric]
+        return self.metric.replace("macro_f1", "macro-F1")
 
     @property
     def one_prompt(self) -> bool:
-        """Whether no task has several prompts, so that there is no spread to speak of."""
+        """True if no task has several prompts, so that there is no spread over prompts."""
         return all(task.num_listed == 1 for run in self.runs for task in run.summary.tasks.values())
 
     def value(self, task: TaskSummary) -> float | None:
@@ -134,16 +132,11 @@ class Section:
         return task.accuracies if self.metric == "accuracy" else task.macro_f1s
 
     def median(self, task: TaskSummary) -> float | None:
-        values = list(self.values_per_prompt(task).values())
-        return float(np.median(values)) if values else None
-
-    def chance(self, task: TaskSummary) -> float | None:
-        """Accuracy of guessing; of macro-F1 nobody states one."""
-        return task.chance if self.metric == "accuracy" else None
+        return aggregate(list(self.values_per_prompt(task).values()), np.median)
 
 
 def source_parts(source: str) -> list[str]:
-    """The sources of a row; cards, of which every model has its own, are all called the same."""
+    """Sources of a row; model cards, of which every model has its own, share one name."""
     parts = ["model card" if part.startswith("model card") else part for part in source.split("; ")]
     return list(dict.fromkeys(parts))
 
@@ -153,13 +146,16 @@ def compare(
     published: Sequence[PublishedRow] = (),
     titles: Mapping[str, str] | None = None,
 ) -> list[Section]:
-    """Sections, one per suite, in the order of SUITES, suites of the user's last.
+    """Make one section per suite, in the order of SUITES, suites of the user's last.
 
     Args:
         runs: at least one; each with at least one result; no folder twice.
-        published: rows to show, in this order; a run of one of these models is compared with the
-            first row of it, if it was evaluated by the same method.
-        titles: what registered models are called.
+        published: rows to show, in this order; a run is compared with the first row of its model,
+            if it was evaluated by the same method.
+        titles: name of a registered model -> its title.
+
+    Raises:
+        UserError: a run is given twice, or has no result.
     """
     check_runs(runs)
     models = [model_name(run, titles or {}) for run in runs]
@@ -167,11 +163,12 @@ def compare(
     sections = []
     for suite in sorted({run.suite for run in runs}, key=known.index):
         members = [number for number, run in enumerate(runs) if run.suite == suite]
+        named = zip(
+            members, labels(runs, models, members), colours(runs, models, members), strict=True
+        )
         report_runs = [
             ReportRun(runs[number], summarize(runs[number]), label, models[number], colour)
-            for number, label, colour in zip(
-                members, labels(runs, models, members), colours(runs, models, members), strict=True
-            )
+            for number, label, colour in named
         ]
         sections.append(make_section(suite, report_runs, published))
     return sections
@@ -185,7 +182,7 @@ def check_runs(runs: Sequence[Run]) -> None:
         if not run.results:
             raise UserError(
                 f"{run.folder} has no finished prompt yet (results.jsonl is empty or missing): "
-                "leave it out, or let `metro evaluate` go on"
+                "leave it out, or resume it with `metro evaluate`"
             )
         real = run.folder.resolve()
         if real in seen:
@@ -200,29 +197,18 @@ def make_section(suite: str, runs: list[ReportRun], published: Sequence[Publishe
         key = report_run.run.registered, report_run.run.method
         own = [row for row in published if (row.model, row.method or key[1]) == key]
         report_run.published = own[0] if own else None
-    listed = list(
-        dict.fromkeys(
-            task
-            for report_run in runs
-            for task in [*report_run.run.tasks, *report_run.run.by_task()]
-        )
-    )
+    tasks_of_runs = ((*run.run.tasks, *run.run.by_task()) for run in runs)
+    listed = list(dict.fromkeys(task for tasks in tasks_of_runs for task in tasks))
     with_result = {task for report_run in runs for task in report_run.summary.tasks}
-    section = Section(
-        suite=suite,
-        metric=metric,
-        tasks=[task for task in listed if task in with_result],
-        runs=runs,
-        published=published,
-        rows=[],
-        notes=[],
-    )
+    tasks = [task for task in listed if task in with_result]
+    section = Section(suite, metric, tasks, runs, published, rows=[], notes=[])
     section.rows = make_rows(section)
     section.notes = make_notes(section, listed)
     return section
 
 
 def make_rows(section: Section) -> list[Row]:
+    """Make the rows of runs, differences, published numbers and guessing."""
     rows = []
     for index, report_run in enumerate(section.runs):
         row = run_row(section, report_run, index)
@@ -231,24 +217,22 @@ def make_rows(section: Section) -> list[Row]:
             rows.append(difference_row(row, report_run.published))
     mark_best([row for row in rows if row.kind == "run"])
     for published in section.published:
-        values = {
-            task: published.values[task] for task in section.tasks if task in published.values
-        }
+        values = {task: value for task, value in published.values.items() if task in section.tasks}
         if values:
             # No average over fewer tasks: it would stand beside averages over all of them.
-            whole = len(values) == len(section.tasks)
-            average = float(np.mean(list(values.values()))) if whole else None
-            row = Row("published", published.title, published.source, values, average, len(values))
+            whole = list(values.values()) if len(values) == len(section.tasks) else []
+            row = Row("published", published.title, published.source, values, aggregate(whole))
             row.compared = any(published is report_run.published for report_run in section.runs)
+            row.num_averaged = len(values)
             rows.append(row)
     chances = {
-        task: chance
+        task: summary.chance
         for report_run in reversed(section.runs)
         for task, summary in report_run.summary.tasks.items()
-        if (chance := section.chance(summary)) is not None
+        if summary.chance is not None and section.metric == "accuracy"  # not stated of macro-F1
     }
     if chances:
-        average = float(np.mean(list(chances.values())))
+        average = aggregate(list(chances.values()))
         rows.append(Row("chance", "guessing", "", chances, average, len(chances)))
     return rows
 
@@ -264,16 +248,15 @@ def run_row(section: Section, report_run: ReportRun, index: int) -> Row:
         label=report_run.label,
         detail=report_run.run.method,
         values=values,
-        average=float(np.mean(whole)) if whole else None,
+        average=aggregate(whole),
         num_averaged=len(whole),
         partial=frozenset(name for name, task in tasks.items() if not task.complete),
         run_index=index,
-        colour=report_run.colour,
     )
 
 
 def difference_row(row: Row, published: PublishedRow) -> Row:
-    """Run minus published; its average is over the tasks that both have in full."""
+    """Subtract published values from a run's; average over the tasks that both have in full."""
     values = {
         task: value - published.values[task]
         for task, value in row.values.items()
@@ -285,34 +268,34 @@ def difference_row(row: Row, published: PublishedRow) -> Row:
         label="to published",
         detail=published.source,
         values=values,
-        average=float(np.mean(whole)) if whole else None,
+        average=aggregate(whole),
         num_averaged=len(whole),
         partial=row.partial & values.keys(),
         run_index=row.run_index,
-        colour=row.colour,
     )
 
 
 def mark_best(rows: list[Row]) -> None:
-    """The highest of several runs, per task; the average only where all are over as many tasks."""
+    """Mark the highest of several runs per task, and of averages if all are over as many tasks."""
     if len(rows) < 2:
         return
+    complete = [
+        {task: value for task, value in row.values.items() if task not in row.partial}
+        for row in rows
+    ]
+    if len({row.num_averaged for row in rows}) == 1:
+        for values, row in zip(complete, rows, strict=True):
+            if row.average is not None:
+                values["average"] = row.average
     best: dict[str, float] = {}
-    for row in rows:
-        for task, value in row.values.items():
-            if task not in row.partial:
-                best[task] = max(value, best.get(task, value))
-    if len({row.num_averaged for row in rows}) == 1 and rows[0].num_averaged:
-        best["average"] = max(row.average for row in rows)
-    for row in rows:
-        values = {**row.values, "average": row.average}
-        row.best = frozenset(
-            task for task, value in best.items()
-            if values.get(task) == value and task not in row.partial
-        )  # fmt: skip
+    for values in complete:
+        best |= {task: max(value, best.get(task, value)) for task, value in values.items()}
+    for values, row in zip(complete, rows, strict=True):
+        row.best = frozenset(task for task, value in values.items() if value == best[task])
 
 
 def make_notes(section: Section, listed: list[str]) -> list[str]:
+    """Remarks on a section whose suite lists some tasks."""
     found = []
     if len(section.tasks) < len(listed):
         found.append(

@@ -25,6 +25,8 @@ from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.summary import interval_text
 from metro.utils.messages import counted, percent
 
+Look = dict[str, Any]
+"""Arguments of matplotlib."""
 SHAPES = {"o": "●", "s": "■", "^": "▲", "v": "▼", ">": "►"}
 """matplotlib's marker of a run -> its character in HTML."""
 NUM_COLOURS = 6
@@ -32,12 +34,12 @@ COLOURS = ("ink", "faint", "line", "paper", *(f"run-{number}" for number in rang
 PLACEHOLDERS = {name: f"#7e5c{number:02x}" for number, name in enumerate(COLOURS)}
 INK, FAINT, LINE, PAPER, *RUNS = PLACEHOLDERS.values()
 FONTS = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metro", "text.parse_math": False}
-SMALL = {"color": FAINT, "size": 10}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "metro", "text.parse_math": False}
+SMALL: Look = {"color": FAINT, "size": 10}
 MEDIAN, INTERVAL = {"linewidth": 2.4}, {"linewidth": 1.4}
-OWN = {"marker": "D", "markersize": 5.5, "mew": 1.5, "color": INK, "mfc": PAPER, "ls": "none"}
-OTHER = {**OWN, "markersize": 4, "mew": 1, "color": FAINT}
-CHANCE = {"linewidth": 1.2, "linestyle": (0, (3, 2)), "color": FAINT}
+OWN: Look = {"marker": "D", "markersize": 5.5, "mew": 1.5, "color": INK, "mfc": PAPER, "ls": "none"}
+OTHER: Look = {**OWN, "markersize": 4, "mew": 1, "color": FAINT}
+CHANCE: Look = {"linewidth": 1.2, "linestyle": (0, (3, 2)), "color": FAINT}
 COLUMN, GAP, AXIS, DIAMETER = 352, 32, 18, 6.0
 TITLE, LANE, BELOW = 20, 28, 12
 """Heights: title of a strip, lane, published value and interval below the points of a run."""
@@ -68,7 +70,7 @@ class Drawing:
         step = 5 if self.high - self.low <= 20 else 10 if self.high - self.low <= 50 else 20
         ticks = [tick for tick in range(0, 101, step) if self.low <= tick <= self.high]
         for tick in ticks:
-            self.axes.text(self.x(left, tick / 100), top + 10, tick, ha="center", **SMALL)
+            self.axes.text(self.x(left, tick / 100), top + 10, str(tick), ha="center", **SMALL)
         for number, task in enumerate(tasks):
             y = top + AXIS + number * height
             ends, xs = (y + TITLE, y + height - 4), [self.x(left, tick / 100) for tick in ticks]
@@ -131,7 +133,7 @@ class Drawing:
         return '<svg role="img" ' + text
 
 
-def run_style(run: ReportRun) -> dict[str, Any]:
+def run_style(run: ReportRun) -> Look:
     """Colour and shape of a run."""
     color, marker = RUNS[run.colour % NUM_COLOURS], list(SHAPES)[run.colour % len(SHAPES)]
     return {"color": color, "marker": marker, "markersize": DIAMETER, "ls": "none"}
@@ -164,7 +166,7 @@ def spread(places: list[float]) -> list[float]:
     return offsets
 
 
-def legend(section: Section) -> list[tuple[str, str, dict[str, Any]]]:
+def legend(section: Section) -> list[tuple[str, str, Look]]:
     """(words, character for HTML, style for matplotlib) of everything that the figure holds."""
     runs = [(run.label, SHAPES[run_style(run)["marker"]], run_style(run)) for run in section.runs]
     spread, one_run = not section.one_prompt, len(section.runs) == 1
@@ -172,18 +174,18 @@ def legend(section: Section) -> list[tuple[str, str, dict[str, Any]]]:
         (spread, "median of the prompts, each a point", "❙", {"color": INK, **MEDIAN}),
         (spread or one_run, "95 % interval of the mean", "─", {"color": INK, **INTERVAL}),
         (any(run.published for run in section.runs), "published mean, same model", "◊", OWN),
-        (section.other_published, "published mean, other models", "◊", OTHER),
-        (section.chances, "guessing", "┆", CHANCE),
+        (bool(section.other_published), "published mean, other models", "◊", OTHER),
+        (bool(section.chances), "guessing", "┆", CHANCE),
     ]
-    return runs + [key for is_drawn, *key in keys if is_drawn]
+    return runs + [(words, character, look) for shown, words, character, look in keys if shown]
 
 
 @rc_context(STYLE)
 def drawings(section: Section) -> list[str]:
     """Draw the columns of a section, an `<svg>` each."""
-    height = strip_height(section)
-    return [Drawing(section, COLUMN, AXIS + len(tasks) * height).column(0, 0, tasks).svg()
-            for tasks in columns(section)]  # fmt: skip
+    parts = columns(section)
+    height = AXIS + len(parts[0]) * strip_height(section)
+    return [Drawing(section, COLUMN, height).column(0, 0, tasks).svg() for tasks in parts]
 
 
 @rc_context(STYLE)

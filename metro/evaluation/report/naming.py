@@ -1,4 +1,4 @@
-"""What the report calls suites, tasks and runs."""
+"""Titles of suites, tasks and runs in the report, and the files of its page."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from metro.evaluation.runs.run_folder import Run
 from metro.models.registry_cards import SUITE_TITLES, TASK_TITLES
 
-# Of tasks that the registry has no title for, or one that is too long for a table across.
 SHORT_TITLES = {
     "winogrande": "Winogrande",
     "story_cloze": "StoryCloze",
@@ -19,6 +18,7 @@ SHORT_TITLES = {
     "vitaminc_fact_verification": "VitaminC fact verification",
     "imdb": "IMDB",
 }
+"""Titles of tasks that the registry has none for, or one too wide for a table."""
 
 
 def task_title(task: str) -> str:
@@ -26,7 +26,7 @@ def task_title(task: str) -> str:
 
 
 def suite_title(suite: str, runs: Sequence[Run]) -> str:
-    """As the suite calls itself, if its runs say so."""
+    """Title that the registry or a run has for a suite, else its name."""
     return SUITE_TITLES.get(suite) or next((r.title for r in runs if r.title), title_case(suite))
 
 
@@ -36,20 +36,24 @@ def title_case(name: str) -> str:
 
 
 def model_name(run: Run, titles: Mapping[str, str]) -> str:
-    return titles.get(run.registered or "") or run.registered or short_model_name(run.model)
+    return titles.get(run.registered or "") or run.registered or path_title(run.model)
 
 
 def labels(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -> list[str]:
-    """Short and different names of the members of a section: the model; its method where the
-    report has several methods of it; its folder where that is not enough."""
+    """Unique labels: the model, plus the method or the folder if needed to tell runs apart.
+
+    Args:
+        runs: of the whole report.
+        models: their titles.
+        members: indices of the runs of a section.
+    """
     methods: dict[str, set[str]] = {}
     for run, model in zip(runs, models, strict=True):
         methods.setdefault(model, set()).add(run.method)
     names = [
-        f"{models[number]}, {runs[number].method}" if len(methods[models[number]]) > 1
-        else models[number]
-        for number in members
-    ]  # fmt: skip
+        f"{models[n]}, {runs[n].method}" if len(methods[models[n]]) > 1 else models[n]
+        for n in members
+    ]
     for extra in (lambda run: run.folder.name, lambda run: run.folder):
         twice = {name for name in names if names.count(name) > 1}
         names = [
@@ -60,22 +64,21 @@ def labels(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -
 
 
 def colours(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -> list[int]:
-    """Numbers of colours: a model and method have one in the whole report, unless a section has
-    them twice."""
+    """Numbers of colours, one per model and method of the report; see :func:`labels`."""
     keys = [(model, run.method) for model, run in zip(models, runs, strict=True)]
     order = list(dict.fromkeys(keys))
     found = [order.index(keys[number]) for number in members]
+    # A section that has a model and method twice numbers its own.
     return found if len(set(found)) == len(found) else list(range(len(members)))
 
 
-def short_model_name(model: str) -> str:
-    """The last part of a path or hub id, with the one before it where it says little alone."""
+def path_title(model: str) -> str:
+    """Last part of a path or hub id, with the one before it if it is a generic name."""
     path = Path(model.rstrip("/") or model)
     if path.suffix in (".pt", ".bin", ".safetensors") and path.parent.name:
         path = path.parent
-    if re.fullmatch(
-        r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|(checkpoint.*)", path.name
-    ):
+    generic = r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|(checkpoint.*)"
+    if re.fullmatch(generic, path.name):
         return f"{path.parent.name}/{path.name}".lstrip("/")
     return path.name
 

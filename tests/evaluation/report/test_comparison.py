@@ -6,7 +6,7 @@ Oracles: numbers worked out by hand from the runs written here and from `checkpo
 import pytest
 
 from metro.evaluation.report.comparison import compare
-from metro.evaluation.report.naming import short_model_name
+from metro.evaluation.report.naming import path_title
 from metro.evaluation.report.page import page
 from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
@@ -119,9 +119,9 @@ def test_labels_and_colours_tell_runs_apart(tmp_path):
     ]
     assert labels(run("a", "one"), run("b", "one")) == [[("one, a", 0), ("one, b", 1)]]
     assert labels(run("a", "hub", registered="m")) == [[("Model M", 0)]]
-    assert short_model_name("runs/mine/checkpoint_last.pt") == "mine"
-    assert short_model_name("runs/mine/direct/") == "mine/direct"
-    assert short_model_name("google/t5-small") == "t5-small"
+    assert path_title("runs/mine/checkpoint_last.pt") == "mine"
+    assert path_title("runs/mine/direct/") == "mine/direct"
+    assert path_title("google/t5-small") == "t5-small"
 
 
 def test_a_model_is_compared_with_rows_of_its_method_only(tmp_path):
