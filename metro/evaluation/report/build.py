@@ -107,8 +107,22 @@ def is_report(folder: Path) -> bool:
 def build_sections(
     folders: Sequence[str | Path], published: Sequence[str] = ("all",), suite: str | None = None
 ) -> list[Section]:
-    """Read the runs and compare them with published rows, a section per suite."""
+    """Read the runs and compare them with published rows, a section per suite.
+
+    Raises:
+        UserError: a run is given twice or has no result, or no run is of the suite.
+    """
     runs = [read_run(folder) for folder in folders]
+    seen: set[Path] = set()
+    for run in runs:
+        if not run.results:
+            raise UserError(
+                f"{run.folder} has no finished prompt yet (results.jsonl is empty or missing): "
+                "leave it out, or resume it with `metro evaluate`"
+            )
+        if run.folder.resolve() in seen:
+            raise UserError(f"{run.folder} is given twice: give every run once")
+        seen.add(run.folder.resolve())
     suites = list(dict.fromkeys(run.suite for run in runs))
     if suite is not None:
         if suite not in suites:

@@ -8,7 +8,6 @@ accuracy of guessing. Values are fractions; the formats print percent.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.run_folder import Run
 from metro.evaluation.runs.summary import Summary, TaskSummary, aggregate, summarize
 from metro.models.registry import SUITES
-from metro.utils.messages import UserError, counted
+from metro.utils.messages import counted
 
 SUITE_METRICS = {"label_generalization": "macro_f1"}
 """Metric that the papers print for a suite, where it is not the accuracy."""
@@ -149,15 +148,11 @@ def compare(
     """Make one section per suite, in the order of SUITES, suites of the user's last.
 
     Args:
-        runs: at least one; each with at least one result; no folder twice.
+        runs: each with at least one result; no folder twice.
         published: rows to show, in this order; a run is compared with the first row of its model,
             if it was evaluated by the same method.
         titles: name of a registered model -> its title.
-
-    Raises:
-        UserError: a run is given twice, or has no result.
     """
-    check_runs(runs)
     models = [model_name(run, titles or {}) for run in runs]
     known = [*SUITES, *(run.suite for run in runs)]
     sections = []
@@ -172,22 +167,6 @@ def compare(
         ]
         sections.append(make_section(suite, report_runs, published))
     return sections
-
-
-def check_runs(runs: Sequence[Run]) -> None:
-    if not runs:
-        raise UserError("no run to report on: give the folders that `metro evaluate` wrote")
-    seen: dict[Path, Path] = {}
-    for run in runs:
-        if not run.results:
-            raise UserError(
-                f"{run.folder} has no finished prompt yet (results.jsonl is empty or missing): "
-                "leave it out, or resume it with `metro evaluate`"
-            )
-        real = run.folder.resolve()
-        if real in seen:
-            raise UserError(f"{run.folder} is given twice: give every run once")
-        seen[real] = run.folder
 
 
 def make_section(suite: str, runs: list[ReportRun], published: Sequence[PublishedRow]) -> Section:

@@ -25,8 +25,7 @@ from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.summary import interval_text
 from metro.utils.messages import counted, percent
 
-Look = dict[str, Any]
-"""Arguments of matplotlib."""
+Look = dict[str, Any]  # arguments of matplotlib
 SHAPES = {"o": "●", "s": "■", "^": "▲", "v": "▼", ">": "►"}
 """matplotlib's marker of a run -> its character in HTML."""
 NUM_COLOURS = 6
@@ -79,8 +78,9 @@ class Drawing:
             self.axes.text(left, y + 15, title, color=INK, size=12, weight="bold")
             found = [run.summary.tasks[task] for run in section.runs if task in run.summary.tasks]
             if len(title) < 28 and not section.one_prompt:
-                text = counted(max(each.num_prompts for each in found), "prompt") + " · "
-                text += counted(max(each.num_examples for each in found), "example", grouped)
+                prompts = counted(max(each.num_prompts for each in found), "prompt")
+                examples = counted(max(each.num_examples for each in found), "example", grouped)
+                text = f"{prompts} · {examples}"
                 self.axes.text(left + COLUMN, y + 15, text, ha="right", **SMALL)
             if (chance := section.chances.get(task)) is not None:
                 self.mark(left, chance, ends, f"guessing {percent(chance)}", **CHANCE)
@@ -197,8 +197,7 @@ def standalone(section: Section) -> str:
     top = 58 + 20 * math.ceil(len(keys) / per_line)
     height = top + AXIS + len(parts[0]) * strip_height(section) + 20
     drawing = Drawing(section, width, height)
-    heading = f"{section.title}: {section.metric_title} per prompt, in percent"
-    heading = shorten(heading, 80, placeholder=" …")
+    heading = shorten(f"{section.title}: {section.metric_title} per prompt, in percent", 80)
     drawing.axes.text(20, 34, heading, color=INK, size=17, weight="bold")
     drawing.figure.legend(
         [Line2D([], [], **style) for _, _, style in keys], [words for words, _, _ in keys],
@@ -207,6 +206,5 @@ def standalone(section: Section) -> str:
     )  # fmt: skip
     for number, tasks in enumerate(parts):
         drawing.column(20 + number * (COLUMN + GAP), top, tasks)
-    paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
-    title = f"<title>{escape(section.title)}</title><style>{asset('colours.css')}</style>"
-    return drawing.svg(title + paper)
+    head = f"<title>{escape(section.title)}</title><style>{asset('colours.css')}</style>"
+    return drawing.svg(head + '<rect width="100%" height="100%" style="fill: var(--paper)"/>')

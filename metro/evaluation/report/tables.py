@@ -8,27 +8,28 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from metro.evaluation.report.comparison import Row, Section
 from metro.evaluation.report.naming import task_title
 from metro.evaluation.runs.summary import Summary, interval_text
 from metro.utils.messages import percent
 
-MOST_COLUMNS = 14  # tasks side by side; more, or long names, go down the page
-LONGEST_TITLE = 12
+MOST_COLUMNS, LONGEST_TITLE = 14, 12
+"""Tasks go down the page where they are more, or a title is longer."""
 MINUS = "−"
 PARTIAL = "†"
 
 
 def is_wide(section: Section) -> bool:
-    """Whether tasks go across, as in the papers' tables of T0 Eval."""
+    """True if tasks go across, as in the papers' tables of T0 Eval."""
     longest = max(len(task_title(task)) for task in section.tasks)
     return len(section.tasks) <= MOST_COLUMNS and longest <= LONGEST_TITLE
 
 
 def cell(row: Row, task: str) -> str:
-    """Percent with two digits; a difference has a sign; what is not there is an empty string."""
+    """Percent with two digits; a difference has a sign; empty for a missing value."""
     value = row.values.get(task)
     if value is None:
         return ""
@@ -37,7 +38,7 @@ def cell(row: Row, task: str) -> str:
 
 
 def average_cell(row: Row, section: Section) -> str:
-    """The average; where it is over fewer tasks than the table has, it says over how many."""
+    """The average, with the number of its tasks if the table has more."""
     if row.average is None:
         return ""
     text = signed(row.average) if row.kind == "difference" else percent(row.average)
@@ -54,7 +55,7 @@ def signed(fraction: float) -> str:
 
 
 def name_of(row: Row, section: Section) -> str:
-    """A run's label, with its method if the section has several methods."""
+    """Label of a run, with its method if the section has several methods."""
     if row.kind == "published":
         return f"{row.label}, published ({section.letters(row)})"
     methods = {report_run.run.method for report_run in section.runs}
@@ -64,7 +65,7 @@ def name_of(row: Row, section: Section) -> str:
 
 
 def grid(section: Section) -> list[list[str]]:
-    """The table as text, header first: tasks across if they fit, down otherwise."""
+    """Cells of the table, header first: tasks across if they fit, down otherwise."""
     titles = ["", *map(task_title, section.tasks), "AVG"]
     lines = [titles]
     for row in section.rows:
@@ -74,7 +75,7 @@ def grid(section: Section) -> list[list[str]]:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The whole report."""
+    """Write the whole report."""
     parts = [f"# {escape_markdown(title)}"]
     for section in sections:
         parts.append(f"## {escape_markdown(section.title)}")
@@ -98,35 +99,33 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def statistics_grid(section: Section, summary: Summary) -> list[list[str]]:
-    """Everything that is known of every task of a run; no spread where there is one prompt."""
-    if section.one_prompt:
-        lines = [["task", "prompt", "examples", "accuracy", "interval", "macro-F1", "chance"]]
-        for task in summary.tasks.values():
-            lines.append([
-                task_title(task.task), *task.accuracies, str(task.num_examples),
-                percent(task.mean), interval_text(task.interval), percent(task.macro_f1),
-                percent(task.chance),
-            ])  # fmt: skip
-        return lines
-    lines = [["task", "prompts", "examples", "mean", "median", "std", "lowest", "highest", "IQR",
-              "interval", "macro-F1", "chance"]]  # fmt: skip
+    """Cells of all statistics of a run's tasks, header first; no spread over one prompt."""
+    spread = "mean median std lowest highest IQR"
+    names = (
+        "task prompt examples accuracy" if section.one_prompt else f"task prompts examples {spread}"
+    )
+    columns = [*names.split(), "interval", "macro-F1", "chance"]
+    lines = [columns]
     for task in summary.tasks.values():
         prompts = str(task.num_prompts)
-        lines.append([
-            task_title(task.task),
-            prompts if task.complete else f"{prompts} of {task.num_listed}",
-            str(task.num_examples),
-            *map(percent, (task.mean, task.median, task.std, task.lowest, task.highest)),
-            percent(task.quartiles[1] - task.quartiles[0]),
-            interval_text(task.interval),
-            percent(task.macro_f1),
-            percent(task.chance),
-        ])  # fmt: skip
+        cells = {
+            "task": task_title(task.task),
+            "prompt": next(iter(task.accuracies), ""),
+            "prompts": prompts if task.complete else f"{prompts} of {task.num_listed}",
+            "examples": str(task.num_examples),
+            "accuracy": percent(task.mean),
+            "IQR": percent(task.quartiles[1] - task.quartiles[0]),
+            "interval": interval_text(task.interval),
+            "macro-F1": percent(task.macro_f1),
+            "chance": percent(task.chance),
+        }
+        cells |= {name: percent(getattr(task, name)) for name in spread.split()[:-1]}
+        lines.append([cells[column] for column in columns])
     return lines
 
 
 def prompt_grid(section: Section) -> list[list[str]]:
-    """A line per prompt, a column per run."""
+    """Cells of the table with a line per prompt and a column per run."""
     lines = [["task", "prompt", *(report_run.label for report_run in section.runs)]]
     for task, prompt in prompts_of(section):
         values = []
@@ -151,7 +150,7 @@ def prompts_of(section: Section) -> list[tuple[str, str]]:
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Aligned, so that the source reads as a table too."""
+    """Align the cells, so that the source reads as a table too."""
     cells = [[escape_markdown(text) for text in line] for line in lines]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
     text = [
@@ -169,68 +168,70 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text of a file as it is: no markup, no line break, no cell of its own."""
+    """Escape a text: no markup, no line break, no cell of its own."""
     text = re.sub(r"\s+", " ", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#~]|\b_|_\b)", r"\\\1", text)
 
 
-def tasks_csv(sections: Sequence[Section]) -> str:
-    """One line per (row, task), published rows too."""
+def write_csv(columns: str, lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([
-        "suite", "kind", "model", "method", "source", "task", "metric", "value", "difference",
-        "complete", "prompts", "prompts_listed", "examples", "mean_accuracy", "median_accuracy",
-        "std", "lowest", "highest", "quartile_1", "quartile_3", "interval_low", "interval_high",
-        "macro_f1", "chance", "seconds", "folder",
-    ])  # fmt: skip
+    writer.writerow(columns.split())
+    writer.writerows([safe(item) for item in line] for line in lines)
+    return out.getvalue()
+
+
+def tasks_csv(sections: Sequence[Section]) -> str:
+    """Write one line per (row, task), published rows too."""
+    lines: list[list[Any]] = []
     for section in sections:
         for report_run in section.runs:
-            published = report_run.published.values if report_run.published else {}
+            published = report_run.published
             for name, task in report_run.summary.tasks.items():
                 value = section.value(task)
-                difference = None
-                if value is not None and name in published:
-                    difference = value - published[name]
-                writer.writerow([safe(item) for item in [
+                other = published.values.get(name) if published else None
+                lines.append([
                     section.suite, "run", report_run.label, report_run.run.method,
-                    report_run.published.source if report_run.published else None, name,
-                    section.metric, value, difference, task.complete, task.num_prompts,
-                    task.num_listed, task.num_examples, task.mean, task.median, task.std,
-                    task.lowest, task.highest, *task.quartiles, *(task.interval or (None, None)),
-                    task.macro_f1, task.chance, task.seconds, str(report_run.run.folder),
-                ]])  # fmt: skip
+                    published.source if published else None, name, section.metric, value,
+                    None if value is None or other is None else value - other, task.complete,
+                    task.num_prompts, task.num_listed, task.num_examples, task.mean, task.median,
+                    task.std, task.lowest, task.highest, *task.quartiles,
+                    *(task.interval or (None, None)), task.macro_f1, task.chance, task.seconds,
+                    str(report_run.run.folder),
+                ])  # fmt: skip
         for row in section.published:
-            for task, value in row.values.items():
-                line = [section.suite, "published", row.title, "", row.source, task]
-                line += [section.metric, value] + [""] * 18
-                writer.writerow([safe(item) for item in line])
-    return out.getvalue()
+            start = [section.suite, "published", row.title, "", row.source]
+            for name, value in row.values.items():
+                lines.append([*start, name, section.metric, value] + [""] * 18)
+    return write_csv(
+        "suite kind model method source task metric value difference complete prompts "
+        "prompts_listed examples mean_accuracy median_accuracy std lowest highest quartile_1 "
+        "quartile_3 interval_low interval_high macro_f1 chance seconds folder",
+        lines,
+    )
 
 
 def prompts_csv(sections: Sequence[Section]) -> str:
-    """One line per (run, task, prompt)."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([
-        "suite", "model", "method", "task", "prompt", "accuracy", "macro_f1", "chance", "examples",
-        "median_choices", "seconds", "folder",
-    ])  # fmt: skip
-    for section in sections:
-        for report_run in section.runs:
-            for results in report_run.run.by_task().values():
-                for r in results:
-                    writer.writerow([safe(item) for item in [
-                        r.suite, report_run.label, r.method, r.task, r.prompt, r.accuracy,
-                        r.macro_f1, r.chance, r.num_examples, r.median_choices, r.seconds,
-                        str(report_run.run.folder),
-                    ]])  # fmt: skip
-    return out.getvalue()
+    """Write one line per (run, task, prompt)."""
+    return write_csv(
+        "suite model method task prompt accuracy macro_f1 chance examples median_choices seconds "
+        "folder",
+        (
+            [
+                r.suite, run.label, r.method, r.task, r.prompt, r.accuracy, r.macro_f1, r.chance,
+                r.num_examples, r.median_choices, r.seconds, str(run.run.folder),
+            ]
+            for section in sections
+            for run in section.runs
+            for results in run.run.by_task().values()
+            for r in results
+        ),
+    )  # fmt: skip
 
 
-def safe(item):
-    """A text that a spreadsheet would take for a formula gets an apostrophe; floats are short."""
+def safe(item: Any) -> Any:
+    """Quote a text that a spreadsheet would take for a formula; shorten floats."""
     if isinstance(item, str) and item[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + item
     if isinstance(item, float):
@@ -239,7 +240,7 @@ def safe(item):
 
 
 def latex(title: str, sections: Sequence[Section]) -> str:
-    """A booktabs table per suite, to be read with \\input."""
+    """Write a booktabs table per suite, for \\input."""
     parts = [f"% {one_line(title)}", "% needs \\usepackage{booktabs}"]
     parts += [latex_table(section) for section in sections]
     return "\n".join(parts) + "\n"
@@ -251,13 +252,9 @@ def latex_table(section: Section) -> str:
     header, body = lines[0], lines[1:]
     rows = [" & ".join(line) + r" \\" for line in body]
     if is_wide(section):
-        kinds = [row.kind for row in section.rows]
-        for place in reversed(range(1, len(kinds))):
-            group = (
-                kinds[place - 1] in ("run", "difference"),
-                kinds[place] in ("run", "difference"),
-            )
-            if kinds[place] != kinds[place - 1] and not all(group):
+        groups = [row.kind.replace("difference", "run") for row in section.rows]
+        for place in reversed(range(1, len(groups))):
+            if groups[place] != groups[place - 1]:
                 rows.insert(place, r"\midrule")
     else:
         rows.insert(len(rows) - 1, r"\midrule")  # above the average
@@ -274,7 +271,7 @@ def latex_table(section: Section) -> str:
 
 
 def embolden(lines: list[list[str]], section: Section) -> None:
-    """The best run of every task, in place."""
+    """Set the best run of every task in bold, in place."""
     for number, row in enumerate(section.rows, 1):
         for column, task in enumerate([*section.tasks, "average"], 1):
             if task in row.best:
