@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from metro.evaluation.scoring.pair_batches import Batch
-from metro.evaluation.scoring.target_projection import DecodedRows
+from metro.evaluation.scoring.target_projection import Decoded
 from metro.fusion import fused_feed_forward
 from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
@@ -163,17 +163,9 @@ def packed_attention(model):
 
 
 def run_stack(stack, ids: Sequence[int], positions: Sequence[int], *seen) -> torch.Tensor:
-    """Run an encoder or decoder on a sequence of parts.
+    """Run encoder or decoder on N tokens at their positions; return the hidden states 1,N,D.
 
-    Args:
-        stack: of the model.
-        ids: N tokens.
-        positions: N, each within its own part.
-        seen: further arguments of a block: a :class:`Packed`; for the decoder the encoder's output
-            and the :class:`Packed` of its keys as well.
-
-    Returns:
-        Hidden states 1,N,D.
+    ``seen`` are further arguments of a block: who sees whom, and the same for the encoder's output.
     """
     rows = stack.position_ids(None, max(positions) + 1, 0)[0][torch.tensor([positions])]
     hidden = stack.first_layer_norm(stack.embed_tokens(torch.tensor([ids])) + stack.pos_embed(rows))
@@ -183,27 +175,24 @@ def run_stack(stack, ids: Sequence[int], positions: Sequence[int], *seen) -> tor
 
 
 @torch.inference_mode()
-def decode_packed(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch.Tensor | None]:
-    """Compute the hidden states that predict the targets of a batch.
-
-    Returns:
-        The hidden states, the projection's weight and bias.
-    """
+def decode_packed(model, batch: Batch) -> Decoded:
+    """Compute the hidden states that predict the targets of a batch, packed."""
     lengths = [len(source) for source in batch.sources]
     trees = grow_trees(batch, model.config.decoder_start_token_id)
     sizes = [len(tree.ids) for tree in trees]
+    masks = [tree.mask().to(model.dtype) for tree in trees]
     with packed_attention(model):
         encoded = run_stack(
             model.encoder,
             [token for source in batch.sources for token in source],
             [position for length in lengths for position in range(length)],
-            Packed(source_parts(lengths), max(lengths)),
+            Packed(own_parts(lengths), max(lengths)),
         )
         hidden = run_stack(
             model.decoder,
             [token for tree in trees for token in tree.ids],
             [depth for tree in trees for depth in tree.depths],
-            Packed(tree_parts(trees, model.dtype), max(sizes)),
+            Packed(own_parts(sizes, masks), max(sizes)),
             encoded,
             Packed(cross_parts(trees, lengths), max(lengths)),
         )
@@ -215,29 +204,21 @@ def decode_packed(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch
     ]
     row_N, target_N, pair_N = torch.tensor(asked).unbind(1)
     head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias.to(hidden.dtype)
-    return DecodedRows(hidden[0], row_N, target_N, pair_N), head.weight.to(hidden.dtype), bias
+    weight, bias = head.weight.to(hidden.dtype), head.bias
+    bias = None if bias is None else bias.to(hidden.dtype)
+    return Decoded(hidden[0], row_N, target_N, pair_N, weight, bias)
 
 
-def source_parts(lengths: Sequence[int]) -> list[Parts]:
-    """Let each source see itself."""
-    found, end = [], 0
-    for length, group in itertools.groupby(lengths):
+def own_parts(sizes: Sequence[int], masks: Sequence[torch.Tensor] | None = None) -> list[Parts]:
+    """Let each source see itself, or each tree as its mask T,T says."""
+    found: list[Parts] = []
+    first = end = 0
+    for size, group in itertools.groupby(sizes):
         number = len(list(group))
-        tokens = slice(end, end + length * number)
-        found.append(Parts(number, tokens, tokens, None))
-        end = tokens.stop
-    return found
-
-
-def tree_parts(trees: Sequence[Tree], dtype: torch.dtype) -> list[Parts]:
-    """Let each token of a tree see its ancestors."""
-    found, end = [], 0
-    for size, group in itertools.groupby(trees, lambda tree: len(tree.ids)):
-        masks = torch.stack([tree.mask() for tree in group])
-        tokens = slice(end, end + size * len(masks))
-        found.append(Parts(len(masks), tokens, tokens, masks.unsqueeze(1).to(dtype)))
-        end = tokens.stop
+        tokens = slice(end, end + size * number)
+        mask = torch.stack([*masks[first : first + number]]).unsqueeze(1) if masks else None
+        found.append(Parts(number, tokens, tokens, mask))
+        first, end = first + number, tokens.stop
     return found
 
 

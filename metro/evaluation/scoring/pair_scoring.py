@@ -24,7 +24,7 @@ from metro.evaluation.scoring.pair_batches import (
     make_batches,
     make_packed_batches,
 )
-from metro.evaluation.scoring.target_projection import DecodedRows, Projector
+from metro.evaluation.scoring.target_projection import Decoded, add_log_probabilities, concatenate
 from metro.models.projection import projection_input
 from metro.utils.messages import UserError
 
@@ -38,18 +38,13 @@ def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decode_batch(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch.Tensor | None]:
-    """Compute the hidden states that predict the targets of a batch.
-
-    Returns:
-        The hidden states, the projection's weight and bias.
-    """
+def decode_batch(model, batch: Batch) -> Decoded:
+    """Compute the hidden states that predict the targets of a batch, padded."""
     device, config = model.device, model.config
     start, filler = config.decoder_start_token_id, config.pad_token_id
     source_ids_US = pad(batch.sources, filler, device)
     lengths_U = torch.tensor([len(source) for source in batch.sources], device=device)
-    mask_US = torch.arange(source_ids_US.shape[1], device=device) < lengths_U[:, None]
-    mask_US = mask_US.long()
+    mask_US = (torch.arange(source_ids_US.shape[1], device=device) < lengths_U[:, None]).long()
     encoded = model.get_encoder()(input_ids=source_ids_US, attention_mask=mask_US, return_dict=True)
     owner_P = torch.tensor([owner for owner, _ in batch.pairs], device=device)
     targets = [target for _, target in batch.pairs]
@@ -68,10 +63,10 @@ def decode_batch(model, batch: Batch) -> tuple[DecodedRows, torch.Tensor, torch.
     pair_N, position_N = (target_ids_PT != IGNORED).nonzero(as_tuple=True)
     row_N = torch.arange(len(pair_N), device=device)
     hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N]
-    return DecodedRows(hidden_ND, row_N, target_N, pair_N), weight, bias
+    return Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)
 
 
-def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT):
+def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT) -> Decoded:
     """:func:`decode_batch` where sources have several targets each.
 
     The first decoder step, which reads the start symbol, is run once per source and caches the keys
@@ -88,9 +83,9 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
         use_cache=True,
     )
     pair_P = torch.arange(len(targets), device=mask_US.device)
-    first = DecodedRows(first_U1D[:, 0], owner_P, target_ids_PT[:, 0], pair_P)
+    first = Decoded(first_U1D[:, 0], owner_P, target_ids_PT[:, 0], pair_P, weight, bias)
     if target_ids_PT.shape[1] == 1:
-        return first, weight, bias
+        return first
     cache.batch_select_indices(owner_P)
     hidden_PTD, weight, bias = projection_input(
         model,
@@ -103,15 +98,9 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
         use_cache=True,
     )
     pair_N, position_N = (target_ids_PT[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    hidden_ND = hidden_PTD[pair_N, position_N]
-    row_N = num_sources + torch.arange(len(pair_N), device=mask_US.device)
-    rows = DecodedRows(
-        torch.cat([first.hidden_RD, hidden_ND]),
-        torch.cat([first.row_N, row_N]),
-        torch.cat([first.target_N, target_ids_PT[pair_N, position_N + 1]]),
-        torch.cat([first.pair_N, pair_N]),
-    )
-    return rows, weight, bias
+    hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N + 1]
+    row_N = torch.arange(len(pair_N), device=mask_US.device)
+    return concatenate([first, Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)])
 
 
 class PairScorer:
@@ -164,22 +153,22 @@ class PairScorer:
         # with equal numbers of threads, which decide the order of sums.
         packs = can_pack(self.model)
         batches = (make_packed_batches if packs else make_batches)(new, self.batch_tokens)
-        groups = group_batches(batches)
         positions = {pair: number for number, pair in enumerate(new)}
         scores = torch.zeros(len(new), dtype=torch.float64)
         done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
-        for number, group in enumerate(groups):
-            projector = Projector(scores)
+        for number, group in enumerate(group_batches(batches)):
+            parts = []
             for batch in group:
                 if number % self.num_processes == self.rank:
+                    part = (decode_packed if packs else decode_batch)(self.model, batch)
                     index = [positions[Pair(batch.sources[owner], t)] for owner, t in batch.pairs]
-                    decode = decode_packed if packs else decode_batch
-                    rows, weight, bias = decode(self.model, batch)
-                    projector.add(rows, index, weight, bias)
+                    pair_N = torch.tensor(index, device=part.pair_N.device)[part.pair_N]
+                    parts.append(part._replace(pair_N=pair_N))
                 if progress is not None:
                     done += sum(len(t) + len(batch.sources[owner]) for owner, t in batch.pairs)
                     progress(done / size)
-            projector.flush()
+            if parts:
+                add_log_probabilities(scores, parts)
         if self.gather is not None:
             scores = self.gather(scores)
         self.known.update(zip(new, scores.tolist(), strict=True))

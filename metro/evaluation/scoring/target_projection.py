@@ -5,6 +5,7 @@ pairs.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from metro.utils.messages import UserError
 
 
-class DecodedRows(NamedTuple):
-    """Decoder output of a batch: hidden states, and the target tokens that each predicts."""
+class Decoded(NamedTuple):
+    """Decoder output: hidden states, and the target tokens that each predicts."""
 
     hidden_RD: torch.Tensor
     row_N: torch.Tensor
@@ -22,44 +23,30 @@ class DecodedRows(NamedTuple):
     target_N: torch.Tensor
     """The token."""
     pair_N: torch.Tensor
-    """Index of the batch's pair whose log-probability it is part of."""
+    """Index of the pair whose log-probability it is part of."""
+    weight_VD: torch.Tensor
+    """Weight of the projection to the vocabulary."""
+    bias_V: torch.Tensor | None
 
 
-class Projector:
-    """Sums log P of target tokens per pair, projecting several batches at once.
+def concatenate(parts: Sequence[Decoded]) -> Decoded:
+    """Join decoder outputs: a product with a large vocabulary is slow for a few hidden states."""
+    starts = itertools.accumulate((len(part.hidden_RD) for part in parts), initial=0)
+    return Decoded(
+        torch.cat([part.hidden_RD for part in parts]),
+        torch.cat([part.row_N + start for part, start in zip(parts, starts, strict=False)]),
+        torch.cat([part.target_N for part in parts]),
+        torch.cat([part.pair_N for part in parts]),
+        *parts[0][4:],
+    )
 
-    A product with a large vocabulary is slow for a few hidden states: they are collected.
 
-    Args:
-        scores: P, the sums, added to in place.
-    """
-
-    def __init__(self, scores: torch.Tensor):
-        self.scores = scores
-        self.waiting: list[tuple[DecodedRows, torch.Tensor]] = []
-
-    def add(
-        self, rows: DecodedRows, index: list[int], weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """Collect a batch. ``index`` holds the positions of its pairs in the scores."""
-        self.projection = weight, bias
-        self.waiting.append((rows, torch.tensor(index, device=rows.pair_N.device)))
-
-    @torch.inference_mode()
-    def flush(self) -> None:
-        """Project what was collected and add it to the scores."""
-        if not self.waiting:
-            return
-        hidden_RD = torch.cat([rows.hidden_RD for rows, _ in self.waiting])
-        starts = itertools.accumulate([len(rows.hidden_RD) for rows, _ in self.waiting], initial=0)
-        row_N = torch.cat(
-            [rows.row_N + start for (rows, _), start in zip(self.waiting, starts, strict=False)]
-        )
-        target_N = torch.cat([rows.target_N for rows, _ in self.waiting])
-        pair_N = torch.cat([index[rows.pair_N] for rows, index in self.waiting])
-        log_p_N = target_log_probabilities(hidden_RD, row_N, target_N, *self.projection)
-        self.scores.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
-        self.waiting = []
+@torch.inference_mode()
+def add_log_probabilities(scores_P: torch.Tensor, parts: Sequence[Decoded]) -> None:
+    """Add log P of the target tokens to the scores of their pairs, in place."""
+    hidden_RD, row_N, target_N, pair_N, weight_VD, bias_V = concatenate(parts)
+    log_p_N = target_log_probabilities(hidden_RD, row_N, target_N, weight_VD, bias_V)
+    scores_P.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
 
 
 def target_log_probabilities(
