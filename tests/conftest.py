@@ -1,16 +1,23 @@
 """Fixtures shared by all tests."""
 
+from __future__ import annotations
+
+import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.golden_files import Golden
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def testdata() -> Path:
-    """Recorded numbers, vocabularies and texts, which are not part of the project.
+    """Published vocabularies, templates and datasets, which are not part of the project.
 
     The folder is ``METRO_TESTDATA``, by default ``../shared`` beside the repository.
     """
@@ -20,11 +27,45 @@ def testdata() -> Path:
     return folder
 
 
-CHECKPOINTS = ("metro_tiny_a", "metro_tiny_b", "t5_prompt_tiny_f", "t5_tiny_c")
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory) -> Golden:
+    """``golden / "masking.json"``: the path of a recorded file."""
+    from tests.golden_files import Golden, unpack
+
+    folder = tmp_path_factory.mktemp("golden")
+    unpack(folder)
+    return Golden(folder)
 
 
 @pytest.fixture(scope="session")
-def exported(testdata, tmp_path_factory):
+def original(testdata) -> Path:
+    """The whole recording, with what ``tests/golden`` lacks or holds rounded to float16."""
+    return testdata / "golden"
+
+
+@pytest.fixture(scope="session")
+def recorded_text(golden, tmp_path_factory) -> Path:
+    """Binarised text of the kind that the recorded models were trained on, as pretraining data."""
+    from metro.data.text.corpus import prepare_text
+
+    passages = json.loads((golden / "prompt_T0-bin/raw_examples.json").read_text())
+    folder = tmp_path_factory.mktemp("recorded_text")
+    text = "\n".join(prompt for examples in passages.values() for prompt, _ in examples)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    vocab = golden / "tiny_vocab"
+    settings = {"valid_fraction": 0, "num_workers": 1, "say": lambda _: None}
+    return prepare_text([folder / "text.txt"], folder / "data", vocab=vocab, **settings).folder
+
+
+CHECKPOINTS = ("metro_tiny_a", "metro_tiny_r", "t5_prompt_tiny_f", "t5_tiny_c")
+"""Checkpoints in ``tests/golden``."""
+
+RECORDED = ("metro_tiny_a", "metro_tiny_b", "t5_prompt_tiny_f", "t5_tiny_c")
+"""Models with exported folders; ``metro_tiny_b`` is in the whole recording alone."""
+
+
+@pytest.fixture(scope="session")
+def exported(golden, tmp_path_factory):
     """``exported(name)``: the folder made of a recorded checkpoint, auxiliary model kept."""
     from metro.conversion.fairseq_to_hf import to_hf
 
@@ -33,8 +74,8 @@ def exported(testdata, tmp_path_factory):
     def export(name: str) -> Path:
         out = folder / name
         if not out.exists():
-            checkpoint = testdata / "golden/checkpoints" / f"{name}.pt"
-            to_hf(checkpoint, out, vocab=testdata / "golden/tiny_vocab", keep_auxiliary=True)
+            checkpoint = golden / f"checkpoints/{name}.pt"
+            to_hf(checkpoint, out, vocab=golden / "tiny_vocab", keep_auxiliary=True)
         return out
 
     return export

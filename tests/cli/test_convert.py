@@ -14,10 +14,10 @@ def metro_convert(*arguments, code: int = 0):
     return done
 
 
-def test_there_and_back(testdata, tmp_path):
+def test_there_and_back(golden, tmp_path):
     """Oracle: the checkpoint that it started with."""
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_b.pt"
-    vocab = testdata / "golden/tiny_vocab"
+    checkpoint = golden / "checkpoints/metro_tiny_r.pt"
+    vocab = golden / "tiny_vocab"
     folder, back = tmp_path / "model", tmp_path / "back.pt"
     done = metro_convert("to-hf", checkpoint, "--out", folder, "--vocab", vocab, "--keep-auxiliary")
     assert "371,456 parameters in float32" in done.output
@@ -33,9 +33,9 @@ def test_there_and_back(testdata, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
 
 
-def test_what_is_left_out_is_said(testdata, tmp_path):
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_a.pt"
-    vocab = testdata / "golden/tiny_vocab"
+def test_what_is_left_out_is_said(golden, tmp_path):
+    checkpoint = golden / "checkpoints/metro_tiny_a.pt"
+    vocab = golden / "tiny_vocab"
     done = metro_convert(
         "to-hf", checkpoint, "--out", tmp_path / "out", "--vocab", vocab, "--dtype", "bf16"
     )
@@ -50,9 +50,9 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_said(tmp_path):
         assert isinstance(done.exception, UserError) and word in str(done.exception)
 
 
-def test_mistakes_are_errors_of_the_user(testdata, tmp_path):
+def test_mistakes_are_errors_of_the_user(golden, tmp_path):
     """Oracle: the class that the command line shows as one line."""
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_a.pt"
+    checkpoint = golden / "checkpoints/metro_tiny_a.pt"
     (tmp_path / "taken").mkdir()
     for arguments, word in (
         (("to-hf", checkpoint, "--out", tmp_path / "taken"), "--overwrite"),

@@ -26,8 +26,8 @@ METRO = [sys.executable, "-m", "metro.cli.main"]
 
 
 @pytest.fixture(scope="module")
-def model(testdata):
-    return str(testdata / "golden" / "hf_export" / "t5_prompt_tiny_f")
+def model(golden):
+    return str(golden / "hf_export/t5_prompt_tiny_f")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,9 @@ def test_narrowed_runs_grow_into_the_whole(tmp_path, model, toys, whole_run):
     assert all_scores(folder) == all_scores(whole_run[0])
 
 
-def test_several_models_and_methods_make_a_folder_each(tmp_path, model, toys, testdata):
+def test_several_models_and_methods_make_a_folder_each(tmp_path, model, toys, golden):
     """Oracle: the names of the folders."""
-    other = testdata / "golden" / "hf_export" / "metro_tiny_a"
+    other = golden / "hf_export/metro_tiny_a"
     arguments = [*options(toys, tmp_path), "--task", "truth", "--method", "channel"]
     assert call(model, other, *arguments).exit_code == 0
     names = sorted(path.name for path in tmp_path.iterdir())

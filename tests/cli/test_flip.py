@@ -15,15 +15,15 @@ from tests.evaluation.golden import load_exported
 
 
 @pytest.fixture(scope="module")
-def model(testdata):
-    return str(testdata / "golden" / "hf_export" / "t5_prompt_tiny_f")
+def model(golden):
+    return str(golden / "hf_export/t5_prompt_tiny_f")
 
 
-def test_scores_are_log_probabilities_of_the_instruction(testdata, model):
+def test_scores_are_log_probabilities_of_the_instruction(golden, model):
     """Oracle: all logits, log_softmax, summed over the instruction's tokens."""
     text, instruction = "<extra_id_0> so it is<extra_id_1>", "<extra_id_0> say <extra_id_1> of it"
     shown = flip_options(model, text, ["yes", "no"], instruction, max_new_tokens=5)
-    network, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    network, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder = PromptEncoder(tokenizer)
     [target] = encoder.targets([instruction])
     start = network.config.decoder_start_token_id

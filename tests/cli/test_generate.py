@@ -25,13 +25,13 @@ from metro.utils.messages import UserError
 
 
 @pytest.fixture(scope="module")
-def folder(testdata):
-    return testdata / "golden/hf_export/t5_prompt_tiny_f"
+def folder(golden):
+    return golden / "hf_export/t5_prompt_tiny_f"
 
 
 @pytest.fixture(scope="module")
-def recorded(testdata):
-    models = json.loads((testdata / "golden/hf_generation.json").read_text())["models"]
+def recorded(golden):
+    models = json.loads((golden / "hf_generation.json").read_text())["models"]
     return models["t5_prompt_tiny_f"]
 
 
@@ -167,9 +167,8 @@ def test_a_registered_name_and_a_hub_id_load_what_the_hub_cache_holds(folder, re
     ]
 
 
-def test_a_fairseq_checkpoint_answers_like_its_export(testdata, generate, recorded):
+def test_a_fairseq_checkpoint_answers_like_its_export(golden, generate, recorded):
     """Oracle: recorded with the export, whose weights are rounded to float16."""
-    golden = testdata / "golden"
     found = generate(
         golden / "checkpoints/t5_prompt_tiny_f.pt", *recorded["sentences"],
         "--vocab", golden / "tiny_vocab",
@@ -177,11 +176,11 @@ def test_a_fairseq_checkpoint_answers_like_its_export(testdata, generate, record
     assert found == recorded["greedy_text"]
 
 
-def test_sentinels_in_a_text_are_read_as_such_when_asked(testdata, generate):
+def test_sentinels_in_a_text_are_read_as_such_when_asked(golden, generate):
     """Oracle: ids put together by hand, through the model's own generate."""
     import metro
 
-    folder = testdata / "golden/hf_export/t5_tiny_c"
+    folder = golden / "hf_export/t5_tiny_c"
     model, tokenizer = metro.load(folder)
     the, lobster = (tokenizer(word)["input_ids"][1:-1] for word in ("the", "lobster"))
     sentinel = tokenizer.convert_tokens_to_ids("<sen001>")

@@ -101,9 +101,9 @@ def test_wrong_options_are_one_line(world, options, message):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-def test_real_prompts_equal_recorded_ones(testdata):
+def test_real_prompts_equal_recorded_ones(golden, testdata):
     """Oracle: strings recorded from the original implementation."""
-    with (testdata / "golden/flipped/formats.jsonl").open() as file:
+    with (golden / "flipped/formats.jsonl").open() as file:
         case = next(
             case for case in map(json.loads, file)
             if (case["subset"], case["template"]) == ("cb", "MNLI crowdsource")

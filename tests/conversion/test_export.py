@@ -135,51 +135,51 @@ def test_a_model_in_memory_is_exported_with_its_changes(exported, tmp_path):
 # Complete, or not there.
 
 
-def convert(testdata, out, name="t5_tiny_c", **options):
-    checkpoint = testdata / "golden/checkpoints" / f"{name}.pt"
-    return to_hf(checkpoint, out, vocab=testdata / "golden/tiny_vocab", **options)
+def convert(golden, out, name="t5_tiny_c", **options):
+    checkpoint = golden / f"checkpoints/{name}.pt"
+    return to_hf(checkpoint, out, vocab=golden / "tiny_vocab", **options)
 
 
-def test_a_folder_that_exists_is_replaced_only_when_asked(testdata, tmp_path):
+def test_a_folder_that_exists_is_replaced_only_when_asked(golden, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="out exists.*--overwrite"):
-        convert(testdata, out)
+        convert(golden, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    convert(testdata, out, overwrite=True)
+    convert(golden, out, overwrite=True)
     assert (out / "config.json").exists() and not (out / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwriting_takes_no_more_than_an_export_away(testdata, tmp_path, monkeypatch):
+def test_overwriting_takes_no_more_than_an_export_away(golden, tmp_path, monkeypatch):
     """A folder with folders in it, the working directory, the vocabulary that is read: kept."""
     project = tmp_path / "project"
     (project / "src").mkdir(parents=True)
     with pytest.raises(ValueError, match="the folder src is in it"):
-        convert(testdata, project, overwrite=True)
+        convert(golden, project, overwrite=True)
     with monkeypatch.context() as patch:
         patch.chdir(project / "src")
         with pytest.raises(ValueError, match="is in it"):
-            convert(testdata, project / "src", overwrite=True)
+            convert(golden, project / "src", overwrite=True)
     vocab = tmp_path / "vocab"
     vocab.mkdir()
     for name in ("sp.model", "dict.txt"):
-        (vocab / name).write_bytes((testdata / "golden/tiny_vocab" / name).read_bytes())
-    checkpoint = testdata / "golden/checkpoints/t5_tiny_c.pt"
+        (vocab / name).write_bytes((golden / f"tiny_vocab/{name}").read_bytes())
+    checkpoint = golden / "checkpoints/t5_tiny_c.pt"
     with pytest.raises(ValueError, match="is in it"):
         to_hf(checkpoint, vocab, vocab=vocab, overwrite=True)
     assert sorted(path.name for path in vocab.iterdir()) == ["dict.txt", "sp.model"]
 
 
-def test_a_link_stays_and_what_it_leads_to_is_replaced(testdata, tmp_path):
+def test_a_link_stays_and_what_it_leads_to_is_replaced(golden, tmp_path):
     """Oracle: the folder behind the link, twice: the first must leave nothing for the second."""
-    convert(testdata, tmp_path / "v1")
+    convert(golden, tmp_path / "v1")
     (tmp_path / "latest").symlink_to("v1")
     for name in ("t5_prompt_tiny_f", "t5_tiny_c"):
         with pytest.raises(ValueError, match="latest exists"):
-            convert(testdata, tmp_path / "latest", name)
-        convert(testdata, tmp_path / "latest", name, overwrite=True)
+            convert(golden, tmp_path / "latest", name)
+        convert(golden, tmp_path / "latest", name, overwrite=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "v1"]
         assert (tmp_path / "latest").is_symlink()
     with new_file(tmp_path / "model.pt") as temporary:
@@ -190,9 +190,9 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(testdata, tmp_path):
     assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "model.pt").read_text() == "new"
 
 
-def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(testdata, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(golden, tmp_path, monkeypatch):
     """Oracle: a disk that is full when the weights are written."""
-    convert(testdata, tmp_path / "old")
+    convert(golden, tmp_path / "old")
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
 
     def full(*args, **kwargs):
@@ -201,7 +201,7 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(testdata, tmp_p
     monkeypatch.setattr("metro.conversion.export.save_file", full)
     for out, overwrite in (("new", False), ("old", True)):
         with pytest.raises(OSError, match="No space"):
-            convert(testdata, tmp_path / out, "t5_prompt_tiny_f", overwrite=overwrite)
+            convert(golden, tmp_path / out, "t5_prompt_tiny_f", overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
 
@@ -237,13 +237,13 @@ for line in sys.stdin:  # forked from here, where no other thread is: seconds fa
 
 
 @pytest.fixture
-def kill_while_converting(testdata):
+def kill_while_converting(golden):
     """Convert in another process and SIGKILL it ``delay`` seconds after it began to write.
 
     Returns whether it was still at it.
     """
-    checkpoint = testdata / "golden/checkpoints/t5_prompt_tiny_f.pt"
-    arguments = [str(checkpoint), str(testdata / "golden/tiny_vocab")]
+    checkpoint = golden / "checkpoints/t5_prompt_tiny_f.pt"
+    arguments = [str(checkpoint), str(golden / "tiny_vocab")]
     process = subprocess.Popen(
         [sys.executable, "-c", KILLER, *arguments],
         cwd=Path(metro.__file__).parents[1],
@@ -264,15 +264,15 @@ def kill_while_converting(testdata):
 
 
 def test_a_killed_export_leaves_nothing_that_looks_complete(
-    testdata, tmp_path, kill_while_converting
+    golden, tmp_path, kill_while_converting
 ):
     """Oracle: the files of an export that was not killed, and of the one before."""
-    convert(testdata, tmp_path / "done", "t5_prompt_tiny_f")
+    convert(golden, tmp_path / "done", "t5_prompt_tiny_f")
     new = load_file(tmp_path / "done/model.safetensors")
-    convert(testdata, tmp_path / "before", "t5_tiny_c")
+    convert(golden, tmp_path / "before", "t5_tiny_c")
     old = load_file(tmp_path / "before/model.safetensors")
     complete = {path.name for path in (tmp_path / "done").iterdir()}
-    convert(testdata, tmp_path / "replaced", "t5_tiny_c")
+    convert(golden, tmp_path / "replaced", "t5_tiny_c")
     num_killed = 0
     for step in range(6):
         delay = step * 0.004
@@ -292,13 +292,13 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(
     assert all(".incomplete-" in path.name for path in hidden)
 
     # The next export for the same places removes what the killed ones have left.
-    convert(testdata, tmp_path / "replaced", "t5_prompt_tiny_f", overwrite=True)
+    convert(golden, tmp_path / "replaced", "t5_prompt_tiny_f", overwrite=True)
     for step in range(6):
-        convert(testdata, tmp_path / f"fresh{step}", "t5_prompt_tiny_f", overwrite=True)
+        convert(golden, tmp_path / f"fresh{step}", "t5_prompt_tiny_f", overwrite=True)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_incomplete_folder_has_no_config_until_the_end(testdata, tmp_path, monkeypatch):
+def test_an_incomplete_folder_has_no_config_until_the_end(golden, tmp_path, monkeypatch):
     """Oracle: what lies in the hidden folder when the model card, the last but one, is written."""
     seen = []
     real = metro.utils.files.write_text
@@ -308,7 +308,7 @@ def test_an_incomplete_folder_has_no_config_until_the_end(testdata, tmp_path, mo
         real(path, text)
 
     monkeypatch.setattr("metro.conversion.export.write_text", look)
-    convert(testdata, tmp_path / "out")
+    convert(golden, tmp_path / "out")
     assert "model.safetensors" in seen and "config.json" not in seen
     assert (tmp_path / "out/config.json").exists()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from metro.conversion.fairseq_to_hf import to_hf
 from metro.conversion.hf_to_fairseq import to_fairseq
-from tests.conftest import CHECKPOINTS
+from tests.conftest import CHECKPOINTS, RECORDED
 
 
 def load(path):
@@ -23,9 +23,9 @@ def assert_same_tensors(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoint_to_folder_and_back_is_exact(exported, testdata, tmp_path, name):
+def test_checkpoint_to_folder_and_back_is_exact(exported, golden, tmp_path, name):
     """Oracle: the original's checkpoint: every name, value, type, and the settings of its model."""
-    original = load(testdata / "golden/checkpoints" / f"{name}.pt")
+    original = load(golden / f"checkpoints/{name}.pt")
     done = to_fairseq(exported(name), tmp_path / "back.pt")
     back = load(tmp_path / "back.pt")
     assert_same_tensors(back["model"], original["model"])
@@ -40,7 +40,7 @@ def test_checkpoint_to_folder_and_back_is_exact(exported, testdata, tmp_path, na
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_tensors_that_are_one_are_stored_once(exported, testdata, tmp_path, name):
+def test_tensors_that_are_one_are_stored_once(exported, golden, tmp_path, name):
     """Oracle: storages in the original's file."""
 
     def groups(state):
@@ -50,16 +50,16 @@ def test_tensors_that_are_one_are_stored_once(exported, testdata, tmp_path, name
         return {frozenset(keys) for keys in by_storage.values() if len(keys) > 1}
 
     to_fairseq(exported(name), tmp_path / "back.pt")
-    original = load(testdata / "golden/checkpoints" / f"{name}.pt")["model"]
+    original = load(golden / f"checkpoints/{name}.pt")["model"]
     assert groups(load(tmp_path / "back.pt")["model"]) == groups(original)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_released_folder_to_fairseq_and_back_is_exact(testdata, tmp_path, name):
+@pytest.mark.parametrize("name", RECORDED)
+def test_released_folder_to_fairseq_and_back_is_exact(golden, tmp_path, name):
     """Oracle: the released folder's own float16 tensors and sizes."""
-    folder = testdata / "golden/hf_export" / name
+    folder = golden / f"hf_export/{name}"
     to_fairseq(folder, tmp_path / "model.pt")
-    to_hf(tmp_path / "model.pt", tmp_path / "again", vocab=testdata / "golden/tiny_vocab")
+    to_hf(tmp_path / "model.pt", tmp_path / "again", vocab=golden / "tiny_vocab")
     released = load(folder / "pytorch_model.bin")
     tensors = load_file(tmp_path / "again/model.safetensors")
     second_names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
@@ -73,11 +73,11 @@ def test_released_folder_to_fairseq_and_back_is_exact(testdata, tmp_path, name):
     }
 
 
-@pytest.mark.parametrize("name", ["metro_tiny_b", "t5_prompt_tiny_f"])
-def test_folder_to_checkpoint_and_back_gives_the_same_files(exported, testdata, tmp_path, name):
+@pytest.mark.parametrize("name", ["metro_tiny_r", "t5_prompt_tiny_f"])
+def test_folder_to_checkpoint_and_back_gives_the_same_files(exported, golden, tmp_path, name):
     """Oracle: the first export, byte by byte."""
     to_fairseq(exported(name), tmp_path / "back.pt")
-    vocab = testdata / "golden/tiny_vocab"
+    vocab = golden / "tiny_vocab"
     again = tmp_path / name
     to_hf(tmp_path / "back.pt", again, vocab=vocab, keep_auxiliary=True)
     files = {path.name for path in exported(name).iterdir()}
@@ -87,12 +87,12 @@ def test_folder_to_checkpoint_and_back_gives_the_same_files(exported, testdata, 
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "t5_tiny_c"])
-def test_metros_own_names_are_another_writing_of_the_same(exported, testdata, tmp_path, name):
+def test_metros_own_names_are_another_writing_of_the_same(exported, golden, tmp_path, name):
     """Oracle: the export made of the original's names."""
     to_fairseq(exported(name), tmp_path / "metro.pt", names="metro")
     state = load(tmp_path / "metro.pt")["model"]
     assert all(key.startswith("model.") for key in state)
-    vocab = testdata / "golden/tiny_vocab"
+    vocab = golden / "tiny_vocab"
     to_hf(tmp_path / "metro.pt", tmp_path / "again", vocab=vocab, keep_auxiliary=True)
     for file in ("model.safetensors", "pretraining.safetensors", "config.json"):
         if (exported(name) / file).exists():
@@ -102,10 +102,10 @@ def test_metros_own_names_are_another_writing_of_the_same(exported, testdata, tm
     assert_same_tensors(load(tmp_path / "back.pt")["model"], state)
 
 
-def test_without_the_auxiliary_model_it_is_a_plain_t5(testdata, tmp_path):
+def test_without_the_auxiliary_model_it_is_a_plain_t5(golden, tmp_path):
     """Oracle: names in the file."""
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_a.pt"
-    to_hf(checkpoint, tmp_path / "out", vocab=testdata / "golden/tiny_vocab")
+    checkpoint = golden / "checkpoints/metro_tiny_a.pt"
+    to_hf(checkpoint, tmp_path / "out", vocab=golden / "tiny_vocab")
     done = to_fairseq(tmp_path / "out", tmp_path / "back.pt")
     back = load(tmp_path / "back.pt")
     assert not done.has_auxiliary and done.model == "transformer_t5_base_rpe"
@@ -135,15 +135,15 @@ def test_a_damaged_training_file_is_refused(exported, tmp_path):
     (folder / "training.json").write_text("{")
     with pytest.raises(ValueError, match="training.json is not the JSON file"):
         to_fairseq(folder, tmp_path / "model.pt")
-    shutil.copyfile(exported("metro_tiny_b") / "training.json", folder / "training.json")
+    shutil.copyfile(exported("metro_tiny_r") / "training.json", folder / "training.json")
     with pytest.raises(ValueError, match="missing: .*rtd_head.dense.weight"):
         to_fairseq(folder, tmp_path / "model.pt")
 
 
-def test_other_models_are_refused(testdata, tmp_path):
+def test_other_models_are_refused(golden, tmp_path):
     folder = tmp_path / "t5"
     folder.mkdir()
-    shutil.copyfile(testdata / "golden/flipped/tiny_t5_config.json", folder / "config.json")
+    shutil.copyfile(golden / "flipped/tiny_t5_config.json", folder / "config.json")
     with pytest.raises(ValueError, match="type 't5'; only METRO-T5"):
         to_fairseq(folder, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="no config.json"):

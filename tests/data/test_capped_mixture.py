@@ -11,8 +11,8 @@ SIZES, CAPS = [50, 30], [20, 100]
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_epochs_equal_the_original(testdata, epoch):
-    recorded = json.loads((testdata / "golden/prompt_finetune.json").read_text())
+def test_epochs_equal_the_original(golden, epoch):
+    recorded = json.loads((golden / "prompt_finetune.json").read_text())
     want = recorded["epochs"][f"epoch{epoch}"]["dataset_and_sample_index"]
     mixture = CappedMixture(SIZES, CAPS, seed=1)
     assert np.stack(mixture.all_rows(epoch), 1).tolist() == want

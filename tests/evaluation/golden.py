@@ -1,12 +1,11 @@
 """Models behind the recorded scores, as the evaluation loads them."""
 
-from pathlib import Path
-
 import torch
 
 import metro
+from tests.golden_files import Golden
 
 
-def load_exported(testdata: Path, name: str):
+def load_exported(golden: Golden, name: str):
     """Model and tokenizer of a folder in the released layout."""
-    return metro.load(testdata / "golden" / "hf_export" / name, dtype=torch.float32)
+    return metro.load(golden / f"hf_export/{name}", dtype=torch.float32)

@@ -9,9 +9,9 @@ from tests.recorded_models import load_tiny_t5
 
 
 @pytest.fixture
-def tiny_t5(testdata):
+def tiny_t5(golden):
     """The random T5 v1.1 that the FLIPPED numbers were computed with."""
-    return load_tiny_t5(testdata)
+    return load_tiny_t5(golden)
 
 
 def small_model(kind: str) -> torch.nn.Module:

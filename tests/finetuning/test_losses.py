@@ -11,8 +11,8 @@ from metro.finetuning.losses import LossOptions, batch_loss, flipped_loss, unlik
 from tests.finetuning.conftest import small_model
 
 
-def golden(testdata) -> dict:
-    return json.loads((testdata / "golden/flipped/loss.json").read_text())
+def recorded(golden) -> dict:
+    return json.loads((golden / "flipped/loss.json").read_text())
 
 
 def pad(rows, width=None) -> torch.Tensor:
@@ -40,10 +40,10 @@ def in_double(monkeypatch):
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("width", [None, 40])
 def test_value_and_gradients_equal_the_original_without_its_pad_quirk(
-    testdata, tiny_t5, in_double, number, width
+    golden, tiny_t5, in_double, number, width
 ):
     """Oracle: `fixed_float64`, in double precision to 1e-9; any amount of padding."""
-    batch = golden(testdata)["batches"][number]
+    batch = recorded(golden)["batches"][number]
     want = batch["fixed_float64"]
     model = tiny_t5.double()
     loss = flipped_loss(model, *ids(batch["examples"], width), LossOptions("flipped", 0))
@@ -62,9 +62,9 @@ def test_value_and_gradients_equal_the_original_without_its_pad_quirk(
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_single_precision_is_as_close_as_the_originals(testdata, tiny_t5, number):
+def test_single_precision_is_as_close_as_the_originals(golden, tiny_t5, number):
     """Oracle: tolerances of the recorded numbers, 2e-5 for losses and 1e-4 for gradients."""
-    batch = golden(testdata)["batches"][number]
+    batch = recorded(golden)["batches"][number]
     want = batch["fixed_float64"]
     loss = flipped_loss(tiny_t5, *ids(batch["examples"]), LossOptions("flipped", 0))
     loss.total.backward()

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
-def sources(testdata) -> dict[str, Path]:
+def sources(golden, testdata) -> dict[str, Path]:
     if not (testdata / "data/quarel").is_dir():
         pytest.skip("no rows of quarel in the test data")
     return {
-        "model": testdata / "golden/checkpoints/metro_tiny_b.pt",
-        "vocab": testdata / "golden/tiny_vocab",
+        "model": golden / "checkpoints/metro_tiny_r.pt",
+        "vocab": golden / "tiny_vocab",
         "data_dir": testdata / "data",
         "templates": testdata / "prompts/templates",
     }

@@ -220,12 +220,12 @@ def test_tensorboard_has_the_logged_numbers(settings):
     assert {"eval/loss", "eval/ranked_right"} <= tags
 
 
-def test_a_pretraining_checkpoint_of_the_original_becomes_a_prompted_model(settings, testdata):
+def test_a_pretraining_checkpoint_of_the_original_becomes_a_prompted_model(settings, golden):
     """The decoder starts with </s>, the auxiliary model is gone, the folder carries its code."""
     result = finetune(
         settings(
-            model=str(testdata / "golden/checkpoints/metro_tiny_a.pt"),
-            vocab=str(testdata / "golden/tiny_vocab"),
+            model=str(golden / "checkpoints/metro_tiny_a.pt"),
+            vocab=str(golden / "tiny_vocab"),
             objective="flipped",
             max_steps=4,
             learning_rate=1e-3,

@@ -29,14 +29,14 @@ def tiny(**changes) -> MetroT5ForConditionalGeneration:
     return model.eval()
 
 
-@pytest.fixture(params=["random", "metro_tiny_b", "t5_prompt_tiny_f"])
+@pytest.fixture(params=["random", "metro_tiny_a", "t5_prompt_tiny_f"])
 def model_and_inputs(request):
     """A model with a padded batch: a random one, and released folders with recorded inputs."""
     if request.param == "random":
         return tiny(), IDS, MASK
-    testdata = request.getfixturevalue("testdata")
-    model = load_released(testdata, request.param)
-    arrays = np.load(testdata / f"golden/hf_{request.param}.npz")
+    golden = request.getfixturevalue("golden")
+    model = load_released(golden, request.param)
+    arrays = np.load(golden / f"hf_{request.param}.npz")
     return model, torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
 
 

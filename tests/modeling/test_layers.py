@@ -33,11 +33,11 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("bins, max_distance", [(32, 128), (128, 256)])
-def test_buckets_equal_the_tables_of_the_original(testdata, bins, max_distance):
-    golden = np.load(testdata / "golden" / "relpos_buckets.npz")[f"bins{bins}_max{max_distance}"]
+def test_buckets_equal_the_tables_of_the_original(golden, bins, max_distance):
+    recorded = np.load(golden / "relpos_buckets.npz")[f"bins{bins}_max{max_distance}"]
     buckets = relative_position_buckets(bins, max_distance, 512).numpy()
     query, key = np.arange(512)[:, None], np.arange(512)
-    assert np.array_equal(buckets[key - query + 511], golden)
+    assert np.array_equal(buckets[key - query + 511], recorded)
 
 
 def test_bucket_of_a_distance_does_not_depend_on_the_length():

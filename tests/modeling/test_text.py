@@ -20,9 +20,9 @@ PASSES = {
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_text_pieces_and_ids_equal_recorded_ones(testdata, name):
+def test_text_pieces_and_ids_equal_recorded_ones(golden, testdata, name):
     """Oracle: the original's normaliser, sentencepiece 0.2.0 and fairseq's dictionary, recorded."""
-    recorded = json.loads((testdata / "golden/tokenization.json").read_text(encoding="utf-8"))[name]
+    recorded = json.loads((golden / "tokenization.json").read_text(encoding="utf-8"))[name]
     vocabulary = Vocabulary.from_folder(testdata / "vocab" / PASSES[name])
     for item in recorded["items"]:
         text = normalize_text(item["text"], recorded["lower"])
@@ -84,8 +84,8 @@ def test_vocabulary_counts_and_case(testdata):
         (lambda lines: lines[:6] + ["nocount"] + lines[7:], "line 7: expected `piece count`"),
     ],
 )
-def test_dictionary_that_does_not_match_is_refused(testdata, tmp_path, change, message):
-    source = testdata / "golden/tiny_vocab"
+def test_dictionary_that_does_not_match_is_refused(golden, tmp_path, change, message):
+    source = golden / "tiny_vocab"
     lines = (source / "dict.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     (tmp_path / "dict.txt").write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
     (tmp_path / "sp.model").write_bytes((source / "sp.model").read_bytes())

@@ -18,9 +18,9 @@ def load(testdata, name, **settings) -> MetroT5Tokenizer:
 
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
-def tokenizer_and_recorded(request, testdata):
-    recorded = json.loads((testdata / "golden/hf_tokenizer.json").read_text(encoding="utf-8"))
-    return load(testdata, request.param), recorded["tokenizers"][request.param]
+def tokenizer_and_recorded(request, golden):
+    recorded = json.loads((golden / "hf_tokenizer.json").read_text(encoding="utf-8"))
+    return load(golden, request.param), recorded["tokenizers"][request.param]
 
 
 def assert_like_recorded(tokenizer, recorded):
@@ -77,13 +77,13 @@ A = 10
 
 
 @pytest.fixture(scope="module")
-def tokenizer(testdata):
-    return load(testdata, "32k")
+def tokenizer(golden):
+    return load(golden, "32k")
 
 
-def test_padding_on_either_side(testdata, tokenizer):
+def test_padding_on_either_side(golden, tokenizer):
     """Oracle: by hand."""
-    batch = load(testdata, "32k", padding_side="left")(["a", "a a a"], padding=True)
+    batch = load(golden, "32k", padding_side="left")(["a", "a a a"], padding=True)
     assert batch["input_ids"] == [[1, 1, 0, A, 2], [0, A, A, A, 2]]
     assert batch["attention_mask"] == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     batch = tokenizer(["a", "a a a"], padding="max_length", max_length=6, return_tensors="pt")
@@ -95,7 +95,7 @@ def test_padding_on_either_side(testdata, tokenizer):
     assert with_ids["attention_mask"] == [[1, 1, 0], [1, 1, 1]]
 
 
-def test_truncation_of_texts_and_pairs(testdata, tokenizer):
+def test_truncation_of_texts_and_pairs(golden, tokenizer):
     """Oracle: by hand; the special tokens stay, the longer text gives way."""
     b, c = (
         tokenizer.encode("b", add_special_tokens=False),
@@ -106,7 +106,7 @@ def test_truncation_of_texts_and_pairs(testdata, tokenizer):
     cut = {"truncation": True, "max_length": 4}
     assert tokenizer("a b c", **cut)["input_ids"] == [0, A, b, 2]
     assert tokenizer(["a b c", "b"], **cut)["input_ids"] == [[0, A, b, 2], [0, b, 2]]
-    left = load(testdata, "32k", truncation_side="left")
+    left = load(golden, "32k", truncation_side="left")
     assert left("a b c", **cut)["input_ids"] == [0, b, c, 2]
     texts = ("a a a a", "b c")
     assert tokenizer(*texts, truncation=True, max_length=8)["input_ids"] == [0, A, A, 2, 2, b, c, 2]
@@ -153,8 +153,8 @@ def test_sentinels_are_entries_that_no_text_gives(tokenizer):
             tokenizer.decode([0, index])
 
 
-def test_sentinels_of_t5_are_no_entries_until_they_are_added(testdata):
-    tokenizer = load(testdata, "32k")
+def test_sentinels_of_t5_are_no_entries_until_they_are_added(golden):
+    tokenizer = load(golden, "32k")
     assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokenizer.unk_token_id
     assert len(tokenizer("<extra_id_0>")["input_ids"]) > 3
     tokenizer.add_tokens([AddedToken("<extra_id_0>", special=True)])
@@ -195,13 +195,13 @@ ADDED = ["<extra_id_0>", "zebra", "ell", "▁h"]
 
 
 @pytest.mark.parametrize("added", [[], ADDED], ids=["as released", "with added tokens"])
-def test_the_fast_way_gives_what_the_base_class_gives(testdata, added):
+def test_the_fast_way_gives_what_the_base_class_gives(golden, testdata, added):
     """Oracle: the way of the base class, on the recorded strings and on what surrounds them."""
     fast, folder = load(testdata, "64k"), testdata / "vocab/vocab_64k"
     plain = PlainWay(str(folder / "sp.model"), str(folder / "dict.txt"))
     for tokenizer in (fast, plain):
         tokenizer.add_tokens(added)
-    recorded = json.loads((testdata / "golden/hf_tokenizer.json").read_text(encoding="utf-8"))
+    recorded = json.loads((golden / "hf_tokenizer.json").read_text(encoding="utf-8"))
     texts = [item["text"] for item in recorded["tokenizers"]["64k"]["items"]]
     texts += [f"{text}</s> {text}" for text in texts[:50]] + [
         "",
@@ -249,8 +249,8 @@ def test_targets_and_the_collator_for_sequence_to_sequence(tokenizer):
     assert tokenizer(text_target="a")["input_ids"] == [0, A, 2]
 
 
-def test_added_tokens_and_settings_survive_saving(testdata, tmp_path):
-    tokenizer = load(testdata, "32k", lower=False, n_sentinel_tokens=7, model_max_length=64)
+def test_added_tokens_and_settings_survive_saving(golden, tmp_path):
+    tokenizer = load(golden, "32k", lower=False, n_sentinel_tokens=7, model_max_length=64)
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(tmp_path)
     loaded = MetroT5Tokenizer.from_pretrained(tmp_path)
@@ -285,16 +285,16 @@ def test_vocabulary_files_of_two_folders_are_refused(testdata, tmp_path):
         MetroT5Tokenizer(str(tmp_path / "sp.model"), str(tmp_path / "dict.txt"))
 
 
-def test_cased_text_keeps_its_capitals(testdata):
-    tokenizer = load(testdata, "64k", lower=False)
+def test_cased_text_keeps_its_capitals(golden):
+    tokenizer = load(golden, "64k", lower=False)
     assert tokenizer.decode(
         tokenizer("New York is big.")["input_ids"], skip_special_tokens=True
     ) == ("New York is big.")
 
 
-def test_released_tokenizer_files_load(testdata):
+def test_released_tokenizer_files_load(golden):
     """Oracle: the folders that the published converter wrote."""
-    folder = testdata / "golden/hf_export/metro_tiny_b"
+    folder = golden / "hf_export/metro_tiny_a"
     tokenizer = MetroT5Tokenizer.from_pretrained(folder)
     assert (len(tokenizer), tokenizer.lower, tokenizer.n_sentinel_tokens) == (1128, True, 128)
     assert tokenizer.convert_ids_to_tokens(1000) == "<sen000>"

@@ -37,20 +37,20 @@ def marker(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(testdata):
+def checkpoint(golden):
     """The content of a recorded checkpoint, to spoil."""
-    return torch.load(testdata / "golden/checkpoints/metro_tiny_a.pt", weights_only=True)
+    return torch.load(golden / "checkpoints/metro_tiny_a.pt", weights_only=True)
 
 
 @pytest.fixture
-def refused(testdata, tmp_path):
+def refused(golden, tmp_path):
     """``refused(content, match)``: neither converted nor loaded, one line, nothing written."""
 
     def check(content, match: str) -> str:
         path = tmp_path / "bad.pt"
         if content is not None:
             torch.save(content, path)
-        vocab = testdata / "golden/tiny_vocab"
+        vocab = golden / "tiny_vocab"
         for use in (
             lambda: to_hf(path, tmp_path / "out", vocab=vocab),
             lambda: metro.load(path, vocab=vocab),
@@ -89,9 +89,9 @@ def test_a_bare_pickle_is_refused_and_does_not_run(refused, marker, tmp_path):
     refused(None, "bad.pt")
 
 
-def test_a_payload_in_the_weights_of_a_folder_is_refused(testdata, tmp_path, marker):
+def test_a_payload_in_the_weights_of_a_folder_is_refused(golden, tmp_path, marker):
     folder = tmp_path / "folder"
-    shutil.copytree(testdata / "golden/hf_export/metro_tiny_a", folder)
+    shutil.copytree(golden / "hf_export/metro_tiny_a", folder)
     weights = folder / "pytorch_model.bin"
     state = torch.load(weights, weights_only=True)
     weights.chmod(0o644)
@@ -109,21 +109,21 @@ def test_classes_that_keep_no_settings_are_refused_by_name(checkpoint, refused, 
 
 
 @pytest.mark.parametrize("kept", [0, 10, 2000, 0.5, 0.999])
-def test_a_file_that_was_cut_is_named(testdata, tmp_path, refused, kept):
-    data = (testdata / "golden/checkpoints/metro_tiny_a.pt").read_bytes()
+def test_a_file_that_was_cut_is_named(golden, tmp_path, refused, kept):
+    data = (golden / "checkpoints/metro_tiny_a.pt").read_bytes()
     size = int(len(data) * kept) if isinstance(kept, float) else kept
     (tmp_path / "bad.pt").write_bytes(data[:size])
     refused(None, "bad.pt cannot be read as a checkpoint.*")
 
 
 @pytest.mark.parametrize("name", ["dict.txt", "sp.model"])
-def test_another_kind_of_file_is_named(testdata, tmp_path, refused, name):
-    shutil.copyfile(testdata / "golden/tiny_vocab" / name, tmp_path / "bad.pt")
+def test_another_kind_of_file_is_named(golden, tmp_path, refused, name):
+    shutil.copyfile(golden / f"tiny_vocab/{name}", tmp_path / "bad.pt")
     refused(None, "bad.pt cannot be read as a checkpoint.*another kind of file")
 
 
-def test_bare_weights_are_no_checkpoint(testdata, tmp_path, refused):
-    source = testdata / "golden/hf_export/metro_tiny_a/pytorch_model.bin"
+def test_bare_weights_are_no_checkpoint(golden, tmp_path, refused):
+    source = golden / "hf_export/metro_tiny_a/pytorch_model.bin"
     shutil.copyfile(source, tmp_path / "bad.pt")
     refused(None, "give the Hugging Face folder")
     refused([1, 2], "not a fairseq checkpoint")
@@ -181,9 +181,7 @@ def test_settings_that_cannot_be_are_refused(checkpoint, refused):
         refused(checkpoint, f"encoder_attention_heads is {value!r}, which must be a whole number")
 
 
-def test_values_that_are_no_settings_are_refused_or_left_out(
-    testdata, checkpoint, refused, tmp_path
-):
+def test_values_that_are_no_settings_are_refused_or_left_out(golden, checkpoint, refused, tmp_path):
     """Oracle: by hand; nothing of it may end in a traceback."""
     inner = argparse.Namespace()
     inner.inner = inner
@@ -193,7 +191,7 @@ def test_values_that_are_no_settings_are_refused_or_left_out(
     checkpoint["cfg"] |= {"criterion": "a", "optimization": ["a"], "lr_scheduler": 5}
     checkpoint |= {"optimizer_history": ["a", 5], "extra_state": ["a"]}
     torch.save(checkpoint, tmp_path / "odd.pt")
-    to_hf(tmp_path / "odd.pt", tmp_path / "odd", vocab=testdata / "golden/tiny_vocab")
+    to_hf(tmp_path / "odd.pt", tmp_path / "odd", vocab=golden / "tiny_vocab")
     assert json.loads((tmp_path / "odd/training.json").read_text())["history"] == []
 
 
@@ -211,8 +209,8 @@ def test_two_embeddings_where_the_model_has_one_are_refused(checkpoint, refused)
     refused(checkpoint, "lm_head.weight and shared.weight.*inconsistent")
 
 
-def test_a_vocabulary_of_another_model_is_refused(testdata, tmp_path):
-    path = testdata / "golden/checkpoints/metro_tiny_a.pt"
+def test_a_vocabulary_of_another_model_is_refused(golden, testdata, tmp_path):
+    path = golden / "checkpoints/metro_tiny_a.pt"
     with pytest.raises(ValueError, match="32768 entries.*128 sentinels.*1128 rows"):
         to_hf(path, tmp_path / "out", vocab=testdata / "vocab/vocab_32k")
     with pytest.raises(ValueError, match="neither in .* nor in .*--vocab"):
@@ -306,7 +304,7 @@ def test_damaged_files_of_a_folder_are_named(folder):
     both_refuse(folder, "config.json.*not a valid JSON")
 
 
-def test_only_the_named_containers_are_allowed(testdata):
+def test_only_the_named_containers_are_allowed(golden):
     """Oracle: the list; whatever it grows by should be argued for here."""
     from metro.models.reading import allowed_classes
 
@@ -316,4 +314,4 @@ def test_only_the_named_containers_are_allowed(testdata):
     omega = {"DictConfig", "ListConfig", "ContainerMetadata", "Metadata"}
     omega |= {f"{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean")}
     assert names - plain - {"Any", "typing.Any"} in (set(), omega)
-    assert read_checkpoint(testdata / "golden/checkpoints/metro_tiny_a.pt").names == "original"
+    assert read_checkpoint(golden / "checkpoints/metro_tiny_a.pt").names == "original"

@@ -29,12 +29,12 @@ def build_task(name, data, tokens_per_sample=128, **options):
 
 
 @pytest.fixture(scope="module", params=["t5_metro", "t5"])
-def task_and_golden(request, testdata):
-    golden = json.loads((testdata / "golden/data_pipeline.json").read_text())
-    task = build_task(request.param, testdata / "golden/wiki2tiny-bin")
+def task_and_recorded(request, original):
+    recorded = json.loads((original / "data_pipeline.json").read_text())
+    task = build_task(request.param, original / "wiki2tiny-bin")
     for split in ("train", "valid"):
         task.load_dataset(split, epoch=1)
-    return task, golden[request.param], golden["meta"]
+    return task, recorded[request.param], recorded["meta"]
 
 
 def batch_iterator(task, split, meta, epoch=1, **options):
@@ -56,20 +56,20 @@ def crc(ids) -> int:
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_blocks_equal_those_of_the_original(task_and_golden, split):
-    task, golden, _ = task_and_golden
+def test_blocks_equal_those_of_the_original(task_and_recorded, split):
+    task, recorded, _ = task_and_recorded
     dataset = task.dataset(split)
-    assert len(dataset) == golden[split]["n_blocks"]
-    assert dataset.sizes.tolist() == golden[split]["block_sizes_incl_bos"]
+    assert len(dataset) == recorded[split]["n_blocks"]
+    assert dataset.sizes.tolist() == recorded[split]["block_sizes_incl_bos"]
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_examples_equal_those_of_the_original_in_both_epochs(task_and_golden, split):
-    task, golden, _ = task_and_golden
+def test_examples_equal_those_of_the_original_in_both_epochs(task_and_recorded, split):
+    task, recorded, _ = task_and_recorded
     dataset = task.dataset(split)
     for epoch in (1, 2):
         dataset.set_epoch(epoch)
-        for expected in golden[split]["items"][f"epoch{epoch}"]:
+        for expected in recorded[split]["items"][f"epoch{epoch}"]:
             example = dataset[expected["index"]]
             if task.__class__ is T5MetroTask:
                 source = example.masked_ids
@@ -84,11 +84,11 @@ def test_examples_equal_those_of_the_original_in_both_epochs(task_and_golden, sp
     dataset.set_epoch(1)
 
 
-def test_train_batches_equal_those_of_the_original_in_order_and_shards(task_and_golden):
-    task, golden, meta = task_and_golden
+def test_train_batches_equal_those_of_the_original_in_order_and_shards(task_and_recorded):
+    task, recorded, meta = task_and_recorded
     frozen = batch_iterator(task, "train", meta).frozen_batches
-    assert [b.tolist() for b in frozen] == golden["train"]["frozen_batches_before_shuffle"]
-    for shards, epochs in golden["train"]["batch_ids_in_training_order"].items():
+    assert [b.tolist() for b in frozen] == recorded["train"]["frozen_batches_before_shuffle"]
+    for shards, epochs in recorded["train"]["batch_ids_in_training_order"].items():
         num_shards, shard = [int(n) for n in shards.removeprefix("num_shards").split("_shard")]
         for epoch, expected in epochs.items():
             iterator = batch_iterator(
@@ -104,20 +104,20 @@ def test_train_batches_equal_those_of_the_original_in_order_and_shards(task_and_
     task.dataset("train").set_epoch(1)
 
 
-def test_valid_batches_equal_those_of_the_original(task_and_golden):
-    task, golden, meta = task_and_golden
+def test_valid_batches_equal_those_of_the_original(task_and_recorded):
+    task, recorded, meta = task_and_recorded
     iterator = batch_iterator(task, "valid", meta)
     frozen = [b.tolist() for b in iterator.frozen_batches]
-    assert frozen == golden["valid"]["frozen_batches_before_shuffle"]
+    assert frozen == recorded["valid"]["frozen_batches_before_shuffle"]
     batches = list(iterator.next_epoch_itr(shuffle=False))
-    assert [b["id"].tolist() for b in batches] == golden["valid"]["batch_ids_in_order"]
+    assert [b["id"].tolist() for b in batches] == recorded["valid"]["batch_ids_in_order"]
 
 
 @pytest.mark.parametrize("name", ["t5_metro", "t5"])
-def test_a_batch_equals_that_of_the_original(name, testdata):
+def test_a_batch_equals_that_of_the_original(name, original):
     """Oracle: the recorded batch of six items, masks of epoch 3."""
-    arrays = np.load(testdata / f"golden/forward_{'a' if name == 't5_metro' else 'c'}.npz")
-    task = build_task(name, testdata / "golden/wiki2tiny-bin")
+    arrays = np.load(original / f"forward_{'a' if name == 't5_metro' else 'c'}.npz")
+    task = build_task(name, original / "wiki2tiny-bin")
     task.load_dataset("train")
     dataset = task.dataset("train")
     dataset.set_epoch(3)

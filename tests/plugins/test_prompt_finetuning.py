@@ -41,23 +41,18 @@ def configure(data, *arguments: str):
 
 
 @pytest.fixture(scope="module")
-def recorded(testdata_module) -> dict:
-    return json.loads((testdata_module / "golden/prompt_finetune.json").read_text())
+def recorded(golden) -> dict:
+    return json.loads((golden / "prompt_finetune.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def testdata_module(request):
-    return request.getfixturevalue("testdata")
+def data(golden):
+    return golden / "prompt_T0-bin"
 
 
-@pytest.fixture(scope="module")
-def data(testdata_module):
-    return testdata_module / "golden/prompt_T0-bin"
-
-
-def build(data, testdata, name: str, *arguments: str):
+def build(data, golden, name: str, *arguments: str):
     """Task and trainer, started from a pretraining checkpoint as `--finetune-from-model` does."""
-    checkpoint = testdata / f"golden/checkpoints/{name}.pt"
+    checkpoint = golden / f"checkpoints/{name}.pt"
     cfg = configure(data, f"--finetune-from-model {checkpoint}", "--save-dir unused", *arguments)
     task = tasks.setup_task(cfg.task)
     trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
@@ -110,8 +105,8 @@ def test_validation_groups_equal_the_original(data, recorded):
     assert [len(task.dataset(f"valid{group}")) for group in ("_yesno", "")] == [8, 20]
 
 
-def test_padded_batches_equal_the_original(testdata, data):
-    arrays = np.load(testdata / "golden/prompt_finetune.npz")
+def test_padded_batches_equal_the_original(golden, data):
+    arrays = np.load(golden / "prompt_finetune.npz")
     task = tasks.setup_task(configure(data).task)
     task.load_dataset("train")
     iterator = task.get_batch_iterator(task.dataset("train"), max_tokens=512, seed=1, epoch=1)
@@ -124,9 +119,9 @@ def test_padded_batches_equal_the_original(testdata, data):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_equal_the_original(testdata, data, recorded, name, smoothing):
+def test_losses_equal_the_original(golden, data, recorded, name, smoothing):
     """All batches of epoch 1 at the pretrained weights, without the auxiliary model."""
-    task, trainer, iterator = build(data, testdata, name, f"--label-smoothing {smoothing}")
+    task, trainer, iterator = build(data, golden, name, f"--label-smoothing {smoothing}")
     assert trainer.model.model.config.decoder_start_token_id == 2
     runs = recorded["runs"][name]["eval_mode_losses_epoch1_batches_at_initial_weights"]
     runs = {run["batch"]: run for run in runs if run["label_smoothing"] == smoothing}
@@ -142,7 +137,7 @@ def test_losses_equal_the_original(testdata, data, recorded, name, smoothing):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_updates_equal_the_original(testdata, data, recorded, name, monkeypatch):
+def test_updates_equal_the_original(golden, data, recorded, name, monkeypatch):
     """Batches, learning rate, and each parameter's sum and norm after each of 8 updates.
 
     In float64: in float32 rounding puts single pre-activations of ReLU on either side of zero, and
@@ -153,7 +148,7 @@ def test_updates_equal_the_original(testdata, data, recorded, name, monkeypatch)
     run = recorded["runs"][name]
     smoothing = run["settings"]["label_smoothing"]
     task, trainer, iterator = build(
-        data, testdata, name, f"--label-smoothing {smoothing}", MODELS[name]
+        data, golden, name, f"--label-smoothing {smoothing}", MODELS[name]
     )
     trainer.model.double()
     monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_of_any_type)
@@ -227,17 +222,17 @@ def prompts(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 40)
 
 
-def flipped(testdata) -> list[str]:
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_b.pt"
+def flipped(golden) -> list[str]:
+    checkpoint = golden / "checkpoints/metro_tiny_r.pt"
     return [
-        f"--criterion flipped --vocab {testdata / 'golden/tiny_vocab'} --batch-size 8",
+        f"--criterion flipped --vocab {golden / 'tiny_vocab'} --batch-size 8",
         f"--finetune-from-model {checkpoint} --lr 0.003 --warmup-updates 3 --total-num-update 400",
     ]
 
 
-def test_flipped_trains_on_prompts_kept_as_text(train, prompts, testdata, tmp_path):
+def test_flipped_trains_on_prompts_kept_as_text(train, prompts, golden, tmp_path):
     """The loss falls; all it is made of is logged; a resumed run is bit exact."""
-    common = [*flipped(testdata), "--dropout 0.1"]
+    common = [*flipped(golden), "--dropout 0.1"]
     whole = train(prompts, tmp_path / "whole", *common, "--max-update 16")
     lines = whole.logged("train_inner")
     assert float(lines[-1]["loss"]) < 0.7 * float(lines[0]["loss"])
@@ -254,10 +249,10 @@ def test_flipped_trains_on_prompts_kept_as_text(train, prompts, testdata, tmp_pa
 
 
 @pytest.mark.parametrize("mean", ["tokens", "examples"])
-def test_the_flipped_criterion_is_the_librarys_loss(prompts, testdata, mean):
+def test_the_flipped_criterion_is_the_librarys_loss(prompts, golden, mean):
     """Oracle: `batch_loss` on the same batch, which is a mean where the criterion gives a sum."""
     task, trainer, iterator = build(
-        prompts, testdata, "metro_tiny_r", *flipped(testdata)[:1], f"--loss-mean {mean}"
+        prompts, golden, "metro_tiny_r", *flipped(golden)[:1], f"--loss-mean {mean}"
     )
     batch = next(iterator.next_epoch_itr(shuffle=True))
     trainer.model.eval()
@@ -272,8 +267,8 @@ def test_the_flipped_criterion_is_the_librarys_loss(prompts, testdata, mean):
     assert float(loss.detach()) / sample_size == pytest.approx(float(want.total.detach()), rel=1e-5)
 
 
-def test_the_channel_objective_turns_prompt_and_answer_round(prompts, testdata):
-    options = f"--vocab {testdata / 'golden/tiny_vocab'} --objective"
+def test_the_channel_objective_turns_prompt_and_answer_round(prompts, golden):
+    options = f"--vocab {golden / 'tiny_vocab'} --objective"
     sizes = []
     for objective in ("direct", "channel"):
         task = tasks.setup_task(configure(prompts, options, objective).task)

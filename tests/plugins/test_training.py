@@ -153,17 +153,16 @@ def test_fairseq_validate_agrees_with_the_training_log(train, corpus, tmp_path):
             assert float(value) == pytest.approx(float(logged[name]), abs=2e-3, nan_ok=True), name
 
 
-def test_training_goes_on_from_a_checkpoint_of_the_original(train, testdata, tmp_path):
+def test_training_goes_on_from_a_checkpoint_of_the_original(train, golden, recorded_text, tmp_path):
     """Oracle: the loss that the original logged at the end of that run, 38 bits; random is 65."""
-    checkpoint = testdata / "golden/checkpoints/metro_tiny_a.pt"
+    checkpoint = golden / "checkpoints/metro_tiny_a.pt"
     options = [
         "--encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-layers 2",
         "--encoder-attention-heads 4 --max-positions 1024 --tokens-per-sample 128",
         "--max-tokens 1024 --weighted-lm-loss --max-update 1 --disable-validation",
         f"--finetune-from-model {checkpoint}",
     ]
-    data = testdata / "golden/wiki2tiny-bin"
-    line = train(tmp_path, *options, NO_DROPOUT, data=data).logged("train_inner")[0]
+    line = train(tmp_path, *options, NO_DROPOUT, data=recorded_text).logged("train_inner")[0]
     assert 36 < float(line["loss"]) < 41
 
 

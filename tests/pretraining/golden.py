@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from metro.models.fairseq_names import metro_name, rename_fairseq_state
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
+from tests.golden_files import Golden
 
 CHECKPOINT = {"a": "metro_tiny_a", "b": "metro_tiny_b", "r": "metro_tiny_r", "c": "t5_tiny_c"}
 CHECKPOINT["s"] = "metro_tiny_r"
@@ -47,8 +47,8 @@ class GoldenBatch:
     model: torch.nn.Module
 
 
-def load_checkpoint(golden: Path, name: str) -> dict:
-    return torch.load(golden / "checkpoints" / f"{name}.pt", weights_only=True)
+def load_checkpoint(golden: Golden, name: str) -> dict:
+    return torch.load(golden / f"checkpoints/{name}.pt", weights_only=True)
 
 
 def tiny_config() -> MetroT5Config:
@@ -64,7 +64,7 @@ def tiny_config() -> MetroT5Config:
     )
 
 
-def load_model(golden: Path, letter: str, checkpoint: dict | None = None) -> torch.nn.Module:
+def load_model(golden: Golden, letter: str, checkpoint: dict | None = None) -> torch.nn.Module:
     """METRO (a, b, r) or plain T5 (c, s) with the weights of the original's checkpoint."""
     checkpoint = checkpoint or load_checkpoint(golden, CHECKPOINT[letter])
     state = rename_fairseq_state(checkpoint["model"])
@@ -85,7 +85,7 @@ def load_model(golden: Path, letter: str, checkpoint: dict | None = None) -> tor
     return model
 
 
-def load_batch(golden: Path, letter: str) -> GoldenBatch:
+def load_batch(golden: Golden, letter: str) -> GoldenBatch:
     arrays = np.load(golden / f"forward_{letter}.npz")
     numbers = json.loads((golden / f"forward_{letter}.json").read_text())
     tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}

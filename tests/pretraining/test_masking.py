@@ -16,24 +16,24 @@ from metro.pretraining.masking import (
 
 
 @pytest.fixture(scope="module")
-def golden(testdata):
-    return json.loads((testdata / "golden/masking.json").read_text())
+def recorded(golden):
+    return json.loads((golden / "masking.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def sequences(golden):
-    return {entry["index"]: np.array(entry["tokens"]) for entry in golden["inputs"]}
+def sequences(recorded):
+    return {entry["index"]: np.array(entry["tokens"]) for entry in recorded["inputs"]}
 
 
-def test_item_seeds_equal_those_of_the_original(golden):
-    for entry in golden["item_seeds"]:
+def test_item_seeds_equal_those_of_the_original(recorded):
+    for entry in recorded["item_seeds"]:
         seeds = [item_seed(entry["seed"], entry["epoch"], i) for i in range(20)]
         assert seeds == entry["numpy_seed_per_index"]
 
 
-def test_masked_tokens_equal_those_of_the_original(golden, sequences):
-    meta = golden["meta"]
-    for entry in golden["masked_tokens"]:
+def test_masked_tokens_equal_those_of_the_original(recorded, sequences):
+    meta = recorded["meta"]
+    for entry in recorded["masked_tokens"]:
         for item in entry["items"]:
             original = sequences[item["index"]]
             masked = mask_tokens(
@@ -51,9 +51,9 @@ def test_masked_tokens_equal_those_of_the_original(golden, sequences):
             assert np.where(masked.is_masked, original, meta["pad"]).tolist() == item["target"]
 
 
-def test_corrupted_spans_equal_those_of_the_original(golden, sequences):
-    meta = golden["meta"]
-    for entry in golden["t5_span"]:
+def test_corrupted_spans_equal_those_of_the_original(recorded, sequences):
+    meta = recorded["meta"]
+    for entry in recorded["t5_span"]:
         for item in entry["items"]:
             spans = corrupt_spans(
                 sequences[item["index"]],

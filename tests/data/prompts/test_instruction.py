@@ -23,8 +23,8 @@ CHANGED = {"quartz": 8, "super_glue/copa": 8, "super_glue/wsc.fixed": 2, "cosmos
 
 
 @pytest.fixture(scope="module")
-def golden(testdata):
-    path = testdata / "golden" / "flipped" / "formats.jsonl"
+def records(golden):
+    path = golden / "flipped/formats.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -42,10 +42,10 @@ def template(jinja: str, choices: str | None = "yes ||| no") -> PromptTemplate:
     return PromptTemplate("toy", None, "plain", jinja, choices)
 
 
-def test_published_strings_equal_the_originals(golden, tree):
+def test_published_strings_equal_the_originals(records, tree):
     """Oracle: recorded encoder and decoder strings of every row; draws take the first item."""
     compared = 0
-    for record in golden:
+    for record in records:
         if record["flipped_target"] is None:
             continue
         flipped = flip(template_of(tree, record), record["row"], seed=None)
@@ -60,10 +60,10 @@ def test_published_strings_equal_the_originals(golden, tree):
     assert compared > 380
 
 
-def test_rendered_differs_for_conditional_templates_only(golden, tree):
+def test_rendered_differs_for_conditional_templates_only(records, tree):
     """Oracle: the published strings, and the table above, counted on all rows we have."""
     changed = {}
-    for record in golden:
+    for record in records:
         if record["flipped_target"] is None:
             continue
         source = template_of(tree, record)
@@ -148,10 +148,10 @@ def test_sentinels_of_both_kinds_of_vocabulary():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(testdata):
+def tokenizer(golden):
     from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 
-    folder = testdata / "golden" / "tiny_vocab"
+    folder = golden / "tiny_vocab"
     return MetroT5Tokenizer(folder / "sp.model", folder / "dict.txt", n_sentinel_tokens=128)
 
 

@@ -76,10 +76,10 @@ def test_flipped_has_20_data_sets_and_140_templates(tree):
     assert not mixture.fold_whitespace and mixture.needs_choices
 
 
-def test_flipped_leaves_out_what_the_original_leaves_out(testdata, tree):
+def test_flipped_leaves_out_what_the_original_leaves_out(golden, tree):
     """Oracle: its own filter, recorded per template."""
     mixture = find_mixture("flipped")
-    for line in (testdata / "golden/flipped/formats.jsonl").open():
+    for line in (golden / "flipped/formats.jsonl").open():
         case = json.loads(line)
         if case["kind"] == "train":
             template = tree.template(case["dataset"], case["subset"], case["template"])

@@ -21,10 +21,10 @@ from tests.data.prompts.toys import (
 )
 
 
-def test_fairseq_files_equal_the_originals(testdata, tmp_path):
+def test_fairseq_files_equal_the_originals(golden, tmp_path):
     """Oracle: the original's binarised mixture, and the texts that it was made of."""
-    golden = testdata / "golden/prompt_T0-bin"
-    raw = json.loads((golden / "raw_examples.json").read_text())
+    recorded = golden / "prompt_T0-bin"
+    raw = json.loads((recorded / "raw_examples.json").read_text())
     plain = (None, "{{source}} ||| {{answer}}")
     for task, split in (("taskA_yesno", "train"), ("taskB_cont", "train"), ("taskC_next", "valid")):
         dataset, name = task.split("_")
@@ -32,16 +32,18 @@ def test_fairseq_files_equal_the_originals(testdata, tmp_path):
         rows = [{"source": source, "answer": answer} for source, answer in raw[task]]
         write_rows(tmp_path / "data", dataset, split, rows)
     (tmp_path / "mix.yaml").write_text("data_sets: [taskA, taskB, taskC]\n")
-    result, _ = prepare(tmp_path, tmp_path / "out", vocab=testdata / "golden/tiny_vocab")
+    result, _ = prepare(tmp_path, tmp_path / "out", vocab=golden / "tiny_vocab")
     assert result.manifest["format"] == "fairseq"
     compared = 0
     for path in sorted(result.folder.rglob("*")):
-        same = golden / path.relative_to(result.folder)
+        same = recorded / path.relative_to(result.folder)
         if path.suffix in (".bin", ".idx", ".txt") and "taskA_yesno/valid" not in str(path):
             assert path.read_bytes() == same.read_bytes(), path
             compared += 1
     assert compared == 3 * 4 + 2 * 3 + 3
-    names = {path.relative_to(golden).as_posix() for path in golden.rglob("*") if path.is_file()}
+    names = {
+        path.relative_to(recorded).as_posix() for path in recorded.rglob("*") if path.is_file()
+    }
     ours = {
         path.relative_to(result.folder).as_posix()
         for path in result.folder.rglob("*")

@@ -51,10 +51,10 @@ def toy_tree(folder, text=YAML):
     return TemplateTree(folder)
 
 
-def test_all_templates_equal_recorded_renderings(testdata, tree):
+def test_all_templates_equal_recorded_renderings(golden, tree):
     """Oracle: strings that the original implementation made of real rows."""
     compared = 0
-    for line in (testdata / "golden/flipped/formats.jsonl").open():
+    for line in (golden / "flipped/formats.jsonl").open():
         case = json.loads(line)
         subset = None if case["dataset"] == "anli" else case["subset"]
         one = tree.template(case["dataset"], subset, case["template"])

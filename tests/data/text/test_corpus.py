@@ -42,9 +42,9 @@ def test_bytes_equal_fairseq_preprocess_on_the_same_lines(text, vocab, tmp_path)
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
-def test_writer_reproduces_recorded_files(testdata, tmp_path):
+def test_writer_reproduces_recorded_files(golden, tmp_path):
     """Oracle: fairseq's own files; written in two parts with a crash's leftovers between them."""
-    prefix = testdata / "golden/wiki2tiny-bin/train"
+    prefix = golden / "wiki2tiny-bin/train"
     items = items_of(prefix)
     sizes = np.array([*map(len, items)], np.int32)
     ids = np.concatenate(items).astype(np.uint16)

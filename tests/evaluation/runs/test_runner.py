@@ -23,8 +23,8 @@ UNITS = [("colour", "plain"), ("colour", "again"), ("colour", "listed"), ("truth
 
 
 @pytest.fixture(scope="module")
-def loaded(testdata):
-    return load_exported(testdata, "t5_prompt_tiny_f")
+def loaded(golden):
+    return load_exported(golden, "t5_prompt_tiny_f")
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,13 @@ def test_another_data_folder_is_refused_where_it_was_recorded(
     assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path).num_new == 0
 
 
-def test_another_model_at_the_same_place_is_refused(finished, suite_file, testdata):
+def test_another_model_at_the_same_place_is_refused(finished, suite_file, golden):
     """Oracle: other weights under the name of the first; another dtype changes weights as well,
     but is what the message names."""
     with pytest.raises(ValueError, match="holds a run of other weights of toy") as error:
-        run(finished[0], suite_file, *load_exported(testdata, "metro_tiny_a"))
+        run(finished[0], suite_file, *load_exported(golden, "metro_tiny_a"))
     assert "\n" not in str(error.value)
-    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     with pytest.raises(ValueError, match="options: dtype 'float32', this one has 'bfloat16'"):
         run(finished[0], suite_file, model.bfloat16(), tokenizer)
 

@@ -23,13 +23,13 @@ METHODS = ("flipped", "direct", "channel")
 
 
 @pytest.fixture(scope="module")
-def tiny_t5(testdata):
-    return load_tiny_t5(testdata)
+def tiny_t5(golden):
+    return load_tiny_t5(golden)
 
 
 @pytest.fixture(scope="module")
-def flipped_golden(testdata):
-    return json.loads((testdata / "golden" / "flipped" / "scoring.json").read_text())["examples"]
+def flipped_golden(golden):
+    return json.loads((golden / "flipped/scoring.json").read_text())["examples"]
 
 
 def golden_pairs(example: dict, method: str) -> list[Pair]:
@@ -63,20 +63,20 @@ def test_scores_equal_those_of_the_original(tiny_t5, flipped_golden, method):
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "t5_prompt_tiny_f"])
-def test_text_to_prediction_equals_metro_t0(testdata, name):
+def test_text_to_prediction_equals_metro_t0(golden, name):
     """Oracle: METRO-T0's evaluation code on 40 examples, from text to prediction."""
-    golden = json.loads((testdata / "golden" / "eval_scoring.json").read_text())
-    model, tokenizer = load_exported(testdata, name)
+    recorded = json.loads((golden / "eval_scoring.json").read_text())
+    model, tokenizer = load_exported(golden, name)
     examples = [
         EvaluationExample(i, e["input"], e["choices"], e["choices"].index(e["target"]))
-        for i, e in enumerate(golden["examples"])
+        for i, e in enumerate(recorded["examples"])
     ]
     rankings = RankClassifier(PairScorer(model), PromptEncoder(tokenizer)).rank(examples)
-    for ranking, item in zip(rankings, golden["models"][name]["items"], strict=True):
+    for ranking, item in zip(rankings, recorded["models"][name]["items"], strict=True):
         assert ranking.scores == pytest.approx(item["choice_logprob_sums"], rel=1e-5, abs=1e-4)
         assert ranking.prediction == item["prediction"]
     right = sum(r.prediction == e.label for r, e in zip(rankings, examples, strict=True))
-    assert right / len(examples) == golden["models"][name]["accuracy"]
+    assert right / len(examples) == recorded["models"][name]["accuracy"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,9 +90,9 @@ def test_batch_size_and_order_do_not_matter(tiny_t5, flipped_golden, method, bat
     assert scores == pytest.approx([expected[pair] for pair in pairs], abs=1e-4)
 
 
-def test_metro_model_scores_shared_sources_like_each_pair_alone(testdata):
+def test_metro_model_scores_shared_sources_like_each_pair_alone(golden):
     """Oracle: each pair alone, all logits; METRO's absolute positions must restart per option."""
-    model, _ = load_exported(testdata, "t5_prompt_tiny_f")
+    model, _ = load_exported(golden, "t5_prompt_tiny_f")
     draw = random.Random(0)
     ids = lambda low, high: tuple(draw.choices(range(5, 900), k=draw.randint(low, high)))  # noqa: E731
     sources = [(0, *ids(1, 30), 2) for _ in range(5)]
@@ -156,9 +156,9 @@ def test_batches_hold_every_pair_once_within_the_budget():
     assert make_batches(random.Random(2).sample(pairs, 300), 500) == batches
 
 
-def test_mean_divides_by_target_tokens_and_calibration_subtracts_the_empty_prompt(testdata):
+def test_mean_divides_by_target_tokens_and_calibration_subtracts_the_empty_prompt(golden):
     """Oracle: the plain sums, combined by hand."""
-    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder, scorer = PromptEncoder(tokenizer), PairScorer(model)
     example = EvaluationExample(0, "is it so ?", ["yes", "no , not at all"], 0)
     plain = RankClassifier(scorer, encoder).rank([example])[0].scores
@@ -172,18 +172,18 @@ def test_mean_divides_by_target_tokens_and_calibration_subtracts_the_empty_promp
 
 
 @pytest.mark.parametrize("normalization", ["sum", "calibrated"])
-def test_a_cut_option_is_counted_once(testdata, normalization):
+def test_a_cut_option_is_counted_once(golden, normalization):
     """Oracle: by hand; one of two options is longer than 8 tokens."""
-    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder = PromptEncoder(tokenizer, max_target_length=8)
     example = EvaluationExample(0, "is it so ?", ["yes", "no , " * 9], 0)
     RankClassifier(PairScorer(model), encoder, normalization=normalization).rank([example])
     assert encoder.num_cut_targets == 1
 
 
-def test_bad_settings_are_refused(testdata, tiny_t5):
+def test_bad_settings_are_refused(golden, tiny_t5):
     """Oracle: the message names the value and what to use."""
-    _, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    _, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder, scorer = PromptEncoder(tokenizer), PairScorer(tiny_t5)
     with pytest.raises(ValueError, match="'sideways'; use one of direct, channel, flipped"):
         RankClassifier(scorer, encoder, "sideways")

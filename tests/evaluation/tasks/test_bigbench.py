@@ -12,9 +12,9 @@ from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.tasks.bigbench import make_question, parse_task, read_task_file
 
 
-def test_formats_equal_the_originals(testdata):
+def test_formats_equal_the_originals(golden):
     """Oracle: the recorded strings of all three methods."""
-    path = testdata / "golden" / "flipped" / "bigbench_formats.jsonl"
+    path = golden / "flipped/bigbench_formats.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({record["task"] for record in records}) > 10
     for record in records:

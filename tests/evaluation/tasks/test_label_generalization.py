@@ -13,9 +13,9 @@ from metro.evaluation.tasks.label_generalization import replace_label_words
 YES_NO = {"Yes": "Agree", "No": "Disagree"}
 
 
-def test_published_replacement_equals_the_original(testdata):
+def test_published_replacement_equals_the_original(golden):
     """Oracle: the recorded strings before and after."""
-    path = testdata / "golden" / "flipped" / "label_generalization.jsonl"
+    path = golden / "flipped/label_generalization.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == 25
     for record in records:

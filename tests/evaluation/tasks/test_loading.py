@@ -19,9 +19,9 @@ def sources(testdata):
     return Sources(testdata / "data", testdata / "prompts", limit=4)
 
 
-def test_examples_equal_what_the_original_evaluates(testdata):
+def test_examples_equal_what_the_original_evaluates(golden, testdata):
     """Oracle: the recorded rows of the evaluation sets, all three methods."""
-    path = testdata / "golden" / "flipped" / "formats.jsonl"
+    path = golden / "flipped/formats.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     sources = Sources(testdata / "data", testdata / "prompts")
     tasks, compared = {}, 0
