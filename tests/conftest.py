@@ -52,9 +52,35 @@ def recorded_text(golden, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recorded_text")
     text = "\n".join(prompt for examples in passages.values() for prompt, _ in examples)
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    vocab = golden / "tiny_vocab"
-    settings = {"valid_fraction": 0, "num_workers": 1, "say": lambda _: None}
-    return prepare_text([folder / "text.txt"], folder / "data", vocab=vocab, **settings).folder
+    return prepare_text(
+        inputs=[folder / "text.txt"],
+        out=folder / "data",
+        vocab=golden / "tiny_vocab",
+        valid_fraction=0,
+        num_workers=1,
+        progress=False,
+    ).folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Invented text."""
+    from tests.data.prepared import random_text
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(random_text(0, 3000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def vocab(text, tmp_path_factory) -> Path:
+    """A vocabulary trained on it."""
+    from metro.data.text.corpus import prepare_text
+
+    folder = tmp_path_factory.mktemp("vocab") / "vocab"
+    return prepare_text(
+        inputs=[text], out=folder, train_vocab=150, num_workers=1, progress=False
+    ).folder
 
 
 CHECKPOINTS = ("metro_tiny_a", "metro_tiny_r", "t5_prompt_tiny_f", "t5_tiny_c")

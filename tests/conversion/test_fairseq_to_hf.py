@@ -268,17 +268,22 @@ def test_vocabulary_is_found_through_the_checkpoint(tmp_path, golden, where, mon
     assert to_hf(tmp_path / "run/c.pt", tmp_path / "out").vocabulary.resolve() == place
 
 
-def test_a_vocabulary_made_uncased_stays_so(tmp_path, testdata):
+def test_a_vocabulary_made_uncased_stays_so(tmp_path, text):
     """Oracle: the note that `metro prepare-text` leaves; without it the pieces decide."""
+    from metro.data.text.corpus import prepare_text
     from metro.models.vocabulary_folder import build_tokenizer
 
-    for name in ("sp.model", "dict.txt"):
-        data = (testdata / "vocab/vocab_64k" / name).read_bytes()
-        (tmp_path / name).write_bytes(data)
-    size = data.count(b"\n") + 4 + 512
-    assert build_tokenizer(tmp_path, size).lower is False  # its pieces hold capitals
-    assert build_tokenizer(tmp_path, size, lower=True).lower is True
+    (tmp_path / "text.txt").write_text(text.read_text(encoding="utf-8").title(), encoding="utf-8")
+    folder = tmp_path / "cased"
+    inputs = [tmp_path / "text.txt"]
+    prepare_text(
+        inputs=inputs, out=folder, train_vocab=150, lower=False, num_workers=1, progress=False
+    )
+    (folder / "prepare_text.json").unlink()
+    size = 150 + 512
+    assert build_tokenizer(folder, size).lower is False  # its pieces hold capitals
+    assert build_tokenizer(folder, size, lower=True).lower is True
     for note in ("prepare_text.json", "prompts.json"):
-        (tmp_path / note).write_text('{"settings": {"lower": true}}')
-        assert build_tokenizer(tmp_path, size).lower is True
-        (tmp_path / note).unlink()
+        (folder / note).write_text('{"settings": {"lower": true}}')
+        assert build_tokenizer(folder, size).lower is True
+        (folder / note).unlink()

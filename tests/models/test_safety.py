@@ -209,10 +209,10 @@ def test_two_embeddings_where_the_model_has_one_are_refused(checkpoint, refused)
     refused(checkpoint, "lm_head.weight and shared.weight.*inconsistent")
 
 
-def test_a_vocabulary_of_another_model_is_refused(golden, testdata, tmp_path):
+def test_a_vocabulary_of_another_model_is_refused(golden, vocab, tmp_path):
     path = golden / "checkpoints/metro_tiny_a.pt"
-    with pytest.raises(ValueError, match="32768 entries.*128 sentinels.*1128 rows"):
-        to_hf(path, tmp_path / "out", vocab=testdata / "vocab/vocab_32k")
+    with pytest.raises(ValueError, match="150 entries.*128 sentinels.*1128 rows"):
+        to_hf(path, tmp_path / "out", vocab=vocab)
     with pytest.raises(ValueError, match="neither in .* nor in .*--vocab"):
         to_hf(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -286,11 +286,11 @@ def test_nobody_is_asked_at_the_terminal_to_run_code(folder, monkeypatch):
     both_refuse(folder, "custom code")
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, testdata):
+def test_a_tokenizer_of_another_model_is_refused(folder, vocab):
     change_json(folder / "tokenizer_config.json", n_sentinel_tokens=512)
     both_refuse(folder, "1512 entries.*vocab_size 1128|1000 entries and 512 sentinels.*1128 rows")
     change_json(folder / "tokenizer_config.json", n_sentinel_tokens=128)
-    shutil.copyfile(testdata / "vocab/vocab_32k/dict.txt", folder / "dict.txt")
+    shutil.copyfile(vocab / "dict.txt", folder / "dict.txt")
     both_refuse(folder, "dict.txt and sp.model differ")
 
 
