@@ -277,7 +277,7 @@ def test_a_vocabulary_made_uncased_stays_so(tmp_path, text):
     folder = tmp_path / "cased"
     inputs = [tmp_path / "text.txt"]
     prepare_text(
-        inputs=inputs, out=folder, train_vocab=150, lower=False, num_workers=1, progress=False
+        inputs=inputs, out=folder, train_vocab=150, cased=True, num_workers=1, progress=False
     )
     (folder / "prepare_text.json").unlink()
     size = 150 + 512
