@@ -95,3 +95,27 @@ def test_commands_work_outside_of_the_checkout(environment, tmp_path):
     assert required | {"packaging"} == {re.split("[<>=]", n)[0] for n in project["dependencies"]}
     code = "import metro; print(metro.__file__, *metro.MetroT5Config().to_diff_dict())"
     assert str(environment) in run(environment / "bin/python", "-P", "-c", code, cwd=tmp_path)
+
+
+def test_fairseq_trains_with_the_plugins_and_configurations_of_the_wheel(environment, tmp_path):
+    """Oracle: the checkpoint of two updates, converted by the same environment."""
+    pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
+    metro, python = environment / "bin/metro", environment / "bin/python"
+    plugins = Path(run(metro, "plugins", cwd=tmp_path).strip())
+    assert plugins.is_relative_to(environment)
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"Document {i} says that {i * i} is the square of {i}." for i in range(400))
+    )
+    data = tmp_path / "data"
+    options = ["--input", "text.txt", "--out", data, "--train-vocab", "200", "--workers", "1"]
+    run(metro, "prepare-text", *options, cwd=tmp_path)
+    run(
+        python,
+        *("-m", "fairseq_cli.hydra_train", "--config-dir", plugins / "configs/pretraining"),
+        *("--config-name", "metro_t5_tiny", f"common.user_dir={plugins}"),
+        *(f"task.data={data}", "optimization.max_update=2", "checkpoint.save_dir=run"),
+        cwd=tmp_path,
+    )
+    checkpoint = next(tmp_path.rglob("checkpoint_last.pt"))
+    run(metro, "convert", "to-hf", checkpoint, "--vocab", data, "--out", "model", cwd=tmp_path)
+    assert (tmp_path / "model/config.json").is_file()

@@ -9,8 +9,8 @@ from metro.utils.messages import UserError
 
 
 @click.command(
-    epilog='\b\nExample:\n  fairseq-hydra-train common.user_dir="$(metro plugins)" '
-    '--config-dir "$(metro plugins --configs)/pretraining" ...'
+    epilog='\b\nExample:\n  fairseq-hydra-train --config-dir "$(metro plugins --configs)/pretraining" '
+    '--config-name NAME \\\n    common.user_dir="$(metro plugins)" task.data=DATA'
 )
 @click.option("--configs", is_flag=True, help="Print the folder of the configurations instead.")
 def command(configs: bool) -> None:
