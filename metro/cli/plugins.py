@@ -7,11 +7,14 @@ import click
 
 from metro.utils.messages import UserError
 
+EXAMPLE = """\b
+Example:
+  fairseq-hydra-train --config-dir "$(metro plugins --configs)/pretraining" \\
+      --config-name metro_t5_tiny common.user_dir="$(metro plugins)" task.data=data/books
+"""
 
-@click.command(
-    epilog='\b\nExample:\n  fairseq-hydra-train --config-dir "$(metro plugins --configs)/pretraining" '
-    '--config-name NAME \\\n    common.user_dir="$(metro plugins)" task.data=DATA'
-)
+
+@click.command(epilog=EXAMPLE)
 @click.option("--configs", is_flag=True, help="Print the folder of the configurations instead.")
 def command(configs: bool) -> None:
     """Print the folder of METRO's fairseq plugins, for fairseq's --user-dir."""
