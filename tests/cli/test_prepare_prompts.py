@@ -4,7 +4,6 @@ import pytest
 
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from tests.cli.test_main import run_metro
-from tests.data.conftest import text, vocab  # noqa: F401, fixtures
 from tests.data.prompts.toys import make_world, write_rows
 
 
@@ -20,7 +19,7 @@ def prepare(world, *more):
     )  # fmt: skip
 
 
-def test_prepares_resumes_and_says_what_was_made(world, vocab, tmp_path):  # noqa: F811
+def test_prepares_resumes_and_says_what_was_made(world, vocab, tmp_path):
     out = tmp_path / "out"
     done = prepare(world, "--out", str(out), "--vocab", str(vocab), "--limit", "10")
     assert done.returncode == 0, done.stderr
