@@ -4,6 +4,7 @@ import click
 
 from metro.cli.options import settings_command
 from metro.finetuning.settings import FinetuningSettings, check_sources
+from metro.utils.progress import is_first_process
 
 
 def finetune(settings: FinetuningSettings) -> None:
@@ -13,13 +14,11 @@ def finetune(settings: FinetuningSettings) -> None:
     processes: torchrun --nproc_per_node N $(which metro) finetune ...
     """
     check_sources(settings)
-    from transformers.utils import logging
-
     from metro.finetuning.run import finetune as run
 
-    logging.disable_progress_bar()
     result = run(settings)
-    click.echo(f"{result.folder}: the model after {result.num_updates} updates")
+    if is_first_process():
+        click.echo(f"{result.folder}: the model after {result.num_updates} updates")
 
 
 command = settings_command(

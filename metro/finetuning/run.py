@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,21 +20,39 @@ from metro.finetuning.output_folder import (
     open_output,
     save,
 )
-from metro.finetuning.settings import FinetuningSettings
+from metro.finetuning.settings import FinetuningSettings, check_sources
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.models.loading import load
+from metro.models.loading import load, without_progress_bars
 from metro.utils.messages import MissingPackage, UserError
+from metro.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(settings: FinetuningSettings) -> FinetuneResult:
-    """Train as the settings say and save the model into ``settings.output_dir``.
+def finetune(
+    settings: FinetuningSettings | None = None,
+    *,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> FinetuneResult:
+    """Train as the settings say and save the model into ``output_dir``; resume an earlier call.
+
+    Args:
+        settings: all options, or give them one by one.
+        progress: show progress on stderr.
+        options: fields of `FinetuningSettings`, such as ``model``, ``data`` and ``output_dir``.
 
     Raises:
         UserError: settings, data and model do not fit together.
     """
+    settings = FinetuningSettings.of(settings, **options)
+    check_sources(settings)
+    with Progress.of(progress) as shown, without_progress_bars():
+        return _finetune(settings, shown)
+
+
+def _finetune(settings: FinetuningSettings, progress: Progress) -> FinetuneResult:
     if importlib.util.find_spec("accelerate") is None:
         raise MissingPackage("finetuning", "accelerate", "train")
     from transformers import set_seed
@@ -44,15 +63,14 @@ def finetune(settings: FinetuningSettings) -> FinetuneResult:
         checkpoint = open_output(settings, is_main_process)
     done = finished_run(settings)
     if done is not None:
-        print(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
+        progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
     set_seed(settings.seed)
-    if is_main_process:
-        print(f"loading {settings.model}", flush=True)
+    progress.say(f"loading {settings.model}")
     model, tokenizer = load_for_training(settings)
     with arguments.main_process_first(local=False, desc="data"):
-        folder = _data_folder(settings)
-    trainer = build_trainer(settings, arguments, model, tokenizer, folder)
+        folder = _data_folder(settings, progress)
+    trainer = build_trainer(settings, arguments, model, tokenizer, folder, progress)
     trainer.train(resume_from_checkpoint=checkpoint)
     if is_main_process:
         save(model, tokenizer, settings)
@@ -63,11 +81,13 @@ def finetune(settings: FinetuningSettings) -> FinetuneResult:
     )
 
 
-def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, folder: Path):
+def build_trainer(
+    settings: FinetuningSettings, arguments, model, tokenizer, folder: Path, progress: Progress
+):
     """Make the Trainer with data, loss and batches as the settings say."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from metro.finetuning.trainer import ConsoleCallback, FinetuningTrainer
+    from metro.finetuning.trainer import FinetuningTrainer
 
     longest = getattr(model.config, "max_positions", None)  # T5 has no such limit
     lengths = [settings.max_input_length, settings.max_target_length]
@@ -111,7 +131,7 @@ def build_trainer(settings: FinetuningSettings, arguments, model, tokenizer, fol
         batching=settings.batching,
         max_width=longest,
         processing_class=tokenizer,
-        callbacks=[ConsoleCallback()],
+        progress=progress,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -213,7 +233,7 @@ def set_dropout(model, dropout: float) -> None:
             vars(module)["dropout"] = dropout
 
 
-def _data_folder(settings: FinetuningSettings) -> Path:
+def _data_folder(settings: FinetuningSettings, progress: Progress) -> Path:
     """Return the folder of prepared prompts; a mixture given by its name is prepared now."""
     from metro.data.prompts.prepare import prepare_prompts
 
@@ -221,7 +241,7 @@ def _data_folder(settings: FinetuningSettings) -> Path:
         return Path(settings.data)
     folder = Path(settings.output_dir) / "data"
     if not (folder / PROMPTS_MANIFEST).is_file():
-        print(f"preparing the mixture {settings.data} in {folder}", flush=True)
+        progress.say(f"preparing the mixture {settings.data} in {folder}")
         prepare_prompts(
             mixture=settings.data,
             out=folder,
@@ -229,5 +249,6 @@ def _data_folder(settings: FinetuningSettings) -> Path:
             templates=settings.templates,
             data_dir=settings.data_dir,
             datasets=settings.dataset,
+            progress=progress,
         )
     return folder

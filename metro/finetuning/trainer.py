@@ -6,7 +6,6 @@ accumulation, checkpoints, resuming and logging are the Trainer's.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
 from metro.utils.messages import UserError
+from metro.utils.progress import SILENT, Progress
 
 # logged mean -> (sum, divisor)
 MEANS = {
@@ -64,15 +64,18 @@ class FinetuningTrainer(Trainer):
         valid_data: PromptData | None = None,
         batching: str = "length",
         max_width: int | None = None,
+        progress: Progress = SILENT,
         **kwargs,
     ):
         self.loss_options, self.batching, self.max_width = loss_options, batching, max_width
+        self.progress = progress
         super().__init__(
             model,
             args,
             train_dataset=None if train_data is None else EncodedPrompts(train_data),
             eval_dataset=None if valid_data is None else EncodedPrompts(valid_data),
             data_collator=self.collate,
+            callbacks=[ConsoleCallback(progress)],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is divided by all items of an update
@@ -199,8 +202,7 @@ class FinetuningTrainer(Trainer):
         assert isinstance(dataset, EncodedPrompts)
         started, skipped = time.time(), 0
         sums: dict[str, torch.Tensor] = {}
-        if self.is_world_process_zero():
-            print(f"evaluating {len(dataset)} held-out examples", flush=True)
+        self.progress.say(f"evaluating {len(dataset)} held-out examples")
         self.model.eval()
         longest_first = np.argsort(-dataset.data.lengths(0), kind="stable")
         size, world_size = self.args.per_device_eval_batch_size, self.args.world_size
@@ -248,31 +250,27 @@ class FinetuningTrainer(Trainer):
 
 
 class ConsoleCallback(TrainerCallback):
-    """Prints one line per logging step: update, time left and the most important numbers."""
+    """Shows one line per logging step: update and the most important numbers."""
 
-    started: float | None = None
-    first_step = 0
+    def __init__(self, progress: Progress):
+        self.progress = progress
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if state.is_world_process_zero:
-            place = f"from update {state.global_step} " if state.global_step else ""
-            print(f"training {place}to update {state.max_steps}", flush=True)
+        place = f"from update {state.global_step} " if state.global_step else ""
+        self.progress.say(f"training {place}to update {state.max_steps}")
+        self.progress.show("training", state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.show("training", state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.started is None:
-            return
         numbers = [f"{name} {_short(logs[name])}" for name in SHOWN if name in (logs or {})]
-        if not numbers:
-            return
-        done = state.global_step - self.first_step
-        seconds = time.monotonic() - self.started
-        left = int(seconds / done * (state.max_steps - state.global_step)) if done else 0
-        print(
-            f"update {state.global_step}/{state.max_steps} "
-            f"(left {datetime.timedelta(seconds=left)})  {'  '.join(numbers)}",
-            flush=True,
-        )
+        if numbers:
+            left = self.progress.time_left("training", state.global_step, state.max_steps)
+            left = f" ({left} left)" if left else ""
+            self.progress.say(
+                f"update {state.global_step}/{state.max_steps}{left}  {'  '.join(numbers)}"
+            )
 
 
 def _short(value: float) -> str:

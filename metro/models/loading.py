@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,18 +114,27 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silence transformers' progress bars and tables: :func:`load` reports all errors itself."""
-    verbosity = transformers_logging.get_verbosity()
+def without_progress_bars() -> Iterator[None]:
+    """Silence transformers' progress bars, which come with every file that is read or written."""
     had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and tables: :func:`load` reports all errors itself."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _from_checkpoint(path: Path, vocab, dtype, options: dict) -> LoadedModel:

@@ -1,5 +1,6 @@
 """Progress of a long command, on stderr: bars on a terminal, a line now and then elsewhere."""
 
+import datetime
 import os
 import time
 from typing import Any, Self
@@ -58,10 +59,9 @@ class Progress:
         now = time.monotonic()
         if step not in self._steps:
             self._steps[step] = (now, done, self._new_bar(step))
-        began, first, bar = self._steps[step]
-        if total and done > first:
-            left = (now - began) / (done - first) * max(total - done, 0)
-            note = f"{_clock(left)} left{'  ' if note else ''}{note}"
+        bar = self._steps[step][2]
+        if left := self.time_left(step, done, total):
+            note = f"{left} left  {note}".rstrip()
         if bar is not None:
             is_due = now - self._last_shown >= SECONDS_BETWEEN_REFRESHES
             self._bars.update(bar, completed=done, total=total, note=note, refresh=is_due)
@@ -72,6 +72,14 @@ class Progress:
                 self.say(f"{step}{share}  {note}".rstrip())
         if is_due:
             self._last_shown = now
+
+    def time_left(self, step: str, done: float, total: float | None) -> str:
+        """Time that the rest of a step takes at its speed so far, empty where it is unknown."""
+        began, first, _ = self._steps.get(step, (0.0, done, None))
+        if not total or done <= first:
+            return ""
+        seconds = (time.monotonic() - began) / (done - first) * max(total - done, 0)
+        return str(datetime.timedelta(seconds=round(seconds)))
 
     def _new_bar(self, step: str) -> int | None:
         if not self._console.is_terminal:
@@ -99,13 +107,8 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-            self._steps.clear()
+        self._steps.clear()
 
 
 SILENT = Progress(enabled=False)
 """Shows nothing."""
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -116,7 +116,7 @@ def test_a_finished_run_started_again_trains_nothing_and_goes_on_where_more_is_a
     first = finetune(settings(save_steps=6))
     before = (first.folder / "model.safetensors").stat().st_mtime_ns
     again = finetune(settings(save_steps=6))
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().err
     assert again.num_updates == 12 and again.metrics == first.metrics
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == before
     more = finetune(settings(save_steps=6, max_steps=14))
@@ -182,7 +182,7 @@ def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(one.folder, tmp_path / "two", rtol=1e-4, atol=1e-5)
-    shown = [line for line in done.stdout.splitlines() if "eval_loss" in line]
+    shown = [line for line in done.stderr.splitlines() if "eval_loss" in line]
     assert len(shown) == 1  # one process speaks
     value = float(shown[0].split("eval_loss ")[1].split()[0])
     assert value == pytest.approx(one.metrics["eval_loss"], rel=1e-3)
