@@ -15,7 +15,6 @@ import metro.modeling
 import metro.utils.files
 from metro.conversion.export import EXPORTED_CODE, export_model
 from metro.conversion.fairseq_to_hf import to_hf
-from metro.utils.files import _exchange, new_file, new_folder
 
 ALONE = """
 import socket, sys
@@ -140,56 +139,6 @@ def convert(golden, out, name="t5_tiny_c", **options):
     return to_hf(checkpoint, out, vocab=golden / "tiny_vocab", **options)
 
 
-def test_a_folder_that_exists_is_replaced_only_when_asked(golden, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="out exists.*--overwrite"):
-        convert(golden, out)
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    convert(golden, out, overwrite=True)
-    assert (out / "config.json").exists() and not (out / "mine.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_takes_no_more_than_an_export_away(golden, tmp_path, monkeypatch):
-    """A folder with folders in it, the working directory, the vocabulary that is read: kept."""
-    project = tmp_path / "project"
-    (project / "src").mkdir(parents=True)
-    with pytest.raises(ValueError, match="the folder src is in it"):
-        convert(golden, project, overwrite=True)
-    with monkeypatch.context() as patch:
-        patch.chdir(project / "src")
-        with pytest.raises(ValueError, match="is in it"):
-            convert(golden, project / "src", overwrite=True)
-    vocab = tmp_path / "vocab"
-    vocab.mkdir()
-    for name in ("sp.model", "dict.txt"):
-        (vocab / name).write_bytes((golden / f"tiny_vocab/{name}").read_bytes())
-    checkpoint = golden / "checkpoints/t5_tiny_c.pt"
-    with pytest.raises(ValueError, match="is in it"):
-        to_hf(checkpoint, vocab, vocab=vocab, overwrite=True)
-    assert sorted(path.name for path in vocab.iterdir()) == ["dict.txt", "sp.model"]
-
-
-def test_a_link_stays_and_what_it_leads_to_is_replaced(golden, tmp_path):
-    """Oracle: the folder behind the link, twice: the first must leave nothing for the second."""
-    convert(golden, tmp_path / "v1")
-    (tmp_path / "latest").symlink_to("v1")
-    for name in ("t5_prompt_tiny_f", "t5_tiny_c"):
-        with pytest.raises(ValueError, match="latest exists"):
-            convert(golden, tmp_path / "latest", name)
-        convert(golden, tmp_path / "latest", name, overwrite=True)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "v1"]
-        assert (tmp_path / "latest").is_symlink()
-    with new_file(tmp_path / "model.pt") as temporary:
-        temporary.write_text("old")
-    (tmp_path / "link.pt").symlink_to("model.pt")
-    with new_file(tmp_path / "link.pt", overwrite=True) as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "model.pt").read_text() == "new"
-
-
 def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(golden, tmp_path, monkeypatch):
     """Oracle: a disk that is full when the weights are written."""
     convert(golden, tmp_path / "old")
@@ -311,39 +260,3 @@ def test_an_incomplete_folder_has_no_config_until_the_end(golden, tmp_path, monk
     convert(golden, tmp_path / "out")
     assert "model.safetensors" in seen and "config.json" not in seen
     assert (tmp_path / "out/config.json").exists()
-
-
-def test_an_export_in_progress_is_not_taken_for_abandoned(tmp_path):
-    """Oracle: two writers of the same place at the same time; the second finds it taken."""
-    with pytest.raises(ValueError, match="exists"), new_folder(tmp_path / "out") as first:
-        (first / "a").write_text("first")
-        with new_folder(tmp_path / "out") as second:
-            assert first.exists() and second != first
-            (second / "a").write_text("second")
-    assert (tmp_path / "out/a").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_folders_are_swapped_where_the_system_cannot_do_it_in_one_step(tmp_path, monkeypatch):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "new/a").write_text("new")
-    (tmp_path / "old/a").write_text("old")
-    monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
-    _exchange(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old/a").read_text() == "new" and (tmp_path / "new/a").read_text() == "old"
-
-
-def test_a_file_is_complete_or_not_there(tmp_path):
-    out = tmp_path / "model.pt"
-    with pytest.raises(RuntimeError), new_file(out) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with new_file(out) as temporary:
-        temporary.write_text("whole")
-    with pytest.raises(ValueError, match="exists"), new_file(out):
-        pass
-    assert out.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="input of this command"), new_file(out, True, (out,)):
-        pass

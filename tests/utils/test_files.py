@@ -1,0 +1,97 @@
+"""Folders and files are complete or absent, and what exists is kept."""
+
+import pytest
+
+from metro.utils.files import _exchange, new_file, new_folder, read_json, write_json
+from metro.utils.messages import UserError
+
+
+def write_folder(out, text, **options):
+    with new_folder(out, **options) as folder:
+        (folder / "a").write_text(text)
+
+
+def write_file(out, text, **options):
+    with new_file(out, **options) as temporary:
+        temporary.write_text(text)
+
+
+def content(out) -> str:
+    return (out / "a" if out.is_dir() else out).read_text()
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_an_output_is_complete_or_absent(tmp_path, write):
+    """Oracle: the names in the parent folder, after an error and after success."""
+    out = tmp_path / "parent/out"
+    with pytest.raises(RuntimeError), (new_folder if write is write_folder else new_file)(out):
+        raise RuntimeError
+    assert list(out.parent.iterdir()) == []
+    write(out, "old")
+    with pytest.raises(UserError, match="out exists.*--overwrite"):
+        write(out, "new")
+    assert content(out) == "old"
+    write(out, "new", overwrite=True)
+    assert content(out) == "new" and [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, write):
+    """Oracle: the target of the link, twice: the first must leave nothing for the second."""
+    write(tmp_path / "v1", "old")
+    (tmp_path / "latest").symlink_to("v1")
+    for text in ("new", "newer"):
+        with pytest.raises(UserError, match="latest exists"):
+            write(tmp_path / "latest", text)
+        write(tmp_path / "latest", text, overwrite=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "v1"]
+        assert (tmp_path / "latest").is_symlink() and content(tmp_path / "v1") == text
+
+
+def test_overwriting_deletes_no_more_than_an_export(tmp_path, monkeypatch):
+    """A folder with folders in it, the working directory, inputs: kept."""
+    source = tmp_path / "project/src"
+    source.mkdir(parents=True)
+    (source / "input").write_text("kept")
+    with pytest.raises(UserError, match="the folder src is in it"):
+        write_folder(tmp_path / "project", "new", overwrite=True)
+    with pytest.raises(UserError, match="input is in it"):
+        write_folder(source, "new", overwrite=True, inputs=(source / "input",))
+    with pytest.raises(UserError, match="is an input of this command"):
+        write_file(source / "input", "new", overwrite=True, inputs=(source / "input",))
+    monkeypatch.chdir(source)
+    with pytest.raises(UserError, match="is in it"):
+        write_folder(source, "new", overwrite=True)
+    assert [path.read_text() for path in source.iterdir()] == ["kept"]
+
+
+def test_an_output_in_progress_is_not_taken_for_abandoned(tmp_path):
+    """Oracle: two writers of one folder at the same time; the first to finish wins."""
+    with pytest.raises(UserError, match="exists"), new_folder(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        with new_folder(tmp_path / "out") as second:
+            assert first.exists() and second != first
+            (second / "a").write_text("second")
+    assert content(tmp_path / "out") == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_are_swapped_if_the_system_cannot_do_it_atomically(tmp_path, monkeypatch):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
+    _exchange(tmp_path / "new", tmp_path / "old")
+    assert content(tmp_path / "old") == "new" and content(tmp_path / "new") == "old"
+
+
+def test_json_files(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) is None
+    for value in ({"ü": [1, None]}, []):
+        write_json(path, value)
+        assert read_json(path) == value
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="a.json is not the JSON file"):
+        read_json(path)
