@@ -66,10 +66,12 @@ def metro_arguments(words: list[str]) -> list[str] | None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub and mkdocs make of the headings."""
+    """The anchors of headings, and in the site those of the API reference."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    found = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    settings = re.findall(r"^<!-- settings: [\w.]+\.(\w+) -->$", text, re.MULTILINE)
+    return {*found, *re.findall(r"^::: (\S+)$", text, re.MULTILINE), *map(str.lower, settings)}
 
 
 def links(page: Path) -> list[str]:

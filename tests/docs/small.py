@@ -80,6 +80,8 @@ def smaller(name: str, words: list[str]) -> list[str]:
         values |= {"optimization.update_freq": "[1]", "common.log_interval": 1}
         values |= {"dataset.max_tokens": 1024, "++dataset.num_workers": 0}
         values |= {"lr_scheduler.warmup_updates": 1, "++dataset.validate_interval_updates": 0}
+        if any("configs/finetuning" in word for word in words):
+            values |= {"++task.max_source_tokens": 100, "++task.max_target_tokens": 40}
         return [*words, *(f"{key}={value}" for key, value in values.items())]
     if name == "fairseq-train":
         words = [word for word in words if word != "--fp16"]

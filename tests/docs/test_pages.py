@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -92,19 +93,16 @@ def test_configurations_exist(page):
     for block in blocks(page, "sh"):
         for words in commands(block.text):
             if "--config-name" in words:
-                folder, name = (
-                    words[words.index(o) + 1] for o in ("--config-dir", "--config-name")
-                )
-                folder = folder.split("/", 1)[1]  # below the plugins' folder
-                assert (ROOT / "fairseq_plugins" / folder / f"{name}.yaml").exists(), block.where
+                folder = Path(words[words.index("--config-dir") + 1]).name
+                name = words[words.index("--config-name") + 1]
+                path = ROOT / "fairseq_plugins/configs" / folder / f"{name}.yaml"
+                assert path.exists(), block.where
 
 
 def test_published_configurations_are_all_in_the_table():
     text = (ROOT / "docs/pretraining.md").read_text() + (ROOT / "docs/finetuning.md").read_text()
-    folders = ("fairseq_plugins/configs/pretraining", "fairseq_plugins/configs/finetuning")
-    for path in (
-        p for f in (*folders, "metro/finetuning/configs") for p in (ROOT / f).glob("*.yaml")
-    ):
+    plugins = (ROOT / "fairseq_plugins/configs").glob("*/*.yaml")
+    for path in [*plugins, *(ROOT / "metro/finetuning/configs").glob("*.yaml")]:
         assert f"`{path.stem}`" in text, path
 
 
