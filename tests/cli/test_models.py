@@ -43,6 +43,9 @@ def test_json_is_the_registry(models):
     everything = json.loads(models("--json"))
     assert [entry["name"] for entry in everything] == list(registered_models())
     assert json.loads(models("t0_3b", "--json")) in everything
+    metro_t0p = json.loads(models("metro_t0p_base", "--json"))
+    assert metro_t0p["hub_id"] == "gonglinyuan/metro_t0p_base"
+    assert metro_t0p["parameters"] == 225_618_432
 
 
 def test_cards_are_written_for_every_model(models, tmp_path):

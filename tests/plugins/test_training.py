@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
@@ -127,7 +128,11 @@ def test_training_without_a_masked_position(train, tmp_path, kind):
 def test_any_length_fits_a_model_of_just_that_length(train, tmp_path, kind):
     """30 is no multiple of 8, and so many masks make T5's targets one token too long."""
     options = "--tokens-per-sample 30 --max-positions 30 --mask-prob 0.95 --mask-multiple-length 1"
-    assert len(train(tmp_path, f"{options} --max-update 12", kind=kind).logged("valid")) > 0
+    log = train(tmp_path, f"{options} --max-update 12", kind=kind)
+    losses = [float(line["loss"]) for line in log.logged("train_inner")]
+    assert len(log.logged("train_inner")) == 12 and np.isfinite(losses).all()
+    validated = [float(line["valid_loss"]) for line in log.logged("valid")]
+    assert validated and np.isfinite(validated).all()
 
 
 def test_a_finished_job_started_again_trains_no_further_update(train, tmp_path):

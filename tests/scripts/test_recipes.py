@@ -1,6 +1,7 @@
 """The shell recipes, with programs on PATH that write down how they were called."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -165,9 +166,12 @@ def test_slurm_queues_a_stopped_job_again_but_not_a_failed_one(recipe, says, que
         assert arguments(recipe, "scontrol") == ["requeue 77"]
 
 
-def test_slurm_sends_the_signal_before_torchrun_would_kill():
+def test_slurm_sends_the_signal_before_torchrun_would_kill(recipe):
+    """Oracle: the time that torchrun itself is given, and the directives sbatch reads."""
+    recipe("pretrain_torchrun.sh", "t5_tiny", "/data", GPUS="1")
+    timeout = environment(recipe, "torchrun")["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
     slurm = (ROOT / "scripts/pretrain_slurm.sh").read_text()
-    torchrun = (ROOT / "scripts/pretrain_torchrun.sh").read_text()
-    before_the_end = int(slurm.split("#SBATCH --signal=TERM@")[1].split()[0])
-    assert before_the_end > int(torchrun.split("_TIMEOUT:-")[1].split("}")[0])
-    assert "#SBATCH --ntasks-per-node=1" in slurm
+    directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", slurm, re.M))
+    name, _, before_the_end = directives["signal"].partition("@")
+    assert name == "TERM" and int(before_the_end) > int(timeout)
+    assert directives["ntasks-per-node"] == "1"
