@@ -11,7 +11,6 @@ import pytest
 
 import metro
 from metro.evaluation.settings import EvaluationSettings
-from tests.data.conftest import text, vocab  # noqa: F401, fixtures
 from tests.data.prepared import files_of
 from tests.data.prompts.toys import files_of as prompt_files_of
 from tests.data.prompts.toys import make_world
@@ -42,7 +41,7 @@ def prepared(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 60)
 
 
-def test_prepare_text_writes_what_the_command_writes(text, vocab, tmp_path, capsys):  # noqa: F811
+def test_prepare_text_writes_what_the_command_writes(text, vocab, tmp_path, capsys):
     result = metro.prepare_text(
         inputs=[text], out=tmp_path / "a", vocab=vocab, num_workers=1, progress=False
     )

@@ -204,11 +204,12 @@ def _evaluate_model(
         processes,
         progress,
     )
-    summary = None
+    found = None
     if folder is not None:
-        summary = summarize(read_run(path))
-        write_summary(summary, path / "summary.json")
-    summary = processes.from_first(summary)
+        found = summarize(read_run(path))
+        write_summary(found, path / "summary.json")
+    summary = processes.from_first(found)
+    assert summary is not None  # the first process has a folder
     if outcome.num_new == 0:
         progress.say("all prompts were finished before; nothing was computed")
     published = None
