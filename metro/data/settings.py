@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS
-from metro.data.text.vocabulary import MIN_VOCAB_SIZE
+from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
+
+MIN_VOCAB_SIZE = NUM_SPECIAL_IDS + 2  # and [MASK], and one character
 
 
 @dataclass(kw_only=True)

@@ -1,21 +1,24 @@
-"""Trains a vocabulary like the published ones: a SentencePiece unigram model, and its ``dict.txt``.
+"""Training of a vocabulary like the published ones: SentencePiece unigram model and ``dict.txt``.
 
 The settings are those stored in the published ``sp.model`` files. As there, the input is the words
 of the normalised text with their frequencies, so memory and time depend on the distinct words only.
 """
 
 import io
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
-from metro.data.text.reading import TextSource, read_chunks, total_bytes
+from metro.data.text.encoding import WordCounter
+from metro.data.text.reading import Chunk, TextSource, bytes_before, read_chunks, total_bytes
 from metro.modeling.text_metro_t5 import DICT_FILE, NUM_SPECIAL_IDS, SPM_FILE, Vocabulary
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
+from metro.utils.worker_pool import map_in_order
 
 SAMPLE_BYTES = 256 << 20
-MIN_VOCAB_SIZE = NUM_SPECIAL_IDS + 2  # and [MASK], and one character
 MAX_WORDS = 4_000_000
 _COVERAGE = {"nmt_nfkc_cf": 0.999995, "nmt_nfkc": 0.999999}  # of the published 32k and 64k models
 _LEAST_COVERAGE = 0.98  # that SentencePiece takes
@@ -34,42 +37,51 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         raise UserError(str(error)) from error
 
 
-def sample_chunks(sources: list[TextSource], sample_bytes: int = SAMPLE_BYTES):
-    """Chunks spread evenly over the inputs, about ``sample_bytes`` of them; always the same ones.
+def count_words(
+    sources: list[TextSource], lower: bool, num_workers: int, progress: Progress
+) -> Counter[str]:
+    """Count the normalised words of a sample of the inputs.
+
+    Raises:
+        UserError: there is no text.
+    """
+    total, before = total_bytes(sources), bytes_before(sources)
+    counts: Counter[str] = Counter()
+    threshold = 1
+    chunks = sample_chunks(sources)
+    for chunk, part in map_in_order(WordCounter, (lower,), chunks, num_workers):
+        progress.show("counting words", before[chunk.end.source] + chunk.bytes_on_disk, total)
+        counts.update(part)
+        while len(counts) > MAX_WORDS:  # drop the rarest
+            counts = Counter({word: count for word, count in counts.items() if count > threshold})
+            threshold += 1
+    if not counts:
+        raise UserError("no text in the input to train a vocabulary on")
+    return counts
+
+
+def sample_chunks(sources: list[TextSource], sample_bytes: int = SAMPLE_BYTES) -> Iterator[Chunk]:
+    """Yield about ``sample_bytes`` of chunks, spread evenly over the inputs, always the same ones.
 
     Inputs of unknown length are read from their beginning until that is enough.
     """
     total = total_bytes(sources)
     stride = 1 if total is None else max(1, -(-total // sample_bytes))
     seen = 0
-    for number, chunk in enumerate(read_chunks(sources)):
-        if number % stride:
-            continue
+    for chunk in itertools.islice(read_chunks(sources), 0, None, stride):
         seen += (
-            len(chunk.payload) if isinstance(chunk.payload, bytes) else sum(map(len, chunk.payload))
+            sum(map(len, chunk.payload)) if isinstance(chunk.payload, list) else len(chunk.payload)
         )
         yield chunk
         if total is None and seen >= sample_bytes:
             return
 
 
-def merge_counts(parts: Iterable[Counter[str]], max_words: int = MAX_WORDS) -> Counter[str]:
-    """Sum of word counts; the rarest words are dropped while there are more than ``max_words``."""
-    counts: Counter[str] = Counter()
-    threshold = 1
-    for part in parts:
-        counts.update(part)
-        while len(counts) > max_words:
-            counts = Counter({word: count for word, count in counts.items() if count > threshold})
-            threshold += 1
-    return counts
-
-
 def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path) -> None:
     """Write ``sp.model`` and ``dict.txt`` with ``size`` ids, the four special ones included.
 
     Raises:
-        ValueError: ``size`` does not fit the text; the message names one that does.
+        UserError: ``size`` does not fit the text; the message names one that does.
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -111,7 +123,7 @@ def train_vocabulary(counts: Counter[str], size: int, lower: bool, folder: Path)
 
 
 def _coverage(counts: Counter[str], size: int, published: float) -> float:
-    """The published character coverage, or less where it would fill half the vocabulary."""
+    """Return the published character coverage, or less where it would fill half the vocabulary."""
     chars: Counter[str] = Counter()
     for word, count in counts.items():
         for char in word:

@@ -11,9 +11,8 @@ import pytest
 
 from benchmarks.plain_chain import normalize_plainly
 from metro.data.indexed_file import IndexedFileWriter, WritePosition
-from metro.data.text import reading as text_input
-from metro.data.text.corpus import prepare_text
-from metro.data.text.preparation import is_validation_document
+from metro.data.text import reading
+from metro.data.text.corpus import is_validation_document, prepare_text
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text
@@ -87,7 +86,7 @@ def test_workers_and_chunks_never_change_the_output(
     source.write_bytes(text.read_bytes()[:num_bytes])
     expected, _ = prepare([source, source], tmp_path / "one", vocab, valid_fraction=0.1)
     assert expected.manifest["counts"]["valid_items"] > 0
-    monkeypatch.setattr(text_input, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk_bytes)
     settings = {"num_workers": workers, "valid_fraction": 0.1}
     result, _ = prepare([source, source], tmp_path / "out", vocab, **settings)
     assert files_of(result.folder) == files_of(expected.folder)
@@ -175,8 +174,8 @@ def test_datasets_without_the_package_or_the_field_say_what_to_do(vocab, tmp_pat
 
 def test_unusable_lines_are_skipped_counted_and_named(vocab, tmp_path, monkeypatch):
     """Oracle: the same inputs without those lines."""
-    monkeypatch.setattr(text_input, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(text_input, "MAX_LINE_BYTES", 500)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 500)
     long = b"x" * 501
     bad = [b"good", b"b\xffd", b"", long, b"also \xe2\x82", b"y" * 500, b"end", long]
     (tmp_path / "bad.txt").write_bytes(b"\n".join(bad))

@@ -12,18 +12,16 @@ from pathlib import Path
 import pytest
 
 from metro.data.indexed_file import IndexedFileWriter
-from metro.data.text import preparation
-from metro.data.text import reading as text_input
+from metro.data.text import corpus, reading
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 from tests.data.prepared import Said, files_of, items_of, prepare, random_text
 
 RUN = """
 import sys
-from metro.data.text import preparation
-from metro.data.text import reading as text_input
+from metro.data.text import corpus, reading
 from metro.data.text.corpus import prepare_text
-text_input.CHUNK_BYTES, preparation.CHECKPOINT_SECONDS = 2000, 0
+reading.CHUNK_BYTES, corpus.CHECKPOINT_SECONDS = 2000, 0
 vocab, out, workers, *inputs = sys.argv[1:]
 prepare_text(inputs=inputs, out=out, vocab=vocab, num_workers=int(workers), valid_fraction=0.1)
 """
@@ -126,8 +124,8 @@ def test_resuming_with_other_settings_or_changed_input_is_refused(vocab, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text(random_text(2, 500), encoding="utf-8")
     out = tmp_path / "out"
-    monkeypatch.setattr(text_input, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(corpus, "CHECKPOINT_SECONDS", 0)
 
     with pytest.raises(KeyboardInterrupt):
         prepare([text], out, vocab, progress=StopsAfter(5))
@@ -152,8 +150,8 @@ def test_interrupted_dataset_continues_at_its_record(vocab, tmp_path, monkeypatc
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     source, out = f"hf:{tmp_path / 'data'}", tmp_path / "out"
     expected, _ = prepare([source], tmp_path / "expected", vocab)
-    monkeypatch.setattr(text_input, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(corpus, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         prepare([source], out, vocab, progress=StopsAfter(5))
     result, said = prepare([source], out, vocab)
