@@ -218,8 +218,7 @@ def direct_unlikelihood_loss(
 ) -> UnlikelihoodLoss:
     """Compute the loss of direct+ul; arguments as for :func:`batch_loss`. Encodes x once."""
     pad, mask = options.pad_token_id, source_ids.ne(options.pad_token_id)
-    encoder: nn.Module = unwrap(model).get_encoder()
-    encoded = encoder(input_ids=source_ids, attention_mask=mask)[0]
+    encoded = unwrap(model).get_encoder()(input_ids=source_ids, attention_mask=mask)[0]
     targets = stack_padded(target_ids, wrong_target_ids, pad)
     projected = projection_input(
         model,

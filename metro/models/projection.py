@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -77,8 +77,8 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
     return ProjectionInput(hidden_BTD, weight_VD, bias_V)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of distributed training or of `torch.compile`."""
+def unwrap(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside the wrappers of distributed training or of `torch.compile`."""
     for name in ("module", "_orig_mod"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):

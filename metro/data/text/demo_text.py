@@ -57,12 +57,11 @@ def module_paragraphs(path: Path) -> list[str]:
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []  # templates and test files for broken syntax
     strings = [
-        node
+        (node.lineno, node.col_offset, node.value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value
     ]
-    strings.sort(key=lambda node: (node.lineno, node.col_offset))
-    return [text for node in strings for text in prose_paragraphs(node.value)]
+    return [text for *_, value in sorted(strings) for text in prose_paragraphs(value)]
 
 
 def prose_paragraphs(docstring: str) -> list[str]:

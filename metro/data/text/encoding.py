@@ -7,7 +7,7 @@ A separator consists of ``</s>`` alone, and so does a line without any token.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +72,7 @@ class WordCounter:
 
 def text_lines(chunk: Chunk, skips: list[Skip]) -> list[str]:
     """Return the lines of a chunk of plain text; append those that are not UTF-8 to ``skips``."""
+    assert isinstance(chunk.payload, bytes)
     try:
         lines = chunk.payload.decode("utf-8").split("\n")
     except UnicodeDecodeError:
@@ -83,6 +84,7 @@ def text_lines(chunk: Chunk, skips: list[Skip]) -> list[str]:
 
 def documents(chunk: Chunk, skips: list[Skip]) -> Iterator[str]:
     """Yield the text of each record of a chunk; append records without usable text to ``skips``."""
+    numbered: Iterable[tuple[int, str]]
     if isinstance(chunk.payload, list):
         numbered = enumerate(chunk.payload, start=chunk.first_line)
     else:
@@ -114,6 +116,7 @@ def _json_texts(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]:
 
 def _decoded_lines(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]:
     first_line = chunk.first_line + len(chunk.skips)  # an over-long line can only be the first
+    assert isinstance(chunk.payload, bytes)
     lines = chunk.payload.split(b"\n")
     if not lines[-1]:
         lines.pop()

@@ -137,7 +137,7 @@ def read_chunks(sources: list[TextSource], start: ReadPosition = START) -> Itera
 
 def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterator[Chunk]:
     with open(source.name, "rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if source.is_gzip else raw
+        stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if source.is_gzip else raw
         try:
             stream.seek(start.offset)
             for payload, skips, end in _split_lines(stream, index, start):
@@ -150,7 +150,9 @@ def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterato
             ) from None
 
 
-def _split_lines(stream: BinaryIO, index: int, start: ReadPosition):
+def _split_lines(
+    stream: BinaryIO | gzip.GzipFile, index: int, start: ReadPosition
+) -> Iterator[tuple[bytes, tuple[Skip, ...], ReadPosition]]:
     """Yield (complete lines, skips, position after them) until the stream ends.
 
     Lines are skipped for their length alone, whatever the cuts between chunks.
@@ -188,7 +190,8 @@ def _split_lines(stream: BinaryIO, index: int, start: ReadPosition):
 def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterator[Chunk]:
     records = iter(_load_dataset(source).skip(start.offset))
     while True:
-        texts, num_chars = [], 0
+        texts: list[str] = []
+        num_chars = 0
         for record in records:
             text = record.get("text")
             if not isinstance(text, str):
@@ -221,8 +224,8 @@ def _load_dataset(source: TextSource):
 
 def total_bytes(sources: list[TextSource]) -> int | None:
     """Sum up the bytes on disk of all sources; None where one is of unknown size."""
-    sizes = [source.size() for source in sources]
-    return None if None in sizes else sum(sizes)
+    sizes = [size for source in sources if (size := source.size()) is not None]
+    return sum(sizes) if len(sizes) == len(sources) else None
 
 
 def bytes_before(sources: list[TextSource]) -> list[int]:
