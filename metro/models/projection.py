@@ -78,7 +78,7 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Return the Hugging Face model inside the wrappers of distributed training or of `torch.compile`."""
+    """Return the model inside the wrappers of distributed training or `torch.compile`."""
     for name in ("module", "_orig_mod"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):

@@ -1,4 +1,4 @@
-"""An ordered, bounded map over worker processes that notices dying workers, and dying parents."""
+"""Ordered, bounded map over worker processes; detects workers that died, and a killed parent."""
 
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from metro.utils.messages import UserError
 
@@ -33,7 +34,7 @@ def map_in_order(
     does not grow with their number. One worker means this process itself.
 
     Raises:
-        RuntimeError: a worker died, for instance for want of memory.
+        RuntimeError: a worker died, for instance because memory ran out.
     """
     if num_workers == 1:
         function = factory(*arguments)
@@ -72,11 +73,12 @@ def _start_worker(factory: Callable, arguments: tuple, parent: int) -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """A killed parent cannot end its workers, so they watch it."""
+    """End this worker when its parent has been killed and cannot do it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _call(item):
+def _call(item: Any) -> Any:
+    assert _function is not None
     return _function(item)
