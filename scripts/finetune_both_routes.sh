@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Prompt-finetunes one METRO pretraining checkpoint twice, with fairseq and with the Trainer of
-# Hugging Face, and ranks the options of held-out rows with both results. Sizes are for a CPU.
+# Hugging Face, and evaluates both results on held-out rows (OUT/results). Sizes are for a CPU.
 #
 #   scripts/finetune_both_routes.sh CHECKPOINT.pt VOCAB OUT [DATA_DIR] [TEMPLATES]
 #
 # VOCAB: folder with dict.txt and sp.model of the checkpoint. DATA_DIR: local rows (default: the hub);
-# TEMPLATES: a promptsource tree (default: what `metro templates fetch` got). Every step is left out
-# when its result is there, or goes on where it was stopped.
+# TEMPLATES: a promptsource tree (default: what `metro templates fetch` got). Steps whose
+# results are there are left out, and stopped ones are resumed.
 # Settings from the environment: DATASETS, UPDATES, TOKENS (of a fairseq batch), BATCH (examples of a
 # Trainer's batch), LIMIT (held-out rows per dataset), RATE, LENGTH (encoder tokens).
 set -euo pipefail
@@ -19,8 +19,7 @@ checkpoint=$(realpath "$1") vocab=$(realpath "$2") out=$(realpath -m "$3")
 sources=()
 [ -n "${4:-}" ] && sources+=(--data-dir "$(realpath "$4")")
 [ -n "${5:-}" ] && sources+=(--templates "$(realpath "$5")")
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$(dirname "$here")" # the user dir of fairseq is given relative to the project
+cd "$(dirname "$0")/.." # the user dir of fairseq is given relative to the project
 export OMP_WAIT_POLICY=passive
 
 read -r -a datasets <<<"${DATASETS:-ag_news rotten_tomatoes trec glue/qqp paws/labeled_final quartz quarel sciq social_i_qa}"
@@ -67,6 +66,6 @@ metro finetune --config tiny --model "$checkpoint" \
 
 echo "== held-out rows"
 for route in fairseq_hf trainer; do
-  python "$here/evaluate_prompts.py" "$out/$route" "$out/text" --limit 40 \
-    --max-input-length "$length" --json "$out/$route.json"
+  metro evaluate "$out/$route" --suite "$out/text" --limit 40 --max-source-length "$length" \
+    --out "$out/results" --run-name "$route" --overwrite
 done

@@ -1,6 +1,7 @@
 """Suites of evaluation tasks: ``suites/<name>.yaml``, a YAML file of your own, a prepared folder.
 
-A task of your own is a file like this, given as ``--suite colours.yaml``::
+How to write a task of your own, and all keys of a suite: "Own tasks" in ``docs/evaluation.md``. In
+short, for ``--suite colours.yaml``::
 
     title: Colours
     tasks:
@@ -11,45 +12,11 @@ A task of your own is a file like this, given as ``--suite colours.yaml``::
           plain:
             jinja: "What colour is {{thing}}? ||| {{answer_choices[answer]}}"
             answer_choices: "{{colours | join('|||')}}"
-          with choices:
-            jinja: >-
-              {{thing}} is {{colours | join(" or ")}}: which? ||| {{answer_choices[answer]}}
-            answer_choices: "{{colours | join('|||')}}"
-      rte_again:                   # a dataset of the hub (or of --data-dir) works as well,
-        dataset: super_glue        # with templates of promptsource by their names
+      rte_again:                   # a dataset of the hub (or of --data-dir), with templates of
+        dataset: super_glue        # promptsource by their names
         subset: rte
         split: validation
         prompts: [MNLI crowdsource, must be true]
-
-``|||`` separates prompt and answer, and answer choices from each other. All three methods work
-with it, and so do ``--task``, ``--prompt``, ``--limit``, resuming and ``metro report``.
-
-Keys of a suite:
-
-==============  =================================================================================
-``title``       name in tables; default: the file's
-``kind``        kind of all its tasks, see below; default ``templates``
-``include``     list of suites whose tasks come first
-``tasks``       mapping from names to tasks, or list of names where a task needs no keys
-==============  =================================================================================
-
-Kinds, and the keys of a task (``?``: may be left out):
-
-========================  =======================================================================
-``templates``             ``dataset``, ``subset`` ?, ``split``, or ``data`` (a jsonl file) instead;
-                          ``prompts``: list of template names, or mapping from names to ``jinja``
-                          and ``answer_choices``
-``bigbench``              nothing, or a list of subtasks: ``<task>[/<subtask>]/task.json`` is read
-``mmlu``                  nothing; the suite has ``hub``, ``split`` and ``template`` (``dataset``,
-                          ``subset`` ?, ``name``) for all subjects
-``label_generalization``  ``dataset``, ``subset`` ?, ``split``, ``template`` (a name), ``replace``
-                          (label word to substitute); the suite may have ``max_rows``
-``prepared``              nothing; the suite has ``folder``, made by ``metro prepare-prompts
-                          --format jsonl``. Tasks are its datasets (``tasks`` may be left out),
-                          prompts its templates with answer choices, rows its held-out examples
-========================  =======================================================================
-
-``--suite FOLDER`` with such a prepared folder is the suite of all its datasets.
 """
 
 import hashlib
