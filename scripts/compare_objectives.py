@@ -5,15 +5,14 @@
 
 Prepares FLIPPED's mixture (only the datasets named by --dataset) and, unprepared for training, the
 datasets of --unseen; trains each objective for the same number of updates on the same examples an
-update; ranks the options of held-out rows. Run again, it goes on where it was stopped. The table is
-printed and written to OUT/table.json. `--fresh` takes only sizes and vocabulary of the model.
+update; evaluates on held-out rows. Run again, it resumes where it was stopped. The table is printed
+and written to OUT/table.json. `--fresh` takes only sizes and vocabulary of the model.
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
-
-from evaluate_prompts import evaluate, print_rows
 
 VARIANTS = {  # name -> (objective, lambda, scored as)
     "FLIPPED": ("flipped", 3.0, "flipped"),
@@ -55,11 +54,12 @@ def main() -> None:
     for name in options.only or VARIANTS:
         objective, weight, method = VARIANTS[name]
         folder = options.out / name.lower().replace(" ", "_")
-        table[name] = train_and_evaluate(
+        found = train_and_evaluate(
             options, folder, objective, weight, method, {"trained": trained, "unseen": unseen}
         )
-        for part, rows in table[name].items():
-            print_rows(rows, f"{name}: {part} tasks, held-out rows")
+        table[name] = {part: asdict(done.summary)["tasks"] for part, done in found.items()}
+        for part, done in found.items():
+            print(f"{name}: {part} tasks, held-out rows\n{done.table}")
     (options.out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
@@ -97,12 +97,10 @@ def prepare(options, mixture: str, datasets, name: str) -> Path:
 
 
 def train_and_evaluate(options, folder: Path, objective, weight, method, data: dict) -> dict:
-    """Rows of `evaluate` for each part of `data`; kept in the folder once they are there."""
+    """Evaluation of each part of `data`; what is there already is not done again."""
     import metro
-    from metro.finetuning.run import finetune
     from metro.finetuning.settings import FinetuningSettings
 
-    kept = folder / f"accuracy_{options.eval_limit}.json"
     # CHANNEL writes what the others read
     longest_target = options.max_input_length if objective == "channel" else 64
     given = dict(
@@ -124,23 +122,21 @@ def train_and_evaluate(options, folder: Path, objective, weight, method, data: d
         use_cpu=options.use_cpu,
         report_to="none",
     )
-    finetune(FinetuningSettings.combine("tiny", given))
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    model, tokenizer = metro.load(folder)
-    rows = {
-        part: evaluate(
-            model,
-            tokenizer,
-            where,
-            method,
-            options.eval_limit,
-            (options.max_input_length, longest_target),
+    metro.finetune(FinetuningSettings.combine("tiny", given))
+    return {
+        part: metro.evaluate(
+            str(folder),
+            suite=str(prompts),
+            out=folder / "evaluation",
+            run_name=f"{part}_{options.max_steps}_{options.eval_limit}",
+            method=method,
+            limit=options.eval_limit,
+            max_source_length=options.max_input_length,
+            max_target_length=longest_target,
+            device="cpu" if options.use_cpu else None,
         )
-        for part, where in data.items()
+        for part, prompts in data.items()
     }
-    kept.write_text(json.dumps(rows, indent=2) + "\n")
-    return rows
 
 
 if __name__ == "__main__":

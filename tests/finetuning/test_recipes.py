@@ -1,6 +1,6 @@
 """The recipes from a checkpoint to a table, on real rows and a tiny model, a few updates each.
 
-Oracle: what has to be there at the end; an option that is drawn is right as often as chance says.
+Oracle: the prepared examples of the held-out rows: tasks, prompts, counts and level of chance.
 """
 
 import json
@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 
 import metro
+from metro.data.prompts.stored import PromptedExamples, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -41,10 +43,21 @@ def run(*command, **environment) -> str:
     return done.stdout
 
 
-def check_rows(rows: list[dict], names: set[str]) -> None:
-    assert {row["dataset"] for row in rows} == names
-    for row in rows:
-        assert 0 < row["chance"] < 1 and 0 <= row["accuracy"] <= 1 and row["examples"] > 0
+def check_tasks(tasks: dict[str, dict], prompts: Path, limit: int) -> None:
+    """Oracle: the prepared examples with answer choices, and the share of each choice."""
+    questions: dict[str, dict[str, list[float]]] = {}
+    for task, facts in read_manifest(prompts)["splits"]["valid"].items():
+        name = "/".join(filter(None, (facts["dataset"], facts["subset"])))
+        for example in PromptedExamples(prompts / "valid" / task):
+            if example["answer_choices"] and example["label"] is not None:
+                shares = questions.setdefault(name, {}).setdefault(facts["prompt_name"], [])
+                shares.append(1 / len(set(example["answer_choices"])))
+    assert set(tasks) == set(questions)
+    for name, found in tasks.items():
+        expected = questions[name]
+        assert set(found["accuracies"]) == set(expected)
+        assert found["num_examples"] == min(limit, max(map(len, expected.values())))
+        assert found["chance"] == pytest.approx(mean(mean(x) for x in expected.values()))
 
 
 @pytest.mark.slow
@@ -56,14 +69,15 @@ def test_both_routes_from_a_checkpoint_to_accuracies(sources, tmp_path):
     command = [script, sources["model"], sources["vocab"], out]
     run(*command, sources["data_dir"], sources["templates"], **small)
     for route in ("fairseq_hf", "trainer"):
-        check_rows(json.loads((out / f"{route}.json").read_text()), {"quarel"})
+        summary = json.loads((out / "results" / route / "summary.json").read_text())
+        check_tasks(summary["tasks"], out / "text", 4)
         config = json.loads((out / route / "config.json").read_text())
         assert config["decoder_start_token_id"] == 2
         assert (out / route / "modeling_metro_t5.py").is_file()
 
 
 @pytest.mark.slow
-def test_the_comparison_of_objectives_makes_a_table_and_goes_on(sources, tmp_path):
+def test_the_comparison_of_objectives_makes_a_table_and_resumes(sources, tmp_path):
     script = ROOT / "scripts/compare_objectives.py"
     options = [f"--{name.replace('_', '-')}={path}" for name, path in sources.items()]
     options += ["--dataset", "quarel", "--unseen", "trec", "--max-steps", "2", "--batch-size", "4"]
@@ -72,8 +86,8 @@ def test_the_comparison_of_objectives_makes_a_table_and_goes_on(sources, tmp_pat
     table = json.loads((tmp_path / "table.json").read_text())
     assert set(table) == {"FLIPPED", "FLIPPED without unlikelihood", "DIRECT", "CHANNEL"}
     for parts in table.values():
-        check_rows(parts["trained"], {"quarel"})
-        check_rows(parts["unseen"], {"trec"})
+        check_tasks(parts["trained"], tmp_path / "data_trained", 2)
+        check_tasks(parts["unseen"], tmp_path / "data_unseen", 2)
     assert "training to update" not in run(sys.executable, script, *options)  # all kept
     given, _ = metro.load(sources["model"], vocab=sources["vocab"])
     start, _ = metro.load(tmp_path / "start")

@@ -135,21 +135,6 @@ def test_label_words_are_swapped(testdata):
         assert question in example.instruction
 
 
-def test_draws_depend_on_the_seed_and_the_row_alone(testdata):
-    """Oracle: the same examples twice, others with another seed."""
-    spec = TaskSpec(
-        "x", "templates", ("Randomized prompts template",), "hellaswag", None, "validation"
-    )
-    found = [
-        load_task(spec, Sources(testdata / "data", testdata / "prompts", limit=8, seed=seed))
-        .examples("Randomized prompts template")
-        .examples
-        for seed in (0, 0, 1)
-    ]
-    assert found[0] == found[1] != found[2]
-    assert len({example.input.split(":")[0] for example in found[0]}) > 1
-
-
 def test_a_template_without_options_is_refused(sources):
     """Oracle: the message names the template."""
     spec = TaskSpec("x", "templates", ("generate_review",), "app_reviews", None, "train")
