@@ -13,12 +13,12 @@ def prepare_prompts(settings: PreparePromptsSettings, dry_run: bool) -> None:
     Datasets that are not available are listed at the end; the exit code is 0 as long as there is
     something to train on. Run the same command again to resume after an interruption.
     """
+    from metro.data.prompts.plan import make_plan, planned_sizes
     from metro.data.prompts.prepare import prepare_prompts as prepare
-    from metro.data.prompts.settings import plan_prompts, read_settings
 
     if dry_run:
-        found = read_settings(settings)
-        print_plan(plan_prompts(found), found)
+        found = make_plan(settings)
+        print_plan(planned_sizes(found), found)
         return
     result = prepare(settings)
     print_result(result)

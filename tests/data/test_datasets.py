@@ -11,7 +11,7 @@ from metro.data.datasets import (
     load_rows,
 )
 from metro.data.prompts.mixtures import find_mixture
-from metro.data.prompts.settings import plan_prompts, read_settings
+from metro.data.prompts.plan import make_plan, planned_sizes
 from metro.data.settings import PreparePromptsSettings
 from tests.data.prompts.toys import YES_NO, files_of, prepare, write_rows, write_templates
 
@@ -103,7 +103,7 @@ def test_mixture_from_the_hub_is_planned_and_prepared(repository, table, tmp_pat
     options = PreparePromptsSettings(
         mixture=str(tmp_path / "mix.yaml"), templates=tmp_path / "templates"
     )
-    plan = plan_prompts(read_settings(options))
+    plan = planned_sizes(make_plan(options))
     assert [(line.side, line.rows, line.examples) for line in plan] == [
         ("train", 7, 21), ("valid", 3, 9),
     ]  # fmt: skip

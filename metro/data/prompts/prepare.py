@@ -21,16 +21,16 @@ from metro.data.prompts.examples import (
     count_row,
     make_example,
 )
-from metro.data.prompts.output import (
+from metro.data.prompts.plan import PromptPlan, ignored_options, make_plan
+from metro.data.prompts.sandbox import ProtectedRow
+from metro.data.prompts.sources import Part, PartPlan, Unavailable
+from metro.data.prompts.stored import (
     FairseqEncoder,
     FairseqTaskWriter,
     JsonlEncoder,
     JsonlTaskWriter,
     PromptFolder,
 )
-from metro.data.prompts.sandbox import ProtectedRow
-from metro.data.prompts.settings import ignored_options, read_settings
-from metro.data.prompts.sources import Part, PartPlan, Unavailable
 from metro.data.settings import PreparePromptsSettings
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
@@ -74,8 +74,8 @@ def prepare_prompts(
 def _prepare(options: PreparePromptsSettings, progress: Progress) -> PreparedPrompts:
     if options.out is None:
         raise UserError("out is missing: name the folder to make (or add --dry-run)")
-    settings, overwrite = read_settings(options), options.overwrite
-    folder = PromptFolder(options.out, settings.fingerprint())
+    plan, overwrite = make_plan(options), options.overwrite
+    folder = PromptFolder(options.out, plan.fingerprint())
     finished = folder.finished_manifest(overwrite)
     if finished and not (overwrite and finished["unavailable"]):
         missing = len(finished["unavailable"])
@@ -85,10 +85,10 @@ def _prepare(options: PreparePromptsSettings, progress: Progress) -> PreparedPro
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return PreparedPrompts(folder.out, folder.complete(), False)
-    for note in ignored_options(settings):
+    for note in ignored_options(plan):
         progress.say(f"warning: {note}")
     num_workers = options.num_workers or available_cores()
-    work = _Preparation(settings, folder, earlier or {}, num_workers, progress)
+    work = _Preparation(plan, folder, earlier or {}, num_workers, progress)
     return PreparedPrompts(folder.out, work.run(), False)
 
 
@@ -108,11 +108,12 @@ class ChunkRenderer:
         self.part, self.settings, self.encoder = part, settings, encoder
 
     def __call__(self, bounds: tuple[int, int]) -> list[EncodedTask]:
-        templates = self.part.templates
+        plan = self.part.plan
+        templates = plan.templates
         examples: list[list[PromptedExample]] = [[] for _ in templates]
         dropped: list[dict[str, LeftOut]] = [{} for _ in templates]
         noted: list[dict[str, LeftOut]] = [{} for _ in templates]
-        name = name_of(self.part.dataset, self.part.subset)
+        name = name_of(plan.dataset, plan.subset)
         for number, split, index, row in self.part.rows(*bounds):
             if not isinstance(row, UnusableRow) and "answer_choices" not in row:
                 row = ProtectedRow(row)
@@ -140,27 +141,29 @@ class ChunkRenderer:
 class _Preparation:
     """The run of one command."""
 
-    def __init__(self, settings, folder: PromptFolder, earlier: dict, num_workers, progress):
-        self.settings, self.folder, self.num_workers = settings, folder, num_workers
-        self.progress: Progress = progress
+    def __init__(
+        self, plan: PromptPlan, folder: PromptFolder, earlier: dict, num_workers, progress
+    ):
+        self.plan, self.folder, self.num_workers = plan, folder, num_workers
+        self.progress = progress
         self.done: dict[str, dict] = earlier.get("done", {})
         self.current: dict = earlier.get("current", {})
-        self.unavailable: list[Unavailable] = [*settings.sources.without_templates()]
-        self.vocabulary = settings.vocabulary if settings.format == "fairseq" else None
+        self.unavailable: list[Unavailable] = [*plan.sources.without_templates()]
+        self.vocabulary = plan.vocabulary if plan.format == "fairseq" else None
         self.num_rendered = sum(facts["rendered"] for facts in self.done.values())
 
     def run(self) -> dict:
-        plans = self.settings.sources.plans()
+        plans = self.plan.sources.plans()
         if self.done or self.current:
             self.progress.say(f"continuing after {len(self.done)} of {len(plans)} parts")
-        elif self.settings.vocabulary:
-            self.folder.copy_vocabulary(self.settings.vocabulary.folder)
+        elif self.plan.vocabulary:
+            self.folder.copy_vocabulary(self.plan.vocabulary.folder)
         self.folder.save_state(self._state())
         for number, plan in enumerate(plans):
             if plan.key in self.done:
                 continue
             try:
-                part = self.settings.sources.load(plan)
+                part = self.plan.sources.load(plan)
             except DatasetUnavailable as error:
                 self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
                 continue
@@ -192,7 +195,7 @@ class _Preparation:
         bounds = [
             (first, min(first + step, part.num_rows)) for first in range(start, part.num_rows, step)
         ]
-        renderer = (part, self.settings.rendering, self._encoder())
+        renderer = (part, self.plan.rendering, self._encoder())
         num_workers = min(self.num_workers, max(1, len(bounds)))
         saved, base = time.monotonic(), self.num_rendered
         self._show(plan.key, number, num_parts)
@@ -236,7 +239,7 @@ class _Preparation:
     def _encoder(self):
         if self.vocabulary is None:
             return JsonlEncoder()
-        return FairseqEncoder(self.vocabulary, self.settings.lower)
+        return FairseqEncoder(self.vocabulary, self.plan.lower)
 
     def _state(self) -> dict:
         return {"done": self.done, "current": self.current}
@@ -267,22 +270,22 @@ class _Preparation:
                     for key in (group, "valid"):
                         groups.setdefault(key, []).append(template.task_name)
         dropped, noted = self._counts("dropped"), self._counts("noted")
-        wanted = "valid" if self.settings.mixture.validation_only else "train"
+        wanted = "valid" if self.plan.mixture.validation_only else "train"
         if not splits[wanted]:
             self.folder.discard()
             raise UserError(self._nothing(dropped))
-        if self.settings.format == "fairseq":
+        if self.plan.format == "fairseq":
             self.folder.write_fairseq_tables(splits, groups)
         manifest = {
-            "format": self.settings.format,
-            "mixture": self.settings.mixture.name,
-            "cap_of": self.settings.mixture.cap_of,
-            "seed": self.settings.rendering.seed,
-            "instruction_text": self.settings.rendering.instruction_text,
+            "format": self.plan.format,
+            "mixture": self.plan.mixture.name,
+            "cap_of": self.plan.mixture.cap_of,
+            "seed": self.plan.rendering.seed,
+            "instruction_text": self.plan.rendering.instruction_text,
             "splits": splits,
             "valid_datasets": groups,
             "unavailable": [row._asdict() for row in self.unavailable],
-            "left_out": self.settings.sources.left_out(),
+            "left_out": self.plan.sources.left_out(),
             "empty_tasks": empty,
             "dropped": dropped,
             "noted": noted,
@@ -300,7 +303,7 @@ class _Preparation:
         return total
 
     def _nothing(self, dropped: dict) -> str:
-        name = self.settings.mixture.name
+        name = self.plan.mixture.name
         reasons = [f"{row.name} ({row.side}): {row.reason}" for row in self.unavailable]
         reasons += [f"{d['count']:,} dropped: {why} ({d['first']})" for why, d in dropped.items()]
         shown = "".join(f"\n  {reason}" for reason in reasons[:20])

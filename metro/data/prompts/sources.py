@@ -23,6 +23,46 @@ P3 = "bigscience/P3"
 SAMPLED_ROWS = 16
 
 
+@dataclass(frozen=True)
+class P3Task(PromptTemplate):
+    """A task of P3 in place of a template: its rows are rendered already."""
+
+    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+        fields = {"inputs_pretokenized", "targets_pretokenized"}
+        if missing := tuple(sorted(fields - set(row))):
+            return RenderedExample("", "", None, None, missing)
+        text, target = (
+            unprotect(str(row[name])).strip()
+            for name in ("inputs_pretokenized", "targets_pretokenized")
+        )
+        choices = row.get("answer_choices") or None
+        choices = [str(choice).strip() for choice in choices] if choices else None
+        label = choices.index(target) if choices and target in choices else None
+        return RenderedExample(text, target, choices, label, ())
+
+
+class PartPlan(NamedTuple):
+    """One side (train or valid) of one dataset with all its templates; no rows are loaded."""
+
+    dataset: str
+    subset: str | None
+    side: str
+    templates: tuple[PromptTemplate, ...]
+    cap: int
+    """Most examples of each template in an epoch (of all together: ``cap_of: data_set``)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset, and of the task where that is a part of its own."""
+        is_task = isinstance(self.templates[0], P3Task)
+        name = name_of(self.dataset, self.subset)
+        return f"{name}/{self.templates[0].task_name}" if is_task else name
+
+    @property
+    def key(self) -> str:
+        return f"{self.side}/{self.name}"
+
+
 class SplitRows(NamedTuple):
     """Rows of a split of a dataset."""
 
@@ -43,13 +83,10 @@ class PartRow(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One side (train or valid) of one dataset: all its templates over all its rows."""
+    """The rows of one side of one dataset, for all its templates."""
 
-    dataset: str
-    subset: str | None
-    side: str
+    plan: PartPlan
     splits: tuple[SplitRows, ...]
-    templates: tuple[PromptTemplate, ...]
     limit: int | None
     """Rows to take, spread evenly: datasets may be sorted by label."""
 
@@ -86,52 +123,12 @@ def _read_rows(
         yield from zip(indices, found, strict=True)
 
 
-@dataclass(frozen=True)
-class P3Task(PromptTemplate):
-    """A task of P3 in place of a template: its rows are rendered already."""
-
-    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
-        fields = {"inputs_pretokenized", "targets_pretokenized"}
-        if missing := tuple(sorted(fields - set(row))):
-            return RenderedExample("", "", None, None, missing)
-        text, target = (
-            unprotect(str(row[name])).strip()
-            for name in ("inputs_pretokenized", "targets_pretokenized")
-        )
-        choices = row.get("answer_choices") or None
-        choices = [str(choice).strip() for choice in choices] if choices else None
-        label = choices.index(target) if choices and target in choices else None
-        return RenderedExample(text, target, choices, label, ())
-
-
 class Unavailable(NamedTuple):
     """A dataset, or one side of it, that is not available."""
 
     side: str
     name: str
     reason: str
-
-
-class PartPlan(NamedTuple):
-    """A part whose rows are not loaded yet."""
-
-    dataset: str
-    subset: str | None
-    side: str
-    templates: tuple[PromptTemplate, ...]
-    cap: int
-    """Most examples of each template in an epoch (of all together: ``cap_of: data_set``)."""
-
-    @property
-    def name(self) -> str:
-        """Name of the dataset, and of the task where that is a part of its own."""
-        is_task = isinstance(self.templates[0], P3Task)
-        name = name_of(self.dataset, self.subset)
-        return f"{name}/{self.templates[0].task_name}" if is_task else name
-
-    @property
-    def key(self) -> str:
-        return f"{self.side}/{self.name}"
 
 
 class PromptSources:
@@ -276,9 +273,7 @@ class PromptSources:
             SplitRows(split, datasets.load_rows(*names, split, data_dir=self.data_dir))
             for split in self.splits(plan)
         )
-        part = Part(
-            plan.dataset, plan.subset, plan.side, splits, plan.templates, self.limits[plan.side]
-        )
+        part = Part(plan, splits, self.limits[plan.side])
         if not part.num_rows:
             raise DatasetUnavailable(f"{name_of(*names)} has no rows")
         return part
@@ -298,9 +293,7 @@ class PromptSources:
             splits.append(SplitRows(split, rows))
             total += num_rows
         limit = self.limits[plan.side]
-        part = Part(
-            plan.dataset, plan.subset, plan.side, tuple(splits), plan.templates, SAMPLED_ROWS
-        )
+        part = Part(plan, tuple(splits), SAMPLED_ROWS)
         return part, total if limit is None else min(total, limit)
 
     def _names(self, plan: PartPlan) -> tuple[str, str | None]:

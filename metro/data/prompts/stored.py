@@ -1,17 +1,37 @@
-"""Prompted examples on disk: jsonl, with the offsets of its lines beside it.
+"""Prepared prompts on disk: read them, and write them resumably.
 
-``<side>/<task>/<side>.jsonl`` holds one example per line, with the fields of ``PromptedExample``
-(``examples.py``). ``<side>.offsets.npy`` (int64) holds the byte offsets of the lines and the end of
-the file, ``<side>.rows.npy`` (int32) the source row of each example, ascending. Everything is read
-through the page cache: a folder of any size opens at once and costs no memory per process.
+jsonl: ``<side>/<task>/<side>.jsonl`` holds one example per line, with the fields of
+``PromptedExample`` (``examples.py``). ``<side>.offsets.npy`` (int64) holds the byte offsets of the
+lines and the end of the file, ``<side>.rows.npy`` (int32) the source row of each example,
+ascending. Everything is read through the page cache: a folder of any size opens at once and costs
+no memory per process.
+
+fairseq: ``<side>/<task>/<side>.src-tgt.{src,tgt}.{bin,idx}`` as the original's task reads them,
+beside ``<side>/data_cap.json`` and ``valid/valid_datasets.json``.
+
+For each format an encoder makes examples into a payload (in worker processes), and a writer appends
+payloads to the files of a task.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype
 from metro.data.jsonl_rows import JsonlRows
-from metro.data.prepared_folder import PROMPTS_MANIFEST
+from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
+from metro.data.prompts.examples import PromptedExample
+from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
+
+_HEADER_BYTES = 128
+_CACHED_TARGETS = 4096
+_INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
 
 
 class PromptedExamples(JsonlRows):
@@ -40,8 +60,6 @@ class PromptedExamples(JsonlRows):
             )
 
     def _find_offsets(self):
-        import numpy as np
-
         offsets = self._beside("offsets")
         if offsets.is_file():
             return np.load(offsets, mmap_mode="r")
@@ -53,8 +71,6 @@ class PromptedExamples(JsonlRows):
     @property
     def rows(self):
         """Source row of each example, int32, ascending."""
-        import numpy as np
-
         path = self._beside("rows")
         if path.is_file():
             return np.load(path, mmap_mode="r")
@@ -82,3 +98,188 @@ def read_manifest(folder: str | Path) -> dict:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the manifest that `metro prepare-prompts` writes") from None
     return manifest
+
+
+class JsonlEncoder:
+    """Examples -> lines, the length of each, and its source row."""
+
+    def __call__(self, examples: Sequence[PromptedExample]) -> tuple[bytes, np.ndarray, np.ndarray]:
+        dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        lines = [dumps(example).encode("utf-8", "replace") + b"\n" for example in examples]
+        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+        rows = np.fromiter((example["row"] for example in examples), np.int32, len(examples))
+        return b"".join(lines), sizes, rows
+
+
+class JsonlTaskWriter:
+    """Writes ``<side>.jsonl`` with offsets and source rows beside it."""
+
+    def __init__(self, folder: Path, side: str, position: list[int] | None):
+        self.num_examples, self.num_bytes = position or (0, 0)
+        prefix = folder / side
+        self._files = [
+            _open_at(prefix.with_name(prefix.name + suffix), size, not position)
+            for suffix, size in (
+                (".jsonl", self.num_bytes),
+                (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
+                (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
+            )
+        ]
+
+    @property
+    def position(self) -> list[int]:
+        return [self.num_examples, self.num_bytes]
+
+    def append(self, payload: tuple) -> None:
+        lines, sizes, rows = payload
+        starts = self.num_bytes + np.cumsum(sizes) - sizes
+        for file, content in zip(
+            self._files,
+            (lines, starts.astype(_INT64).tobytes(), rows.astype(_INT32).tobytes()),
+            strict=True,
+        ):
+            file.write(content)
+        self.num_examples += len(sizes)
+        self.num_bytes += len(lines)
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def finish(self) -> None:
+        _, offsets, rows = self._files
+        offsets.write(np.array([self.num_bytes], _INT64).tobytes())
+        for file, dtype, count in ((offsets, _INT64, 1), (rows, _INT32, 0)):
+            file.seek(0)
+            file.write(_npy_header(dtype, self.num_examples + count))
+        self.flush()
+        self.close()
+
+
+class FairseqEncoder:
+    """Examples -> ids and sizes of sources, ids and sizes of targets, as text for pretraining."""
+
+    def __init__(self, vocabulary: Vocabulary, lower: bool):
+        self.vocabulary, self.lower = vocabulary, lower
+        self.dtype = best_dtype(len(vocabulary))
+        self._targets: dict[str, list[int]] = {}
+
+    def __call__(self, examples: Sequence[PromptedExample]) -> tuple[np.ndarray, ...]:
+        sources = self.vocabulary.encode_texts([x["input"] for x in examples], self.lower)
+        targets = [example["target"] for example in examples]
+        new = [text for text in dict.fromkeys(targets) if text not in self._targets]
+        if len(self._targets) + len(new) > _CACHED_TARGETS:
+            self._targets.clear()
+            new = list(dict.fromkeys(targets))
+        encoded = self.vocabulary.encode_texts(new, self.lower)
+        self._targets.update(zip(new, encoded, strict=True))  # labels repeat
+        return *self._packed(sources), *self._packed([self._targets[text] for text in targets])
+
+    def _packed(self, items: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        sizes = np.fromiter(map(len, items), np.int32, len(items))
+        ids = np.fromiter(chain.from_iterable(items), self.dtype, int(sizes.sum()))
+        return ids, sizes
+
+
+class FairseqTaskWriter:
+    """Writes sources and targets in fairseq's memory-mapped format."""
+
+    def __init__(self, folder: Path, side: str, position: list[int] | None, dtype: np.dtype):
+        position = position or [0, 0, 0, 0]
+        self._writers = [
+            IndexedFileWriter(folder / f"{side}.src-tgt.{end}", dtype, WritePosition(*place))
+            for end, place in (("src", position[:2]), ("tgt", position[2:]))
+        ]
+
+    @property
+    def num_examples(self) -> int:
+        return self._writers[0].num_items
+
+    @property
+    def position(self) -> list[int]:
+        return [number for writer in self._writers for number in writer.position]
+
+    def append(self, payload: tuple) -> None:
+        self._writers[0].append(*payload[:2])
+        self._writers[1].append(*payload[2:])
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def finish(self) -> None:
+        for writer in self._writers:
+            writer.finish()
+
+
+def _npy_header(dtype: np.dtype, count: int) -> bytes:
+    """Return the beginning of an ``.npy`` file, of the same length for every count."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    text = text.ljust(_HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _open_at(path: Path, num_bytes: int, is_new: bool):
+    """Open for writing behind the first ``num_bytes``, which are kept."""
+    if is_new:
+        path.write_bytes(b"\0" * num_bytes)  # room for a header
+    file = path.open("r+b")
+    if file.seek(0, os.SEEK_END) < num_bytes:
+        file.close()
+        raise UserError(
+            f"{path} is shorter than before the interruption: start again with --overwrite"
+        )
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+class PromptFolder(PreparedFolder):
+    """``OUT`` and ``OUT.partial`` of ``prepare-prompts``."""
+
+    def __init__(self, out: Path, settings: dict):
+        super().__init__(out, settings, PROMPTS_MANIFEST, "metro prepare-prompts")
+
+    def task_folder(self, side: str, task: str) -> Path:
+        folder = self.partial / side / task
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def drop_task(self, side: str, task: str) -> None:
+        shutil.rmtree(self.partial / side / task, ignore_errors=True)
+
+    def write_fairseq_tables(self, splits: dict[str, dict], groups: dict[str, list[str]]) -> None:
+        """Write what the original's task reads beside the data; dictionaries are linked."""
+        for side, tasks in splits.items():
+            (self.partial / side).mkdir(exist_ok=True)
+            caps = {task: facts["cap"] for task, facts in tasks.items()}
+            _write_text(self.partial / side / "data_cap.json", json.dumps(caps, indent=4))
+            _link(self.partial / "dict.txt", self.partial / side / "dict.txt")
+            for task in tasks:
+                for end in ("src", "tgt"):
+                    target = self.partial / side / task / f"dict.{end}.txt"
+                    _link(self.partial / "dict.txt", target)
+        text = json.dumps(groups, indent=4)
+        _write_text(self.partial / "valid" / "valid_datasets.json", text)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

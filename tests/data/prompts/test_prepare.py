@@ -6,7 +6,7 @@ import pytest
 
 from metro.data.prompts import prepare as prepare_module
 from metro.data.prompts.instruction import flip
-from metro.data.prompts.settings import plan_prompts, read_settings
+from metro.data.prompts.plan import make_plan, planned_sizes
 from metro.data.prompts.sources import Unavailable
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.data.prompts.templates import TemplateTree
@@ -103,7 +103,7 @@ def test_plan_tells_what_will_be_made(world, tmp_path, vocab):
         vocab=vocab,
         limit=16,
     )
-    lines = list(plan_prompts(read_settings(settings)))
+    lines = list(planned_sizes(make_plan(settings)))
     result, _ = prepare(world, tmp_path / "out", vocab=vocab, limit=16)
     for side in ("train", "valid"):
         planned = [line for line in lines if line.side == side]

@@ -1,4 +1,4 @@
-"""Options of `metro prepare-prompts`, checked and put together, and the plan that follows."""
+"""The plan of `metro prepare-prompts`: what its options name, and the sizes of a dry run."""
 
 import hashlib
 from dataclasses import astuple
@@ -19,7 +19,7 @@ FORMAT_VERSION = 2
 """Counted up when equal settings give other examples."""
 
 
-class PromptSettings(NamedTuple):
+class PromptPlan(NamedTuple):
     """Everything that decides which examples are prepared; see ``prepare_prompts``."""
 
     mixture: Mixture
@@ -54,7 +54,7 @@ class PromptSettings(NamedTuple):
         }
 
 
-def read_settings(options: PreparePromptsSettings) -> PromptSettings:
+def make_plan(options: PreparePromptsSettings) -> PromptPlan:
     """Find the mixture, templates, rows and vocabulary that the options name.
 
     Raises:
@@ -87,21 +87,21 @@ def read_settings(options: PreparePromptsSettings) -> PromptSettings:
         with_instruction=format == "jsonl" and options.source == "templates",
     )
     vocabulary = read_vocabulary(options.vocab) if options.vocab else None
-    return PromptSettings(found, sources, format, vocabulary, rendering, not options.cased)
+    return PromptPlan(found, sources, format, vocabulary, rendering, not options.cased)
 
 
-def ignored_options(settings: PromptSettings) -> list[str]:
+def ignored_options(plan: PromptPlan) -> list[str]:
     """Word a warning for every option that was given and has no effect."""
-    notes, vocabulary = [], settings.vocabulary
-    if settings.format == "jsonl":
-        if not settings.lower:
+    notes, vocabulary = [], plan.vocabulary
+    if plan.format == "jsonl":
+        if not plan.lower:
             notes.append("--cased changes nothing: jsonl keeps the text as it is")
         if vocabulary:
             notes.append(f"--vocab {vocabulary.folder} is not used: jsonl holds text")
     elif vocabulary:
-        if not settings.lower and not vocabulary.is_cased:
+        if not plan.lower and not vocabulary.is_cased:
             notes.append(f"{vocabulary.folder} has no capitals, so --cased has little effect")
-        if settings.rendering.instruction_text != "published":
+        if plan.rendering.instruction_text != "published":
             notes.append("--instruction-text changes nothing: fairseq's format has no instructions")
     return notes
 
@@ -121,38 +121,38 @@ class PlannedRow(NamedTuple):
     """Of an epoch, source and target, estimated from a few rows (words, where no vocabulary)."""
 
 
-def plan_prompts(settings: PromptSettings) -> list[PlannedRow | Unavailable]:
+def planned_sizes(plan: PromptPlan) -> list[PlannedRow | Unavailable]:
     """Plan ``prepare_prompts`` with sizes: rows are counted, tokens measured on a few of them."""
 
     def count_tokens(text: str) -> int:
-        vocabulary = settings.vocabulary
-        return len(vocabulary.encode(text, settings.lower) if vocabulary else text.split())
+        vocabulary = plan.vocabulary
+        return len(vocabulary.encode(text, plan.lower) if vocabulary else text.split())
 
-    sources = settings.sources
+    sources = plan.sources
     lines: list[PlannedRow | Unavailable] = [*sources.without_templates()]
-    for plan in sources.plans():
+    for part_plan in sources.plans():
         try:
-            part, num_rows = sources.sample(plan)
+            part, num_rows = sources.sample(part_plan)
         except DatasetUnavailable as error:
-            lines.append(Unavailable(plan.side, plan.name, str(error)))
+            lines.append(Unavailable(part_plan.side, part_plan.name, str(error)))
             continue
         tried, lengths = 0, []
         for _, split, index, row in part.rows(0, part.num_rows):
-            for template in part.templates:
+            for template in part_plan.templates:
                 tried += 1
                 if isinstance(row, UnusableRow):
                     continue
                 try:
-                    example = make_example(template, row, split, index, settings.rendering)
+                    example = make_example(template, row, split, index, plan.rendering)
                 except UnusableRow:
                     continue
                 lengths.append(count_tokens(example["input"]) + count_tokens(example["target"]))
-        num_templates = len(part.templates)
+        num_templates = len(part_plan.templates)
         examples = round(num_rows * num_templates * len(lengths) / max(1, tried))
-        capped = min(examples, _per_epoch(settings.mixture, plan, num_rows))
+        capped = min(examples, _per_epoch(plan.mixture, part_plan, num_rows))
         tokens = round(capped * sum(lengths) / max(1, len(lengths)))
-        sizes = (num_templates, num_rows, examples, plan.cap, capped, tokens)
-        lines.append(PlannedRow(plan.side, plan.name, *sizes))
+        sizes = (num_templates, num_rows, examples, part_plan.cap, capped, tokens)
+        lines.append(PlannedRow(part_plan.side, part_plan.name, *sizes))
     return lines
 
 
