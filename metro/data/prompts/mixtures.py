@@ -1,7 +1,7 @@
-"""Which templates of which datasets a mixture has, and how many examples an epoch takes of each.
+"""Mixtures of prompt tasks: their datasets, rules for templates, and caps of examples per epoch.
 
 The published mixtures are data (``mixtures.yaml``); a file of the same form as one of its entries,
-with its datasets written out, is a mixture of one's own::
+with its datasets written out, is a mixture of your own::
 
     data_sets: [ag_news, super_glue/rte]
     cap: 10000
@@ -33,7 +33,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """A choice of prompt tasks."""
+    """A selection of prompt tasks."""
 
     name: str
     data_sets: tuple[tuple[str, str | None], ...]
@@ -52,7 +52,7 @@ class Mixture:
     validation_only: bool = False
 
     def reason_to_leave_out(self, template: PromptTemplate) -> str | None:
-        """Why the mixture does not have this template; None if it has it."""
+        """Return why the mixture does not have this template; None if it has it."""
         task = template.task_name
         if task in self.excluded_tasks:
             return "on the published list of tasks left out"
@@ -69,7 +69,7 @@ class Mixture:
     def templates(
         self, tree: TemplateTree, dataset: str, subset: str | None
     ) -> list[PromptTemplate]:
-        """The mixture's templates of one dataset, in the order of the tree."""
+        """Return the mixture's templates of one dataset, in the order of the tree."""
         return [
             template
             for template in tree.templates(dataset, subset)
@@ -77,7 +77,7 @@ class Mixture:
         ]
 
     def in_tree(self, tree: TemplateTree) -> "Mixture":
-        """The mixture with its datasets under the tree's names.
+        """Return the mixture with its datasets under the tree's names.
 
         The text ``Zaid/coqa_expanded`` does not say that it is a dataset without subset.
         """
@@ -86,17 +86,17 @@ class Mixture:
         return replace(self, data_sets=tuple(found))
 
     def cap_per_template(self, num_templates: int) -> int:
-        """The most examples of one template in an epoch.
+        """Return the most examples of one template in an epoch.
 
         With ``cap_of: data_set`` it is the dataset's cap, which its templates share.
         """
         return self.cap if self.cap_of == "data_set" else max(1, self.cap // max(1, num_templates))
 
     def narrowed(self, names: list[str] | None) -> "Mixture":
-        """The mixture with the named datasets alone (``super_glue/rte``).
+        """Return the mixture with the named datasets alone (``super_glue/rte``).
 
         Raises:
-            ValueError: one of them is not in the mixture; the message names similar ones.
+            UserError: one of them is not in the mixture; the message names similar ones.
         """
         if not names:
             return self
@@ -123,10 +123,10 @@ def mixture_names() -> list[str]:
 
 
 def find_mixture(name: str | Path) -> Mixture:
-    """The mixture of that name, or of that YAML file.
+    """Find the mixture of that name, or read that YAML file.
 
     Raises:
-        ValueError: there is none; the message names the known ones.
+        UserError: there is none; the message names the known ones.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -159,10 +159,10 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 
 def split_dataset_name(name: str, tree: TemplateTree) -> tuple[str, str | None]:
-    """``super_glue/rte`` as dataset and subset, as the tree knows it.
+    """Split ``super_glue/rte`` into dataset and subset, as the tree knows it.
 
     Raises:
-        ValueError: the tree has no such dataset; the message names similar ones.
+        UserError: the tree has no such dataset; the message names similar ones.
     """
     for known in tree.datasets():
         if name_of(*known) == name:
@@ -186,18 +186,16 @@ def _read_mixture(path: Path) -> Mixture:
         if key not in _FORM:
             hint = did_you_mean(str(key), _FORM)
             raise UserError(f"{path} has an unknown key {key!r}: {hint}")
-        is_right = type(value) is _FORM[key]  # `true` is no number
+        is_right = type(value) is _FORM[key]  # `true` is not a number
         if not is_right or (_FORM[key] is list and not all(isinstance(x, str) for x in value)):
             raise UserError(f"{path}: {key} is {value!r}, and must be {_WORDS[_FORM[key]]}")
     if facts.get("cap_of", "template") not in _CAPS:
         raise UserError(f"{path}: cap_of is {facts['cap_of']!r}, and must be one of {_CAPS}")
     if facts.get("cap", 1) < 1:
         raise UserError(f"{path}: cap is {facts['cap']}, and must be {_WORDS[int]}")
-    for key, known in (("groups", "groups"), ("leave_out", "blacklists"),
-                       ("leave_out_containing", "blacklists")):  # fmt: skip
+    for key in ("groups", "leave_out", "leave_out_containing"):
+        known = _table()["groups" if key == "groups" else "blacklists"]
         for name in facts.get(key, ()):
-            if name not in _table()[known]:
-                raise UserError(
-                    f"{path}: {key} names {name!r}: there are {', '.join(_table()[known])}"
-                )
+            if name not in known:
+                raise UserError(f"{path}: {key} names {name!r}: there are {', '.join(known)}")
     return _build(path.stem, facts)

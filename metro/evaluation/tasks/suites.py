@@ -37,9 +37,7 @@ _KEYS = {
     "templates": ("dataset", "subset", "split", "data", "prompts"),
     "label_generalization": ("dataset", "subset", "split", "template", "replace"),
 }
-_SUITE_KEYS = (
-    "title", "kind", "include", "tasks", "hub", "split", "template", "max_rows", "folder"
-)  # fmt: skip
+_SUITE_KEYS = tuple("title kind include tasks hub split template max_rows folder".split())
 _NAMES = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
 
 
