@@ -24,7 +24,8 @@ class EvaluationSettings(Settings):
         metavar="MODEL...",
     )
     suite: str = option(
-        "t0", "t0, flipped14, bigbench, label_generalization, mmlu, or a file .yaml."
+        "t0",
+        "t0, flipped14, bigbench, label_generalization, mmlu, FILE.yaml or prepared prompts.",
     )
     out: Path = option("results", "A folder per run is made in it.")
     method: str | None = option(

@@ -140,3 +140,36 @@ def test_a_template_without_options_is_refused(sources):
     spec = TaskSpec("x", "templates", ("generate_review",), "app_reviews", None, "train")
     with pytest.raises(ValueError, match="'generate_review' of app_reviews has no answer choices"):
         load_task(spec, sources).examples("generate_review")
+
+
+def test_rows_without_a_question_are_left_out_and_named(tmp_path):
+    """Oracle: by hand, one row for each reason; the last row is the first one's twin."""
+    good = {"thing": "grass", "colours": ["red", "green"], "answer": 1}
+    rows = [
+        good,
+        "{not json",
+        {"colours": ["red", "green"], "answer": 1},
+        {**good, "answer": 2},
+        {**good, "colours": ["", "green"]},
+        {**good, "answer": None},
+        good,
+    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    texts = {
+        "jinja": "What colour is {{thing}}? ||| {{answer_choices[answer]}}",
+        "answer_choices": "{{colours | join('|||')}}",
+    }
+    data = tmp_path / "rows.jsonl"
+    spec = TaskSpec("x", "templates", ("plain",), "x", data=data, inline={"plain": texts})
+    task = load_task(spec, Sources())
+    found = task.examples("plain")
+    assert [example.index for example in found.examples] == [0, 6]
+    assert {reason: left.num_rows for reason, left in found.skipped.items()} == {
+        "unreadable row": 1,
+        "missing field": 1,
+        "label out of range of the answer choices": 2,
+        "empty answer choice": 1,
+    }
+    assert found.skipped["missing field"].first == "row 2: the row has no 'thing'"
+    assert task.weight("plain") > 700
