@@ -74,9 +74,9 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["direct", "channel", "flipped"])
-def test_a_prepared_folder_is_evaluated_as_a_suite(testdata, tmp_path, prepared, method):
+def test_a_prepared_folder_is_evaluated_as_a_suite(golden, tmp_path, prepared, method):
     """Oracle: the classifier on the examples of each template that can be ranked."""
-    model, tokenizer = load_exported(testdata, "t5_prompt_tiny_f")
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     run(tmp_path / "run", prepared, model, tokenizer, method=method)
     found = {(result.task, result.prompt): result for result in read_run(tmp_path / "run").results}
     assert set(found) == {
