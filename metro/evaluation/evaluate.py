@@ -167,7 +167,7 @@ def _evaluate_model(
     if is_cuda and isinstance(model.config, MetroT5Config):
         fuse(model)  # on the CPU packed_scoring.py does more
     batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
-    scoring = runner.Settings(method, settings.normalization, batch_tokens)
+    scoring = runner.Scoring(method, settings.normalization, batch_tokens)
     protocol = choose_protocol(
         settings.protocol or (registered.family if registered else None),
         model.config,
@@ -193,7 +193,7 @@ def _evaluate_model(
         folder = RunFolder(path, info)
     progress.say(f"{name} on {suite.title}, method {method}, into {path}")
     progress.say(f"protocol {protocol.describe()}")
-    outcome = runner.evaluate(
+    num_new = runner.evaluate(
         model,
         tokenizer,
         tasks,
@@ -204,15 +204,12 @@ def _evaluate_model(
         processes,
         progress,
     )
-    found = None
+    summary = processes.from_first(lambda: summarize(read_run(path)))
     if folder is not None:
-        found = summarize(read_run(path))
-        write_summary(found, path / "summary.json")
-    summary = processes.from_first(found)
-    assert summary is not None  # the first process has a folder
-    if outcome.num_new == 0:
+        write_summary(summary, path / "summary.json")
+    if num_new == 0:
         progress.say("all prompts were finished before; nothing was computed")
     published = None
     if settings.check_published and registered:
         published = check_published(summary, registered, settings.tolerance)
-    return Evaluation(path, summary, missing, outcome.num_new, published)
+    return Evaluation(path, summary, missing, num_new, published)

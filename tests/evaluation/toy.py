@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RunFolder
-from metro.evaluation.runs.runner import Settings, evaluate, run_info
+from metro.evaluation.runs.runner import Scoring, evaluate, run_info
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import find_suite
@@ -70,11 +70,11 @@ def run(
     data = Sources(data_dir=suite_file.parent, **sources)
     tasks, missing = load_tasks(suite, data)
     assert list(missing) == [name for name in suite.tasks if name == "gone"]
-    settings = Settings(method, batch_tokens=300)
+    scoring = Scoring(method, batch_tokens=300)
     protocol = choose_protocol(None, model.config, method)
-    info = run_info("toy", None, model, suite, data, protocol, settings, {})
+    info = run_info("toy", None, model, suite, data, protocol, scoring, {})
     alone = Processes(0, 1, torch.device("cpu"))
     return evaluate(
-        model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, settings, alone,
+        model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, scoring, alone,
         progress,
     )  # fmt: skip

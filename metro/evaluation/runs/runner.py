@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ SCORE_DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Settings:
+class Scoring:
     """Scoring of a suite; method and normalization are recorded."""
 
     method: str = "direct"
@@ -36,16 +36,6 @@ class Settings:
     """Tokens of a batch; changes speed, not results."""
 
 
-@dataclass
-class Outcome:
-    """Report of :func:`evaluate` beside the run folder."""
-
-    notes: list[str] = field(default_factory=list)
-    """Remarks on rows left out, duplicate answer choices and cut targets."""
-    num_new: int = 0
-    """Prompts evaluated in this call; the others were finished before."""
-
-
 def run_info(
     model_name: str,
     registered: str | None,
@@ -53,7 +43,7 @@ def run_info(
     suite: Suite,
     sources: Sources,
     protocol: Protocol,
-    settings: Settings,
+    scoring: Scoring,
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """Content of ``run.json``: everything that the numbers depend on.
@@ -69,12 +59,12 @@ def run_info(
         "model": model_name,
         "registered": registered,
         "weights": fingerprint(model),
-        "method": settings.method,
+        "method": scoring.method,
         "suite": suite.name,
         "title": suite.title,
         "protocol": protocol.as_dict(),
         "options": {
-            "normalization": settings.normalization,
+            "normalization": scoring.normalization,
             "split": sources.split,
             "limit": sources.limit,
             "instruction_text": sources.instruction_text,
@@ -113,10 +103,10 @@ def evaluate(
     folder: RunFolder | None,
     suite_name: str,
     protocol: Protocol,
-    settings: Settings,
+    scoring: Scoring,
     processes: Processes,
     progress: Progress = SILENT,
-) -> Outcome:
+) -> int:
     """Evaluate the prompts that are not finished yet, and write each one.
 
     Args:
@@ -126,14 +116,16 @@ def evaluate(
         folder: of the first process; the others have None.
         suite_name: for the results.
         protocol: special tokens and lengths of the model's inputs.
-        settings: method, normalization, size of batches.
+        scoring: method, normalization, size of batches.
         processes: share the batches; the results equal those of one process.
         progress: shows the work, each result, and remarks on rows.
+
+    Returns:
+        Number of prompts evaluated in this call; the others were finished before.
 
     Raises:
         UserError: no row of a prompt can be evaluated.
     """
-    outcome = Outcome()
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
     done = processes.from_first(
         [folder is not None and folder.is_done(task.name, prompt) for task, prompt in units]
@@ -143,7 +135,7 @@ def evaluate(
     position = sum(weight for weight, is_done in zip(weights, done, strict=True) if is_done)
     scorer = PairScorer(
         model,
-        batch_tokens=settings.batch_tokens,
+        batch_tokens=scoring.batch_tokens,
         rank=processes.rank,
         num_processes=processes.count,
         gather=processes.add_up if processes.count > 1 else None,
@@ -162,29 +154,27 @@ def evaluate(
 
         show(0.0)
         started = time.perf_counter()
-        asked = task.examples(prompt, flipped=settings.method == "flipped")
+        asked = task.examples(prompt, flipped=scoring.method == "flipped")
         asked.examples = [protocol.prepare(example) for example in asked.examples]
-        classifier = make_classifier(scorer, tokenizer, protocol, settings, task.name)
+        classifier = make_classifier(scorer, tokenizer, protocol, scoring, task.name)
         rankings = classifier.rank(asked.examples, progress=show)
         show(1.0)
         position += weight
         for text in describe_rows(asked, classifier):
-            outcome.notes.append(f"{name}: {text}")
-            progress.say(outcome.notes[-1])
+            progress.say(f"{name}: {text}")
         if folder is not None:
             seconds = time.perf_counter() - started
             result = write_prompt(
-                folder, suite_name, task, prompt, settings, asked, rankings, seconds
+                folder, suite_name, task, prompt, scoring, asked, rankings, seconds
             )
             progress.say(
                 f"{name}: {percent(result.accuracy)} % of {result.num_examples}, {seconds:.1f} s"
             )
-        outcome.num_new += 1
-    return outcome
+    return len(done) - sum(done)
 
 
 def make_classifier(
-    scorer: PairScorer, tokenizer, protocol: Protocol, settings: Settings, task: str
+    scorer: PairScorer, tokenizer, protocol: Protocol, scoring: Scoring, task: str
 ) -> RankClassifier:
     source_length, target_length = protocol.lengths(task)
     encoder = PromptEncoder(
@@ -193,7 +183,7 @@ def make_classifier(
         max_source_length=source_length,
         max_target_length=target_length,
     )
-    return RankClassifier(scorer, encoder, settings.method, settings.normalization)
+    return RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
 
 
 def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:
@@ -228,7 +218,7 @@ def write_prompt(
     suite_name: str,
     task: Task,
     prompt: str,
-    settings: Settings,
+    scoring: Scoring,
     asked: Examples,
     rankings: Sequence[Ranking],
     seconds: float,
@@ -239,7 +229,7 @@ def write_prompt(
         suite=suite_name,
         task=task.name,
         prompt=prompt,
-        method=settings.method,
+        method=scoring.method,
         num_examples=len(asked.examples),
         seconds=round(seconds, 3),
         **metrics._asdict(),

@@ -21,11 +21,10 @@ from typing import NamedTuple
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
+from metro.evaluation.settings import NORMALIZATIONS
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.models.registry import METHODS
 from metro.utils.messages import UserError
-
-NORMALIZATIONS = ("sum", "mean", "calibrated")
 
 
 class Ranking(NamedTuple):

@@ -35,8 +35,8 @@ def suite_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, suite_file, loaded):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    outcome = run(folder, suite_file, *loaded)
-    return folder, outcome
+    run(folder, suite_file, *loaded)
+    return folder
 
 
 def without_times(folder):
@@ -77,9 +77,20 @@ def test_results_equal_a_plain_evaluation_of_each_prompt(tmp_path, suite_file, l
 
 def test_chance_and_choices_are_of_the_rows(finished):
     """Oracle: by hand. Half of the rows have 2 options, half 3."""
-    result = read_run(finished[0]).results[0]
+    result = read_run(finished).results[0]
     assert result.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert result.median_choices == 2.5
+
+
+class Recorder(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__(enabled=False)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
 
 
 class StopAfter(Progress):
@@ -108,11 +119,10 @@ def test_a_stopped_run_goes_on_and_ends_as_if_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         run(folder, suite_file, *loaded, progress=StopAfter(count))
     assert len(read_run(folder).results) == count
-    outcome = run(folder, suite_file, *loaded)
-    assert outcome.num_new == len(UNITS) - count
-    assert without_times(folder) == without_times(finished[0])
-    assert all_scores(folder) == all_scores(finished[0])
-    assert run(folder, suite_file, *loaded).num_new == 0
+    assert run(folder, suite_file, *loaded) == len(UNITS) - count
+    assert without_times(folder) == without_times(finished)
+    assert all_scores(folder) == all_scores(finished)
+    assert run(folder, suite_file, *loaded) == 0
 
 
 def test_prompts_that_render_alike_are_computed_once(suite_file, loaded):
@@ -129,7 +139,7 @@ def test_prompts_that_render_alike_are_computed_once(suite_file, loaded):
 
 def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded, tmp_path):
     """Oracle: the message names what differs; the folder stays as it was."""
-    folder = finished[0]
+    folder = finished
     before = without_times(folder)
     with pytest.raises(ValueError, match="method 'direct', this one has 'channel'"):
         run(folder, suite_file, *loaded, method="channel")
@@ -160,35 +170,35 @@ def test_another_content_of_the_suite_is_refused(finished, suite_file, loaded):
     try:
         suite_file.write_text(text.replace("Is it true that", "Is it so that"))
         with pytest.raises(ValueError, match="holds a run of suite toys with other tasks or"):
-            run(finished[0], suite_file, *loaded)
+            run(finished, suite_file, *loaded)
     finally:
         suite_file.write_text(text)
-    assert run(finished[0], suite_file, *loaded).num_new == 0
+    assert run(finished, suite_file, *loaded) == 0
 
 
 def test_another_data_folder_is_refused_where_it_was_recorded(
     finished, suite_file, loaded, tmp_path
 ):
     """Oracle: the message names the option; a run of an earlier version goes on."""
-    folder = shutil.copytree(finished[0], tmp_path / "run")
+    folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ValueError, match="sources: bigbench_dir None, this one has"):
         run(folder, suite_file, *loaded, bigbench_dir=tmp_path)
     info = json.loads((folder / "run.json").read_text())
     assert info["sources"]["data_dir"] == str(suite_file.parent.resolve())
     del info["sources"], info["suite_content"]
     (folder / "run.json").write_text(json.dumps(info))
-    assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path).num_new == 0
+    assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path) == 0
 
 
 def test_another_model_at_the_same_place_is_refused(finished, suite_file, golden):
     """Oracle: other weights under the name of the first; another dtype changes weights as well,
     but is what the message names."""
     with pytest.raises(ValueError, match="holds a run of other weights of toy") as error:
-        run(finished[0], suite_file, *load_exported(golden, "metro_tiny_a"))
+        run(finished, suite_file, *load_exported(golden, "metro_tiny_a"))
     assert "\n" not in str(error.value)
     model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     with pytest.raises(ValueError, match="options: dtype 'float32', this one has 'bfloat16'"):
-        run(finished[0], suite_file, model.bfloat16(), tokenizer)
+        run(finished, suite_file, model.bfloat16(), tokenizer)
 
 
 def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
@@ -204,14 +214,15 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "colour.jsonl").write_text(text)
-    outcome = run(tmp_path / "run", suite_file, *loaded)
+    said = Recorder()
+    run(tmp_path / "run", suite_file, *loaded, progress=said)
     result = read_run(tmp_path / "run").results[0]
     assert result.num_examples == 3
     assert without_times(tmp_path / "run")[0]["skipped"] == 2
     why = "empty answer choice (first: row 1: ['red', ''])"
-    assert f"colour / plain: 1 row left out: {why}" in outcome.notes
+    assert f"colour / plain: 1 row left out: {why}" in said.lines
     note = "1 row with duplicate answer choices; duplicates count as one choice"
-    assert f"colour / plain: {note}" in outcome.notes
+    assert f"colour / plain: {note}" in said.lines
     scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]
     assert [score["index"] for score in scores] == [0, 2, 4]
     assert (scores[1]["prediction"], scores[1]["label"]) == (0, 0)
@@ -230,8 +241,9 @@ def test_long_options_are_cut_with_a_note(tmp_path, loaded):
     suite_file = write_suite(tmp_path)
     row = {"thing": "a", "colours": ["red " * 300, "blue"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
-    outcome = run(tmp_path / "run", suite_file, *loaded)
-    assert any("1 answer choice cut at 256 tokens" in note for note in outcome.notes)
+    said = Recorder()
+    run(tmp_path / "run", suite_file, *loaded, progress=said)
+    assert any("1 answer choice cut at 256 tokens" in note for note in said.lines)
 
 
 def test_rows_are_chosen_evenly_and_repeatably():
@@ -252,7 +264,8 @@ def test_options_of_equal_tokens_are_noted(tmp_path, loaded):
     suite_file = write_suite(tmp_path)
     row = {"thing": "a", "colours": ["Red", "red"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
-    outcome = run(tmp_path / "run", suite_file, *loaded)
+    said = Recorder()
+    run(tmp_path / "run", suite_file, *loaded, progress=said)
     note = "1 row with different answer choices of equal tokens;"
-    assert any(note in text for text in outcome.notes)
+    assert any(note in text for text in said.lines)
     assert read_run(tmp_path / "run").results[0].accuracy == 0.0
