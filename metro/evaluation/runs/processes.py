@@ -1,8 +1,9 @@
 """Several processes (``torchrun``) that share an evaluation; one process without it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -33,11 +34,11 @@ class Processes:
         torch.distributed.all_reduce(on_device)
         return on_device.to(values.device)
 
-    def from_first(self, value: Value) -> Value:
-        """Broadcast a value of the first process."""
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """Call ``make`` in the first process and broadcast its value."""
+        values: list[Any] = [make() if self.is_first else None]
         if self.count == 1:
-            return value
-        values = [value]
+            return values[0]
         torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 

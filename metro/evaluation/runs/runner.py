@@ -128,7 +128,7 @@ def evaluate(
     """
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
     done = processes.from_first(
-        [folder is not None and folder.is_done(task.name, prompt) for task, prompt in units]
+        lambda: [folder is not None and folder.is_done(task.name, prompt) for task, prompt in units]
     )
     weights = [task.weight(prompt) for task, prompt in units]
     total = sum(weights)
