@@ -84,8 +84,8 @@ def test_a_model_is_finetuned_and_answers(t5_folder, prepared, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
-def model(testdata):
-    return str(testdata / "golden/hf_export/t5_prompt_tiny_f")
+def model(golden):
+    return str(golden / "hf_export/t5_prompt_tiny_f")
 
 
 def test_a_model_is_evaluated_in_three_lines_and_the_table_is_at_hand(model, tmp_path, capsys):
