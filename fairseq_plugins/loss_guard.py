@@ -6,10 +6,10 @@ import torch
 
 
 class LossGuard:
-    """Remembers, per micro-batch of the current update, whether its loss is finite.
+    """Remembers for each micro-batch of the current update if its loss is finite.
 
-    Nothing is read back from the device before `check`, which is called where the run waits for the
-    device anyway.
+    Nothing is read back from the GPU before `check`, which is called where the run synchronises
+    with it anyway.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class LossGuard:
         )
 
     def explain(self, error: FloatingPointError, num_updates: int) -> FloatingPointError:
-        """What to raise for fairseq's own complaint about NaN gradients."""
+        """Word fairseq's own complaint about NaN gradients."""
         pending = self._pending
         try:
             self.check(num_updates)

@@ -26,7 +26,7 @@ TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
 
 
 class EpochDataset(FairseqDataset):
-    """What both kinds share: examples change from epoch to epoch, and with them the batches."""
+    """Base of both kinds: examples change from epoch to epoch, and with them the batches."""
 
     def __init__(self, collate: Callable[[list[EncodedPrompt]], dict], seed: int):
         super().__init__()
@@ -128,7 +128,7 @@ class TextPrompts(EpochDataset):
 
 
 def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
-    """Tasks of a split and their caps.
+    """Read the tasks of a split and their caps.
 
     `train` and `valid` mean all tasks of the folder; `valid_NAME` a group of valid_datasets.json.
     """
@@ -158,7 +158,7 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
 
 
 def is_text(folder: str | Path) -> bool:
-    """Whether a folder of prepared prompts is of the jsonl form."""
+    """Check whether a folder of prepared prompts is of the jsonl form."""
     manifest = Path(folder) / PROMPTS_MANIFEST
     return manifest.is_file() and read_json(manifest).get("format") == "jsonl"
 

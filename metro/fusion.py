@@ -1,6 +1,7 @@
-"""``fuse(model)``: the same weights and numbers, computed with the operations of ``metro.ops``."""
+"""``fuse(model)``: the same weights and numbers, computed by the operations of ``metro.ops``."""
 
 from types import MethodType
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from metro.ops.feed_forward import feed_forward
 from metro.ops.packed_linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def fuse(model: nn.Module) -> nn.Module:
+
+def fuse(model: Model) -> Model:
     """Let a METRO model compute its layers with the fused operations, in place.
 
     These are attention, its projections, the feed-forward network, and dropout with residual and
@@ -37,12 +40,12 @@ def fuse(model: nn.Module) -> nn.Module:
         elif isinstance(module, AttentionLayer | FeedForwardLayer):
             module.add_and_norm = fused_add_and_norm
         elif isinstance(module, FeedForward):
-            module.forward = MethodType(fused_feed_forward, module)
+            vars(module)["forward"] = MethodType(fused_feed_forward, module)
     return model
 
 
 def fused_feed_forward(module: FeedForward, hidden_BTD: torch.Tensor) -> torch.Tensor:
-    """:class:`metro.modeling.layers_metro_t5.FeedForward` by the fused operation."""
+    """Compute :class:`metro.modeling.layers_metro_t5.FeedForward` by the fused operation."""
     has_dropout = module.training and module.dropout
     wi, wo = module.wi, module.wo
     if has_dropout or module.activation is not F.relu or not are_linear(wi, wo):
@@ -51,14 +54,15 @@ def fused_feed_forward(module: FeedForward, hidden_BTD: torch.Tensor) -> torch.T
 
 
 def fused_project(x_BTD: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """:func:`metro.modeling.attention_metro_t5.project_each` by the fused operation."""
+    """Compute :func:`metro.modeling.attention_metro_t5.project_each` by the fused operation."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if not are_linear(*layers):
         return project_each(x_BTD, *layers)
-    return packed_linear(x_BTD, [x.weight for x in layers], [x.bias for x in layers])
+    return packed_linear(x_BTD, [x.weight for x in linear], [x.bias for x in linear])
 
 
 def fused_add_and_norm(x, residual, layer_norm: nn.LayerNorm, dropout: float, training: bool):
-    """:func:`metro.modeling.layers_metro_t5.add_and_norm` by the fused operation."""
+    """Compute :func:`metro.modeling.layers_metro_t5.add_and_norm` by the fused operation."""
     if type(layer_norm) is not nn.LayerNorm or is_hooked(layer_norm):
         return add_and_norm(x, residual, layer_norm, dropout, training)
     weight, bias = layer_norm.weight, layer_norm.bias
@@ -66,12 +70,12 @@ def fused_add_and_norm(x, residual, layer_norm: nn.LayerNorm, dropout: float, tr
 
 
 def are_linear(*layers: nn.Module) -> bool:
-    """Whether they are what they were built as: adapters replace layers, or hook themselves in."""
+    """Check that layers are as they were built: adapters replace or hook them."""
     return all(type(layer) is nn.Linear and not is_hooked(layer) for layer in layers)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than computing it."""
+    """Check whether calling a module does more than computing it."""
     forward_hooks = module._forward_hooks or module._forward_pre_hooks
     backward_hooks = module._backward_hooks or module._backward_pre_hooks
     return bool(forward_hooks or backward_hooks) or "forward" in vars(module)
@@ -83,17 +87,15 @@ def fused_attend(
     v_BHSK: torch.Tensor,
     bias_HN: torch.Tensor | None,
     visibility: Visibility,
-    attention_dropout: float,
+    dropout: float,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
-    # On the CPU PyTorch's own attention keeps nothing either where no gradients are asked for, and
-    # needs no second pass; elsewhere the operation knows where its kernels pay.
+    """Compute :func:`metro.modeling.attention_metro_t5.attend` by the fused operation."""
+    # Without gradients PyTorch's own attention on the CPU keeps nothing either, and needs no second
+    # pass; elsewhere the operation chooses.
     serves = is_eager_cpu(q_BHTK) and torch.is_grad_enabled() or q_BHTK.device.type == "cuda"
     if return_weights or not serves:
-        return attend(
-            q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, attention_dropout, return_weights
-        )
+        return attend(q_BHTK, k_BHSK, v_BHSK, bias_HN, visibility, dropout, return_weights)
     out_BHTK = relative_position_attention(
         q_BHTK,
         k_BHSK,
@@ -102,6 +104,6 @@ def fused_attend(
         visibility.key_mask,
         visibility.is_causal,
         visibility.query_positions,
-        attention_dropout,
+        dropout,
     )
     return out_BHTK, None

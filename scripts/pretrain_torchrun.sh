@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain on one or several nodes with torchrun; stopped and started again, it goes on.
+# Pretrain on one or several nodes with torchrun; rerun the command to resume.
 #
 #   scripts/pretrain_torchrun.sh CONFIG DATA [OPTION=VALUE ...]
 #

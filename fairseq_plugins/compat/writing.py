@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from pathlib import Path
 
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
@@ -26,9 +27,9 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-        flush(temporary)
+        flush(Path(temporary))
     os.replace(temporary, target)
-    flush(os.path.dirname(os.path.abspath(target)))
+    flush(Path(target).absolute().parent)
 
 
 @replaces(PathManager, "copy")
@@ -49,9 +50,9 @@ def rename_durably(original, src, dst):
 
     fairseq renames the first file of a save without fsync: a power cut can leave it empty.
     """
-    flush(src)
+    flush(Path(src))
     original(src, dst)
-    flush(os.path.dirname(os.path.abspath(dst)))
+    flush(Path(dst).absolute().parent)
 
 
 @replaces(checkpoint_utils, "verify_checkpoint_directory")

@@ -1,11 +1,12 @@
 """Criterion `flipped`: FLIPPED learning (Ye et al., ICLR 2023) on task `t5_prompt_finetuning`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
+from fairseq_plugins.option import option
 from metro.finetuning.losses import UNLIKELIHOOD_WEIGHT, LossOptions, check_unlikelihood_weight
 from metro.utils.messages import UserError
 
@@ -25,12 +26,9 @@ COUNTS = ("sample_size", "nsentences", "ntokens", "skipped")
 
 @dataclass
 class FlippedCriterionConfig(FairseqDataclass):
-    unlikelihood_weight: float = field(
-        default=UNLIKELIHOOD_WEIGHT, metadata={"help": "lambda; 0: likelihood alone"}
-    )
-    loss_mean: str = field(
-        default="tokens",
-        metadata={"help": "mean over tokens, or over examples as in the published training"},
+    unlikelihood_weight: float = option(UNLIKELIHOOD_WEIGHT, "lambda; 0: likelihood alone")
+    loss_mean: str = option(
+        "tokens", "mean over tokens, or over examples as in the published training"
     )
 
 
@@ -40,7 +38,7 @@ class FlippedCriterion(FairseqCriterion):
 
     Logged in natural logarithms: both terms; the instruction's probability under right and wrong
     label and the logarithms of it, each a mean over examples; the share of examples whose right
-    label makes it likelier.
+    label makes it more probable.
     """
 
     objective = "flipped"

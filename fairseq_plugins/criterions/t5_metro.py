@@ -1,7 +1,7 @@
 """Criterion `t5_metro`: calls the METRO model and logs its sums under the published names."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from fairseq import utils
@@ -9,6 +9,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
+from fairseq_plugins.option import option
 from metro.pretraining.losses import MetroObjective
 
 # published name of a logged sum -> field of MetroLosses
@@ -65,28 +66,19 @@ ACCURACIES = {
 
 @dataclass
 class T5MetroCriterionConfig(FairseqDataclass):
-    discriminator_loss_weight: float = field(
-        default=1.0, metadata={"help": "weight of the main model's loss"}
+    discriminator_loss_weight: float = option(1.0, "weight of the main model's loss")
+    label_smoothing: float = option(0.0, "of the main model's loss")
+    masked_positions_only: str = option(
+        "lm",
+        "which losses are restricted to masked positions: none, lm (the main model's) "
+        "or both (that and replaced token detection)",
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "of the main model's loss"})
-    masked_positions_only: str = field(
-        default="lm",
-        metadata={
-            "help": "which losses are restricted to masked positions: none, lm (the main model's) "
-            "or both (that and replaced token detection)"
-        },
+    rtd_loss_weight: float = option(50.0, "weight of replaced token detection")
+    rtd_only: bool = option(False, "leave out the main model's loss")
+    weighted_lm_loss: bool = option(
+        False, "weight the main model's loss by the probability of replacement"
     )
-    rtd_loss_weight: float = field(
-        default=50.0, metadata={"help": "weight of replaced token detection"}
-    )
-    rtd_only: bool = field(default=False, metadata={"help": "leave out the main model's loss"})
-    weighted_lm_loss: bool = field(
-        default=False,
-        metadata={"help": "weight the main model's loss by the probability of replacement"},
-    )
-    divide_by_mean_weight: bool = field(
-        default=False, metadata={"help": "divide the weighted loss by the mean weight"}
-    )
+    divide_by_mean_weight: bool = option(False, "divide the weighted loss by the mean weight")
 
 
 @register_criterion("t5_metro", dataclass=T5MetroCriterionConfig)
@@ -99,26 +91,23 @@ class T5MetroCriterion(FairseqCriterion):
     are over what their names say.
     """
 
-    def __init__(
-        self,
-        task,
-        discriminator_loss_weight,
-        label_smoothing,
-        masked_positions_only,
-        rtd_loss_weight,
-        rtd_only,
-        weighted_lm_loss,
-        divide_by_mean_weight,
-    ):
+    def __init__(self, task, objective: MetroObjective):
         super().__init__(task)
-        self.objective = MetroObjective(
-            corrective_lm_weight=discriminator_loss_weight,
-            rtd_weight=rtd_loss_weight,
-            positions=masked_positions_only,
-            label_smoothing=label_smoothing,
-            weighted_lm=weighted_lm_loss,
-            divide_by_mean_weight=divide_by_mean_weight,
-            rtd_only=rtd_only,
+        self.objective = objective
+
+    @classmethod
+    def build_criterion(cls, cfg: T5MetroCriterionConfig, task):
+        return cls(
+            task,
+            MetroObjective(
+                corrective_lm_weight=cfg.discriminator_loss_weight,
+                rtd_weight=cfg.rtd_loss_weight,
+                positions=cfg.masked_positions_only,
+                label_smoothing=cfg.label_smoothing,
+                weighted_lm=cfg.weighted_lm_loss,
+                divide_by_mean_weight=cfg.divide_by_mean_weight,
+                rtd_only=cfg.rtd_only,
+            ),
         )
 
     def forward(self, model, sample, reduce=True):
@@ -151,7 +140,7 @@ class T5MetroCriterion(FairseqCriterion):
 
 
 def on_host(sums: dict) -> dict:
-    """The same numbers in the same types: one wait for the device, where looking at each is one.
+    """Fetch the numbers in their types, synchronising with the GPU once instead of for each.
 
     float64 in between is exact for float32 and for counts.
     """

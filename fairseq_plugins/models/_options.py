@@ -1,10 +1,11 @@
 """Model options under fairseq's names, and their one translation into `MetroT5Config`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional  # fairseq reads Optional[...], not X | None
 
 from fairseq.dataclass import FairseqDataclass
 
+from fairseq_plugins.option import option
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.utils.messages import UserError
 
@@ -13,38 +14,28 @@ from metro.utils.messages import UserError
 class T5ModelConfig(FairseqDataclass):
     """Base size. `decoder_*` options that are left out follow `encoder_*`."""
 
-    encoder_embed_dim: int = field(default=768, metadata={"help": "width"})
-    encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "feed-forward width"})
-    encoder_layers: int = field(default=12, metadata={"help": "encoder layers"})
-    encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads"})
-    decoder_embed_dim: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "must equal encoder-embed-dim"}
+    encoder_embed_dim: int = option(768, "width")
+    encoder_ffn_embed_dim: int = option(3072, "feed-forward width")
+    encoder_layers: int = option(12, "encoder layers")
+    encoder_attention_heads: int = option(12, "attention heads")
+    decoder_embed_dim: Optional[int] = option(None, "must equal encoder-embed-dim")
+    decoder_ffn_embed_dim: Optional[int] = option(None, "must equal encoder-ffn-embed-dim")
+    decoder_layers: Optional[int] = option(
+        None, "decoder layers; default: as many as encoder layers"
     )
-    decoder_ffn_embed_dim: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "must equal encoder-ffn-embed-dim"}
-    )
-    decoder_layers: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "decoder layers; default: as many as encoder layers"}
-    )
-    decoder_attention_heads: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "must equal encoder-attention-heads"}
-    )
-    dropout: float = field(default=0.1, metadata={"help": "dropout"})
-    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
-    activation_dropout: float = field(
-        default=0.0, metadata={"help": "dropout after the feed-forward activation"}
-    )
-    activation_fn: str = field(default="relu", metadata={"help": "relu or gelu"})
-    max_positions: int = field(default=1024, metadata={"help": "longest sequence"})
-    encoder_rp_bins: int = field(default=32, metadata={"help": "relative position buckets"})
-    encoder_rp_max_dist: int = field(
-        default=128, metadata={"help": "distance from which on all positions share one bucket"}
-    )
+    decoder_attention_heads: Optional[int] = option(None, "must equal encoder-attention-heads")
+    dropout: float = option(0.1, "dropout")
+    attention_dropout: float = option(0.1, "dropout of attention weights")
+    activation_dropout: float = option(0.0, "dropout after the feed-forward activation")
+    activation_fn: str = option("relu", "relu or gelu")
+    max_positions: int = option(1024, "longest sequence")
+    encoder_rp_bins: int = option(32, "relative position buckets")
+    encoder_rp_max_dist: int = option(128, "distance from which all positions share one bucket")
 
 
 @dataclass
 class LargeSizes:
-    """What the large architectures change; named before a configuration among its bases."""
+    """Sizes of the large architectures; named before a configuration among its bases."""
 
     encoder_embed_dim: int = 1024
     encoder_ffn_embed_dim: int = 4096
@@ -55,7 +46,7 @@ class LargeSizes:
 
 
 def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:
-    """The main model's configuration. Refuses what it cannot express."""
+    """Build the main model's configuration; refuse what it cannot express."""
     for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
         encoder, decoder = getattr(cfg, f"encoder_{name}"), getattr(cfg, f"decoder_{name}")
         if decoder is not None and decoder != encoder:

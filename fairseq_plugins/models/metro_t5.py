@@ -1,6 +1,6 @@
 """Model `t5_metro` and its architectures: METRO's main model, auxiliary model and RTD head."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.models import BaseFairseqModel, register_model
 
@@ -10,6 +10,7 @@ from fairseq_plugins.models._options import (
     check_vocabulary,
     metro_t5_config,
 )
+from fairseq_plugins.option import option
 from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.configuration import (
@@ -26,36 +27,25 @@ from metro.utils.messages import UserError
 class MetroModelConfig(T5ModelConfig):
     """Base size with METRO's auxiliary model."""
 
-    generator_layers: int = field(
-        default=3,
-        metadata={
-            "help": "layers of the auxiliary model; the published configurations of base models "
-            "set 4, those of large models 6"
-        },
+    generator_layers: int = option(
+        3,
+        "layers of the auxiliary model; the published configurations of base models "
+        "set 4, those of large models 6",
     )
-    generator_zero_dropout: bool = field(
-        default=False,
-        metadata={"help": "no dropout in the auxiliary model, as in the published configurations"},
+    generator_zero_dropout: bool = option(
+        False, "no dropout in the auxiliary model, as in the published configurations"
     )
-    generator_sample_mode: str = field(
-        default="train",
-        metadata={"help": "train: sample from the training pass; eval: from one without dropout"},
+    generator_sample_mode: str = option(
+        "train", "train: sample from the training pass; eval: from one without dropout"
     )
-    rtd_head: str = field(
-        default="simple", metadata={"help": "none, simple (linear) or roberta (dense first)"}
+    rtd_head: str = option("simple", "none, simple (linear) or roberta (dense first)")
+    share_generator_discriminator_embed: str = option(
+        "token",
+        "what the auxiliary model shares with the main encoder: none, token, token_pos "
+        "or token_pos_norm",
     )
-    share_generator_discriminator_embed: str = field(
-        default="token",
-        metadata={
-            "help": "what the auxiliary model shares with the main encoder: none, token, token_pos "
-            "or token_pos_norm"
-        },
-    )
-    no_generator: bool = field(
-        default=False,
-        metadata={
-            "help": "of the published code, kept so that its commands parse; true is refused"
-        },
+    no_generator: bool = option(
+        False, "of the published code, kept so that its commands parse; true is refused"
     )
 
 

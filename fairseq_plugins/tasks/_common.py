@@ -1,4 +1,4 @@
-"""What every task shares: a vocabulary with sentinels, guards, a clean stop."""
+"""Base of every task: a vocabulary with sentinels, guards, a clean stop."""
 
 import logging
 
@@ -38,7 +38,7 @@ class SentinelTask(FairseqTask):
         """As fairseq's, with new loader processes in every epoch.
 
         fairseq keeps them alive with the dataset of the first epoch inside, so with
-        num_workers > 0 (its default is 1) the masks of epoch 1 would be used for ever.
+        num_workers > 0 (its default is 1) the masks of epoch 1 would be used forever.
         """
         iterator = super().get_batch_iterator(*args, **kwargs)
         iterator.reuse_dataloader = iterator.persistent_workers = False
@@ -64,7 +64,7 @@ class SentinelTask(FairseqTask):
         return loss, sample_size, logging_output
 
     def optimizer_step(self, optimizer, model, update_num):
-        # fairseq has just waited for the gradient norm: looking at the losses costs no extra wait.
+        # fairseq has just synchronised for the gradient norm: looking at the losses costs nothing.
         self.loss_guard.check(update_num)
         super().optimizer_step(optimizer, model, update_num)
 
@@ -73,7 +73,7 @@ class SentinelTask(FairseqTask):
         if sum(output.get("stop_requests", 0) for output in logging_outputs) > 0:
             stop.agreed = True
 
-    def max_positions(self) -> int:
+    def max_positions(self) -> int | tuple[int, int]:
         return self.cfg.tokens_per_sample
 
     @property

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq import utils
@@ -13,6 +13,7 @@ from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_M
 from omegaconf import II, MISSING
 
 from fairseq_plugins.data import Collation, Corruption, PretrainingDataset, check_files
+from fairseq_plugins.option import option
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.utils.messages import UserError
 
@@ -21,31 +22,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PretrainingConfig(FairseqDataclass):
-    data: str = field(
-        default=MISSING,
-        metadata={
-            "help": "folder with dict.txt and binarised splits; several shards: folders joined by "
-            "colons, one is read per epoch, in turn"
-        },
+    data: str = option(
+        MISSING,
+        "folder with dict.txt and binarised splits; several shards: folders joined by "
+        "colons, one is read per epoch, in turn",
     )
-    sample_break_mode: SAMPLE_BREAK_MODE_CHOICES = field(
-        default="none",
-        metadata={
-            "help": "none: blocks of exactly tokens-per-sample; complete: whole sentences; "
-            "complete_doc: whole sentences of one document; eos: one sentence"
-        },
+    sample_break_mode: SAMPLE_BREAK_MODE_CHOICES = option(
+        "none",
+        "none: blocks of exactly tokens-per-sample; complete: whole sentences; "
+        "complete_doc: whole sentences of one document; eos: one sentence",
     )
-    tokens_per_sample: int = field(
-        default=512,
-        metadata={"help": "longest example, <s> included; also the number of sentinels"},
+    tokens_per_sample: int = option(
+        512, "longest example, <s> included; also the number of sentinels"
     )
-    mask_prob: float = field(default=0.15, metadata={"help": "share of tokens that are masked"})
-    shorten_method: SHORTEN_METHOD_CHOICES = field(
-        default="none", metadata={"help": "what to do with items longer than an example"}
+    mask_prob: float = option(0.15, "share of tokens that are masked")
+    shorten_method: SHORTEN_METHOD_CHOICES = option(
+        "none", "what to do with items longer than an example"
     )
-    shorten_data_split_list: str = field(
-        default="", metadata={"help": 'splits to shorten, e.g. "train,valid"; empty: all'}
-    )
+    shorten_data_split_list: str = option("", 'splits to shorten, e.g. "train,valid"; empty: all')
     seed: int = II("common.seed")
 
 

@@ -1,9 +1,10 @@
 """Task `t5`: span corruption."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.tasks import register_task
 
+from fairseq_plugins.option import option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
     PretrainingTask,
@@ -16,10 +17,8 @@ from metro.pretraining.masking import corrupt_spans
 
 @dataclass
 class T5Config(PretrainingConfig):
-    empty_prob: float = field(
-        default=0.1, metadata={"help": "share of mask-prob spent on empty spans"}
-    )
-    mask_multiple_length: int = field(default=5, metadata={"help": "longest span"})
+    empty_prob: float = option(0.1, "share of mask-prob spent on empty spans")
+    mask_multiple_length: int = option(5, "longest span")
 
 
 @dataclass(frozen=True)

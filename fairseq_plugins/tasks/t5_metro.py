@@ -1,9 +1,10 @@
 """Task `t5_metro`: masked text for the auxiliary model, the original as the decoder's target."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.tasks import register_task
 
+from fairseq_plugins.option import option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
     PretrainingTask,
@@ -17,16 +18,10 @@ from metro.utils.messages import UserError
 
 @dataclass
 class T5MetroConfig(PretrainingConfig):
-    leave_unmasked_prob: float = field(
-        default=0.1, metadata={"help": "share of the masked positions that keep their token"}
-    )
-    random_token_prob: float = field(
-        default=0.1, metadata={"help": "share of the masked positions that get a random token"}
-    )
-    mask_multiple_length: int = field(
-        default=1, metadata={"help": "number of neighbouring tokens masked together"}
-    )
-    mask_stdev: float = field(default=0.0, metadata={"help": "only 0 is implemented"})
+    leave_unmasked_prob: float = option(0.1, "share of the masked positions that keep their token")
+    random_token_prob: float = option(0.1, "share of the masked positions that get a random token")
+    mask_multiple_length: int = option(1, "number of neighbouring tokens masked together")
+    mask_stdev: float = option(0.0, "only 0 is implemented")
 
 
 @dataclass(frozen=True)

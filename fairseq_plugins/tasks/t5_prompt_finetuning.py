@@ -5,7 +5,7 @@ Binarised as published, or kept as text (jsonl), which FLIPPED and CHANNEL need.
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional  # fairseq reads Optional[...], not X | None
 
@@ -14,6 +14,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from omegaconf import II, MISSING
 
+from fairseq_plugins.option import option
 from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, task_names
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.data.prompts.encoding import PromptEncoder
@@ -28,43 +29,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class T5PromptFinetuningConfig(FairseqDataclass):
-    data: str = field(default=MISSING, metadata={"help": "folder made by metro prepare-prompts"})
-    truncate_source: bool = field(
-        default=False, metadata={"help": "cut sources that are too long instead of refusing them"}
+    data: str = option(MISSING, "folder made by metro prepare-prompts")
+    truncate_source: bool = option(False, "cut sources that are too long instead of refusing them")
+    truncate_target: bool = option(False, "cut targets that are too long instead of refusing them")
+    dataset_impl: Optional[str] = option(
+        None, "of the published code, ignored: files say what they are"
     )
-    truncate_target: bool = field(
-        default=False, metadata={"help": "cut targets that are too long instead of refusing them"}
+    tokens_per_sample: int = option(512, "longest source and target; also the number of sentinels")
+    max_source_tokens: Optional[int] = option(None, "longest source; default: tokens-per-sample")
+    max_target_tokens: Optional[int] = option(None, "longest target; default: tokens-per-sample")
+    vocab: Optional[str] = option(
+        None,
+        "folder with dict.txt and sp.model; default: the data folder. Needed where the "
+        "data is text (jsonl)",
     )
-    dataset_impl: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "of the published code, ignored: files say what they are"}
+    objective: str = option(
+        "direct",
+        "direct (answers to prompts) or channel (prompts to answers), where the data "
+        "is text; the criterion flipped brings its own",
     )
-    tokens_per_sample: int = field(
-        default=512,
-        metadata={"help": "longest source and target; also the number of sentinels"},
-    )
-    max_source_tokens: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "longest source; default: tokens-per-sample"}
-    )
-    max_target_tokens: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "longest target; default: tokens-per-sample"}
-    )
-    vocab: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={
-            "help": "folder with dict.txt and sp.model; default: the data folder. Needed where the "
-            "data is text (jsonl)"
-        },
-    )
-    objective: str = field(
-        default="direct",
-        metadata={
-            "help": "direct (answers to prompts) or channel (prompts to answers), where the data "
-            "is text; the criterion flipped brings its own"
-        },
-    )
-    limit: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "at most so many examples per task, where the data is text"}
-    )
+    limit: Optional[int] = option(None, "at most so many examples per task, where the data is text")
     seed: int = II("common.seed")
 
 

@@ -2,10 +2,10 @@
 
 `build_blocks` and `batch_by_size` give exactly what fairseq's compiled helpers give
 (`TokenBlockDataset`, `batch_by_size`), in NumPy, so that a pure Python installation of fairseq is
-enough. Work is done in arrays wherever it can be: the remaining Python loops run over blocks and
+enough. Work is done in arrays where possible: the remaining Python loops run over blocks and
 over distinct lengths, never over the items of a corpus one by one.
 
-Words: an *item* is one stored sequence (a paragraph with its `</s>`); a *block* is what one
+Terms: an *item* is one stored sequence (a paragraph with its `</s>`); a *block* is what one
 training example is made of, a run of neighbouring items or, with break mode `none`, of tokens.
 """
 
@@ -22,7 +22,7 @@ _CHUNK_ITEMS = 1 << 21  # bounds the temporary memory of build_blocks
 
 
 class Blocks(NamedTuple):
-    """Where each block lies: `num_tokens` tokens of its joined items, from `first_offset` on."""
+    """The blocks: `num_tokens` tokens of their joined items, from `first_offset` on."""
 
     first_item: np.ndarray
     """[blocks] first item that belongs to the block."""
@@ -66,7 +66,7 @@ def build_blocks(
         )
 
     if break_mode == "eos":
-        items = np.arange(len(sizes), dtype=_index_dtype(len(sizes)))
+        items: np.ndarray = np.arange(len(sizes), dtype=_index_dtype(len(sizes)))
         return Blocks(items, items, np.zeros_like(items), sizes.astype(np.int32))
 
     ends = np.cumsum(sizes, dtype=np.int64)  # tokens up to and including each item
@@ -91,7 +91,7 @@ def build_blocks(
 def _follow_whole_items(
     sizes: np.ndarray, ends: np.ndarray, is_separator: np.ndarray | None, block_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First item and item after the last one of every block that holds whole items.
+    """Find first item and item after the last one of every block that holds whole items.
 
     Where a block stops depends only on the item that it starts with. So that is computed for all
     items at once (a binary search in the running totals), and a loop hops from block to block.
@@ -147,7 +147,7 @@ def _index_dtype(num_items: int) -> type:
 
 
 def order_by_length(sizes: np.ndarray, seed: int) -> np.ndarray:
-    """Example numbers by ascending length; equal lengths in a random order that `seed` decides."""
+    """Sort example numbers by length; equal lengths in a random order that `seed` decides."""
     ties = np.random.RandomState(seed).permutation(len(sizes))
     return np.lexsort([ties, sizes])
 
@@ -193,7 +193,7 @@ def _trim(count: int, multiple: int) -> int:
 def _batch_ends_sorted(
     sizes: np.ndarray, max_tokens: int | None, max_sentences: int | None, multiple: int
 ) -> list[int]:
-    """Batch ends for ascending sizes: one step for all batches that hold a single length."""
+    """Find batch ends for ascending sizes: one step for all batches that hold a single length."""
     num_examples = len(sizes)
     lengths, run_starts = np.unique(sizes, return_index=True)
     lengths = lengths.tolist()
@@ -233,7 +233,7 @@ def _batch_ends_sorted(
 def _batch_ends_any_order(
     sizes: np.ndarray, max_tokens: int | None, max_sentences: int | None, multiple: int
 ) -> list[int]:
-    """Batch ends for sizes in any order: one vectorised look ahead per batch."""
+    """Find batch ends for sizes in any order: one vectorised look ahead per batch."""
     num_examples = len(sizes)
     cap = max_sentences or num_examples
     ends: list[int] = []

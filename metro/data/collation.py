@@ -19,7 +19,7 @@ PAD_MULTIPLE = 8  # batches are padded to a multiple of this, as published
 class MaskedExample(NamedTuple):
     """One example of METRO pretraining."""
 
-    index: int
+    number: int
     """Its number in the dataset."""
     original_ids: np.ndarray
     """int64 [N]."""
@@ -59,7 +59,7 @@ class MaskedBatch(NamedTuple):
 class SpanExample(NamedTuple):
     """One example of span corruption."""
 
-    index: int
+    number: int
     """Its number in the dataset."""
     input_ids: np.ndarray
     """int64: the text with sentinels for spans."""

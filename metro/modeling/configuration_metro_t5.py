@@ -2,8 +2,10 @@
 
 from transformers import PretrainedConfig
 
-_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
-_SIZES += ("max_positions", "relative_attention_num_buckets", "relative_attention_max_distance")
+_SIZES = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
+    *("max_positions", "relative_attention_num_buckets", "relative_attention_max_distance"),
+)
 
 
 class MetroT5Config(PretrainedConfig):

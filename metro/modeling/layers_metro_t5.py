@@ -8,6 +8,7 @@ layer.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ class Block(nn.Module):
     def __init__(self, config, is_decoder: bool):
         super().__init__()
         self.is_decoder = is_decoder
-        layers = [
+        layers: list[nn.Module] = [
             AttentionLayer(config, "SelfAttention", has_relative_attention_bias=not is_decoder)
         ]
         if is_decoder:
@@ -172,6 +173,9 @@ class MetroT5Stack(nn.Module):
         is_decoder: decoder blocks (causal, cross-attention) instead of encoder blocks (relative
             bias).
     """
+
+    _gradient_checkpointing_func: Callable
+    """Set by transformers with ``gradient_checkpointing``."""
 
     def __init__(self, config, embed_tokens: nn.Embedding, is_decoder: bool):
         super().__init__()
@@ -288,9 +292,8 @@ class MetroT5Stack(nn.Module):
 def initialize_weights(module: nn.Module, factor: float = 1.0) -> None:
     """Draw the weights of one module as the original does for its main model.
 
-    Linear layers: normal with standard deviation ``(2 * out_features) ** -0.5``, biases zero (the
-        tied
-    token embedding counts as the output projection, so its ``out_features`` is the vocabulary).
+    Linear layers: normal with standard deviation ``(2 * out_features) ** -0.5``, biases zero. The
+    tied token embedding counts as the output projection, its ``out_features`` is the vocabulary.
     Position tables: uniform with standard deviation ``(2 * d_model) ** -0.5``, padding row zero.
     Relative position bias: zero.
     """

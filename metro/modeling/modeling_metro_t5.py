@@ -1,7 +1,14 @@
-"""METRO-T5 as Hugging Face models: the shells that give the layers ``generate``, saving and
-loading.
+"""METRO-T5 (Gong et al., ACL 2023) as Hugging Face models, with ``generate``, saving and loading.
 
-Gong et al. (ACL 2023). Shapes: B batch, S source tokens, T target tokens, D d_model, V vocabulary.
+Where things are, from the outside in:
+
+- here: ``MetroT5ForConditionalGeneration`` (embedding, encoder, decoder, output projection, loss,
+  caches of generation) and ``MetroT5EncoderModel``;
+- ``layers_metro_t5``: ``MetroT5Stack`` (encoder or decoder), its blocks, initial weights;
+- ``attention_metro_t5``: attention, its relative position bias, which keys are visible;
+- ``configuration_metro_t5``: sizes; ``tokenization_metro_t5``, ``text_metro_t5``: text to ids.
+
+Shapes: B batch, S source tokens, T target tokens, D d_model, V vocabulary.
 """
 
 import torch
@@ -60,7 +67,7 @@ class MetroT5Encoder(MetroT5Stack):
     def __init__(self, config: MetroT5Config, embed_tokens: nn.Embedding):
         super().__init__(config, embed_tokens, is_decoder=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # fewer inputs than a decoder's
         self,
         input_ids=None,
         attention_mask=None,
@@ -162,8 +169,7 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         return attention_mask
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels shifted right: ``decoder_start_token_id`` first, ignored labels (-100) as
-        padding."""
+        """Shift labels right, ``decoder_start_token_id`` first; ignored ones (-100) are padding."""
         shifted = torch.roll(labels, 1, dims=-1)
         shifted[..., 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)

@@ -1,13 +1,13 @@
 """AdamW as fairseq writes it, for all parameters in one pass over memory.
 
-Loshchilov & Hutter (2019). Written as tensor operations a step moves 20 numbers for each parameter,
-by eight kernels (and for a model of 400 parameters by 3,600, which take longer to start than to
+Loshchilov & Hutter (2019). Written as tensor operations a step reads or writes 20 elements for each
+parameter, by eight kernels (3,600 for a model of 400 parameters, which take longer to start than to
 run); here PyTorch's fused kernel reads parameter, gradient and both moments once and writes three.
 
 fairseq adds epsilon to the root of the second moment as it is, PyTorch after its bias is corrected.
 The formula here is fairseq's: epsilon is divided by the correction before PyTorch gets it.
 
-Floor: 7 numbers moved for each parameter.
+Lower bound: 7 elements read or written for each parameter.
 """
 
 from collections.abc import Sequence

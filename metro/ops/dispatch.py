@@ -1,4 +1,4 @@
-"""Which implementation ``impl="auto"`` means."""
+"""Choose the implementation that ``impl="auto"`` means."""
 
 import functools
 import importlib.util
@@ -7,27 +7,27 @@ import os
 import torch
 
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels compute with; sums are in float32."""
+"""Types that the kernels take; sums are in float32."""
 
 
 def is_eager_cpu(x: torch.Tensor) -> bool:
-    """Whether the CPU paths written here apply: float32 (no autocast), not in ``torch.compile``."""
+    """Check that the CPU paths apply: float32 (no autocast), not in ``torch.compile``."""
     is_float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     is_traced = torch.compiler.is_compiling()
     return is_float32_on_cpu and not is_traced and not torch.is_autocast_enabled("cpu")
 
 
 def is_eager_cuda(x: torch.Tensor) -> bool:
-    """Whether the paths for GPUs apply: in ``torch.compile`` the compiler writes its own."""
+    """Check that the GPU paths apply: in ``torch.compile`` the compiler writes its own."""
     is_ours = x.device.type == "cuda" and x.dtype in KERNEL_TYPES
     return is_ours and not torch.compiler.is_compiling()
 
 
 @torch.compiler.assume_constant_result  # the compiler cannot trace it: it is asked once for a graph
 def has_kernels(device: torch.device) -> bool:
-    """Whether ``auto`` may choose kernels on a device: a GPU of Ampere or later, as they are for.
+    """Check whether ``auto`` may choose kernels: on GPUs of Ampere or later, which they are for.
 
-    And Triton is installed, and METRO_TRITON is not 0. Waits for nothing.
+    Triton must be installed, and METRO_TRITON not be 0. Does not synchronise with the GPU.
     """
     if device.type != "cuda" or os.environ.get("METRO_TRITON") == "0":
         return False
@@ -62,10 +62,10 @@ def check_kernel(x: torch.Tensor) -> None:
         raise ValueError("impl 'triton' needs a GPU, the input is on the CPU; use 'auto'")
 
 
-def cast_for_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """As PyTorch's products do inside ``torch.autocast``; the gradients are cast back."""
-    device = tensors[0].device.type
+def cast_for_autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list:
+    """Cast as PyTorch's products do inside ``torch.autocast``; the gradients are cast back."""
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return [x, *others]
     dtype = torch.get_autocast_dtype(device)
-    return [None if x is None else x.to(dtype) for x in tensors]
+    return [None if y is None else y.to(dtype) for y in (x, *others)]

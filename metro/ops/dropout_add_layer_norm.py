@@ -8,7 +8,7 @@ kept anyway by the layer that reads it. What was dropped is drawn again.
 
 On the CPU it is PyTorch's: there the passes are a few percent of a layer.
 
-Floor: 8 N D numbers moved (7 without dropout), against PyTorch's 14.
+Lower bound: 8 N D elements read or written (7 without dropout), against PyTorch's 14.
 
 Shapes: N rows (tokens), D width.
 """

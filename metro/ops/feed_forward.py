@@ -4,12 +4,12 @@ PyTorch writes four a step: before and after the activation, and their gradients
 largest of a layer. On the CPU fresh memory costs as much as several passes over it: here the
 activation is in place, and its gradient exists for some rows at a time.
 
-On a GPU the product applies the activation before it writes (cuBLASLt's epilogue): 2 N F numbers
-less are moved, 0.2 GB or 42 us at 4.8 TB/s for 16k tokens and F = 3,072 in half precision, beside
-0.6 ms of products; the gradient's mask, 3 N F, is in place. To save that pass as well, a kernel
-written by hand would have to multiply as fast as cuBLAS does.
+On a GPU the product applies the activation before it writes (cuBLASLt's epilogue): 2 N F elements
+less are read and written, 0.2 GB or 42 us at 4.8 TB/s for 16k tokens and F = 3,072 in half
+precision, beside 0.6 ms of products; the gradient's mask, 3 N F, is in place. To save that pass as
+well, a kernel written by hand would have to multiply as fast as cuBLAS does.
 
-Floor: 12 N D F multiplications and additions, N F numbers kept.
+Lower bound: 12 N D F FLOPs, N F elements kept.
 
 Shapes: N rows (tokens), D width, F inner width.
 """

@@ -1,15 +1,15 @@
 """Cross-entropy of a projection to the vocabulary, without the logits of more than a chunk of rows.
 
 The logits of N rows are N V numbers, and a training step holds several copies of them: 1 GiB each
-at 8k tokens and 32k words in float32. Here a chunk of rows is projected, reduced to a few numbers a
-row, and projected again in the backward pass (as Wijmans et al., 2025, do inside a GPU kernel). The
-last chunk is kept, so that a problem of one chunk is not projected twice.
+at 8k rows and a vocabulary of 32k in float32. Here a chunk of rows is projected, reduced to a few
+numbers a row, and projected again in the backward pass (as Wijmans et al., 2025, do inside a GPU
+kernel). The last chunk is kept, so that a problem of one chunk is not projected twice.
 
 Going back each chunk adds to the gradient of the weight, in float32: it reads and writes 8 V D
-bytes, 201 MB at 32k words and 768 wide. Hence the larger chunks on GPUs, 2 ** 26 logits: 8k rows
-of 32k words are 4 chunks and move 0.8 GB of it; of 2 ** 24 they were 16 and moved 3.2 GB.
+bytes, 201 MB at V = 32k and D = 768. Hence the larger chunks on GPUs, 2 ** 26 logits: 8k rows
+of 32k are 4 chunks and move 0.8 GB of it; of 2 ** 24 logits they were 16 and moved 3.2 GB.
 
-Floor: 2 N V D multiplications and additions forward and 6 N V D backward (4 where one chunk is
+Lower bound: 2 N V D FLOPs forward and 6 N V D backward (4 where one chunk is
 all); memory one chunk of logits and the gradients of the inputs.
 
 Shapes: N rows (tokens), D width, V vocabulary, C rows of a chunk.
@@ -33,12 +33,12 @@ CUDA_CHUNK_LOGITS = 2**26
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What :func:`linear_cross_entropy` returns, in the shape of the targets."""
+    """Result of :func:`linear_cross_entropy`, in the shape of the targets."""
 
     loss: torch.Tensor
     """float32 (float64 for float64 inputs), times the token's weight; 0 at ignored targets."""
     correct: torch.Tensor
-    """bool, whether the target is the most likely token; False at ignored targets."""
+    """bool, True where the target is the most probable token; False at ignored targets."""
 
 
 def linear_cross_entropy(
@@ -77,7 +77,7 @@ def linear_cross_entropy(
         token_weight_N: factor of each token's loss, METRO's ``w_i``.
         label_smoothing: probability taken from the target and given to the others in equal shares.
         unlikelihood_epsilon: the loss of Welleck et al. (2020) instead, which makes the target less
-            likely; 0.01 in FLIPPED (Ye et al., 2023, equation 4).
+            probable; 0.01 in FLIPPED (Ye et al., 2023, equation 4).
         impl: ``plain`` (the formula), ``reference`` (described above), ``triton`` (one kernel
             projects and reduces, so that forward no logits exist at all), or ``auto``: so far
             ``reference``, and ``plain`` inside ``torch.compile``.
@@ -110,7 +110,7 @@ def linear_cross_entropy(
 def token_losses(
     hidden, weight, targets, bias, ignore_index, label_smoothing, epsilon, streams_N, impl
 ):
-    """Loss, correctness and, with ``streams_N``, a sample for each token."""
+    """Compute loss, correctness and, with ``streams_N``, a sample for each token."""
     if impl == "auto":
         impl = "plain" if torch.compiler.is_compiling() else "reference"
     if impl not in ("plain", "reference", "triton"):
@@ -123,7 +123,7 @@ def token_losses(
     shape, on_cpu = targets.shape, hidden.device.type == "cpu"
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     kept_N, rows = targets != ignore_index, None
-    # Looking which rows are kept would wait for other devices, and end a compiled graph.
+    # Looking up which rows are kept would synchronise with a GPU, and end a compiled graph.
     if on_cpu and not torch.compiler.is_compiling():
         rows = kept_N.nonzero().squeeze(-1) if not kept_N.all() else None
         check_targets(targets[kept_N], len(weight), ignore_index)
@@ -230,6 +230,7 @@ def loss_of(rows: RowSums, vocab_size: int, options: Options) -> torch.Tensor:
         return -(rows.others + options.epsilon).log()
     loss_N = rows.normaliser - rows.target_logit
     if options.smoothing:
+        assert rows.logit_sum is not None
         share = options.smoothing / (vocab_size - 1)
         to_all_N = vocab_size * rows.normaliser - rows.logit_sum
         loss_N = (1.0 - options.smoothing - share) * loss_N + share * to_all_N
@@ -239,7 +240,8 @@ def loss_of(rows: RowSums, vocab_size: int, options: Options) -> torch.Tensor:
 def gradient_coefficients(
     rows: RowSums, grad_N: torch.Tensor, vocab_size: int, options: Options
 ) -> Coefficients:
-    """With ``p`` the softmax and ``1`` the target's indicator, the gradient of each row's loss is
+    """Derive the coefficients of each row; with ``p`` the softmax, ``1`` the target's indicator,
+    the gradient of its loss is
 
     ``p - (1 - e - s) 1 - s`` for the smoothed loss (see :func:`linear_cross_entropy`), and
     ``p_target / (1 - p_target + epsilon) * (1 - p)`` for the unlikelihood.
@@ -255,7 +257,7 @@ def gradient_coefficients(
 
 
 def reduce_in_chunks(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum):
-    """Sums and samples of all rows, and the last chunk's logits."""
+    """Compute sums and samples of all rows, and the last chunk's logits."""
     parts, samples, logits_CV = [], [], None
     for chunk in chunks(len(targets_N), weight_VD):
         logits_CV = project(hidden_ND[chunk], weight_VD, bias_V)
@@ -269,7 +271,7 @@ def reduce_in_chunks(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_s
 
 
 def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -> RowSums:
-    """Of one chunk, whose target logits are taken out and put back."""
+    """Sum up one chunk, whose target logits are taken out and put back."""
     targets_C1 = targets_C.unsqueeze(-1)
     target_logits_C1 = logits_CV.gather(-1, targets_C1)
     target_logits_C, most_probable_C = target_logits_C1.squeeze(-1), logits_CV.argmax(-1)
@@ -282,20 +284,20 @@ def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -
 
 
 def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
-    """See :class:`Coefficients`."""
+    """Compute the gradient that :class:`Coefficients` describes, in place of the logits."""
     grad_CV = (logits_CV - row.normaliser.unsqueeze(-1)).exp_()
     torch.addcmul(row.shift.unsqueeze(-1), grad_CV, row.scale.unsqueeze(-1), out=grad_CV)
     return grad_CV.scatter_(-1, targets_C.unsqueeze(-1), row.at_target.unsqueeze(-1))
 
 
 def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:
-    """Logits in at least float32; a product of half precision rounds them before."""
+    """Compute logits in at least float32; a product of half precision rounds them before."""
     logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
     return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
 
 
 def chunks(num_rows: int, weight_VD: torch.Tensor) -> Iterator[slice]:
-    """Slices of as many rows as make a chunk on the device, and at least one; one at least."""
+    """Yield slices of as many rows as make a chunk; at least one slice of at least one row."""
     logits = CUDA_CHUNK_LOGITS if weight_VD.device.type == "cuda" else CHUNK_LOGITS
     step = max(1, logits // len(weight_VD))
     return (slice(first, first + step) for first in range(0, max(num_rows, 1), step))
@@ -318,7 +320,7 @@ def check_options(label_smoothing: float, unlikelihood_epsilon: float | None) ->
 
 
 def check_inputs(hidden, weight, targets, bias) -> None:
-    """Shapes and types that fit each other."""
+    """Check that shapes and types fit each other."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
@@ -332,7 +334,7 @@ def check_inputs(hidden, weight, targets, bias) -> None:
 
 
 def check_targets(targets_N: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Every target is a word."""
+    """Check that every target is in ``[0, vocab_size)``; ignored ones are not among them."""
     if not len(targets_N):
         return
     low, high = (int(x) for x in targets_N.aminmax())

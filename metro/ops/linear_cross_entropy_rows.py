@@ -1,4 +1,4 @@
-"""What :mod:`metro.ops.linear_cross_entropy` and its kernels know of a row of logits."""
+"""Sums of a row of logits, shared by :mod:`metro.ops.linear_cross_entropy` and its kernels."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class RowSums(NamedTuple):
-    """What is known of each row once its logits have been seen: the losses and gradients follow."""
+    """What is kept of each row's logits: losses and gradients follow from it."""
 
     target_logit: torch.Tensor
     normaliser: torch.Tensor

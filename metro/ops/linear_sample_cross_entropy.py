@@ -4,8 +4,8 @@ Gong et al. (ACL 2023), section 3.1: the auxiliary model is trained at masked po
 samples there corrupt the main model's input. As in :mod:`metro.ops.linear_cross_entropy` the logits
 exist for a chunk of rows at a time, or with ``triton`` not at all.
 
-Floor: that of :mod:`metro.ops.linear_cross_entropy`; a sample costs one more pass over a chunk of
-logits, or with ``triton`` seven rounds of Philox for each logit.
+Lower bound: that of :mod:`metro.ops.linear_cross_entropy`; a sample costs one more pass over a
+chunk of logits, or with ``triton`` seven rounds of Philox for each logit.
 
 Shapes: N rows (masked tokens), D width, V vocabulary.
 """
@@ -19,12 +19,12 @@ from metro.ops.sampling import counter_bits
 
 
 class LinearSampleCrossEntropy(NamedTuple):
-    """What :func:`linear_sample_cross_entropy` returns, in the shape of the targets."""
+    """Result of :func:`linear_sample_cross_entropy`, in the shape of the targets."""
 
     loss: torch.Tensor
     """float32 (float64 for float64 inputs); 0 at ignored targets."""
     correct: torch.Tensor
-    """bool, whether the target is the most likely token; False at ignored targets."""
+    """bool, True where the target is the most probable token; False at ignored targets."""
     samples: torch.Tensor
     """int64, a token drawn from the softmax, at ignored targets too."""
 

@@ -1,18 +1,18 @@
 """Several linear layers of one input, as queries, keys and values of self-attention are.
 
 PyTorch computes each by itself, and going back adds up the layers' gradients of the input: with I
-layers 3 (I - 1) N D numbers are read and written for nothing but sums, 150 MB (31 us at 4.8 TB/s)
+layers 3 (I - 1) N D elements are read and written for nothing but sums, 150 MB (31 us at 4.8 TB/s)
 for queries, keys and values of 16k tokens at a width of 768 in half precision. Here the products
 themselves add up.
 
 Weights stay the parameters they are, so that the state dict, optimisers, conversions and
 DistributedDataParallel know nothing of this. ``packed`` puts copies of them together in every
-forward pass and computes one product: that moves 2 I D^2 numbers (7 MB above) and saves reading
+forward pass and computes one product: that moves 2 I D^2 elements (7 MB above) and saves reading
 the input I - 1 times (50 MB), which pays from 2 I / (I - 1) D rows on. Packed weights are not kept:
 what writes to a parameter by ``.data``, as fairseq does after every update in half precision,
 leaves no trace by which one could know that they are old.
 
-Floor: 6 N D O multiplications and additions; forward it reads N D numbers and writes N O.
+Lower bound: 6 N D O FLOPs; forward it reads N D elements and writes N O.
 
 Shapes: N rows (tokens), D width, O outputs of all layers together.
 """
@@ -66,7 +66,7 @@ def best_impl(x: torch.Tensor, num_layers: int) -> str:
 
 
 def packing_pays(num_rows: int, width: int, num_layers: int) -> bool:
-    """Whether the input, read again for each layer but one, is more than the weights and a copy."""
+    """Compare reading the input once more per layer with copying the weights."""
     return (num_layers - 1) * num_rows > 2 * num_layers * width
 
 

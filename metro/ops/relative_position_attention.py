@@ -1,9 +1,9 @@
 """Attention with a relative position bias, without B,H,T,S tensors kept for the backward pass.
 
 On GPUs the kernels of :mod:`metro.ops.kernels.relative_position_attention` compute the weights a
-tile at a time. On the CPU a head of one row is computed at a time, each core at its own, and the
-backward pass computes the weights (and which of them were dropped) again, as Dao et al. (2022) do
-on GPUs. Only the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is
+tile at a time. On the CPU a head of one sequence is computed at a time, each core at its own, and
+the backward pass computes the weights (and which of them were dropped) again, as Dao et al. (2022)
+do on GPUs. Only the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is
 itself about a tenth of a layer's at 512 tokens; causal attention skips 3/8 of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
@@ -82,7 +82,7 @@ def relative_position_attention(
 
 
 def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
-    """What ``auto`` means: ``cached`` for float32 on the CPU; on a GPU ``triton``.
+    """Choose ``cached`` for float32 on the CPU; on a GPU ``triton``.
 
     On a GPU ``reference`` where there is neither a bias nor a mask: there PyTorch has kernels that
     need none. So too for few pairs, as in generation, token by token, without Triton, and on GPUs
@@ -102,13 +102,13 @@ def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
 
 
 def is_only_causal(q, k, bias, key_mask, is_causal, query_positions) -> bool:
-    """Whether PyTorch's attention has a flag for it, on a GPU; the CPU's is left as it is."""
+    """Check whether PyTorch's attention has a flag for it, on a GPU; the CPU's stays as it is."""
     no_tensors = bias is None and key_mask is None and query_positions is None
     return is_causal and no_tensors and q.shape[2] == k.shape[2] and q.device.type == "cuda"
 
 
 def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropout):
-    """``impl="triton"``, after checks."""
+    """Run ``impl="triton"``, after checks."""
     if not torch.compiler.is_compiling():
         check_kernel(q)
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
@@ -124,7 +124,7 @@ def attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropo
 
 
 def check_for_kernels(q, k, v, bias, is_causal, query_positions, dropout) -> None:
-    """What PyTorch's operations notice, kernels do not."""
+    """Check what PyTorch's operations would notice; kernels do not."""
     shapes = [tuple(x.shape) for x in (q, k, v)]
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v have shapes {shapes}; use B,H,T,K, B,H,S,K and B,H,S,K")
@@ -166,7 +166,7 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
 
 
 class CachedAttention(torch.autograd.Function):
-    """A head of a row at a time; its weights are computed again going back."""
+    """A head of one sequence at a time; its weights are computed again going back."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, is_causal, query_positions, dropout):
@@ -215,7 +215,7 @@ class CachedAttention(torch.autograd.Function):
                     kept = chunk.matrix(buffers[2]).copy_(kept)
                     grad_weights.mul_(kept)
                     kept_weights = kept.mul_(weights)
-                # A row's first chunk has all keys: what was there before is not looked at.
+                # A sequence's first chunk has all keys: what was in memory before is ignored.
                 seen = 0.0 if chunk.is_first else 1.0
                 product(chunk.of_keys(grad_v), kept_weights.T, chunk_grad, kept_scale, seen)
                 grad_scores = torch._softmax_backward_data(
@@ -248,7 +248,7 @@ def by_distance(x_SN: torch.Tensor) -> torch.Tensor:
 
 
 class Chunk(NamedTuple):
-    """What is computed at a time: queries of one head of one row, and the keys they may see.
+    """A part computed at a time: queries of a head of one sequence, and the keys they may see.
 
     Its matrices fit in a core's cache, so that a pass over them costs little beside the products.
     """
@@ -258,7 +258,7 @@ class Chunk(NamedTuple):
     queries: slice
     keys: slice
     is_first: bool
-    """Whether it is the first of its row."""
+    """True for the first chunk of its sequence."""
 
     def of_queries(self, x_BHTK: torch.Tensor) -> torch.Tensor:
         return x_BHTK[self.row, self.head, self.queries]
@@ -301,7 +301,7 @@ class Chunk(NamedTuple):
 def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
     """All chunks of a head; ``in_blocks``, each block of queries with the keys up to its end.
 
-    Rows change fastest, so that a block's bias is used while it is in the cache.
+    Sequences change fastest, so that a block's bias is used while it is in the cache.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     step = CAUSAL_BLOCK if in_blocks else num_queries
@@ -318,7 +318,7 @@ def buffers_like(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Ten
 
 
 def product(out, a, b, scale: float, seen: float = 0.0) -> torch.Tensor:
-    """``out = seen * out + scale * a @ b`` in place: parts of the heads are read where they lie."""
+    """``out = seen * out + scale * a @ b`` in place: parts of the heads are read in place."""
     return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
 
 

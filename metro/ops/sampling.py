@@ -1,10 +1,10 @@
-"""Draws that are a function of seed and counter, so that no batch, device or order changes them."""
+"""Draws that are functions of seed and counter: no batch, device or order changes them."""
 
 import torch
 
 
 def counter_bits(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """64 random bits for each (seed, counter): SplitMix64 (Steele et al., 2014) applied twice.
+    """Compute 64 random bits per (seed, counter): SplitMix64 (Steele et al., 2014) applied twice.
 
     Args:
         seeds, counters: int64 tensors that broadcast together.
@@ -19,22 +19,22 @@ def counter_bits(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
 
 
 def shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """``x >> bits`` of an unsigned number."""
+    """Compute ``x >> bits`` of an unsigned number."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform_of(bits: torch.Tensor) -> torch.Tensor:
-    """The highest 24 of 64 random bits as a float32 in [0, 1)."""
+    """Convert the highest 24 of 64 random bits to a float32 in [0, 1)."""
     return shift(bits, 40).float() * 2.0**-24
 
 
 @torch.no_grad()
 def sample_tokens(logits_BMV: torch.Tensor, uniforms_BM: torch.Tensor) -> torch.Tensor:
-    """One draw from ``softmax(logits)`` for each row, by inverting the distribution in float32.
+    """Draw once from ``softmax(logits)`` for each row, by inverting the distribution in float32.
 
     Args:
         logits_BMV: unnormalised log-probabilities.
-        uniforms_BM: one uniform number in [0, 1) for each row.
+        uniforms_BM: one uniform number in [0, 1) for each.
 
     Returns:
         int64 token ids B,M.

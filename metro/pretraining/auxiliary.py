@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, M masked positions per sequence (padded), D d_model, 
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from metro.ops.linear_sample_cross_entropy import (
     linear_sample_cross_entropy,
 )
 from metro.pretraining.configuration import MetroPretrainingConfig
+
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class PredictionHead(nn.Module):
@@ -34,7 +37,7 @@ class PredictionHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.feed_forward_proj]
+        self.activation = ACTIVATIONS[config.feed_forward_proj]
         if not tied:
             self.weight = nn.Parameter(torch.zeros(output_dim, config.d_model))
         self.bias = nn.Parameter(torch.zeros(output_dim))

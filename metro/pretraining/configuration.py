@@ -1,4 +1,4 @@
-"""What METRO pretraining adds to the main model: an auxiliary model and an RTD head."""
+"""Settings of what METRO pretraining adds to the main model: auxiliary model and RTD head."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the two pretraining tasks do to a sequence: BERT-style masking and T5-style span corruption.
+"""Corruption of a sequence for pretraining: BERT-style masking and T5-style span corruption.
 
 Masking feeds METRO's auxiliary model (Bajaj et al. 2022, "METRO: Efficient Denoising Pretraining of
 Large Scale Autoencoding Language Models with Model Generated Signals"); span corruption is the
@@ -9,7 +9,7 @@ Every item has its own legacy NumPy generator, seeded by (seed, epoch, index); t
 is neither read nor written. `numpy.random.RandomState(s)` yields the stream that
 `numpy.random.seed(s)` would, and its stream is frozen by NumPy's compatibility policy (NEP 19).
 
-Letters: N tokens of one sequence, R randomly replaced tokens, V vocabulary.
+Shapes: N tokens of one sequence, R randomly replaced tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CorruptedSpans(NamedTuple):
 
 
 def item_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed in [0, 1e6) of one item in one epoch, as fairseq's `numpy_seed` derives it.
+    """Derive the seed in [0, 1e6) of one item in one epoch, as fairseq's `numpy_seed` does.
 
     It rests on Python's hash of a tuple of integers, the same on every 64-bit CPython >= 3.8.
     """
@@ -47,12 +47,12 @@ def item_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def item_random(seed: int, epoch: int, index: int) -> np.random.RandomState:
-    """The generator that all draws for one item in one epoch come from."""
+    """Return the generator that all draws for one item in one epoch come from."""
     return np.random.RandomState(item_seed(seed, epoch, index))
 
 
 def sampling_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed in [0, 2**63) with which the auxiliary model samples tokens for one item.
+    """Derive the seed in [0, 2**63) with which the auxiliary model samples tokens for one item.
 
     It depends on nothing but its arguments, so a sample is the same whichever batch, rank or
     accumulation step its item lands in. Unlike `item_seed` it practically never collides.
@@ -178,7 +178,7 @@ def corrupt_spans(
 def _insert_before(
     ids: np.ndarray, starts: np.ndarray, sentinels: np.ndarray, is_kept: np.ndarray
 ) -> np.ndarray:
-    """The kept ids, with `sentinels[i]` in front of position `starts[i]`."""
+    """Return the kept ids, with `sentinels[i]` in front of position `starts[i]`."""
     with_sentinels = np.insert(ids, starts, sentinels)
     keep = np.insert(is_kept, starts, True)
     return with_sentinels[keep]

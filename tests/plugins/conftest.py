@@ -114,20 +114,24 @@ class Result:
         return [json.loads(line.split(f"| {tag} | ", 1)[1]) for line in lines]
 
 
-def environment(**extra: str) -> dict:
+def environment(folder: Path = ROOT) -> dict:
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "OMPI_", "TORCHELASTIC", "WORLD_SIZE", "RANK"))
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+    path = str(folder)
+    if folder == ROOT:
+        path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def start(name: str, *options: str, processes: int = 0, session: bool = False) -> subprocess.Popen:
-    """One of fairseq's commands, under torchrun where `processes` is given.
+def start(
+    name: str, *options: str, processes: int = 0, session: bool = False, folder: Path = ROOT
+) -> subprocess.Popen:
+    """Start one of fairseq's commands, under torchrun where `processes` is given.
 
-    With `session` it is the leader of a process group of its own.
+    It runs in `folder` and imports from there. With `session` it leads a process group of its own.
     """
     program = [sys.executable, str(Path(sys.executable).parent / name)]
     if processes:
@@ -135,8 +139,8 @@ def start(name: str, *options: str, processes: int = 0, session: bool = False) -
         program = [sys.executable, *torchrun.split(), f"--nproc_per_node={processes}", program[1]]
     return subprocess.Popen(
         program + [part for option in options for part in option.split()],
-        cwd=ROOT,
-        env=environment(),
+        cwd=folder,
+        env=environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -144,8 +148,8 @@ def start(name: str, *options: str, processes: int = 0, session: bool = False) -
     )
 
 
-def run(name: str, *options: str, processes: int = 0, code: int | None = 0) -> Result:
-    process = start(name, *options, processes=processes)
+def run(name: str, *options: str, code: int | None = 0, **how) -> Result:
+    process = start(name, *options, **how)
     text = process.communicate(timeout=240)[0]
     assert code is None or process.returncode == code, text[-6000:]
     return Result(process.returncode, text)

@@ -1,6 +1,7 @@
 """Training as a user runs it: several processes, stopping, resuming, crashing, validating."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -54,9 +55,16 @@ def test_two_processes_train_the_t5_of_one(corpus, tmp_path):
 
 
 def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, reference):
-    """fairseq-hydra-train imports the user dir after deciding that it runs alone."""
+    """fairseq-hydra-train imports the user dir after deciding that it runs alone.
+
+    The packages are copies, as an installed wheel has them, and nothing else of the checkout.
+    """
+    site = tmp_path / "site"
+    for package in ("metro", "fairseq_plugins"):
+        shutil.copytree(ROOT / package, site / package)
     options = [
-        f"--config-dir {ROOT}/fairseq_plugins/configs/pretraining --config-name metro_t5_tiny",
+        f"--config-dir {site}/fairseq_plugins/configs/pretraining --config-name metro_t5_tiny",
+        f"common.user_dir={site}/fairseq_plugins",
         f"task.data={corpus} checkpoint.save_dir={tmp_path} task.tokens_per_sample=32",
         "model.encoder_embed_dim=16 model.encoder_ffn_embed_dim=32 model.encoder_layers=1",
         "model.encoder_attention_heads=2 model.max_positions=64 ++model.dropout=0",
@@ -65,8 +73,9 @@ def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, re
         "++lr_scheduler.total_num_update=40 common.log_interval=1 ++dataset.num_workers=0",
         "optimization.lr=[0.003]",
     ]
-    run("fairseq-hydra-train", *options, "optimization.max_update=3", processes=2)
-    resumed = run("fairseq-hydra-train", *options, "optimization.max_update=9", processes=2)
+    both = {"processes": 2, "folder": site}
+    run("fairseq-hydra-train", *options, "optimization.max_update=3", **both)
+    resumed = run("fairseq-hydra-train", *options, "optimization.max_update=9", **both)
     assert "training on 2 devices" in resumed.text
     assert "(epoch 1 @ 3 updates)" in resumed.text
     assert_equal_runs(load(tmp_path / LAST), reference)
@@ -126,7 +135,7 @@ def test_training_without_a_masked_position(train, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
 def test_any_length_fits_a_model_of_just_that_length(train, tmp_path, kind):
-    """30 is no multiple of 8, and so many masks make T5's targets one token too long."""
+    """30 is not a multiple of 8, and so many masks make T5's targets one token too long."""
     options = "--tokens-per-sample 30 --max-positions 30 --mask-prob 0.95 --mask-multiple-length 1"
     log = train(tmp_path, f"{options} --max-update 12", kind=kind)
     losses = [float(line["loss"]) for line in log.logged("train_inner")]

@@ -1,4 +1,4 @@
-"""What the kernels of attention do with a tile of queries by keys.
+"""Functions of a tile of queries by keys, which the kernels of attention share.
 
 See :mod:`metro.ops.kernels.relative_position_attention`.
 """
@@ -34,7 +34,7 @@ def load_positions(positions, row, queries, T, S):
 
 @triton.jit
 def load_seen(key_mask, row, keys, S):
-    """Whether a key may be seen at all."""
+    """Load which keys may be seen at all."""
     if key_mask is not None:
         return tl.load(key_mask + row * S + keys, mask=keys < S, other=0) != 0
     else:
@@ -43,14 +43,14 @@ def load_seen(key_mask, row, keys, S):
 
 @triton.jit
 def load_random(random, at, index, count):
-    """Dropout's number of each query or key."""
+    """Load dropout's number of each query or key."""
     numbers = tl.load(random + at.to(tl.int64) * count + index, mask=index < count, other=0)
     return numbers.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def are_kept(of_queries, of_keys, threshold):
-    """Whether pairs are kept; the arguments are broadcast."""
+    """Decide which pairs are kept; the arguments are broadcast."""
     x = of_queries + of_keys
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35

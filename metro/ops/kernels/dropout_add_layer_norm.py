@@ -148,14 +148,14 @@ def block_sizes(width: int) -> dict[str, int]:
 
 
 def dropping(p: float) -> dict[str, int | float | bool]:
-    """How the kernels drop with probability ``p``, in steps of 2 ** -16."""
+    """Return the kernels' arguments for dropping with probability ``p``, in steps of 2 ** -16."""
     threshold = round(p * 2**16)
     kept_scale = 2**16 / (2**16 - threshold)
     return {"threshold": threshold, "kept_scale": kept_scale, "DROPS": threshold > 0}
 
 
 def normalise(x, residual, weight, bias, p, eps, seed, dtype):
-    """Output in the inputs' shape and a type, and mean and reciprocal deviation of each row."""
+    """Compute the output in a type, and mean and reciprocal deviation of each row."""
     width = len(weight)
     num_rows = x.numel() // width
     out = torch.empty_like(x, dtype=dtype)

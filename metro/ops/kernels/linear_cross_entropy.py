@@ -8,8 +8,8 @@ logits, in the inputs' type, which cuBLAS multiplies with hidden states and weig
 
 Products accumulate in float32 (float32 inputs are not rounded to tf32), and so does what follows.
 
-Floor: 2 N V D multiplications and additions each; reduce writes 20 bytes for 2,048 logits, gradient
-2 bytes for one in half precision.
+Lower bound: 2 N V D FLOPs each; reduce writes 20 bytes for 2,048 logits, gradient 2 bytes for one
+in half precision.
 
 Shapes: N rows, D width, V vocabulary, P parts of the vocabulary.
 """

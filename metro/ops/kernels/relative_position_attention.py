@@ -6,18 +6,18 @@ block of keys, by ``query_gradient_kernel`` for a block of queries, and where th
 ``bias_gradient_kernel``. Nothing is added atomically: the same inputs give the same bits.
 
 - The bias is read by distance: a value per distance and head, which a tile takes from the cache.
-  Its gradient sums diagonals. The tiles on one diagonal of tiles, in all rows of the batch, have
-  their diagonals at the same distances, so they are added up first and summed along the diagonals
-  once. This costs two more products a tile than in ``query_gradient_kernel``, where each tile
-  would have to be rearranged in shared memory, or added atomically: 100 M additions to 12 k places
-  at 32 rows of 512 tokens and 12 heads. Queries at given positions are sorted into such tiles by a
-  product with ones and zeros.
+  Its gradient sums diagonals. The tiles on one diagonal of tiles, in all sequences of the batch,
+  have their diagonals at the same distances, so they are added up first and summed along the
+  diagonals once. This costs two more products a tile than in ``query_gradient_kernel``, where each
+  tile would have to be rearranged in shared memory, or added atomically: 100 M additions to 12 k
+  addresses at 32 sequences of 512 tokens and 12 heads. Queries at given positions are sorted into
+  such tiles by a product with ones and zeros.
 - Dropout takes a number of PyTorch's generator (on GPUs Philox) for each query and each key of a
   head, and keeps a pair by the mixed bits of their sum (as MurmurHash3 ends): 8 instructions a
   weight, where seven rounds of Philox for each would take 70, more than all else here.
 
-Floor: forward 4 B H T S K multiplications and additions, half of them where causal; backward 10, of
-which these kernels do 14, and 4 more for the bias. Bytes: q, k, v, out and their gradients once. At
+Lower bound: forward 4 B H T S K FLOPs, half of them where causal; backward 10, of which these
+kernels do 14, and 4 more for the bias. Bytes: q, k, v, out and their gradients once. At
 T = S = 512 in half precision that is 256 operations a byte forward and more backward: as many as a
 GPU can feed. The exponential of each weight, 16 a cycle in a multiprocessor, takes as long as its
 forward products at K = 64.
@@ -77,7 +77,7 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 class Inputs(NamedTuple):
-    """What the kernels read, besides gradients; ``None`` where there is none."""
+    """Inputs of the kernels, besides gradients; ``None`` where there is none."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -91,7 +91,7 @@ class Inputs(NamedTuple):
     key_random: torch.Tensor | None
 
     def options(self, is_causal: bool, dropout: float) -> dict:
-        """Sizes, strides, numbers and what there is, as every kernel of a tile takes them."""
+        """Return sizes, strides and numbers as every kernel of a tile takes them."""
         numbers = {"T": self.q.shape[2], "S": self.k.shape[2], "H": self.q.shape[1]}
         for name, x, row in (("q", self.q, "t"), ("k", self.k, "s"), ("v", self.v, "s")):
             of_axes = zip(("b", "h", row), x.stride(), strict=False)
