@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
@@ -53,6 +53,8 @@ class FinetuningTrainer(Trainer):
     probable (`exact_match`); the share of padding, and the number of examples skipped because they
     have no wrong label.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -192,7 +194,9 @@ class FinetuningTrainer(Trainer):
         }
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Compute loss and means over the validation examples, each once.
 
         Raises:

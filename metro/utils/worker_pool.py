@@ -34,7 +34,7 @@ def map_in_order(
     does not grow with their number. One worker means this process itself.
 
     Raises:
-        RuntimeError: a worker died, for instance because memory ran out.
+        UserError: a worker died, for instance because memory ran out.
     """
     if num_workers == 1:
         function = factory(*arguments)
