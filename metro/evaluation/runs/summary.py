@@ -123,33 +123,16 @@ class Summary:
         rows = []
         for task in self.tasks.values():
             prompts = str(task.num_prompts)
+            prompts = prompts if task.complete else f"{prompts} of {task.num_listed}"
             spread = (task.lowest, task.highest) if task.num_prompts > 1 else None
-            rows.append(
-                [
-                    task.task,
-                    prompts if task.complete else f"{prompts} of {task.num_listed}",
-                    percent(task.mean),
-                    percent(task.median),
-                    interval_text(spread),
-                    interval_text(task.interval),
-                    percent(task.macro_f1),
-                    percent(task.chance),
-                ]
-            )
+            intervals = [interval_text(spread), interval_text(task.interval)]
+            first, last = (task.mean, task.median), (task.macro_f1, task.chance)
+            rows.append([task.task, prompts, *map(percent, first), *intervals, *map(percent, last)])
         if self.average is not None:
             name = "average" if self.complete else f"average of {len(self.averaged)}"
-            rows.append(
-                [
-                    name,
-                    "",
-                    percent(self.average),
-                    "",
-                    "",
-                    interval_text(self.average_interval),
-                    percent(self.average_macro_f1),
-                    percent(self.average_chance),
-                ]
-            )
+            start = [name, "", percent(self.average), "", "", interval_text(self.average_interval)]
+            last = (self.average_macro_f1, self.average_chance)
+            rows.append([*start, *map(percent, last)])
         header = ["task", "prompts", "mean", "median", "spread", "interval", "F1", "chance"]
         return Table(header, rows, notes=self.notes)
 
