@@ -48,17 +48,17 @@ REMEDIES = {
     errno.ENOTEMPTY: "is not empty: use another path",
     errno.EXDEV: "is on another file system: keep inputs and outputs on one",
 }
-"""What to say of a path, by the error number of the operating system."""
+"""Remedy for a path by the error number of the operating system."""
 
 
 class LazyGroup(click.Group):
-    """Lists the sub-commands of COMMANDS without importing them."""
+    """Group that lists the sub-commands of COMMANDS without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A stand-in that knows the help line only; `resolve_command` puts the real one there."""
+        """Make a stand-in that has the help line only; `resolve_command` imports the real one."""
         if cmd_name not in COMMANDS:
             return None
         return click.Command(cmd_name, short_help=COMMANDS[cmd_name])
@@ -71,7 +71,7 @@ class LazyGroup(click.Group):
 
 
 def load_command(name: str) -> click.Command:
-    """The sub-command, its module imported now."""
+    """Import the module of a sub-command."""
     command: click.Command = importlib.import_module(f"metro.cli.{name.replace('-', '_')}").command
     command.name = name
     return command
@@ -116,7 +116,7 @@ def one_line(error: Exception) -> str | None:
         path = error.filename2 or error.filename
         if isinstance(path, bytes):
             path = os.fsdecode(path)
-        return f"{path if isinstance(path, str) else 'a file'} {REMEDIES[error.errno]}"
+        return f"{path if isinstance(path, str) else 'an output file'} {REMEDIES[error.errno]}"
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError):
         return "out of memory: use smaller batches, or fewer processes"
@@ -124,7 +124,7 @@ def one_line(error: Exception) -> str | None:
 
 
 def fault() -> str:
-    """The line below the traceback of an error that is not the user's."""
+    """Word the line below the traceback of an error that is not the user's."""
     versions = [f"metro {metro.__version__}", f"python {platform.python_version()}"]
     for name in ("torch", "transformers"):
         try:

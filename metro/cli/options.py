@@ -20,7 +20,7 @@ def settings_command(
     resumes: bool = False,
     extra: Sequence[click.Parameter] = (),
 ) -> click.Command:
-    """A command that makes ``settings`` of its options and of ``--config``, and runs.
+    """Make a command that builds ``settings`` from its options and ``--config``, and runs.
 
     Args:
         run: called with the settings, and with the values of ``extra`` by name. Its docstring is
@@ -64,7 +64,7 @@ def settings_command(
 
 
 def parameters_of(part: Field, kind: Any) -> list[click.Parameter]:
-    """The option or argument of a field; values stay text, which the settings coerce and check."""
+    """Make the option or argument of a field; the settings coerce and check its text."""
     about = part.metadata
     kind, _ = split_kind(kind)
     is_list = get_origin(kind) is list
@@ -96,7 +96,7 @@ def parameters_of(part: Field, kind: Any) -> list[click.Parameter]:
 
 
 def shown_default(part: Field) -> str:
-    """What ``--help`` says behind the text of an option."""
+    """Word the default of an option for ``--help``."""
     if part.default_factory is not MISSING:
         return f"  [default: {', '.join(map(str, part.default_factory()))}]"
     if part.default is MISSING:

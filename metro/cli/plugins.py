@@ -1,4 +1,4 @@
-"""`metro plugins`: where fairseq finds METRO's plugins."""
+"""`metro plugins`: the folder of METRO's fairseq plugins."""
 
 import importlib.util
 from pathlib import Path

@@ -16,7 +16,7 @@ def is_first_process() -> bool:
 
 
 class Progress:
-    """Shows what is said and how far the work is; a context, at whose end the bars stop.
+    """Display of messages and of the progress of steps; a context, at whose end the bars stop.
 
     Args:
         enabled: False shows nothing, nor do processes of ``torchrun`` other than the first.

@@ -91,6 +91,7 @@ class Settings:
 
     @classmethod
     def names(cls) -> list[str]:
+        """Names of all fields."""
         return [part.name for part in fields(cls)]
 
     @classmethod
@@ -136,6 +137,7 @@ class Settings:
 
     @classmethod
     def find_config(cls, config: str | Path) -> Path:
+        """Find a file, or a configuration that comes with METRO, by its name."""
         shipped = cls.shipped()
         if Path(config).is_file():
             return Path(config)
@@ -166,14 +168,14 @@ class Settings:
 
 
 def flag_of(part: Field) -> str:
-    """``--learning-rate`` of the field ``learning_rate``; the placeholder of an argument."""
+    """Option of a field, ``--learning-rate`` of ``learning_rate``; placeholder of an argument."""
     if part.metadata["positional"]:
         return part.metadata["metavar"] or part.name.upper()
     return (part.metadata["flag"] or "--" + part.name.replace("_", "-")).split(",")[0]
 
 
 def split_kind(kind: Any) -> tuple[Any, bool]:
-    """``X | None`` as (X, True), other types as (X, False)."""
+    """Split ``X | None`` into (X, True); other types give (X, False)."""
     if get_origin(kind) in (Union, UnionType):
         [only] = [each for each in get_args(kind) if each is not type(None)]
         return only, True
@@ -192,7 +194,7 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
             return None
         raise UserError(f"{name} is empty; give a value or leave it out")
     try:
-        if get_origin(kind) is list:
+        if get_origin(kind) is list and not isinstance(value, dict):
             items = [value] if isinstance(value, str | Path) else list(value)
             return [coerced(name, item, get_args(kind)[0]) for item in items]
         if kind is float:

@@ -104,7 +104,10 @@ def test_user_errors_are_one_line_unless_debugging():
         ("import os; os.listdir(sys.executable)", f"{sys.executable} is not a folder"),
         ("import os; os.makedirs('.')", ". exists already"),
         ("open('n' * 300, 'w')", "has too long a name"),
-        ("open('/dev/full', 'w', 1).write('a\\n')", "a file cannot be written, the disk is full"),
+        (
+            "open('/dev/full', 'w', 1).write('a\\n')",
+            "an output file cannot be written, the disk is full",
+        ),
         ("import errno; raise OSError(errno.EROFS, '', 'a')", "a is on a read-only file system"),
         ("import errno; raise OSError(errno.EACCES, '', 'a')", "a may not be read or written"),
         ("raise MissingPackage('this', 'peft', 'dev')", "this needs the package peft: pip install"),

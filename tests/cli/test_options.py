@@ -90,6 +90,7 @@ def test_what_is_not_given_keeps_its_default(call):
         ({"limit": 0}, "limit is 0; use 1 or more"),
         ({"limit": "many"}, "limit is 'many'; it must be of type int"),
         ({"rate": "fast"}, "rate is 'fast'; it must be of type float"),
+        ({"unit": "5"}, "unit is '5'; use one of lines, tokens"),
         ({"betas": ["0.5", "x"]}, "betas is 'x'; it must be of type float"),
     ],
 )
@@ -143,3 +144,27 @@ def test_every_command_has_an_example_that_it_understands(name):
         if example[0] == "metro":
             words = example[2 if command.name == name else 3 :]
             command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n", "holds no options; write lines such as `model: VALUE`"),
+        ("a: [", "is not YAML: while parsing"),
+        ("model: m\ninputs: {a: 1}\n", "inputs is {'a': 1}; it must be of type list"),
+        (
+            "model: m\ninputs: a\ncased: yes please\n",
+            "cased is 'yes please'; it must be of type bool",
+        ),
+        ("model:\ninputs: a\n", "missing: MODEL"),
+        ("modle: m\n", "unknown option 'modle'; did you mean 'model'"),
+    ],
+)
+def test_a_wrong_file_of_options_is_refused_by_name_and_key(call, tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as refused:
+        call("--config", path)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="there is no file nowhere.yaml"):
+        call("--config", "nowhere.yaml")

@@ -14,24 +14,6 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults
     assert (settings.learning_rate, settings.batch_size, settings.objective) == (5e-5, 2, "direct")
 
 
-def test_an_unknown_option_is_refused_with_the_nearest_one(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("learning_rte: 1\n")
-    with pytest.raises(ValueError, match="'learning_rte'; did you mean 'learning_rate' or"):
-        FinetuningSettings.read(path)
-    path.write_text("zzz: 1\n")
-    with pytest.raises(ValueError, match="known: model, data, output_dir"):
-        FinetuningSettings.read(path)
-
-
-@pytest.mark.parametrize(("text", "message"), [("- 1\n", "holds no options"), ("a: [", "not YAML")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        FinetuningSettings.read(path)
-
-
 def test_missing_options_are_named_as_flags():
     with pytest.raises(ValueError, match="missing: --data, --output-dir"):
         FinetuningSettings.combine(None, {"model": "m"})
