@@ -10,6 +10,7 @@ import argparse
 import collections
 import json
 import pickle
+import struct
 import typing
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,8 @@ DAMAGED = (
     TypeError,
     AttributeError,
     AssertionError,
+    OSError,
+    struct.error,
     zipfile.BadZipFile,
 )
 """Errors of ``torch.load`` for bytes that are not what it writes."""
@@ -85,10 +88,11 @@ def load_tensors_and_settings(path: str | Path):
     # Leaving the context would forbid again what was allowed before it, as by the fairseq plugins.
     already = torch.serialization.get_safe_globals()
     new = [allowed for allowed in allowed_classes() if allowed not in already]
+    with path.open("rb") as file:
+        # Mapped, not read: the optimizer state is never touched and takes no memory.
+        mapped = zipfile.is_zipfile(file)
     try:
         with torch.serialization.safe_globals(new):
-            # Mapped, not read: the optimizer state is never touched and takes no memory.
-            mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(explain_refusal(path, error)) from error

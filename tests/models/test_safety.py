@@ -10,6 +10,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ import metro
 from metro.conversion.fairseq_to_hf import to_hf
 from metro.conversion.hf_to_fairseq import to_fairseq
 from metro.models.fairseq_checkpoint import read_checkpoint
+from metro.models.reading import allowed_classes, load_tensors_and_settings
+from metro.utils.messages import UserError
 
 
 class Payload:
@@ -114,6 +117,25 @@ def test_a_file_that_was_cut_is_named(golden, tmp_path, refused, kept):
     size = int(len(data) * kept) if isinstance(kept, float) else kept
     (tmp_path / "bad.pt").write_bytes(data[:size])
     refused(None, "bad.pt cannot be read as a checkpoint.*")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_damaged_bytes_never_end_in_another_error(tmp_path, is_zip):
+    """Oracle: a file with any byte changed is read, or refused as one of the user's."""
+    content = {"cfg": {"model": argparse.Namespace(a=1)}, "model": {"b": torch.zeros(3)}}
+    path = tmp_path / "bad.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    data, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), 3):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged[: random.choice([len(data), random.integers(len(data))])])
+        try:
+            load_tensors_and_settings(path)
+        except UserError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize("name", ["dict.txt", "sp.model"])
@@ -306,8 +328,6 @@ def test_damaged_files_of_a_folder_are_named(folder):
 
 def test_only_the_named_containers_are_allowed(golden):
     """Oracle: the list; whatever it grows by should be argued for here."""
-    from metro.models.reading import allowed_classes
-
     names = {getattr(entry, "__qualname__", str(entry)) for entry in allowed_classes()}
     plain = {"Namespace", "OrderedDict", "defaultdict", "dict", "list", "tuple", "set", "int"}
     assert plain <= names
