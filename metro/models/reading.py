@@ -90,7 +90,7 @@ def load_tensors_and_settings(path: str | Path):
     new = [allowed for allowed in allowed_classes() if allowed not in already]
     with path.open("rb") as file:
         # Mapped, not read: the optimizer state is never touched and takes no memory.
-        mapped = zipfile.is_zipfile(file)
+        mapped = file.read(2) == b"PK"
     try:
         with torch.serialization.safe_globals(new):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
