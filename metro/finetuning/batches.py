@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
+from metro.finetuning.settings import BATCHING
 from metro.utils.messages import UserError
 
-BATCHING = ("length", "random")
 GROUP = 64  # batches that are sorted by length together
 
 

@@ -21,11 +21,11 @@ from metro.data.capped_mixture import CappedMixture
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.finetuning.collation import EncodedPrompt, truncate
-from metro.finetuning.objectives import OBJECTIVES, Unusable, encode_example
+from metro.finetuning.objectives import Unusable, encode_example
+from metro.finetuning.settings import OBJECTIVES, SAMPLING
 from metro.utils.messages import UserError
 from metro.utils.seeds import draws
 
-SAMPLING = ("capped", "proportional")
 ROWS_PER_DATASET = 500_000
 MOST_SKIPPED = 100  # consecutive examples that cannot be used under the objective
 LENGTH_SAMPLES = 32

@@ -28,8 +28,6 @@ from metro.data.prompts.instruction import SENTINEL, encoder_text
 from metro.finetuning.collation import EncodedPrompt
 from metro.utils.messages import UserError
 
-OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
-
 
 class Unusable(UserError):
     """The example cannot be used under the objective; the message is the reason."""
@@ -43,7 +41,7 @@ def encode_example(
     Args:
         example: as `metro prepare-prompts` writes it.
         row: its number inside its task.
-        objective: one of OBJECTIVES.
+        objective: one of `metro.finetuning.settings.OBJECTIVES`.
         encoder: text to ids.
         draw: seeds the choice of the wrong label.
 

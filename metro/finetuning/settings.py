@@ -6,6 +6,10 @@ from pathlib import Path
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
+OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
+SAMPLING = ("capped", "proportional")
+BATCHING = ("length", "random")
+
 
 @dataclass(kw_only=True)
 class FinetuningSettings(Settings):
@@ -21,7 +25,7 @@ class FinetuningSettings(Settings):
     objective: str = option(
         "direct",
         "Training objective.",
-        choices=("direct", "channel", "flipped", "direct+ul"),
+        choices=OBJECTIVES,
     )
 
     vocab: str | None = option(None, "Folder with sp.model and dict.txt, for a fairseq .pt.")
@@ -34,7 +38,7 @@ class FinetuningSettings(Settings):
     sampling: str | None = option(
         None,
         "How tasks are weighted; default: proportional for the mixture flipped.",
-        choices=("capped", "proportional"),
+        choices=SAMPLING,
     )
     limit: int | None = option(None, "At most so many training examples per task.", least=1)
     unlikelihood_weight: float = option(
@@ -48,7 +52,7 @@ class FinetuningSettings(Settings):
     batching: str = option(
         "length",
         "length: examples of similar length together.",
-        choices=("length", "random"),
+        choices=BATCHING,
     )
     max_steps: int = option(-1, "Updates; -1: as num_train_epochs says.")
     num_train_epochs: float = option(1.0, "Passes over the mixture.", least=0)
