@@ -41,6 +41,7 @@ def test_ids_tokens_and_decoded_text_equal_recorded_ones(tokenizer_and_recorded,
     """Oracle: the published tokenizer class under transformers 4.17; also saved and pickled."""
     tokenizer, recorded = tokenizer_and_recorded
     assert_like_recorded(tokenizer, recorded)
+    assert_sizes_pairs_truncation_and_padding_like_recorded(tokenizer, recorded)
     tokenizer.save_pretrained(tmp_path)
     loaded = MetroT5Tokenizer.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)  # onto its own files
@@ -48,9 +49,8 @@ def test_ids_tokens_and_decoded_text_equal_recorded_ones(tokenizer_and_recorded,
     assert_like_recorded(pickle.loads(pickle.dumps(tokenizer)), recorded)
 
 
-def test_sizes_pairs_truncation_and_padding_equal_recorded_ones(tokenizer_and_recorded):
-    """Oracle: as above; the texts of pair and truncation are read off the recorded ids."""
-    tokenizer, recorded = tokenizer_and_recorded
+def assert_sizes_pairs_truncation_and_padding_like_recorded(tokenizer, recorded):
+    """The texts of pair and truncation are read off the recorded ids."""
     assert (tokenizer.vocab_size, len(tokenizer)) == (recorded["vocab_size"], recorded["len"])
     ids = tokenizer.convert_tokens_to_ids
     assert (ids("<sen000>"), ids("<sen511>")) == (recorded["sen000"], recorded["sen511"])

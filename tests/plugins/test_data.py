@@ -84,7 +84,7 @@ def test_examples_equal_those_of_the_original_in_both_epochs(task_and_recorded):
         dataset.set_epoch(1)
 
 
-def test_train_batches_equal_those_of_the_original_in_order_and_shards(task_and_recorded):
+def test_batches_equal_those_of_the_original_in_order_and_shards(task_and_recorded):
     task, recorded, meta = task_and_recorded
     frozen = batch_iterator(task, "train", meta).frozen_batches
     assert [b.tolist() for b in frozen] == recorded["train"]["frozen_batches_before_shuffle"]
@@ -102,10 +102,6 @@ def test_train_batches_equal_those_of_the_original_in_order_and_shards(task_and_
             batches = list(iterator.next_epoch_itr(shuffle=True))
             assert [b["id"].tolist() if b else [] for b in batches] == expected
     task.dataset("train").set_epoch(1)
-
-
-def test_valid_batches_equal_those_of_the_original(task_and_recorded):
-    task, recorded, meta = task_and_recorded
     iterator = batch_iterator(task, "valid", meta)
     frozen = [b.tolist() for b in iterator.frozen_batches]
     assert frozen == recorded["valid"]["frozen_batches_before_shuffle"]
