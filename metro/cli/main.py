@@ -1,7 +1,7 @@
 """Entry point of `metro`.
 
-A sub-command is one line of COMMANDS and one file, whose `command` is a `click.Command`. The file
-is imported only when it is called, so that `metro --help` stays instant.
+A sub-command is one line of COMMANDS and a `click.Command` in a module of this folder, which is
+imported only when it is called, so that `metro --help` stays instant.
 """
 
 import errno
@@ -16,21 +16,61 @@ import click
 import metro
 from metro.utils.messages import UserError
 
-# name -> the line that `metro --help` shows, in the order text -> model -> numbers
+# name -> (its module here and the name there, the line that `metro --help` shows), in the order
+# text -> model -> numbers
 COMMANDS = {
-    "doctor": "Show versions, devices and what is missing, with the command that installs it.",
-    "prepare-text": "Turn text into the binarised, sharded data that pretraining reads.",
-    "plugins": "Print the folder of METRO's fairseq plugins, which pretrain models.",
-    "convert": "Convert fairseq checkpoints to Hugging Face folders, and back.",
-    "models": "List the released METRO-T0, T0 and FLIPPED models and their published results.",
-    "generate": "Let a model answer a text: a released model, a folder or a hub id.",
-    "templates": "Fetch the prompt templates of promptsource.",
-    "prompts": "List prompt templates; show what a model will read and be asked for.",
-    "prepare-prompts": "Turn datasets and templates into finetuning data: T0, T0+, T0++, FLIPPED.",
-    "finetune": "Prompt-finetune a seq2seq model: direct, channel or flipped.",
-    "flip": "Show which answer choice makes the instruction most probable.",
-    "evaluate": "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
-    "report": "Make tables and plots of evaluations, beside the published numbers.",
+    "doctor": (
+        "doctor:command",
+        "Show versions, devices and what is missing, with the command that installs it.",
+    ),
+    "prepare-text": (
+        "prepare_text:command",
+        "Turn text into the binarised, sharded data that pretraining reads.",
+    ),
+    "plugins": (
+        "doctor:plugins",
+        "Print the folder of METRO's fairseq plugins, which pretrain models.",
+    ),
+    "convert": (
+        "convert:command",
+        "Convert fairseq checkpoints to Hugging Face folders, and back.",
+    ),
+    "models": (
+        "models:command",
+        "List the released METRO-T0, T0 and FLIPPED models and their published results.",
+    ),
+    "generate": (
+        "generate:command",
+        "Let a model answer a text: a released model, a folder or a hub id.",
+    ),
+    "templates": (
+        "prompts:templates",
+        "Fetch the prompt templates of promptsource.",
+    ),
+    "prompts": (
+        "prompts:command",
+        "List prompt templates; show what a model will read and be asked for.",
+    ),
+    "prepare-prompts": (
+        "prepare_prompts:command",
+        "Turn datasets and templates into finetuning data: T0, T0+, T0++, FLIPPED.",
+    ),
+    "finetune": (
+        "finetune:command",
+        "Prompt-finetune a seq2seq model: direct, channel or flipped.",
+    ),
+    "flip": (
+        "flip:command",
+        "Show which answer choice makes the instruction most probable.",
+    ),
+    "evaluate": (
+        "evaluate:command",
+        "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
+    ),
+    "report": (
+        "report:command",
+        "Make tables and plots of evaluations, beside the published numbers.",
+    ),
 }
 
 REMEDIES = {
@@ -61,7 +101,7 @@ class LazyGroup(click.Group):
         """Make a stand-in that has the help line only; `resolve_command` imports the real one."""
         if cmd_name not in COMMANDS:
             return None
-        return click.Command(cmd_name, short_help=COMMANDS[cmd_name])
+        return click.Command(cmd_name, short_help=COMMANDS[cmd_name][1])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -72,7 +112,8 @@ class LazyGroup(click.Group):
 
 def load_command(name: str) -> click.Command:
     """Import the module of a sub-command."""
-    command: click.Command = importlib.import_module(f"metro.cli.{name.replace('-', '_')}").command
+    module, attribute = COMMANDS[name][0].split(":")
+    command: click.Command = getattr(importlib.import_module(f"metro.cli.{module}"), attribute)
     command.name = name
     return command
 

@@ -1,4 +1,6 @@
-"""`metro prompts`: list templates, and show what encoder and decoder will read.
+"""`metro templates` and `metro prompts`: fetch, list and show templates.
+
+What encoder and decoder read, by objective:
 
 ========  ====================================  =======================
 .         encoder                               decoder
@@ -198,3 +200,28 @@ def _print_view(view: dict, as_json: bool) -> None:
             answer = " (the answer)" if choice and view["label"] == i else ""
             click.echo(f"--- {part}{choice}{answer}\n{text}")
     click.echo("")
+
+
+@click.group()
+def templates() -> None:
+    """Fetch the prompt templates of promptsource."""
+
+
+@templates.command(epilog="\b\nExample:\n  metro templates fetch")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    help="The source package promptsource-0.2.3.tar.gz, downloaded before.",
+)
+@click.option("--index", help="Package index; default: PIP_INDEX_URL, else PyPI.")
+@click.option("--again", is_flag=True, help="Replace existing templates.")
+def fetch(file: Path | None, index: str | None, again: bool) -> None:
+    """Download promptsource 0.2.3's source package and put its templates into the cache.
+
+    The checksum is pinned, and no code of the package is run. Every command finds them there.
+    """
+    from metro.data.prompts.template_download import fetch_templates
+
+    fetched = fetch_templates(file=file, index=index, again=again)
+    note = " (present before; --again replaces them)" if fetched.was_there else ""
+    click.echo(f"{fetched.folder}: templates of {fetched.num_files} datasets{note}")

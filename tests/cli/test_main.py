@@ -26,7 +26,7 @@ def test_help_lists_every_command_in_order():
     done = run_metro("--help")
     assert done.returncode == 0, done.stderr
     listed = " ".join(done.stdout.split("Commands:")[1].split())
-    assert listed == " ".join(f"{name} {line}" for name, line in COMMANDS.items())
+    assert listed == " ".join(f"{name} {line}" for name, (_, line) in COMMANDS.items())
 
 
 HELP = """
@@ -72,7 +72,7 @@ from metro.utils.messages import MissingPackage, UserError
 def broken():
     {statement}
 sys.modules["metro.cli.broken"] = types.SimpleNamespace(command=broken)
-main.COMMANDS["broken"] = "Fails."
+main.COMMANDS["broken"] = ("broken:command", "Fails.")
 sys.argv = ["metro", "broken"]
 main.main()
 """
