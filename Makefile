@@ -56,7 +56,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python -c 'import mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
 	  $(PIP) install -c constraints.txt --no-build-isolation -e '.[docs]'
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@$(BIN)/python -m mkdocs build --strict # with --quiet it would not count its warnings
 	@echo "built: site/index.html"
 
 bench: $(STAMP)

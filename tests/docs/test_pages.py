@@ -132,7 +132,7 @@ def test_the_site_builds_and_dead_links_fail(tmp_path, change):
     (tmp_path / "metro").symlink_to(ROOT / "metro")
     with (tmp_path / "docs/text.md").open("a") as file:
         file.write(f"\n{change}\n")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode == 0) == (not change), done.stderr
     assert "gone" in done.stderr if change else (tmp_path / "site/python_api.html").exists()
