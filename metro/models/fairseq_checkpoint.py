@@ -131,6 +131,9 @@ def _settings(content: Mapping, path: Path) -> dict[str, dict[str, Any]]:
     """Read the groups of settings, ``model`` among them, as plain values."""
     try:
         settings = plain(content.get("cfg"))
+        args = None if settings else plain(content.get("args"))
+        if isinstance(args, dict):  # before fairseq had configurations, one namespace held all
+            settings = {"model": args, "task": {**args, "_name": args.get("task")}}
     except RecursionError:
         raise UserError(f"{path} holds settings that contain themselves; it is damaged") from None
     groups = settings.items() if isinstance(settings, dict) else ()

@@ -220,6 +220,20 @@ def test_settings_in_any_container_of_fairseq_are_read(tmp_path, golden, exporte
         assert (tmp_path / "out" / name).read_bytes() == (plain / name).read_bytes(), name
 
 
+def test_settings_of_fairseq_before_it_had_configurations_are_read(tmp_path, golden, exported):
+    """All options in one namespace, the model by `arch`. Oracle: the export with a ``cfg``."""
+    content = torch.load(golden / "checkpoints/metro_tiny_a.pt", weights_only=True)
+    cfg = content.pop("cfg")
+    options = {**cfg["task"], **cfg["model"]}
+    arch, task = cfg["model"]["_name"], cfg["task"]["_name"]
+    content["args"] = argparse.Namespace(**{**options, "_name": None, "arch": arch, "task": task})
+    torch.save(content, tmp_path / "a.pt")
+    to_hf(tmp_path / "a.pt", tmp_path / "out", vocab=golden / "tiny_vocab", keep_auxiliary=True)
+    plain = exported("metro_tiny_a")
+    for name in ("config.json", "model.safetensors", "pretraining.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (plain / name).read_bytes(), name
+
+
 def test_model_card_says_what_the_settings_say(exported, golden):
     """Oracle: the settings and losses in the checkpoint."""
     card = (exported("metro_tiny_a") / "README.md").read_text()
