@@ -6,8 +6,6 @@ padding in `metro.finetuning.collation`.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from metro.data.capped_mixture import order_by_lengths
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import BinarisedTasks, PromptData
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
@@ -134,15 +133,15 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
     """
     kind, _, group = split.partition("_")
     where = folder / kind
-    if not (where / TRAIN_CAPS).is_file():
+    caps = read_json(where / TRAIN_CAPS)
+    if caps is None:
         raise UserError(
             f"no {where / TRAIN_CAPS}; task.data has to be a folder made by metro prepare-prompts "
             "(with --vocab for the binarised form), and splits are train, valid or valid_GROUP"
         )
-    caps = read_json(where / TRAIN_CAPS)
     names = list(caps)
     if group:
-        groups = read_json(where / VALID_GROUPS) if (where / VALID_GROUPS).is_file() else {}
+        groups = read_json(where / VALID_GROUPS) or {}
         if group not in groups:
             raise UserError(
                 f"there is no group {group!r} in {where / VALID_GROUPS} for the split {split!r}; "
@@ -159,15 +158,5 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
 
 def is_text(folder: str | Path) -> bool:
     """Check whether a folder of prepared prompts is of the jsonl form."""
-    manifest = Path(folder) / PROMPTS_MANIFEST
-    return manifest.is_file() and read_json(manifest).get("format") == "jsonl"
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); prepare the data again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} has to hold a JSON object; prepare the data again")
-    return content
+    manifest = read_json(Path(folder) / PROMPTS_MANIFEST)
+    return manifest is not None and manifest.get("format") == "jsonl"

@@ -6,7 +6,6 @@ that checkpoint; a released folder gets the original's, which the original's cod
 project's plugins both read.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,8 +213,7 @@ def _read_training(folder: Path) -> dict[str, Any]:
 
 def _num_sentinels(folder: Path) -> int:
     try:
-        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return int(tokenizer["n_sentinel_tokens"])
+        return int(read_json(folder / "tokenizer_config.json")["n_sentinel_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         return 512  # as all published models have
 

@@ -1,12 +1,12 @@
 """Facts on training in a fairseq checkpoint: for the model card and for ``training.json``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from metro.conversion.model_card import PAPER
 from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.models.fairseq_checkpoint import FairseqCheckpoint, model_name
+from metro.utils.files import read_json
 
 # Group of settings -> the fields that an export keeps; None: all.
 KEPT: dict[str, tuple[str, ...] | None] = {
@@ -128,7 +128,7 @@ def _tokens_per_update(settings: dict, dataset: dict, optimization: dict) -> str
 def _counts(data: Path) -> dict[str, str]:
     """Read the counts of the text that ``metro prepare-text`` has written."""
     try:
-        counts = json.loads((data / TEXT_MANIFEST).read_text(encoding="utf-8"))["counts"]
+        counts = read_json(data / TEXT_MANIFEST)["counts"]
         return {
             "documents": f"{counts['documents']:,}",
             "tokens of training text": f"{counts['train_tokens']:,}",

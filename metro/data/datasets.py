@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metro.data.jsonl_rows import JsonlRows, with_derived
+from metro.utils.files import read_yaml
 from metro.utils.messages import MissingPackage, UserError
 
 _TABLE = Path(__file__).with_name("datasets.yaml")
@@ -46,12 +47,9 @@ def name_of(dataset: str, subset: str | None) -> str:
 @lru_cache(maxsize=1)
 def dataset_table() -> dict[str, DatasetEntry]:
     """Read ``datasets.yaml``: dataset or dataset/subset -> entry."""
-    import yaml
-
-    table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
     return {
         name: DatasetEntry(**{**fields, "splits": tuple(fields.get("splits", ()))})
-        for name, fields in table.items()
+        for name, fields in read_yaml(_TABLE).items()
     }
 
 

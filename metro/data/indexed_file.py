@@ -49,8 +49,8 @@ class IndexedFileWriter:
         self.bin_path, self.idx_path, self.sizes_path = (
             prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".sizes")
         )
-        self._bin = _open_at(self.bin_path, self.num_tokens * self.dtype.itemsize)
-        self._sizes = _open_at(self.sizes_path, self.num_items * _SIZE_DTYPE.itemsize)
+        self._bin = open_at(self.bin_path, self.num_tokens * self.dtype.itemsize)
+        self._sizes = open_at(self.sizes_path, self.num_items * _SIZE_DTYPE.itemsize)
 
     @property
     def position(self) -> WritePosition:
@@ -116,7 +116,7 @@ class IndexedFileWriter:
             os.fsync(index.fileno())
 
 
-def _open_at(path: Path, num_bytes: int) -> BinaryIO:
+def open_at(path: Path, num_bytes: int) -> BinaryIO:
     """Open for writing and keep the first ``num_bytes``."""
     file = path.open("r+b" if path.exists() else "w+b")
     found = file.seek(0, os.SEEK_END)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from metro.finetuning.settings import FinetuningSettings
-from metro.utils.files import read_json, write_text
+from metro.utils.files import read_json, read_yaml, write_text
 from metro.utils.messages import UserError
 
 SETTINGS, STATE, PARTIAL = "finetune.yaml", "trainer_state.json", ".model.partial"
@@ -108,8 +108,7 @@ def complete_checkpoints(out: Path) -> list[Path]:
 
 
 def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
-    before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
-    now = settings.as_dict()
+    before, now = read_yaml(earlier), settings.as_dict()
     changed = [
         f"{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
-FAMILIES = ("metro", "t0", "flipped")
 METHODS = ("direct", "channel", "flipped")
 SUITES = ("t0", "flipped14", "bigbench", "label_generalization", "mmlu")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -60,9 +60,7 @@ def registry_folder() -> Path:
 @functools.cache
 def registered_models() -> dict[str, RegisteredModel]:
     """Read every released checkpoint, by its name."""
-    import yaml
-
-    content = yaml.safe_load((registry_folder() / "registry.yaml").read_text(encoding="utf-8"))
+    content = read_yaml(registry_folder() / "registry.yaml")
     return {
         name: RegisteredModel(name=name, **{**fields, "published": tuple(fields["published"])})
         for name, fields in content["models"].items()

@@ -1,6 +1,5 @@
 """The vocabulary of a fairseq checkpoint: find it, check it, build the tokenizer from it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from metro.data.prepared_folder import PROMPTS_MANIFEST, TEXT_MANIFEST
 from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import DICT_FILE, SPM_FILE, VOCABULARY_FILES, Vocabulary
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
 
@@ -47,8 +47,7 @@ def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
     """
     for name in (TEXT_MANIFEST, PROMPTS_MANIFEST):
         try:
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))["settings"]
-            return bool(settings["lower"])
+            return bool(read_json(folder / name)["settings"]["lower"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return not vocabulary.is_cased

@@ -1,4 +1,4 @@
-"""Atomic output: folders and files that are complete, or absent.
+"""Files: JSON and YAML, and atomic output, which is complete or absent.
 
 Everything is written under a hidden name beside its destination, flushed to disk, and moved into
 place at the end. A killed process leaves such a hidden folder or file behind; the next call for the
@@ -148,6 +148,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path} is not the JSON file that METRO wrote") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file; only plain data is built.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def flush(path: Path) -> None:

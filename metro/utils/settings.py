@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 
@@ -116,13 +117,8 @@ class Settings:
         Raises:
             UserError: there is no such file, it is not a mapping, or a key is not an option.
         """
-        import yaml
-
         path = cls.find_config(config)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
         if not isinstance(content, dict):
             example = cls.names()[0]
             raise UserError(f"{path} holds no options; write lines such as `{example}: VALUE`")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models import registry, registry_cards
-from metro.models.registry import SUITES, registered_model, registered_models
+from metro.models.registry import METHODS, SUITES, registered_model, registered_models
 
 ROOT = Path(__file__).resolve().parents[2]
 T0_EVAL = "rte cb anli_r1 anli_r2 anli_r3 wsc winogrande copa story_cloze hellaswag wic".split()
@@ -26,7 +27,7 @@ def test_every_released_checkpoint_is_there():
     assert models["flipped_3b"].method == "flipped"
     assert len({model.hub_id for model in models.values()}) == len(models)
     for model in models.values():
-        assert model.family in registry.FAMILIES and model.method in registry.METHODS
+        assert model.family in PROTOCOLS and model.method in METHODS
         for table in model.published:
             assert set(table) == {"suite", "source", "results"} and table["suite"] in SUITES
             assert all(0 <= accuracy <= 100 for accuracy in table["results"].values())

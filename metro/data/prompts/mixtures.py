@@ -13,6 +13,7 @@ from pathlib import Path
 
 from metro.data.datasets import name_of
 from metro.data.prompts.templates import PromptTemplate, TemplateTree
+from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 _TABLE = Path(__file__).with_name("mixtures.yaml")
@@ -113,9 +114,7 @@ class Mixture:
 
 @lru_cache(maxsize=1)
 def _table() -> dict:
-    import yaml
-
-    return yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    return read_yaml(_TABLE)
 
 
 def mixture_names() -> list[str]:
@@ -172,14 +171,9 @@ def split_dataset_name(name: str, tree: TemplateTree) -> tuple[str, str | None]:
 
 
 def _read_mixture(path: Path) -> Mixture:
-    import yaml
-
     if not path.is_file():
         raise UserError(f"no mixture file {path}")
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    facts = read_yaml(path)
     if not isinstance(facts, dict) or not (facts.get("data_sets") or facts.get("groups")):
         raise UserError(f"{path} names no datasets: write `data_sets: [ag_news, ...]`")
     for key, value in facts.items():

@@ -27,9 +27,9 @@ from metro.data.prompts.sources import Part, PartPlan, Unavailable
 from metro.data.prompts.stored import (
     FairseqEncoder,
     FairseqTaskWriter,
-    JsonlEncoder,
     JsonlTaskWriter,
     PromptFolder,
+    encode_jsonl,
 )
 from metro.data.settings import PreparePromptsSettings
 from metro.utils.messages import UserError
@@ -238,7 +238,7 @@ class _Preparation:
 
     def _encoder(self):
         if self.vocabulary is None:
-            return JsonlEncoder()
+            return encode_jsonl
         return FairseqEncoder(self.vocabulary, self.plan.lower)
 
     def _state(self) -> dict:

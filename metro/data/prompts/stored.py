@@ -22,14 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype
+from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype, open_at
 from metro.data.jsonl_rows import JsonlRows
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
-_HEADER_BYTES = 128
+_HEADER_BYTES = 128  # of an .npy file with one axis: NumPy leaves room for a longer one
 _CACHED_TARGETS = 4096
 _INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
 
@@ -87,28 +88,26 @@ def read_manifest(folder: str | Path) -> dict:
         UserError: it is not such a folder, or not complete.
     """
     path = Path(folder) / PROMPTS_MANIFEST
-    if not path.is_file():
+    manifest = read_json(path)
+    if manifest is None:
         raise UserError(
             f"{folder} is not a folder of prepared prompts (it has no {PROMPTS_MANIFEST}): make "
             "one with `metro prepare-prompts --mixture M --out DIR`"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["splits"]["train"]
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise UserError(f"{path} is not the manifest that `metro prepare-prompts` writes") from None
     return manifest
 
 
-class JsonlEncoder:
+def encode_jsonl(examples: Sequence[PromptedExample]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Examples -> lines, the length of each, and its source row."""
-
-    def __call__(self, examples: Sequence[PromptedExample]) -> tuple[bytes, np.ndarray, np.ndarray]:
-        dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-        lines = [dumps(example).encode("utf-8", "replace") + b"\n" for example in examples]
-        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
-        rows = np.fromiter((example["row"] for example in examples), np.int32, len(examples))
-        return b"".join(lines), sizes, rows
+    dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    lines = [dumps(example).encode("utf-8", "replace") + b"\n" for example in examples]
+    sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+    rows = np.fromiter((example["row"] for example in examples), np.int32, len(examples))
+    return b"".join(lines), sizes, rows
 
 
 class JsonlTaskWriter:
@@ -116,15 +115,16 @@ class JsonlTaskWriter:
 
     def __init__(self, folder: Path, side: str, position: list[int] | None):
         self.num_examples, self.num_bytes = position or (0, 0)
-        prefix = folder / side
-        self._files = [
-            _open_at(prefix.with_name(prefix.name + suffix), size, not position)
-            for suffix, size in (
-                (".jsonl", self.num_bytes),
-                (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
-                (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
-            )
-        ]
+        self._files = []
+        for suffix, size in (
+            (".jsonl", self.num_bytes),
+            (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
+            (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
+        ):
+            path = folder / f"{side}{suffix}"
+            if not position:
+                path.write_bytes(bytes(size))  # room for a header
+            self._files.append(open_at(path, size))
 
     @property
     def position(self) -> list[int]:
@@ -156,7 +156,10 @@ class JsonlTaskWriter:
         offsets.write(np.array([self.num_bytes], _INT64).tobytes())
         for file, dtype, count in ((offsets, _INT64, 1), (rows, _INT32, 0)):
             file.seek(0)
-            file.write(_npy_header(dtype, self.num_examples + count))
+            shape = (self.num_examples + count,)
+            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == _HEADER_BYTES
         self.flush()
         self.close()
 
@@ -221,28 +224,6 @@ class FairseqTaskWriter:
             writer.finish()
 
 
-def _npy_header(dtype: np.dtype, count: int) -> bytes:
-    """Return the beginning of an ``.npy`` file, of the same length for every count."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
-    text = text.ljust(_HEADER_BYTES - 11) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-def _open_at(path: Path, num_bytes: int, is_new: bool):
-    """Open for writing behind the first ``num_bytes``, which are kept."""
-    if is_new:
-        path.write_bytes(b"\0" * num_bytes)  # room for a header
-    file = path.open("r+b")
-    if file.seek(0, os.SEEK_END) < num_bytes:
-        file.close()
-        raise UserError(
-            f"{path} is shorter than before the interruption: start again with --overwrite"
-        )
-    file.truncate(num_bytes)
-    file.seek(num_bytes)
-    return file
-
-
 class PromptFolder(PreparedFolder):
     """``OUT`` and ``OUT.partial`` of ``prepare-prompts``."""
 
@@ -262,14 +243,13 @@ class PromptFolder(PreparedFolder):
         for side, tasks in splits.items():
             (self.partial / side).mkdir(exist_ok=True)
             caps = {task: facts["cap"] for task, facts in tasks.items()}
-            _write_text(self.partial / side / "data_cap.json", json.dumps(caps, indent=4))
+            (self.partial / side / "data_cap.json").write_text(json.dumps(caps, indent=4))
             _link(self.partial / "dict.txt", self.partial / side / "dict.txt")
             for task in tasks:
                 for end in ("src", "tgt"):
                     target = self.partial / side / task / f"dict.{end}.txt"
                     _link(self.partial / "dict.txt", target)
-        text = json.dumps(groups, indent=4)
-        _write_text(self.partial / "valid" / "valid_datasets.json", text)
+        (self.partial / "valid" / "valid_datasets.json").write_text(json.dumps(groups, indent=4))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -278,8 +258,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from metro.data.datasets import name_of
+from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "suites"
@@ -132,12 +133,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UserError: it is not a suite; the message names file, task and key.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     where = str(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a suite: it has no `tasks:`; {_HELP}")
