@@ -23,16 +23,7 @@ def flip(settings: FlipSettings) -> None:
     Progress().say(f"loading {settings.model}")
     from metro.evaluation.flip_demo import flip_options
 
-    shown = flip_options(
-        settings.model,
-        settings.input,
-        settings.options,
-        settings.instruction,
-        vocab=settings.vocab,
-        dtype=settings.dtype,
-        device=settings.device,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    shown = flip_options(settings)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     table.add_column("option")

@@ -38,14 +38,13 @@ def build_blocks(
     sizes: np.ndarray,
     break_mode: str,
     block_size: int,
-    document_sep_len: int = 1,
     crop_items: bool = False,
 ) -> Blocks:
     """Group items of the given `sizes` into blocks of up to `block_size` tokens.
 
     none: every block has `block_size` tokens, items are cut. complete: blocks of whole items.
-    complete_doc: whole items of one document; an item of `document_sep_len` tokens ends a document
-    and belongs to no block. eos: one item per block. An item longer than `block_size` is a block of
+    complete_doc: whole items of one document; an item of one token ends a document and belongs to
+    no block. eos: one item per block. An item longer than `block_size` is a block of
     its own (it is not cut, except with none), or counts as `block_size` tokens with `crop_items`.
     """
     sizes = np.asarray(sizes)
@@ -79,7 +78,7 @@ def build_blocks(
         num_tokens = last_token + 1 - first_token
         return _compact(first_item, last_item, first_offset, num_tokens, len(sizes))
 
-    is_separator = sizes == document_sep_len if break_mode == "complete_doc" else None
+    is_separator = sizes == 1 if break_mode == "complete_doc" else None
     starts, stops = _follow_whole_items(sizes, ends, is_separator, block_size)
     num_tokens = ends[stops - 1] - ends[starts] + sizes[starts]
     if break_mode == "complete_doc":  # as the original: a document of one token is dropped

@@ -84,11 +84,7 @@ def evaluate(
 
 
 def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterator[Evaluation]:
-    """Evaluate one model after the other, on data that are loaded once.
-
-    Raises:
-        UserError: see `evaluate`.
-    """
+    """Evaluate one model after the other, on data that are loaded once; see `evaluate`."""
     suite = find_suite(settings.suite)
     chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
     check_models(settings, suite)
@@ -188,7 +184,6 @@ def _evaluate_model(
             sources,
             protocol,
             scoring,
-            runner.environment_versions(),
         )
         folder = RunFolder(path, info)
     progress.say(f"{name} on {suite.title}, method {method}, into {path}")

@@ -13,7 +13,10 @@ import torch
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
+from metro.evaluation.settings import FlipSettings
 from metro.evaluation.tasks.protocol import choose_protocol
+from metro.models.loading import load
+from metro.models.registry import find_registered
 from metro.utils.messages import UserError
 
 
@@ -38,24 +41,14 @@ class FlipResult(NamedTuple):
     winner: str
 
 
-def flip_options(
-    model_name: str,
-    text: str,
-    options: list[str],
-    instruction: str | None = None,
-    *,
-    vocab: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    max_new_tokens: int = 64,
-) -> FlipResult:
+def flip_options(settings: FlipSettings) -> FlipResult:
     """Rank options by the instruction; see the top of the module.
 
     Raises:
-        UserError: fewer than two options, options of equal tokens, an empty input, or an
-            instruction that lacks sentinels of the text (it may have none).
+        UserError: options of equal tokens, or an instruction that lacks sentinels of the text (it
+            may have none).
     """
-    check_texts(text, options, instruction)
+    text, options, instruction = settings.input, settings.options, settings.instruction
     if not SENTINEL.search(text):  # as templates whose instruction follows the input
         text += "<extra_id_0>"
     if instruction is not None:
@@ -63,15 +56,11 @@ def flip_options(
             instruction = f"<extra_id_0> {instruction}"
         else:
             check_sentinels(text, instruction)
-    from transformers.utils.logging import disable_progress_bar
-
-    from metro.models.loading import load
-    from metro.models.registry import find_registered
-
-    disable_progress_bar()
-    model, tokenizer = load(model_name, dtype=dtype, device=device, vocab=vocab)
+    model, tokenizer = load(
+        settings.model, dtype=settings.dtype, device=settings.device, vocab=settings.vocab
+    )
     sentinels_for(tokenizer)
-    registered = find_registered(model_name)
+    registered = find_registered(settings.model)
     protocol = choose_protocol(registered.family if registered else None, model.config, "flipped")
     encoder = PromptEncoder(
         tokenizer,
@@ -81,7 +70,7 @@ def flip_options(
     )
     sources = encoder.labelled_sources([encoder_text(text, option) for option in options])
     check_distinct(sources, options)
-    generated = generate(model, tokenizer, sources, max_new_tokens)
+    generated = generate(model, tokenizer, sources, settings.max_new_tokens)
     scorer = PairScorer(model)
     if instruction is None:
         own = scorer.score([Pair(tuple(s), g) for s, g in zip(sources, generated, strict=True)])
@@ -102,20 +91,6 @@ def flip_options(
         for option, score, weight, ids in zip(options, scores, weights, generated, strict=True)
     ]
     return FlipResult(instruction, rows, options[scores.index(best)])
-
-
-def check_texts(text: str, options: list[str], instruction: str | None) -> None:
-    if not text.strip():
-        raise UserError("--input is empty; give the text that the options are about")
-    if len(options) < 2:
-        raise UserError(f"--options has {len(options)}; give at least two to choose from")
-    if instruction is not None and not SENTINEL.sub("", instruction).strip():
-        raise UserError(
-            f"--instruction is {instruction!r}: without text beside sentinels; leave it out"
-        )
-    for option in options:
-        if not option.strip():
-            raise UserError("one of --options is empty; give a text")
 
 
 def check_sentinels(text: str, instruction: str) -> None:

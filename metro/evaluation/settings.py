@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from metro.data.prompts.instruction import INSTRUCTION_TEXTS
+from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models.registry import METHODS, find_registered
@@ -68,7 +68,7 @@ class EvaluationSettings(Settings):
     overwrite: bool = option(False, "Delete a run of the same name instead of resuming it.")
 
     def check(self) -> None:
-        """Refuse names of run folders that are wrong or would be shared."""
+        """Refuse options that do not fit together, and run folders that would be shared."""
         if not self.models:
             raise UserError("no model to evaluate: name at least one")
         if self.run_name and len(self.models) > 1:
@@ -79,6 +79,11 @@ class EvaluationSettings(Settings):
             raise UserError("check_published needs all rows: leave limit out")
         folders: dict[str, str] = {}
         for name in self.models:
+            if self.normalization == "calibrated" and self.method_of(name) == "channel":
+                raise UserError(
+                    "calibrated scores compare an answer choice with and without the input; "
+                    "channel scores are probabilities of the input: use sum or mean"
+                )
             folder = self.folder_name(name)
             if folder in folders:
                 raise UserError(
@@ -145,3 +150,17 @@ class FlipSettings(Settings):
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     device: str | None = option(None, "cpu, cuda, cuda:1; default: cpu.")
     max_new_tokens: int = option(64, "Of the generated instructions.", least=1)
+
+    def check(self) -> None:
+        """Refuse texts that are empty, and a single option."""
+        if not self.input.strip():
+            raise UserError("--input is empty; give the text that the options are about")
+        if len(self.options) < 2:
+            raise UserError(f"--options has {len(self.options)}; give at least two to choose from")
+        if self.instruction is not None and not SENTINEL.sub("", self.instruction).strip():
+            raise UserError(
+                f"--instruction is {self.instruction!r}: without text beside sentinels; leave it "
+                "out"
+            )
+        if not all(each.strip() for each in self.options):
+            raise UserError("one of --options is empty; give a text")

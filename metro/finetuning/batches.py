@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metro.finetuning.collation import EncodedPrompt
 from metro.finetuning.data import PromptData
-from metro.finetuning.settings import BATCHING
-from metro.utils.messages import UserError
 
 GROUP = 64  # batches that are sorted by length together
 
@@ -37,10 +35,6 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         process: int = 0,
         num_processes: int = 1,
     ):
-        if batching not in BATCHING:
-            raise UserError(f"batching is {batching!r}; use one of {', '.join(BATCHING)}")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; use 1 or more")
         self.data, self.batch_size, self.seed, self.batching = data, batch_size, seed, batching
         self.process, self.num_processes = process, num_processes
         self.epoch = 1

@@ -22,7 +22,6 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.finetuning.collation import EncodedPrompt, truncate
 from metro.finetuning.objectives import Unusable, encode_example
-from metro.finetuning.settings import OBJECTIVES, SAMPLING
 from metro.utils.messages import UserError
 from metro.utils.seeds import draws
 
@@ -68,8 +67,6 @@ class PromptData:
         limit: int | None = None,
         replace: bool = True,
     ):
-        if objective not in OBJECTIVES:
-            raise UserError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
         if limit is not None and limit < 1:
             raise UserError(f"the limit is {limit} examples per task; use 1 or more")
         manifest = read_manifest(folder)
@@ -91,8 +88,6 @@ class PromptData:
                 "metro prepare-prompts"
             )
         sampling = sampling or default_sampling(manifest)
-        if sampling not in SAMPLING:
-            raise UserError(f"sampling is {sampling!r}; use one of {', '.join(SAMPLING)}")
         self.objective, self.encoder, self.seed, self.replace = objective, encoder, seed, replace
         self.sampling, self.folder = sampling, Path(folder)
         self.examples = [

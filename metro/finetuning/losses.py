@@ -91,9 +91,9 @@ def token_losses(
     )
 
 
-def unlikelihood(nll: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
-    """Compute `-log(1 - p + epsilon)` of `nll = -log p`, finite for every p including 1."""
-    return -torch.log(epsilon - torch.expm1(-nll))
+def unlikelihood(nll: torch.Tensor) -> torch.Tensor:
+    """Compute `-log(1 - p + EPSILON)` of `nll = -log p`, finite for every p including 1."""
+    return -torch.log(EPSILON - torch.expm1(-nll))
 
 
 def mean_weights(

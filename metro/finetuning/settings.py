@@ -7,8 +7,6 @@ from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
 OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
-SAMPLING = ("capped", "proportional")
-BATCHING = ("length", "random")
 
 
 @dataclass(kw_only=True)
@@ -22,11 +20,7 @@ class FinetuningSettings(Settings):
         help="Folder of metro prepare-prompts (jsonl), or a mixture's name: prepared first."
     )
     output_dir: str = option(help="Where checkpoints, logs and the finished model go.")
-    objective: str = option(
-        "direct",
-        "Training objective.",
-        choices=OBJECTIVES,
-    )
+    objective: str = option("direct", "Training objective.", choices=OBJECTIVES)
 
     vocab: str | None = option(None, "Folder with sp.model and dict.txt, for a fairseq .pt.")
     templates: str | None = option(None, "Template tree, where --data is a mixture.")
@@ -38,7 +32,7 @@ class FinetuningSettings(Settings):
     sampling: str | None = option(
         None,
         "How tasks are weighted; default: proportional for the mixture flipped.",
-        choices=SAMPLING,
+        choices=("capped", "proportional"),
     )
     limit: int | None = option(None, "At most so many training examples per task.", least=1)
     unlikelihood_weight: float = option(
@@ -50,9 +44,7 @@ class FinetuningSettings(Settings):
     batch_size: int = option(8, "Examples per process and micro-batch.", least=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per update.", least=1)
     batching: str = option(
-        "length",
-        "length: examples of similar length together.",
-        choices=BATCHING,
+        "length", "length: examples of similar length together.", choices=("length", "random")
     )
     max_steps: int = option(-1, "Updates; -1: as num_train_epochs says.")
     num_train_epochs: float = option(1.0, "Passes over the mixture.", least=0)

@@ -11,6 +11,7 @@ from metro.cli.flip import tie
 from metro.cli.main import app
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.flip_demo import flip_options
+from metro.evaluation.settings import FlipSettings
 from tests.evaluation.golden import load_exported
 
 
@@ -19,10 +20,14 @@ def model(golden):
     return str(golden / "hf_export/t5_prompt_tiny_f")
 
 
+def flip(model, text, options, **more):
+    return flip_options(FlipSettings(model=model, input=text, options=options, **more))
+
+
 def test_scores_are_log_probabilities_of_the_instruction(golden, model):
     """Oracle: all logits, log_softmax, summed over the instruction's tokens."""
     text, instruction = "<extra_id_0> so it is<extra_id_1>", "<extra_id_0> say <extra_id_1> of it"
-    shown = flip_options(model, text, ["yes", "no"], instruction, max_new_tokens=5)
+    shown = flip(model, text, ["yes", "no"], instruction=instruction, max_new_tokens=5)
     network, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder = PromptEncoder(tokenizer)
     [target] = encoder.targets([instruction])
@@ -42,7 +47,7 @@ def test_scores_are_log_probabilities_of_the_instruction(golden, model):
 
 def test_without_an_instruction_the_likeliest_suggestion_is_taken(model):
     """Oracle: the instruction is one of those generated; the winner has the best score."""
-    shown = flip_options(model, "so it is", ["yes", "no"], max_new_tokens=6)
+    shown = flip(model, "so it is", ["yes", "no"], max_new_tokens=6)
     assert shown.instruction in [row.generated for row in shown.rows]
     assert shown.winner == max(shown.rows, key=lambda row: row.score).option
 
@@ -52,7 +57,7 @@ def test_the_command_prints_options_and_winner(model):
     arguments = ["--input", "so it is", "--options", "yes", "no", "--instruction", "true ?"]
     done = CliRunner().invoke(app, ["flip", model, *arguments])
     assert done.exit_code == 0, done.output
-    winner = flip_options(model, "so it is", ["yes", "no"], "true ?").winner
+    winner = flip(model, "so it is", ["yes", "no"], instruction="true ?").winner
     assert f"answer: {winner}" in done.output
     assert "instruction: <extra_id_0> true ?" in done.output
 
@@ -60,7 +65,7 @@ def test_the_command_prints_options_and_winner(model):
 def test_equal_options_are_refused_in_the_library(model):
     """Oracle: literals of one program are the same object; the model cannot tell them apart."""
     with pytest.raises(ValueError, match="options 'yes' and 'yes' are the same to the model"):
-        flip_options(model, "so it is", ["yes", "no", "yes"])
+        flip(model, "so it is", ["yes", "no", "yes"])
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def run(
     assert list(missing) == [name for name in suite.tasks if name == "gone"]
     scoring = Scoring(method, batch_tokens=300)
     protocol = choose_protocol(None, model.config, method)
-    info = run_info("toy", None, model, suite, data, protocol, scoring, {})
+    info = run_info("toy", None, model, suite, data, protocol, scoring)
     alone = Processes(0, 1, torch.device("cpu"))
     return evaluate(
         model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, scoring, alone,

@@ -77,14 +77,11 @@ class PromptEncoder:
                 encoded[number] = [*ids[: max(0, room - len(tail))], *tail[-room:]]
         return [[*self.begin, *ids, *self.end] for ids in encoded]
 
-    def targets(self, texts: Sequence[str], *, truncate: bool = True) -> list[list[int]]:
+    def targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Decoder ids, ending with the end symbol."""
-        encoded = self.plain(texts)
-        if truncate:
-            room = self.max_target_length - 1
-            self.num_cut_targets += sum(len(ids) > room for ids in encoded)
-            encoded = [ids[:room] for ids in encoded]
-        return [[*ids, self.eos_token_id] for ids in encoded]
+        encoded, room = self.plain(texts), self.max_target_length - 1
+        self.num_cut_targets += sum(len(ids) > room for ids in encoded)
+        return [[*ids[:room], self.eos_token_id] for ids in encoded]
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without special tokens; sentinels are one id each."""

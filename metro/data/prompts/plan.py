@@ -35,12 +35,13 @@ class PromptPlan(NamedTuple):
         if self.vocabulary:
             vocabulary = _digest(list(self.vocabulary.checksums().values()))
         sources = self.sources
+        rules = [sorted(x) if isinstance(x, frozenset) else x for x in astuple(self.mixture)]
         return {
             "version": FORMAT_VERSION,
             "format": self.format,
             "mixture": self.mixture.name,
             "data_sets": [name_of(*names) for names in self.mixture.data_sets],
-            "rules": _rules(self.mixture),
+            "rules": _digest(rules),
             "templates": _digest([[plan.key, plan.templates] for plan in sources.plans()]),
             "source": sources.source,
             "data_dir": str(sources.data_dir.resolve()) if sources.data_dir else None,
@@ -70,15 +71,7 @@ def make_plan(options: PreparePromptsSettings) -> PromptPlan:
         )
     if format == "fairseq" and not options.vocab:
         raise UserError("format fairseq needs a vocabulary: add vocab (--vocab DIR)")
-    sources = PromptSources(
-        found,
-        find_templates(options.templates),
-        source=options.source,
-        data_dir=options.data_dir,
-        validation=options.validation,
-        limit=options.limit,
-        valid_limit=options.valid_limit,
-    )
+    sources = PromptSources(found, find_templates(options.templates), options)
     rendering = ExampleSettings(
         options.seed,
         options.instruction_text,
@@ -163,12 +156,6 @@ def _per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
     if mixture.cap_of == "data_set":
         return min(plan.cap, num_rows)
     return min(plan.cap, num_rows) * len(plan.templates)
-
-
-def _rules(mixture: Mixture) -> str:
-    """Return a checksum of the rules of a mixture: a changed rule makes another mixture."""
-    values = astuple(mixture)
-    return _digest([sorted(value) if isinstance(value, frozenset) else value for value in values])
 
 
 def _digest(facts: list) -> str:

@@ -8,7 +8,6 @@ in some tasks ``answer_choices``.
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 from metro.data import datasets
@@ -17,6 +16,7 @@ from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
+from metro.data.settings import PreparePromptsSettings
 from metro.utils.messages import UserError
 
 P3 = "bigscience/P3"
@@ -137,33 +137,20 @@ class PromptSources:
     Args:
         mixture: the prompt tasks wanted.
         tree: templates (with P3, too: they say which tasks there are).
-        source: ``templates`` or ``p3``.
-        data_dir: local datasets instead of the hub's (for P3: ``P3/<task>/<split>.jsonl``).
-        validation: which tasks are validated on: those of the ``published`` validation mixture,
-            ``all`` of the mixture, or ``none``.
-        limit, valid_limit: most rows of a dataset on either side.
+        options: the source, the local datasets (for P3: ``P3/<task>/<split>.jsonl``), the tasks to
+            validate on, and the limits of rows.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        tree: TemplateTree,
-        *,
-        source: str = "templates",
-        data_dir: Path | None = None,
-        validation: str = "published",
-        limit: int | None = None,
-        valid_limit: int | None = None,
-    ):
-        if source == "p3" and mixture.cap_of == "data_set":
+    def __init__(self, mixture: Mixture, tree: TemplateTree, options: PreparePromptsSettings):
+        if options.source == "p3" and mixture.cap_of == "data_set":
             raise UserError(
                 f"mixture {mixture.name} cannot come from P3, whose prompts do not say which part "
                 "is the instruction: leave source out"
             )
         self.mixture, self.tree = mixture.in_tree(tree), tree
-        self.source, self.data_dir = source, data_dir
-        self.validation = validation
-        self.limits = {"train": limit, "valid": valid_limit or limit}
+        self.source, self.data_dir = options.source, options.data_dir
+        self.validation = options.validation
+        self.limits = {"train": options.limit, "valid": options.valid_limit or options.limit}
 
     @cached_property
     def _plan(self) -> tuple[list[PartPlan], list[Unavailable]]:

@@ -44,7 +44,6 @@ def run_info(
     sources: Sources,
     protocol: Protocol,
     scoring: Scoring,
-    versions: dict[str, str],
 ) -> dict[str, Any]:
     """Content of ``run.json``: everything that the numbers depend on.
 
@@ -81,7 +80,7 @@ def run_info(
                 ("bigbench_dir", sources.bigbench_dir),
             )
         },
-        "versions": versions,
+        "versions": environment_versions(),
         "tasks": {name: list(spec.prompts) for name, spec in suite.tasks.items()},
     }
 

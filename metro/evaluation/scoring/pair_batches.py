@@ -7,6 +7,9 @@ of the pairs.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+GROUP_TOKENS = 256
+"""Target tokens that are projected to the vocabulary together, at least."""
+
 
 class Pair(NamedTuple):
     """Ids of a score log P(target | source)."""
@@ -54,12 +57,12 @@ def make_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
     return batches
 
 
-def group_batches(batches: Sequence[Batch], target_tokens: int = 256) -> list[list[Batch]]:
+def group_batches(batches: Sequence[Batch]) -> list[list[Batch]]:
     """Group neighbouring batches, to be projected to the vocabulary together."""
     groups: list[list[Batch]] = []
     size = 0
     for batch in batches:
-        if not groups or size >= target_tokens:
+        if not groups or size >= GROUP_TOKENS:
             groups.append([])
             size = 0
         groups[-1].append(batch)

@@ -21,10 +21,7 @@ from typing import NamedTuple
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
-from metro.evaluation.settings import NORMALIZATIONS
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.models.registry import METHODS
-from metro.utils.messages import UserError
 
 
 class Ranking(NamedTuple):
@@ -44,9 +41,6 @@ class RankClassifier:
         encoder: turns text into ids as the model's protocol wants.
         method: ``direct``, ``channel`` or ``flipped``.
         normalization: ``sum``, ``mean`` or ``calibrated`` (direct and flipped only).
-
-    Raises:
-        UserError: method or normalization is unknown, or they do not go together.
     """
 
     def __init__(
@@ -56,17 +50,6 @@ class RankClassifier:
         method: str = "direct",
         normalization: str = "sum",
     ):
-        for name, value, known in (
-            ("method", method, METHODS),
-            ("normalization", normalization, NORMALIZATIONS),
-        ):
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; use one of {', '.join(known)}")
-        if normalization == "calibrated" and method == "channel":
-            raise UserError(
-                "calibrated scores compare an answer choice with and without the input; channel "
-                "scores are probabilities of the input: use sum or mean"
-            )
         self.scorer, self.encoder = scorer, encoder
         self.method, self.normalization = method, normalization
         self.num_indistinct = 0

@@ -24,7 +24,7 @@ from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.data.prompts.templates import PromptTemplate, TemplateTree, find_templates
 from metro.evaluation.tasks import bigbench
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.evaluation.tasks.label_generalization import LABEL_WORDS, replace_label_words
+from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.utils.messages import UserError
 
@@ -50,12 +50,6 @@ class Sources:
     """Of Jinja's random draws."""
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}; use at least 1, or leave it out")
-        if self.label_words not in LABEL_WORDS:
-            raise UserError(
-                f"label words are {self.label_words!r}; use one of {', '.join(LABEL_WORDS)}"
-            )
         for option, folder in (
             ("--data-dir", self.data_dir),
             ("--bigbench-dir", self.bigbench_dir),

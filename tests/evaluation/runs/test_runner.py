@@ -253,10 +253,6 @@ def test_rows_are_chosen_evenly_and_repeatably():
     sample = choose_rows(5000, 1000, None)
     assert len(set(sample)) == 1000
     assert sample == sorted(sample) == choose_rows(5000, 1000, None)
-    with pytest.raises(ValueError, match="limit is 0"):
-        Sources(limit=0)
-    with pytest.raises(ValueError, match="'swapped'; use one of words, published, original"):
-        Sources(label_words="swapped")
 
 
 def test_options_of_equal_tokens_are_noted(tmp_path, loaded):

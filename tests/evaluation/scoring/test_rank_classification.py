@@ -14,6 +14,7 @@ import torch
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer, make_batches
 from metro.evaluation.scoring.rank_classification import RankClassifier
+from metro.evaluation.settings import EvaluationSettings
 from metro.evaluation.tasks.examples import EvaluationExample
 from tests.evaluation.golden import load_exported
 from tests.finetuning.conftest import KINDS, small_model
@@ -181,16 +182,17 @@ def test_a_cut_option_is_counted_once(golden, normalization):
     assert encoder.num_cut_targets == 1
 
 
-def test_bad_settings_are_refused(golden, tiny_t5):
+def test_bad_settings_are_refused(tiny_t5):
     """Oracle: the message names the value and what to use."""
-    _, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
-    encoder, scorer = PromptEncoder(tokenizer), PairScorer(tiny_t5)
-    with pytest.raises(ValueError, match="'sideways'; use one of direct, channel, flipped"):
-        RankClassifier(scorer, encoder, "sideways")
-    with pytest.raises(ValueError, match="'median'; use one of sum, mean, calibrated"):
-        RankClassifier(scorer, encoder, normalization="median")
-    with pytest.raises(ValueError, match="use sum or mean"):
-        RankClassifier(scorer, encoder, "channel", "calibrated")
+    for options, message in (
+        ({"method": "sideways"}, "'sideways'; use one of direct, channel, flipped"),
+        ({"normalization": "median"}, "'median'; use one of sum, mean, calibrated"),
+        ({"method": "channel", "normalization": "calibrated"}, "use sum or mean"),
+        ({"limit": 0}, "limit is 0; use 1 or more"),
+        ({"label_words": "swapped"}, "'swapped'; use one of words, published, original"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvaluationSettings(models=["a"], **options)
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         PairScorer(tiny_t5, batch_tokens=0)
 
