@@ -7,6 +7,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_plugins.option import option
 from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.models.fairseq_names import MODEL_OPTIONS
 from metro.utils.messages import UserError
 
 
@@ -59,21 +60,12 @@ def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:
             f"encoder_embed_dim {cfg.encoder_embed_dim} is not divisible by "
             f"encoder_attention_heads {cfg.encoder_attention_heads}"
         )
+    options = {field: getattr(cfg, name) for name, field in MODEL_OPTIONS.items()}
+    options["num_decoder_layers"] = cfg.decoder_layers or cfg.encoder_layers
     return MetroT5Config(
+        **options,
         vocab_size=len(dictionary),
-        d_model=cfg.encoder_embed_dim,
         d_kv=cfg.encoder_embed_dim // cfg.encoder_attention_heads,
-        d_ff=cfg.encoder_ffn_embed_dim,
-        num_layers=cfg.encoder_layers,
-        num_decoder_layers=cfg.decoder_layers or cfg.encoder_layers,
-        num_heads=cfg.encoder_attention_heads,
-        relative_attention_num_buckets=cfg.encoder_rp_bins,
-        relative_attention_max_distance=cfg.encoder_rp_max_dist,
-        max_positions=cfg.max_positions,
-        dropout_rate=cfg.dropout,
-        attention_dropout_rate=cfg.attention_dropout,
-        activation_dropout_rate=cfg.activation_dropout,
-        feed_forward_proj=cfg.activation_fn,
         layer_norm_epsilon=1e-5,
         pad_token_id=dictionary.pad(),
         bos_token_id=dictionary.bos(),

@@ -23,7 +23,7 @@ from metro.models.fairseq_checkpoint import (
     auxiliary_config,
     shared_with_main,
 )
-from metro.models.fairseq_names import original_state, plugin_state
+from metro.models.fairseq_names import MODEL_OPTIONS, original_state, plugin_state
 from metro.models.loading import read_config
 from metro.models.reading import check_weights, expected_shapes, read_folder, read_tensors
 from metro.models.source import check_model_folder
@@ -231,21 +231,10 @@ def _settings(config: MetroT5Config, num_sentinels: int) -> dict[str, Any]:
 
 def _model_settings(config: MetroT5Config) -> dict[str, Any]:
     """Make fairseq's options of the main model as plain T5."""
-    sizes = {
-        "embed_dim": config.d_model,
-        "ffn_embed_dim": config.d_ff,
-        "attention_heads": config.num_heads,
-    }
     return {
         "_name": "transformer_t5_base_rpe",
-        **{f"{stack}_{name}": n for stack in ("encoder", "decoder") for name, n in sizes.items()},
-        "encoder_layers": config.num_layers,
-        "decoder_layers": config.num_decoder_layers,
-        "dropout": config.dropout_rate,
-        "attention_dropout": config.attention_dropout_rate,
-        "activation_dropout": config.activation_dropout_rate,
-        "activation_fn": config.feed_forward_proj,
-        "max_positions": config.max_positions,
-        "encoder_rp_bins": config.relative_attention_num_buckets,
-        "encoder_rp_max_dist": config.relative_attention_max_distance,
+        **{option: getattr(config, field) for option, field in MODEL_OPTIONS.items()},
+        "decoder_embed_dim": config.d_model,
+        "decoder_ffn_embed_dim": config.d_ff,
+        "decoder_attention_heads": config.num_heads,
     }

@@ -18,6 +18,7 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.text_metro_t5 import BOS_ID, EOS_ID, PAD_ID
 from metro.models.fairseq_names import (
+    MODEL_OPTIONS,
     is_fairseq_state,
     rename_fairseq_state,
     rename_plugin_state,
@@ -205,23 +206,20 @@ def model_config(
     embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight")
     if not embedding or len(embedding) != 2:
         raise UserError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
-    width, heads = size("encoder_embed_dim"), size("encoder_attention_heads")
     encoder_layers = size("encoder_layers") if trust_depth else depth("encoder")
+    options: dict[str, Any] = {
+        "encoder_layers": encoder_layers,
+        "decoder_layers": size("decoder_layers", encoder_layers),
+        "dropout": float(stated("dropout", 0.1)),
+        "attention_dropout": float(stated("attention_dropout", stated("dropout", 0.1))),
+        "activation_dropout": float(stated("activation_dropout", 0.0)),
+        "activation_fn": str(stated("activation_fn")),
+    }
+    options |= {name: size(name) for name in MODEL_OPTIONS if name not in options}
     return MetroT5Config(
+        **{field: options[name] for name, field in MODEL_OPTIONS.items()},
         vocab_size=embedding[0],
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=size("encoder_ffn_embed_dim"),
-        num_layers=encoder_layers,
-        num_decoder_layers=size("decoder_layers", encoder_layers),
-        num_heads=heads,
-        relative_attention_num_buckets=size("encoder_rp_bins"),
-        relative_attention_max_distance=size("encoder_rp_max_dist"),
-        max_positions=size("max_positions"),
-        dropout_rate=float(stated("dropout", 0.1)),
-        attention_dropout_rate=float(stated("attention_dropout", stated("dropout", 0.1))),
-        activation_dropout_rate=float(stated("activation_dropout", 0.0)),
-        feed_forward_proj=str(stated("activation_fn")),
+        d_kv=options["encoder_embed_dim"] // options["encoder_attention_heads"],
         layer_norm_epsilon=1e-5,  # fairseq has no option for it
         bos_token_id=BOS_ID,
         pad_token_id=PAD_ID,

@@ -1,4 +1,4 @@
-"""One table of parameter names: the original's fairseq checkpoints and METRO's models.
+"""Tables of names: the original's fairseq checkpoints and METRO's models.
 
 ``rename_fairseq_state`` translates from the original's names, ``original_state`` back to them.
 This project's own fairseq checkpoints have METRO's names with the prefix ``model.``.
@@ -14,6 +14,22 @@ import re
 import torch
 
 from metro.utils.messages import UserError
+
+MODEL_OPTIONS = {
+    "encoder_embed_dim": "d_model",
+    "encoder_attention_heads": "num_heads",
+    "encoder_ffn_embed_dim": "d_ff",
+    "encoder_layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "dropout": "dropout_rate",
+    "attention_dropout": "attention_dropout_rate",
+    "activation_dropout": "activation_dropout_rate",
+    "activation_fn": "feed_forward_proj",
+    "max_positions": "max_positions",
+    "encoder_rp_bins": "relative_attention_num_buckets",
+    "encoder_rp_max_dist": "relative_attention_max_distance",
+}
+"""Option of fairseq's models -> field of ``MetroT5Config``."""
 
 STACKS = {
     "encoder": "main.encoder",
