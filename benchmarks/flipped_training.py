@@ -96,14 +96,14 @@ def published_backward(model, examples) -> float:
 
 def our_backward(model, examples) -> float:
     """Gradients of an update, some examples of similar length at a time; returns the loss."""
-    from metro.finetuning.losses import LossOptions, flipped_loss
+    from metro.finetuning.losses import LossOptions, unlikelihood_loss
 
     total = 0.0
     for first in range(0, len(examples), MICRO_BATCH):
         some = examples[first : first + MICRO_BATCH]
         right, wrong, target = (padded(list(column)) for column in zip(*some, strict=True))
         options = LossOptions("flipped", PAD, mean="examples")
-        loss = flipped_loss(model, right, wrong, target, options)
+        loss = unlikelihood_loss(model, options, right, target, wrong_source_ids=wrong)
         loss = loss.total * (len(some) / len(examples))
         loss.backward()
         total += float(loss.detach())

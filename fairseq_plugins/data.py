@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from fairseq.data import FairseqDataset
@@ -46,31 +45,8 @@ def as_sample(batch: NamedTuple) -> dict:
     return {**sample, "nsentences": len(sample["id"]), "net_input": inputs}
 
 
-class Corruption(Protocol):
-    """Turns the uncorrupted ids of a block into one example.
-
-    A small object of its own, as loader processes receive it.
-    """
-
-    def __call__(
-        self, original_ids: np.ndarray, random: np.random.RandomState, index: int, epoch: int
-    ) -> NamedTuple: ...
-
-
-@dataclass(frozen=True)
-class Collation:
-    """Merges examples into fairseq's sample."""
-
-    merge: Callable[..., NamedTuple]
-    """`collate_masked` or `collate_spans`."""
-    pad: int
-    start: int
-    """The decoder's first input."""
-    max_width: int | None
-    """Longest sequence that the model takes."""
-
-    def __call__(self, examples: list) -> dict:
-        return as_sample(self.merge(examples, self.pad, self.start, self.max_width))
+Corruption = Callable[[np.ndarray, np.random.RandomState, int, int], NamedTuple]
+"""(uncorrupted ids of a block, random, index, epoch) -> one example; pickled for loaders."""
 
 
 def check_files(path: str) -> None:
@@ -100,8 +76,9 @@ def check_files(path: str) -> None:
 class PretrainingDataset(FairseqDataset):
     """Blocks of text, each starting with `<s>`, corrupted anew in every epoch.
 
-    `crop` shortens items before they are grouped: "none", "truncate" or "random_crop"; the crop is
-    drawn once and is the same in every epoch, as in the original.
+    `merge` makes a batch of examples. `crop` shortens items before they are grouped: "none",
+    "truncate" or "random_crop"; the crop is drawn once and is the same in every epoch, as in the
+    original.
     """
 
     def __init__(
@@ -109,7 +86,7 @@ class PretrainingDataset(FairseqDataset):
         items,
         *,
         corruption: Corruption,
-        collation: Collation,
+        merge: Callable[[list], NamedTuple],
         break_mode: str,
         tokens_per_sample: int,
         crop: str,
@@ -119,7 +96,7 @@ class PretrainingDataset(FairseqDataset):
         name: str = "the dataset",
     ):
         super().__init__()
-        self.items, self.corruption, self.collation = items, corruption, collation
+        self.items, self.corruption, self.merge = items, corruption, merge
         self.crop, self.bos, self.seed = crop, bos, seed
         self.vocab_size, self.name = vocab_size, name
         self.max_block = tokens_per_sample - 1  # leaves room for <s>
@@ -165,7 +142,7 @@ class PretrainingDataset(FairseqDataset):
         return self.corruption(self.block_ids(index), random, index, self.epoch)
 
     def collater(self, examples: list[NamedTuple]) -> dict:
-        return self.collation(examples) if examples else {}
+        return as_sample(self.merge(examples)) if examples else {}
 
     def size(self, index: int) -> int:
         return int(self.sizes[index])

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fairseq import utils
@@ -12,7 +13,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_METHOD_CHOICES
 from omegaconf import II, MISSING
 
-from fairseq_plugins.data import Collation, Corruption, PretrainingDataset, check_files
+from fairseq_plugins.data import Corruption, PretrainingDataset, check_files
 from fairseq_plugins.option import option
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.utils.messages import UserError
@@ -107,8 +108,11 @@ class PretrainingTask(SentinelTask):
         self.datasets[split] = PretrainingDataset(
             data_utils.load_indexed_dataset(path, self.dictionary, combine=combine),
             corruption=self.corruption(),
-            collation=Collation(
-                self.merge, self.dictionary.pad(), self.first_sentinel, self.max_width
+            merge=partial(
+                self.merge,
+                pad=self.dictionary.pad(),
+                start=self.first_sentinel,
+                max_width=self.max_width,
             ),
             break_mode=str(self.cfg.sample_break_mode),
             tokens_per_sample=self.cfg.tokens_per_sample,

@@ -1,9 +1,11 @@
 """Task `t5`: span corruption."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from fairseq.tasks import register_task
 
+from fairseq_plugins.data import Corruption
 from fairseq_plugins.option import option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
@@ -21,19 +23,9 @@ class T5Config(PretrainingConfig):
     mask_multiple_length: int = option(5, "longest span")
 
 
-@dataclass(frozen=True)
-class SpanCorruption:
-    """Replaces spans by sentinels; options as of `metro.pretraining.masking.corrupt_spans`."""
-
-    first_sentinel_id: int
-    max_positions: int
-    mask_prob: float
-    empty_prob: float
-    mask_multiple_length: int
-    max_target_tokens: int | None
-
-    def __call__(self, original_ids, random, index: int, epoch: int) -> SpanExample:
-        return SpanExample(index, *corrupt_spans(original_ids, random, **vars(self)))
+def corrupt_block(original_ids, random, index: int, epoch: int, **options) -> SpanExample:
+    """Replace spans of a block by sentinels; options as of `corrupt_spans`."""
+    return SpanExample(index, *corrupt_spans(original_ids, random, **options))
 
 
 @register_task("t5", dataclass=T5Config)
@@ -50,8 +42,9 @@ class T5Task(PretrainingTask):
 
     merge = staticmethod(collate_spans)
 
-    def corruption(self) -> SpanCorruption:
-        return SpanCorruption(
+    def corruption(self) -> Corruption:
+        return partial(
+            corrupt_block,
             first_sentinel_id=self.first_sentinel,
             max_positions=self.cfg.tokens_per_sample,
             mask_prob=self.cfg.mask_prob,

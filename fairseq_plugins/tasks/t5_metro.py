@@ -1,9 +1,11 @@
 """Task `t5_metro`: masked text for the auxiliary model, the original as the decoder's target."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from fairseq.tasks import register_task
 
+from fairseq_plugins.data import Corruption
 from fairseq_plugins.option import option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
@@ -24,24 +26,11 @@ class T5MetroConfig(PretrainingConfig):
     mask_stdev: float = option(0.0, "only 0 is implemented")
 
 
-@dataclass(frozen=True)
-class Masking:
-    """Masks a block for the auxiliary model; options as of `metro.pretraining.masking`."""
-
-    seed: int
-    mask_id: int
-    vocab_size: int
-    num_special: int
-    mask_prob: float
-    leave_unmasked_prob: float
-    random_token_prob: float
-    mask_multiple_length: int
-
-    def __call__(self, original_ids, random, index: int, epoch: int) -> MaskedExample:
-        options = {name: value for name, value in vars(self).items() if name != "seed"}
-        masked_ids, is_masked = mask_tokens(original_ids, random, **options)
-        seed = sampling_seed(self.seed, epoch, index)
-        return MaskedExample(index, original_ids, masked_ids, is_masked, seed)
+def mask_block(original_ids, random, index: int, epoch: int, seed: int, **options) -> MaskedExample:
+    """Mask a block for the auxiliary model; options as of `mask_tokens`."""
+    masked_ids, is_masked = mask_tokens(original_ids, random, **options)
+    sampled_by = sampling_seed(seed, epoch, index)
+    return MaskedExample(index, original_ids, masked_ids, is_masked, sampled_by)
 
 
 @register_task("t5_metro", dataclass=T5MetroConfig)
@@ -60,9 +49,10 @@ class T5MetroTask(PretrainingTask):
 
     merge = staticmethod(collate_masked)
 
-    def corruption(self) -> Masking:
+    def corruption(self) -> Corruption:
         cfg = self.cfg
-        return Masking(
+        return partial(
+            mask_block,
             seed=cfg.seed,
             mask_id=self.first_sentinel,
             vocab_size=len(self.dictionary),

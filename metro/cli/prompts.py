@@ -15,9 +15,8 @@ from pathlib import Path
 
 import click
 
+from metro.models.registry import METHODS
 from metro.utils.messages import UserError
-
-OBJECTIVES = ("direct", "channel", "flipped")
 
 templates_option = click.option(
     "--templates",
@@ -130,8 +129,8 @@ def show_prompts(
     from metro.data.prompts.mixtures import split_dataset_name
     from metro.data.prompts.templates import find_templates
 
-    if objective not in OBJECTIVES:
-        raise UserError(f"--objective is {objective!r}, and must be one of {', '.join(OBJECTIVES)}")
+    if objective not in METHODS:
+        raise UserError(f"--objective is {objective!r}, and must be one of {', '.join(METHODS)}")
     tree = find_templates(templates)
     name = split_dataset_name(dataset, tree)
     chosen = [tree.template(*name, prompt)] if prompt else tree.templates(*name)
@@ -167,21 +166,19 @@ def _view(example, objective: str) -> dict:
         UnusableRow: FLIPPED needs answer choices and an instruction, and there are none.
     """
     from metro.data.jsonl_rows import UnusableRow
-    from metro.data.prompts.instruction import encoder_text
+    from metro.data.prompts.instruction import model_texts
 
     choices = example["answer_choices"]
-    answers = [example["target"]] if choices is None else choices
-    if objective == "direct":
-        encoder, decoder = [example["input"]] * len(answers), answers
-    elif objective == "channel":
-        encoder, decoder = answers, [example["input"]] * len(answers)
-    elif choices is None:
+    if objective == "flipped" and choices is None:
         raise UnusableRow("no answer choices, which FLIPPED needs")
-    elif example["flipped_input"] is None:
+    if objective == "flipped" and example["flipped_input"] is None:
         raise UnusableRow("no instruction, or an answer that is not among its choices")
-    else:
-        encoder = [encoder_text(example["flipped_input"], choice) for choice in choices]
-        decoder = [example["instruction"]] * len(choices)
+    flipped = example["flipped_input"], example["instruction"]
+    texts = [
+        model_texts(objective, example["input"], answer, *flipped)
+        for answer in ([example["target"]] if choices is None else choices)
+    ]
+    encoder, decoder = (list(side) for side in zip(*texts, strict=True))
     return {**example, "objective": objective, "encoder_texts": encoder, "decoder_texts": decoder}
 
 

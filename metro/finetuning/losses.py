@@ -176,14 +176,15 @@ def batch_loss(
     pad, is_target = options.pad_token_id, target_ids.ne(options.pad_token_id)
     sums = {"tokens": is_target.sum().float(), "examples": is_target.any(1).sum().float()}
     if options.objective in ("flipped", "direct+ul"):
-        if options.objective == "flipped":
-            assert wrong_source_ids is not None
-            loss = flipped_loss(model, source_ids, wrong_source_ids, target_ids, options, num_items)
-        else:
-            assert wrong_target_ids is not None
-            loss = direct_unlikelihood_loss(
-                model, source_ids, target_ids, wrong_target_ids, options, num_items
-            )
+        loss = unlikelihood_loss(
+            model,
+            options,
+            source_ids,
+            target_ids,
+            wrong_source_ids=wrong_source_ids,
+            wrong_target_ids=wrong_target_ids,
+            num_items=num_items,
+        )
         items = sums[options.mean] if num_items is None else num_items
         sums |= {
             "likelihood": loss.likelihood * items,
@@ -208,68 +209,41 @@ def batch_loss(
     return BatchLoss((loss_BT * weight_BT).sum(), sums)
 
 
-def direct_unlikelihood_loss(
+def unlikelihood_loss(
     model: nn.Module,
+    options: LossOptions,
     source_ids: torch.Tensor,
     target_ids: torch.Tensor,
-    wrong_target_ids: torch.Tensor,
-    options: LossOptions,
+    *,
+    wrong_source_ids: torch.Tensor | None = None,
+    wrong_target_ids: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
 ) -> UnlikelihoodLoss:
-    """Compute the loss of direct+ul; arguments as for :func:`batch_loss`. Encodes x once."""
-    pad, mask = options.pad_token_id, source_ids.ne(options.pad_token_id)
-    encoded = unwrap(model).get_encoder()(input_ids=source_ids, attention_mask=mask)[0]
-    targets = stack_padded(target_ids, wrong_target_ids, pad)
-    projected = projection_input(
-        model,
-        encoder_outputs=BaseModelOutput(encoded.repeat(2, 1, 1)),
-        attention_mask=mask.repeat(2, 1),
-        decoder_input_ids=shift_targets(targets, start_token(model), pad),
-    )
-    return _right_and_wrong(projected, targets, options, num_items)
+    """Compute the loss of flipped or direct+ul; arguments as for :func:`batch_loss`.
 
-
-def flipped_loss(
-    model: nn.Module,
-    right_ids: torch.Tensor,
-    wrong_ids: torch.Tensor,
-    target_ids: torch.Tensor,
-    options: LossOptions,
-    num_items: torch.Tensor | float | None = None,
-) -> UnlikelihoodLoss:
-    """Compute the FLIPPED loss; both encoder inputs go through the model in one batch.
-
-    Args:
-        model: any sequence-to-sequence model of Hugging Face.
-        right_ids: (B, S) encoder ids with the right label, padded.
-        wrong_ids: (B, S') encoder ids with a wrong label.
-        target_ids: (B, T) ids of the instruction, end token included.
-        options: settings.
-        num_items: as for :func:`batch_loss`.
+    Right and wrong labels go through the model in one batch; direct+ul encodes x once.
     """
-    pad = options.pad_token_id
-    encoder_ids = stack_padded(right_ids, wrong_ids, pad)
-    targets = target_ids.repeat(2, 1)
+    check_unlikelihood_weight(options.unlikelihood_weight)
+    pad, encoder_input = options.pad_token_id, {}
+    if options.objective == "flipped":
+        assert wrong_source_ids is not None
+        encoder_input["input_ids"] = stack_padded(source_ids, wrong_source_ids, pad)
+        mask, targets = encoder_input["input_ids"].ne(pad), target_ids.repeat(2, 1)
+    else:
+        assert wrong_target_ids is not None
+        mask, targets = source_ids.ne(pad), stack_padded(target_ids, wrong_target_ids, pad)
+        encoded = unwrap(model).get_encoder()(input_ids=source_ids, attention_mask=mask)[0]
+        encoder_input["encoder_outputs"] = BaseModelOutput(encoded.repeat(2, 1, 1))
+        mask = mask.repeat(2, 1)
     projected = projection_input(
         model,
-        input_ids=encoder_ids,
-        attention_mask=encoder_ids.ne(pad),
+        **encoder_input,
+        attention_mask=mask,
         decoder_input_ids=shift_targets(targets, start_token(model), pad),
     )
-    return _right_and_wrong(projected, targets, options, num_items)
-
-
-def _right_and_wrong(
-    projected: ProjectionInput,
-    target_ids_BT: torch.Tensor,
-    options: LossOptions,
-    num_items: torch.Tensor | float | None,
-) -> UnlikelihoodLoss:
-    """Combine both terms: half of the batch has right labels, the other half wrong ones."""
-    check_unlikelihood_weight(options.unlikelihood_weight)
-    nll = token_losses(projected, target_ids_BT, options.pad_token_id).loss
+    nll = token_losses(projected, targets, pad).loss
     right_BT, wrong_BT = nll.chunk(2)
-    is_right, is_wrong = target_ids_BT.ne(options.pad_token_id).to(nll.dtype).chunk(2)
+    is_right, is_wrong = targets.ne(pad).to(nll.dtype).chunk(2)
     likelihood = (right_BT * mean_weights(is_right, options.mean, num_items)).sum()
     if num_items is not None and options.mean == "tokens":
         # The wrong tokens of a part of a batch count as much as its right ones.

@@ -24,7 +24,7 @@ from itertools import chain
 import numpy as np
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.data.prompts.instruction import SENTINEL, encoder_text
+from metro.data.prompts.instruction import SENTINEL, encoder_text, model_texts
 from metro.finetuning.collation import EncodedPrompt
 from metro.utils.messages import UserError
 
@@ -48,12 +48,10 @@ def encode_example(
     Raises:
         Unusable: it has no wrong label, no instruction, or answer choices with identical ids.
     """
-    if objective == "direct":
-        source, target = encoder.sources([example["input"]]), encoder.targets([example["target"]])
-        return EncodedPrompt(row, _ids(source[0]), _ids(target[0]))
-    if objective == "channel":
-        source, target = encoder.sources([example["target"]]), encoder.targets([example["input"]])
-        return EncodedPrompt(row, _ids(source[0]), _ids(target[0]))
+    if objective in ("direct", "channel"):
+        texts = model_texts(objective, example["input"], example["target"], None, None)
+        source, target = encoder.sources([texts[0]])[0], encoder.targets([texts[1]])[0]
+        return EncodedPrompt(row, _ids(source), _ids(target))
     gold, others = gold_and_others(example)
     random.Random(draw).shuffle(others)
     if objective == "flipped":

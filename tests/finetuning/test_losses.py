@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metro.finetuning.losses import LossOptions, batch_loss, flipped_loss, unlikelihood
+from metro.finetuning.losses import LossOptions, batch_loss, unlikelihood, unlikelihood_loss
 from tests.finetuning.conftest import small_model
 
 
@@ -23,6 +23,10 @@ def pad(rows, width=None) -> torch.Tensor:
 def ids(examples: list[dict], width=None):
     keys = ("correct_ids", "wrong_ids", "target_ids")
     return [pad([example[key] for example in examples], width) for key in keys]
+
+
+def flipped_loss(model, right, wrong, target, options):
+    return unlikelihood_loss(model, options, right, target, wrong_source_ids=wrong)
 
 
 @pytest.fixture

@@ -154,6 +154,20 @@ def encoder_text(flipped_input: str, label: str) -> str:
     return f"input: {flipped_input}\n output: {label}"
 
 
+def model_texts(
+    method: str, prompt: str, answer: str, flipped_input: str | None, instruction: str | None
+) -> tuple[str, str]:
+    """Return the texts that encoder and decoder read under a method.
+
+    direct: prompt, answer. channel: answer, prompt. flipped: input and answer, instruction.
+    """
+    if method == "direct":
+        return prompt, answer
+    if method == "channel":
+        return answer, prompt
+    return encoder_text(flipped_input or "", answer), instruction or ""
+
+
 def sentinels_for(tokenizer) -> list[str]:
     """Return the tokens of a vocabulary that stand for ``<extra_id_0>``, ``<extra_id_1>``, ...
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.data.prompts.instruction import encoder_text
+from metro.data.prompts.instruction import model_texts
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.tasks.examples import EvaluationExample
 
@@ -88,24 +88,21 @@ class RankClassifier:
 
     def sources(self, examples: Sequence[EvaluationExample]) -> list[tuple[int, ...]]:
         """Encode the encoder's input, one per answer choice of each example."""
-        asked = [(example, choice) for example in examples for choice in example.choices]
-        if self.method == "direct":
-            return encode_once([example.input for example, _ in asked], self.encoder.sources)
-        if self.method == "channel":
-            return encode_once([choice for _, choice in asked], self.encoder.sources)
-        texts = [encoder_text(example.flipped_input or "", choice) for example, choice in asked]
-        return encode_once(texts, self.encoder.labelled_sources)
+        flipped = self.method == "flipped"
+        encode = self.encoder.labelled_sources if flipped else self.encoder.sources
+        return encode_once([text for text, _ in self.texts(examples)], encode)
 
     def targets(self, examples: Sequence[EvaluationExample]) -> list[tuple[int, ...]]:
         """Encode the text whose probability is the score, one per answer choice of each example."""
-        asked = [(example, choice) for example in examples for choice in example.choices]
-        if self.method == "direct":
-            texts = [choice for _, choice in asked]
-        elif self.method == "channel":
-            texts = [example.input for example, _ in asked]
-        else:
-            texts = [example.instruction or "" for example, _ in asked]
-        return encode_once(texts, self.encoder.targets)
+        return encode_once([text for _, text in self.texts(examples)], self.encoder.targets)
+
+    def texts(self, examples: Sequence[EvaluationExample]) -> list[tuple[str, str]]:
+        """Write what encoder and decoder read, one pair per answer choice of each example."""
+        return [
+            model_texts(self.method, e.input, choice, e.flipped_input, e.instruction)
+            for e in examples
+            for choice in e.choices
+        ]
 
 
 def encode_once(
