@@ -1,6 +1,6 @@
 """Model `t5_metro` and its architectures: METRO's main model, auxiliary model and RTD head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fairseq.models import BaseFairseqModel, register_model
 
@@ -13,11 +13,7 @@ from fairseq_plugins.models._options import (
 from fairseq_plugins.option import option
 from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
-from metro.pretraining.configuration import (
-    RTD_HEADS,
-    SHARED_EMBEDDINGS,
-    MetroPretrainingConfig,
-)
+from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError
@@ -56,15 +52,6 @@ class MetroLargeModelConfig(LargeSizes, MetroModelConfig):
     generator_layers: int = 6
 
 
-def choice(name: str, value, valid: tuple[str, ...], if_true: str) -> str:
-    """A named option that published files also give as a boolean (`rtd_head: true`)."""
-    text = str(value).lower()
-    text = {"true": if_true, "false": "none"}.get(text, text)
-    if text not in valid:
-        raise UserError(f"{name} is {value!r}; use one of {', '.join(valid)}")
-    return text
-
-
 def auxiliary_config(cfg: MetroModelConfig) -> MetroPretrainingConfig:
     """METRO's own options as the library takes them."""
     if cfg.no_generator:
@@ -72,16 +59,8 @@ def auxiliary_config(cfg: MetroModelConfig) -> MetroPretrainingConfig:
             "no_generator is true, but METRO learns from the auxiliary model's replacements; for "
             "pretraining without one use task t5 with model transformer_t5_base_rpe"
         )
-    share = cfg.share_generator_discriminator_embed
-    return MetroPretrainingConfig(
-        auxiliary_layers=cfg.generator_layers,
-        zero_dropout=cfg.generator_zero_dropout,
-        sample_mode=cfg.generator_sample_mode,
-        rtd_head=choice("rtd_head", cfg.rtd_head, RTD_HEADS, if_true="simple"),
-        share=choice(
-            "share_generator_discriminator_embed", share, SHARED_EMBEDDINGS, if_true="token"
-        ),
-    )
+    options = {part.name: getattr(cfg, part.name) for part in fields(MetroModelConfig)}
+    return MetroPretrainingConfig.from_options(options, cfg.generator_layers)
 
 
 @register_model("t5_metro", dataclass=MetroModelConfig)

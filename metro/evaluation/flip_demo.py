@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.settings import FlipSettings
@@ -62,12 +61,7 @@ def flip_options(settings: FlipSettings) -> FlipResult:
     sentinels_for(tokenizer)
     registered = find_registered(settings.model)
     protocol = choose_protocol(registered.family if registered else None, model.config, "flipped")
-    encoder = PromptEncoder(
-        tokenizer,
-        source_special_tokens=protocol.source_special_tokens,
-        max_source_length=protocol.max_source_length,
-        max_target_length=protocol.max_target_length,
-    )
+    encoder = protocol.encoder(tokenizer)
     sources = encoder.labelled_sources([encoder_text(text, option) for option in options])
     check_distinct(sources, options)
     generated = generate(model, tokenizer, sources, settings.max_new_tokens)

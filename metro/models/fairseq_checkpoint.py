@@ -233,22 +233,11 @@ def model_config(
 
 
 def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> MetroPretrainingConfig:
-    """Build the configuration of auxiliary model and RTD head, in published spellings too."""
-    cfg = settings["model"]
-
-    def choice(name: str, if_true: str) -> str:
-        text = str(cfg.get(name, if_true)).lower()
-        return {"true": if_true, "false": "none"}.get(text, text)
-
+    """Build the configuration of auxiliary model and RTD head, its depth from the weights."""
     layers = [re.match(r"auxiliary\.encoder\.block\.(\d+)\.", name) for name in extra]
+    depth = max((int(layer[1]) + 1 for layer in layers if layer), default=0)
     try:
-        return MetroPretrainingConfig(
-            auxiliary_layers=max((int(layer[1]) + 1 for layer in layers if layer), default=0),
-            zero_dropout=bool(cfg.get("generator_zero_dropout", False)),
-            sample_mode=str(cfg.get("generator_sample_mode") or "train"),
-            rtd_head=choice("rtd_head", "simple"),
-            share=choice("share_generator_discriminator_embed", "token"),
-        )
+        return MetroPretrainingConfig.from_options(settings["model"], depth)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -1,6 +1,8 @@
 """Settings of what METRO pretraining adds to the main model: auxiliary model and RTD head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from metro.utils.messages import UserError
 
@@ -28,6 +30,27 @@ class MetroPretrainingConfig:
     share: str = "token"
     """What the auxiliary model shares with the main encoder: ``none``, ``token`` embeddings,
     ``token_pos`` (also positions) or ``token_pos_norm`` (also the first LayerNorm)."""
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any], auxiliary_layers: int
+    ) -> "MetroPretrainingConfig":
+        """Read the options of fairseq's model ``t5_metro``, missing ones as published.
+
+        Published files also give choices as booleans (``rtd_head: true``).
+        """
+
+        def choice(name: str, if_true: str) -> str:
+            text = str(options.get(name, if_true)).lower()
+            return {"true": if_true, "false": "none"}.get(text, text)
+
+        return cls(
+            auxiliary_layers,
+            zero_dropout=bool(options.get("generator_zero_dropout", False)),
+            sample_mode=str(options.get("generator_sample_mode") or "train"),
+            rtd_head=choice("rtd_head", "simple"),
+            share=choice("share_generator_discriminator_embed", "token"),
+        )
 
     def __post_init__(self):
         for name, valid in (

@@ -16,10 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import fairseq_plugins
-from fairseq_plugins.models import metro_t5
 from fairseq_plugins.tasks._pretraining import PretrainingTask
 from metro.fusion import fused_attend
 from metro.modeling.attention_metro_t5 import Attention
+from metro.pretraining.configuration import MetroPretrainingConfig
 from tests.plugins.conftest import configure
 
 CONFIGS = Path(fairseq_plugins.__file__).parent / "configs" / "pretraining"
@@ -246,7 +246,7 @@ def test_published_facts_of_the_configurations():
     [(True, "simple"), ("True", "simple"), ("true", "simple"), (False, "none"), ("roberta",) * 2],
 )
 def test_rtd_head_may_be_a_boolean(value, expected):
-    assert metro_t5.choice("rtd_head", value, metro_t5.RTD_HEADS, if_true="simple") == expected
+    assert MetroPretrainingConfig.from_options({"rtd_head": value}, 4).rtd_head == expected
 
 
 @pytest.mark.parametrize(

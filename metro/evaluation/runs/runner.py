@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
@@ -155,7 +154,8 @@ def evaluate(
         started = time.perf_counter()
         asked = task.examples(prompt, flipped=scoring.method == "flipped")
         asked.examples = [protocol.prepare(example) for example in asked.examples]
-        classifier = make_classifier(scorer, tokenizer, protocol, scoring, task.name)
+        encoder = protocol.encoder(tokenizer, task.name)
+        classifier = RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
         rankings = classifier.rank(asked.examples, progress=show)
         show(1.0)
         position += weight
@@ -170,19 +170,6 @@ def evaluate(
                 f"{name}: {percent(result.accuracy)} % of {result.num_examples}, {seconds:.1f} s"
             )
     return len(done) - sum(done)
-
-
-def make_classifier(
-    scorer: PairScorer, tokenizer, protocol: Protocol, scoring: Scoring, task: str
-) -> RankClassifier:
-    source_length, target_length = protocol.lengths(task)
-    encoder = PromptEncoder(
-        tokenizer,
-        source_special_tokens=protocol.source_special_tokens,
-        max_source_length=source_length,
-        max_target_length=target_length,
-    )
-    return RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
 
 
 def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:

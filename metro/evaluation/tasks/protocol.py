@@ -19,6 +19,7 @@ text of instructions is left alone.
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.tasks.examples import EvaluationExample
 
 
@@ -37,6 +38,16 @@ class Protocol:
     def lengths(self, task: str) -> tuple[int, int]:
         """Return the longest source and target of a task."""
         return self.task_lengths.get(task, (self.max_source_length, self.max_target_length))
+
+    def encoder(self, tokenizer, task: str = "") -> PromptEncoder:
+        """Make the encoder of a task's texts."""
+        source, target = self.lengths(task)
+        return PromptEncoder(
+            tokenizer,
+            source_special_tokens=self.source_special_tokens,
+            max_source_length=source,
+            max_target_length=target,
+        )
 
     def prepare(self, example: EvaluationExample) -> EvaluationExample:
         """Fold the white space of an example as the family reads it."""
