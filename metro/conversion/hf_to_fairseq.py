@@ -120,12 +120,7 @@ def to_fairseq(
         "optimizer_history": training.get("history") or [NO_HISTORY],
         "task_state": {},
         "extra_state": {
-            "train_iterator": {
-                "version": 2,
-                "epoch": 1,
-                "iterations_in_epoch": 0,
-                "shuffle": True,
-            },
+            "train_iterator": {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True},
             **{
                 name: training["losses"][key]
                 for name, key in (("val_loss", "valid"), ("best", "best"))

@@ -19,7 +19,6 @@ from metro.data.datasets import name_of
 from metro.data.prompts.limits import CUT, AnswerChoices, TemplateError
 from metro.data.prompts.sandbox import (
     ProtectedRow,
-    compile_source,
     protect,
     render_source,
     unprotect,
@@ -105,17 +104,6 @@ class PromptTemplate:
             fields = self._fields(row)
             values = self._with_choices(fields, self._choices(fields, seed))
             return unprotect(render_source(_cut_values(jinja_source), values, seed).text)
-
-    def check(self) -> None:
-        """Compile everything.
-
-        Raises:
-            TemplateError: the template is refused; the message says why.
-        """
-        with self._named():
-            compile_source(_cut_values(self.jinja))
-            if self.answer_choices:
-                compile_source(self.answer_choices)
 
     def _fields(self, row: dict) -> ProtectedRow:
         if isinstance(row, ProtectedRow):

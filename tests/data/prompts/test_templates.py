@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from metro.data.jsonl_rows import JsonlRows
+from metro.data.prompts.sandbox import compile_source
 from metro.data.prompts.templates import (
     PromptTemplate,
     TemplateTree,
@@ -76,7 +77,8 @@ def test_all_576_templates_parse_and_have_a_task_name_of_their_own(testdata, tre
     names = set()
     for data_set in tree.datasets():
         for one in tree.templates(*data_set):
-            one.check()
+            compile_source(one.jinja)
+            compile_source(one.answer_choices or "")
             counts[data_set] += 1
             names.add(one.task_name)
             assert pickle.loads(pickle.dumps(one)) == one
