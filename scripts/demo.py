@@ -18,11 +18,11 @@ import sysconfig
 import time
 from pathlib import Path
 
+from demo_text import write_demo_text
 from plot_training import LOSSES, draw, parse_line, read_log
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metro.data.text.demo_text import write_demo_text
 from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metro.data.text.demo_text import write_demo_text
+from scripts.demo_text import write_demo_text
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metro.data.text.demo_text import documents, is_prose, prose_paragraphs, write_demo_text
+from scripts.demo_text import documents, is_prose, prose_paragraphs, write_demo_text
 
 SENTENCE = (
     "The distance between two points is the length of the straight line that joins them both."
