@@ -2,8 +2,8 @@
 
 Work goes into ``OUT.partial`` beside ``OUT``; ``state.json`` in it records the progress. The
 manifest is the last file written there, then the folder takes its final name: ``OUT`` is complete
-or absent. With ``overwrite`` the files that an earlier manifest lists are replaced, and all others
-stay.
+or absent. With ``overwrite`` the files that an earlier manifest lists are deleted, and binarised
+text of a split that the new manifest lacks; all others stay.
 """
 
 import fcntl
@@ -22,6 +22,7 @@ TEXT_MANIFEST = "prepare_text.json"
 PROMPTS_MANIFEST = "prompts.json"
 SPLITS = ("train", "valid")
 STATE = "state.json"
+TEXT_FILES = [split + suffix for split in SPLITS for suffix in (".bin", ".idx")]
 LOCK = "lock"
 LOCK_SECONDS = 5.0
 _SIZES = ".sizes"  # of files that metro.data.indexed_file needs during the work only
@@ -134,7 +135,7 @@ class PreparedFolder:
         for name in _files_below(self.partial):
             if name not in manifest["files"] and name != self.manifest_name:
                 (self.partial / name).unlink()
-        self._remove_earlier_output()
+        self._remove_earlier_output(manifest)
         try:
             os.rename(self.partial, self.out)
         except OSError:  # other files are there, or it is a mount point
@@ -152,21 +153,27 @@ class PreparedFolder:
         facts: dict = {"bytes": path.stat().st_size}
         return {**facts, "crc32": _crc32(path)} if self.checksums else facts
 
-    def _remove_earlier_output(self) -> None:
-        """Delete the files of an earlier run, then its manifest, which lists them."""
+    def _remove_earlier_output(self, manifest: dict) -> None:
+        """Delete the files of an earlier run, then its manifest, which lists them.
+
+        A stale split of text is deleted without a manifest too: fairseq would read it.
+        """
         earlier = self.out / self.manifest_name
-        for name in (read_json(earlier) or {"files": {}})["files"]:
-            (self.out / name).unlink(missing_ok=True)
+        names = {*(read_json(earlier) or {"files": {}})["files"]}
+        if self.manifest_name == TEXT_MANIFEST:
+            names |= {*TEXT_FILES} - {*manifest["files"]}
+        paths = [self.out / name for name in names]
+        for path in paths:
+            path.unlink(missing_ok=True)
         earlier.unlink(missing_ok=True)
-        for folder in sorted((path for path in self.out.rglob("*") if path.is_dir()), reverse=True):
-            if not any(folder.iterdir()):
+        for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
+            if self.out in folder.parents and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _clear_partial(self) -> None:
         """Delete what an earlier run left, and nothing that is not ours."""
         ours = {self.manifest_name, STATE, self.manifest_name + ".tmp", STATE + ".tmp", LOCK}
-        ours |= {*VOCABULARY_FILES, *SPLITS}
-        ours |= {split + suffix for split in SPLITS for suffix in (".bin", ".idx", _SIZES)}
+        ours |= {*VOCABULARY_FILES, *SPLITS, *TEXT_FILES, *(split + _SIZES for split in SPLITS)}
         if foreign := sorted(path.name for path in self.partial.iterdir() if path.name not in ours):
             raise UserError(
                 f"{self.partial} is needed as a work folder and holds other files "

@@ -73,10 +73,13 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(world, tmp
     other_files = files_of(other.folder)
     assert other_files != first_files and read_manifest(out)["seed"] == 1
     (out / "train/one_ask/train.jsonl").write_text("")
+    for folder in ("mine", "train/one_old"):
+        (out / folder).mkdir()
     with pytest.raises(ValueError, match="missing or was changed.*--overwrite"):
         prepare(world, out, seed=1)
     again, _ = prepare(world, out, seed=1, overwrite=True)
     assert files_of(again.folder) == other_files
+    assert (out / "mine").is_dir() and (out / "train/one_old").is_dir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes").write_text("mine")
     with pytest.raises(UserError, match="choose another --out"):

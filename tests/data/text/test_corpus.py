@@ -273,6 +273,20 @@ def test_finished_folder_is_left_alone_and_other_settings_need_overwrite(text, v
         prepare([text], out, vocab)
 
 
+def test_overwrite_leaves_no_stale_split_and_every_folder_of_the_user(text, vocab, tmp_path):
+    out = tmp_path / "out"
+    for manifest in (True, False):  # without one: a folder of fairseq-preprocess
+        prepare([text], out, vocab, valid_fraction=0.2)
+        (out / "mine/logs").mkdir(parents=True)
+        if not manifest:
+            (out / "prepare_text.json").unlink()
+        prepare([text], out, vocab, valid_fraction=0.0, overwrite=True)
+        files = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+        kept = {name for name in ALL_FILES if not name.startswith("valid")}
+        assert files == {*kept, "prepare_text.json", "mine", "mine/logs"}
+        shutil.rmtree(out)
+
+
 def test_folder_of_other_things_is_not_touched(text, vocab, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("years of work")
