@@ -23,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
-from metro.data.text.demo_text import write_demo_text
 from metro.utils.worker_pool import available_cores
+from scripts.demo_text import write_demo_text
 
 METRO = [sys.executable, "-m", "metro.cli.main", "prepare-text", "--valid-fraction", "0"]
 

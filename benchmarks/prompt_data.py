@@ -29,7 +29,7 @@ from benchmarks.prepare_text import parse_options, run_measured, versions
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import order_by_lengths
 from metro.data.datasets import load_rows
-from metro.data.text.demo_text import write_demo_text
+from scripts.demo_text import write_demo_text
 
 METRO = [sys.executable, "-m", "metro.cli.main"]
 BATCH_TOKENS = 8192

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, print_table, write_results
 from benchmarks.plain_chain import normalize_plainly
-from metro.data.text.demo_text import write_demo_text
 from metro.modeling.text_metro_t5 import Vocabulary, normalize_text
+from scripts.demo_text import write_demo_text
 
 UNK = 3
 
