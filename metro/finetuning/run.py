@@ -166,10 +166,13 @@ def training_arguments(settings: FinetuningSettings):
     same_name = (
         *("output_dir", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
         *("learning_rate", "warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
-        *("use_cpu", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
+        *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
     )
     arguments = TrainingArguments(
         **{name: getattr(settings, name) for name in same_name},
+        # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
+        # machine without one each would train a model of its own.
+        use_cpu=settings.use_cpu or not torch.accelerator.is_available(),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         lr_scheduler_type=scheduler,

@@ -166,7 +166,8 @@ def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
         learning_rate=0.1,
     )
     one = finetune(settings("one", **common, batch_size=4, gradient_accumulation_steps=2))
-    options = settings("two", **common, batch_size=4).as_dict()
+    use_cpu = torch.accelerator.is_available()  # where there is none, it needs no saying
+    options = settings("two", **common, batch_size=4, use_cpu=use_cpu).as_dict()
     (tmp_path / "two.yaml").write_text(
         "".join(f"{k}: {v}\n" for k, v in options.items() if v is not None and k != "adam_betas")
     )
