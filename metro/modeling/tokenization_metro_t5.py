@@ -126,7 +126,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
             return text
         if len(self._added_tokens_encoder) > NUM_SPECIAL_IDS:
             return self.convert_tokens_to_ids(self._tokenize(text))  # a piece may be an added token
-        return self.vocabulary.processor.encode(normalize_text(text, self.lower)) or [UNK_ID]
+        return self.vocabulary.encode(text, self.lower)[:-1] or [UNK_ID]  # </s> is added later
 
     def convert_tokens_to_ids(self, tokens):
         if not isinstance(tokens, list):
