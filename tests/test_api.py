@@ -4,8 +4,6 @@ Oracles: what the command line writes and prints for the same options; results c
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,20 +13,12 @@ from tests.data.prepared import files_of
 from tests.data.prompts.toys import files_of as prompt_files_of
 from tests.data.prompts.toys import make_world
 from tests.evaluation.toy import write_suite
-from tests.finetuning.conftest import t5_folder  # noqa: F401, a fixture
-from tests.finetuning.prepared import write_prepared
+from tests.processes import METRO, run_python
 
 
 def command(*arguments: object) -> str:
     """Run `metro ...` in a process of its own; what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "metro.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python(*METRO, *arguments).stdout
 
 
 def scores_of(folder):
@@ -36,16 +26,12 @@ def scores_of(folder):
             if "results" not in path.name}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 60)
-
-
 def test_prepare_text_writes_what_the_command_writes(text, vocab, tmp_path, capsys):
     result = metro.prepare_text(
         inputs=[text], out=tmp_path / "a", vocab=vocab, num_workers=1, progress=False
     )
-    command("prepare-text", "-i", text, "--out", tmp_path / "b", "--vocab", vocab, "--workers", 1)
+    flags = ["-i", text, "--out", tmp_path / "b", "--vocab", vocab, "--workers", 1]
+    assert "documents; train" in command("prepare-text", *flags)
     assert files_of(result.folder) == files_of(tmp_path / "b")
     assert result.manifest["counts"]["vocab_size"] == 150
     assert capsys.readouterr() == ("", "")
@@ -65,7 +51,7 @@ def test_prepare_prompts_writes_what_the_command_writes(tmp_path):
     assert list(result.manifest["splits"]["train"]) == ["one_ask", "one_random_order", "one_copy"]
 
 
-def test_a_model_is_finetuned_and_answers(t5_folder, prepared, tmp_path, capsys):  # noqa: F811
+def test_a_model_is_finetuned_and_answers(t5_folder, prepared, tmp_path, capsys):
     tuned = metro.finetune(
         model=t5_folder, data=prepared, output_dir=tmp_path / "tuned", max_steps=2, use_cpu=True,
         report_to="none", logging_steps=1, progress=False,
@@ -141,11 +127,13 @@ def test_mistakes_are_user_errors(call, message):
         call()
 
 
-def test_public_functions_are_the_functions_and_fuse_is_one_of_them():
+def test_public_names_exist_and_the_functions_can_be_called():
     import metro.evaluation.report.build
     import metro.fusion
 
-    for name in ("load", "generate", "evaluate", "finetune", "prepare_text", "prepare_prompts",
-                 "report", "fuse"):  # fmt: skip
-        assert callable(getattr(metro, name)) and name in dir(metro)
+    functions = "load generate evaluate finetune prepare_text prepare_prompts report fuse".split()
+    assert all(callable(getattr(metro, name)) and name in dir(metro) for name in functions)
+    assert all(getattr(metro, name) is not None for name in metro.__all__)
     assert metro.fuse is metro.fusion.fuse
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = metro.nothing

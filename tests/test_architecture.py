@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 # Folder of metro/ -> the parts of metro/ that it may import beside itself.
 MAY_IMPORT = {
@@ -28,15 +28,7 @@ MAY_IMPORT = {
     "pretraining": {"utils", "modeling", "ops", "fusion", "data"},
     "models": {"utils", "modeling", "ops", "data", "pretraining"},
     "conversion": {"utils", "modeling", "data", "pretraining", "models"},
-    "finetuning": {
-        "utils",
-        "modeling",
-        "ops",
-        "fusion",
-        "data",
-        "models",
-        "conversion",
-    },
+    "finetuning": {"utils", "modeling", "ops", "fusion", "data", "models", "conversion"},
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
@@ -234,49 +226,12 @@ def folders_without_init(root: Path) -> list[str]:
     )
 
 
-def test_imports_point_downwards():
-    assert wrong_directions(ROOT) == []
-
-
-def test_no_modules_import_each_other():
-    assert import_circles(ROOT) == []
-
-
-def test_no_folder_is_crowded():
-    assert crowded_folders(ROOT) == []
-
-
 def test_every_part_of_metro_has_a_place_in_the_order():
     parts = {
         path.relative_to(ROOT / "metro").with_suffix("").parts[0]
         for path in python_files(ROOT, "metro")
     }
     assert parts - {"__init__", "cli"} <= set(MAY_IMPORT), "add the new part to MAY_IMPORT"
-
-
-def test_fairseq_is_imported_by_its_plugins_only():
-    assert fairseq_outside_its_folder(ROOT) == []
-
-
-def test_plugins_have_no_tensor_arithmetic():
-    assert tensor_arithmetic_in_plugins(ROOT) == []
-
-
-def test_exported_files_stand_alone():
-    assert foreign_imports_of_exported_files(ROOT) == []
-    assert absolute_sibling_imports(ROOT) == []
-
-
-def test_long_files_say_why():
-    assert long_files_without_reason(ROOT) == []
-
-
-def test_no_path_of_a_machine():
-    assert machine_paths(ROOT) == []
-
-
-def test_every_package_folder_is_installed():
-    assert folders_without_init(ROOT) == []
 
 
 BLOCK_AND_IMPORT = """
@@ -315,8 +270,24 @@ def failing_imports(root: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_every_module_imports_without_the_optional_packages():
-    assert failing_imports(ROOT) == []
+RULES = [
+    wrong_directions,
+    import_circles,
+    crowded_folders,
+    fairseq_outside_its_folder,
+    tensor_arithmetic_in_plugins,
+    foreign_imports_of_exported_files,
+    absolute_sibling_imports,
+    long_files_without_reason,
+    machine_paths,
+    folders_without_init,
+    failing_imports,
+]
+
+
+@pytest.mark.parametrize("violations_of", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_is_kept(violations_of):
+    assert violations_of(ROOT) == []
 
 
 @pytest.mark.parametrize("module", ["metro", "metro.cli.main"])

@@ -1,7 +1,7 @@
 """A fused model beside the plain one: same keys, same numbers, whatever is done to the weights.
 
-Oracle: the plain model. That losses and all gradients agree, also under autocast and compiled, is
-tested with the attention in `tests/ops/test_relative_position_attention.py`.
+Oracle: the plain model. Autocast and the compiler are tested with the attention in
+`tests/ops/test_relative_position_attention.py`.
 """
 
 import copy
@@ -42,7 +42,7 @@ def same(a, b, **tolerance) -> None:
 def test_losses_and_gradients_are_those_of_the_plain_model(impl):
     models = plain_and_fused()
     losses = [loss_of(model) for model in models]
-    same(losses[1], losses[0])
+    same(losses[1], losses[0], rtol=1e-6, atol=0)
     for loss in losses:
         loss.backward()
     for (name, a), b in zip(models[1].named_parameters(), models[0].parameters(), strict=True):

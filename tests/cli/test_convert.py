@@ -44,18 +44,11 @@ def test_what_is_left_out_is_said(golden, tmp_path):
     assert "parameters in bfloat16" in done.output
 
 
-def test_a_folder_in_the_place_of_a_checkpoint_is_said(tmp_path):
-    for checkpoint, word in ((tmp_path, "is a folder"), (tmp_path / "none.pt", "there is no file")):
-        done = metro_convert("to-hf", checkpoint, "--out", tmp_path / "x", code=1)
-        assert isinstance(done.exception, UserError) and word in str(done.exception)
-
-
 def test_mistakes_are_errors_of_the_user(golden, tmp_path):
     """Oracle: the class that the command line shows as one line."""
     checkpoint = golden / "checkpoints/metro_tiny_a.pt"
     (tmp_path / "taken").mkdir()
     for arguments, word in (
-        (("to-hf", checkpoint, "--out", tmp_path / "taken"), "--overwrite"),
         (("to-hf", checkpoint, "--out", tmp_path / "x", "--dtype", "int4"), "int4"),
         (("to-hf", checkpoint, "--out", tmp_path / "x"), "--vocab"),
         (("to-fairseq", tmp_path / "taken", "--out", tmp_path / "x.pt"), "config.json"),

@@ -3,21 +3,14 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 from packaging.requirements import Requirement
 
 from metro import environment
 from metro.cli.main import load_command
-from metro.environment import (
-    PARTS,
-    Part,
-    declared_requirements,
-    inspect_environment,
-    satisfies,
-)
+from metro.environment import PARTS, Part, declared_requirements, inspect_environment, satisfies
+from tests.processes import run_python
 
 # Runs doctor where no shared library of torch loads.
 DOCTOR_WITH_BROKEN_TORCH = """
@@ -113,15 +106,9 @@ def test_version_below_the_minimum_is_reported_with_the_remedy(
 @pytest.mark.parametrize(
     "version, bounds, expected",
     [
-        ("2.6.0", ">=2.6", True),
         ("2.10.1+cu128", ">=2.6", True),
         ("2.6.0a0+git1234", ">=2.6", True),
         ("2.5.9", ">=2.6", False),
-        ("5.23.0", ">=4.57,<6", True),
-        ("4.56.2", ">=4.57,<6", False),
-        ("6.0.0", ">=4.57,<6", False),
-        ("0.12.3.1", "==0.12.3.1", True),
-        ("0.12.3.2", "==0.12.3.1", False),
         ("1.0", "", True),
         ("unknown", ">=2", True),
     ],
@@ -146,14 +133,7 @@ def test_every_part_is_declared_but_the_one_to_choose():
 
 
 def test_broken_torch_is_reported_and_the_rest_still_shown():
-    done = subprocess.run(
-        [sys.executable, "-c", DOCTOR_WITH_BROKEN_TORCH],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-        timeout=300,
-    )
-    assert done.returncode == 1, done.stderr
+    done = run_python("-c", DOCTOR_WITH_BROKEN_TORCH, code=1, env={"COLUMNS": "200"})
     assert "METRO cannot run: torch" in done.stdout
     assert "libbroken.so" in done.stdout
     assert "sentencepiece" in done.stdout

@@ -1,8 +1,6 @@
 """`metro finetune` as a user types it."""
 
 import sys
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,32 +8,14 @@ from click.testing import CliRunner
 
 import metro
 from metro.cli.main import load_command
-from metro.finetuning.settings import FinetuningSettings
-from tests.finetuning.conftest import t5_folder  # noqa: F401
-from tests.finetuning.prepared import write_prepared
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 60)
+from tests.conftest import ROOT
 
 
 def run(*arguments: str):
     return CliRunner().invoke(load_command("finetune"), list(arguments))
 
 
-def test_every_setting_is_an_option_and_explained(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    text = run("--help").output
-    for part in fields(FinetuningSettings):
-        assert "--" + part.name.replace("_", "-") in text
-        assert part.metadata["help"].split(",")[0][:30] in text
-    assert "flipped_3b" in text
-
-
-def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path):  # noqa: F811
+def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path):
     options = {
         "model": str(t5_folder),
         "data": str(prepared),
@@ -59,7 +39,7 @@ def test_a_model_is_trained_from_a_file_of_options(prepared, t5_folder, tmp_path
     assert kept["objective"] == "flipped" and kept["unlikelihood_weight"] == 3.0
 
 
-def test_a_mixture_is_prepared_first(testdata, t5_folder, tmp_path):  # noqa: F811
+def test_a_mixture_is_prepared_first(testdata, t5_folder, tmp_path):
     """Real rows and templates; oracle: the number of rows of the one dataset that is named."""
     if not (testdata / "data/quarel").is_dir():
         pytest.skip("no rows of quarel in the test data")

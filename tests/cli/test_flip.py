@@ -3,8 +3,9 @@
 Oracles: the scores of the plain computation, and the message that names what is wrong.
 """
 
+import shlex
+
 import pytest
-import torch
 from click.testing import CliRunner
 
 from metro.cli.flip import tie
@@ -12,7 +13,7 @@ from metro.cli.main import app
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.flip_demo import flip_options
 from metro.evaluation.settings import FlipSettings
-from tests.evaluation.golden import load_exported
+from tests.evaluation.golden import load_exported, score_alone
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,9 @@ def test_scores_are_log_probabilities_of_the_instruction(golden, model):
     network, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
     encoder = PromptEncoder(tokenizer)
     [target] = encoder.targets([instruction])
-    start = network.config.decoder_start_token_id
     for row in shown.rows:
         [source] = encoder.sources([f"input: {text}\n output: {row.option}"])
-        with torch.no_grad():
-            logits = network(
-                input_ids=torch.tensor([source]),
-                decoder_input_ids=torch.tensor([[start, *target[:-1]]]),
-            ).logits[0]
-        log_p = logits.double().log_softmax(-1)[range(len(target)), target].sum().item()
-        assert row.score == pytest.approx(log_p, abs=1e-4)
+        assert row.score == pytest.approx(score_alone(network, (source, target)), abs=1e-4)
     assert shown.winner == max(shown.rows, key=lambda row: row.score).option
     assert sum(row.share for row in shown.rows) == pytest.approx(1)
 
@@ -62,12 +56,6 @@ def test_the_command_prints_options_and_winner(model):
     assert "instruction: <extra_id_0> true ?" in done.output
 
 
-def test_equal_options_are_refused_in_the_library(model):
-    """Oracle: literals of one program are the same object; the model cannot tell them apart."""
-    with pytest.raises(ValueError, match="options 'yes' and 'yes' are the same to the model"):
-        flip(model, "so it is", ["yes", "no", "yes"])
-
-
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
@@ -85,28 +73,24 @@ def test_a_tie_is_called_one(scores, said):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", " ", "--options", "a", "b"], "--input is empty"),
-        (["--input", "x", "--options", "a"], "give at least two"),
-        (["--input", "x", "--options", "a", " "], "one of --options is empty"),
-        (["--input", "x", "--options", "Yes", "yes"], "are the same to the model"),
-        (["--input", "x", "--options", "yes", "yes"], "'yes' and 'yes' are the same to the model"),
+        ("--input ' ' --options a b", "--input is empty"),
+        ("--input x --options a", "give at least two"),
+        ("--input x --options a ' '", "one of --options is empty"),
+        ("--input x --options Yes yes", "are the same to the model"),
+        ("--input x --options yes yes", "'yes' and 'yes' are the same to the model"),
         (
-            ["--input", "x", "--options", "a", "b", "--instruction", "Title: <extra_id_1> c"],
+            "--input x --options a b --instruction 'Title: <extra_id_1> c'",
             "--input has the sentinels <extra_id_0>, --instruction <extra_id_1>",
         ),
         (
-            ["--input", "<extra_id_2>x<extra_id_0>", "--options", "a", "b"]
-            + ["--instruction", "<extra_id_0> c"],
+            "--input <extra_id_2>x<extra_id_0> --options a b --instruction '<extra_id_0> c'",
             "--input has the sentinels <extra_id_0>, <extra_id_2>, --instruction <extra_id_0>;",
         ),
-        (
-            ["--input", "x", "--options", "a", "b", "--instruction", "<extra_id_0> "],
-            "without text beside sentinels",
-        ),
+        ("--input x --options a b --instruction '<extra_id_0> '", "without text beside sentinels"),
     ],
 )
 def test_bad_input_is_one_clear_message(model, arguments, message):
     """Oracle: the message."""
-    done = CliRunner().invoke(app, ["flip", model, *arguments])
+    done = CliRunner().invoke(app, ["flip", model, *shlex.split(arguments)])
     assert isinstance(done.exception, ValueError), done.output
     assert message in str(done.exception)

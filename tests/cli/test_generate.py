@@ -6,9 +6,7 @@ Oracle, unless a test says otherwise: the original's model and tokenizer, record
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -22,6 +20,7 @@ from metro.models.generation import (
     without_start_and_end,
 )
 from metro.utils.messages import UserError
+from tests.processes import run_python
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,8 @@ def test_texts_come_from_stdin_from_a_file_and_from_json_lines(
 
 def test_an_empty_line_keeps_its_place(generate, folder, recorded):
     texts, expected = recorded["sentences"], recorded["greedy_text"]
-    assert generate(folder, stdin=f"{texts[0]}\n\n  \n{texts[1]}") == [
-        expected[0],
-        "",
-        "",
-        expected[1],
-    ]
+    answers = generate(folder, stdin=f"{texts[0]}\n\n  \n{texts[1]}")
+    assert answers == [expected[0], "", "", expected[1]]
 
 
 def test_json_and_several_answers(generate, folder, recorded):
@@ -154,14 +149,11 @@ def test_a_registered_name_and_a_hub_id_load_what_the_hub_cache_holds(folder, re
     shutil.copytree(folder, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text("abc")
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE, "metro_t0p_base", "gonglinyuan/metro_t0p_base"],
-        input="\n".join(recorded["sentences"]), capture_output=True, text=True, timeout=120,
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == recorded["greedy_text"] * 2
     hub_id = "gonglinyuan/metro_t0p_base"
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    texts = "\n".join(recorded["sentences"])
+    done = run_python("-c", TWICE, "metro_t0p_base", hub_id, input=texts, env=offline)
+    assert done.stdout.splitlines() == recorded["greedy_text"] * 2
     assert done.stderr.splitlines() == [
         f"loading {name} ({hub_id} on the Hugging Face hub)" for name in ("metro_t0p_base", hub_id)
     ]
@@ -245,19 +237,14 @@ def test_many_windows_keep_their_order(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["metro_t0_bse", "a"], "metro_t0_bse.*did you mean 'metro_t0_base'"),
         (["{folder}", "a", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["{folder}", "a", "--dtype", "int8"], "dtype is 'int8'"),
-        (["{folder}", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["{folder}", "a", "--max-new-tokens", "2000"], "2000, but the model has 1024 positions"),
-        (["{folder}", "a", "--num-beams", "0"], "num_beams is 0"),
-        (["{folder}", "a", "--batch-size", "0"], "batch_size is 0"),
         (["{folder}", "a", "--num-answers", "2"], "num_answers is 2 with num_beams 1"),
         (["{folder}", "a", "--top-p", "0.5"], "need sampling: add sample"),
         (["{folder}", "a", "--sample", "--top-p", "1.5"], "top_p is 1.5"),
         (["{folder}", "a", "--sample", "--temperature", "0"], "temperature is 0.0"),
         (["{folder}", "a", "--input", "texts.txt"], "not both"),
-        (["{folder}", "--input", "no-such-file.txt"], "no file no-such-file.txt"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(folder, arguments, message):

@@ -1,6 +1,5 @@
 """The `metro` command as a user meets it: run in a process of its own."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,14 +10,12 @@ import pytest
 import metro
 from metro.cli.main import COMMANDS, load_command
 from metro.utils.messages import UserError
-
-METRO = [sys.executable, "-m", "metro.cli.main"]
+from tests.processes import METRO, run_python
 
 
 def run_metro(*args: str, **env: str) -> subprocess.CompletedProcess:
     # NO_COLOR and a wide terminal keep the text in one piece.
-    env = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **env}
-    return subprocess.run([*METRO, *args], capture_output=True, text=True, env=env, timeout=120)
+    return run_python(*METRO, *args, code=None, env={"NO_COLOR": "1", "COLUMNS": "200", **env})
 
 
 def test_help_lists_every_command_in_order():
@@ -44,10 +41,7 @@ finally:
 def test_help_is_fast(name):
     """Oracle: the slow modules that the process has imported."""
     arguments = [] if name == "--help" else [name]
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *arguments, "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", HELP, *arguments, "--help")
     assert done.stdout.startswith("Usage: metro")
     slow = {"torch", "transformers"} if arguments else {"torch", "transformers", "numpy", "rich"}
     assert not slow & set(re.findall(r"\w+", done.stdout.splitlines()[-1]))
@@ -79,12 +73,8 @@ main.main()
 
 
 def run_broken(statement: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", BROKEN_COMMAND.format(statement=statement)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "METRO_DEBUG": "", **env},
-    )
+    script = BROKEN_COMMAND.format(statement=statement)
+    return run_python("-c", script, code=None, env={"METRO_DEBUG": "", **env})
 
 
 def test_user_errors_are_one_line_unless_debugging():
@@ -104,10 +94,7 @@ def test_user_errors_are_one_line_unless_debugging():
         ("import os; os.listdir(sys.executable)", f"{sys.executable} is not a folder"),
         ("import os; os.makedirs('.')", ". exists already"),
         ("open('n' * 300, 'w')", "has too long a name"),
-        (
-            "open('/dev/full', 'w', 1).write('a\\n')",
-            "an output file cannot be written, the disk is full",
-        ),
+        ("open('/dev/full', 'w', 1).write('a\\n')", "cannot be written, the disk is full"),
         ("import errno; raise OSError(errno.EROFS, '', 'a')", "a is on a read-only file system"),
         ("import errno; raise OSError(errno.EACCES, '', 'a')", "a may not be read or written"),
         ("raise MissingPackage('this', 'peft', 'dev')", "this needs the package peft: pip install"),
@@ -153,13 +140,6 @@ def test_plugins_are_where_fairseq_finds_them(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="fairseq_plugins.* is not installed; install METRO again"):
         load_command("plugins")([], standalone_mode=False)
-
-
-def test_public_names_exist():
-    for name in metro.__all__:
-        assert getattr(metro, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = metro.nothing
 
 
 @pytest.mark.parametrize("name", ["generate", "finetune", "evaluate"])

@@ -55,8 +55,3 @@ def test_cards_are_written_for_every_model(models, tmp_path):
         models("--write-cards", str(tmp_path / "none"))
     with pytest.raises(ValueError, match="leave the name"):
         models("t0_3b", "--write-cards", str(tmp_path))
-
-
-def test_unknown_name_is_refused_with_the_nearest(models):
-    with pytest.raises(ValueError, match="'flipped_5b'; did you mean 'flipped_3b'"):
-        models("flipped_5b")

@@ -67,7 +67,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path):
     ("options", "message"),
     [
         ([], "out is missing"),
-        (["--out", "OUT", "--mixture", "t1"], "no mixture 't1'"),
         (["--out", "OUT", "--dataset", "three"], "has no dataset 'three'"),
         (["--out", "OUT", "--format", "fairseq"], "--vocab DIR"),
     ],

@@ -3,17 +3,12 @@
 Oracle: the run written here, whose numbers are known, and the files and exit status that follow.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from click.testing import CliRunner
 
 from metro.cli.main import load_command
 from tests.evaluation.run_folders import write_run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import METRO, run_python
 
 
 @pytest.fixture
@@ -71,14 +66,6 @@ def test_partial_runs_are_named_on_the_terminal(tmp_path):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     """Oracle: exit status 2, no traceback, nothing written."""
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "metro.cli.main", "report", str(tmp_path / "empty"), "--out", "out"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
+    done = run_python(*METRO, "report", "empty", "--out", "out", code=2, cwd=tmp_path)
     assert done.stderr.count("\n") == 1 and "is not a run folder" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -22,6 +22,21 @@ def registered():
     metro.register()
 
 
+@pytest.fixture
+def converted(golden, tmp_path):
+    """``converted(name, change)``: the folder made of a recorded checkpoint after a change."""
+
+    def convert(name: str, change, **options):
+        content = torch.load(golden / f"checkpoints/{name}.pt", weights_only=True)
+        change(content)
+        torch.save(content, tmp_path / "changed.pt")
+        folder = tmp_path / "out"
+        vocab = golden / "tiny_vocab"
+        return folder, to_hf(tmp_path / "changed.pt", folder, vocab=vocab, **options)
+
+    return convert
+
+
 def batch(golden, name):
     arrays = np.load(golden / f"hf_{name}.npz")
     return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
@@ -104,27 +119,23 @@ def test_config_states_every_size_and_what_the_original_loses(exported):
     ]
 
 
-def test_distances_of_large_models_survive(tmp_path, golden):
+def test_distances_of_large_models_survive(converted):
     """Oracle: 128 buckets up to 256 tokens, what the large configuration trains with."""
-    content = torch.load(golden / "checkpoints/t5_tiny_c.pt", weights_only=True)
-    content["cfg"]["model"] |= {"encoder_rp_bins": 128, "encoder_rp_max_dist": 256}
-    for name, tensor in content["model"].items():
-        if "rel_attn_bias" in name:
-            content["model"][name] = torch.zeros(128, tensor.shape[1])
-    torch.save(content, tmp_path / "large.pt")
-    to_hf(tmp_path / "large.pt", tmp_path / "out", vocab=golden / "tiny_vocab")
-    model, _ = metro.load(tmp_path / "out")
-    assert model.config.relative_attention_max_distance == 256
-    assert model.config.relative_attention_num_buckets == 128
+
+    def enlarge(content):
+        content["cfg"]["model"] |= {"encoder_rp_bins": 128, "encoder_rp_max_dist": 256}
+        for name, tensor in content["model"].items():
+            if "rel_attn_bias" in name:
+                content["model"][name] = torch.zeros(128, tensor.shape[1])
+
+    config = metro.load(converted("t5_tiny_c", enlarge)[0]).model.config
+    assert config.relative_attention_max_distance == 256
+    assert config.relative_attention_num_buckets == 128
 
 
 @pytest.mark.parametrize(
     "name, start, end",
-    [
-        ("metro_tiny_a", 1000, [1000, 2]),
-        ("t5_tiny_c", 1000, 1000),
-        ("t5_prompt_tiny_f", 2, 2),
-    ],
+    [("metro_tiny_a", 1000, [1000, 2]), ("t5_tiny_c", 1000, 1000), ("t5_prompt_tiny_f", 2, 2)],
 )
 def test_generation_starts_and_ends_as_the_model_was_trained(exported, golden, name, start, end):
     """Oracle: ``greedy_start_and_stop_sen000`` for pretrained models, ``greedy`` for finetuned."""
@@ -184,54 +195,43 @@ def test_dtype_changes_every_tensor_and_is_the_one_that_loads(tmp_path, golden):
     assert metro.load(tmp_path / "out", dtype="float32").model.dtype == torch.float32
 
 
-def test_weights_keep_their_type_without_one(tmp_path, golden):
+def test_weights_keep_their_type_without_one(converted):
     """Oracle: a checkpoint in float16, as training with --fp16 writes it."""
-    content = torch.load(golden / "checkpoints/t5_tiny_c.pt", weights_only=True)
-    content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
-    torch.save(content, tmp_path / "half.pt")
-    done = to_hf(tmp_path / "half.pt", tmp_path / "out", vocab=golden / "tiny_vocab")
-    tensors = load_file(tmp_path / "out/model.safetensors")
+
+    def halve(content):
+        content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
+
+    folder, done = converted("t5_tiny_c", halve)
+    tensors = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert (
-        done.dtype == json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
-    )
+    assert done.dtype == json.loads((folder / "config.json").read_text())["dtype"] == "float16"
 
 
-def namespace(cfg: dict) -> dict:
+def namespace(content: dict) -> None:
     """As the original's code leaves ``cfg``: model options in a Namespace."""
-    return {**cfg, "model": argparse.Namespace(**cfg["model"])}
+    content["cfg"] |= {"model": argparse.Namespace(**content["cfg"]["model"])}
 
 
-def omega(cfg: dict):
+def omega(content: dict) -> None:
     """As fairseq holds it in memory."""
-    return pytest.importorskip("omegaconf").OmegaConf.create(cfg)
+    content["cfg"] = pytest.importorskip("omegaconf").OmegaConf.create(content["cfg"])
 
 
-@pytest.mark.parametrize("wrap", [namespace, omega])
-def test_settings_in_any_container_of_fairseq_are_read(tmp_path, golden, exported, wrap):
-    """Oracle: the export of the same checkpoint with plain settings."""
-    content = torch.load(golden / "checkpoints/metro_tiny_a.pt", weights_only=True)
-    content["cfg"] = wrap(content["cfg"])
-    torch.save(content, tmp_path / "a.pt")
-    vocab = golden / "tiny_vocab"
-    to_hf(tmp_path / "a.pt", tmp_path / "out", vocab=vocab, keep_auxiliary=True)
-    plain = exported("metro_tiny_a")
-    for name in ("config.json", "training.json", "model.safetensors", "pretraining.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (plain / name).read_bytes(), name
-
-
-def test_settings_of_fairseq_before_it_had_configurations_are_read(tmp_path, golden, exported):
-    """All options in one namespace, the model by `arch`. Oracle: the export with a ``cfg``."""
-    content = torch.load(golden / "checkpoints/metro_tiny_a.pt", weights_only=True)
+def before_configurations(content: dict) -> None:
+    """As fairseq wrote it before it had configurations: one namespace, the model by `arch`."""
     cfg = content.pop("cfg")
-    options = {**cfg["task"], **cfg["model"]}
-    arch, task = cfg["model"]["_name"], cfg["task"]["_name"]
-    content["args"] = argparse.Namespace(**{**options, "_name": None, "arch": arch, "task": task})
-    torch.save(content, tmp_path / "a.pt")
-    to_hf(tmp_path / "a.pt", tmp_path / "out", vocab=golden / "tiny_vocab", keep_auxiliary=True)
-    plain = exported("metro_tiny_a")
-    for name in ("config.json", "model.safetensors", "pretraining.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (plain / name).read_bytes(), name
+    names = {"_name": None, "arch": cfg["model"]["_name"], "task": cfg["task"]["_name"]}
+    content["args"] = argparse.Namespace(**{**cfg["task"], **cfg["model"], **names})
+
+
+@pytest.mark.parametrize("change", [namespace, omega, before_configurations])
+def test_settings_in_any_container_of_fairseq_are_read(converted, exported, change):
+    """Oracle: the export of the same checkpoint with plain settings."""
+    folder, _ = converted("metro_tiny_a", change, keep_auxiliary=True)
+    files = ["config.json", "model.safetensors", "pretraining.safetensors"]
+    files += ["training.json"] * (change is not before_configurations)
+    for name in files:
+        assert (folder / name).read_bytes() == (exported("metro_tiny_a") / name).read_bytes(), name
 
 
 def test_model_card_says_what_the_settings_say(exported, golden):
@@ -267,15 +267,13 @@ def test_the_example_of_the_card_prints_the_answer_alone(exported, name, capsys,
     assert printed or name == "metro_tiny_a"  # which ends at once
 
 
-def test_files_name_no_path_of_the_machine_that_trained(tmp_path, golden):
+def test_files_name_no_path_of_the_machine_that_trained(tmp_path, converted):
     """Oracle: a path put into the settings."""
-    content = torch.load(golden / "checkpoints/t5_tiny_c.pt", weights_only=True)
-    content["cfg"]["task"]["data"] = f"{tmp_path}/secret/books:{tmp_path}/secret/web"
-    torch.save(content, tmp_path / "c.pt")
-    to_hf(tmp_path / "c.pt", tmp_path / "out", vocab=golden / "tiny_vocab")
+    data = {"data": f"{tmp_path}/secret/books:{tmp_path}/secret/web"}
+    folder, _ = converted("t5_tiny_c", lambda content: content["cfg"]["task"].update(data))
     for name in ("README.md", "training.json", "config.json", "tokenizer_config.json"):
-        assert "secret" not in (tmp_path / "out" / name).read_text(), name
-    assert "| data | books:web |" in (tmp_path / "out/README.md").read_text()
+        assert "secret" not in (folder / name).read_text(), name
+    assert "| data | books:web |" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("where", ["data", "beside", "relative", "vocab"])

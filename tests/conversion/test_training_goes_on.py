@@ -26,10 +26,7 @@ def test_training_from_a_round_trip_equals_training_from_the_original(
 ):
     """Oracle: two updates from the original's own checkpoint, weights and Adam state."""
     to_fairseq(exported("metro_tiny_a"), tmp_path / "back.pt", names=names)
-    sources = {
-        "original": golden / "checkpoints/metro_tiny_a.pt",
-        "back": tmp_path / "back.pt",
-    }
+    sources = {"original": golden / "checkpoints/metro_tiny_a.pt", "back": tmp_path / "back.pt"}
     runs = []
     for name, source in sources.items():
         options = [*SIZES, "--weighted-lm-loss", f"--finetune-from-model {source}"]

@@ -1,6 +1,9 @@
 """Helpers of the tests of text preparation: invented text, short calls, readers by definition."""
 
 import random
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +61,15 @@ def items_of(prefix: Path) -> list[list[int]]:
     items = [ids[a // 2 : a // 2 + n].tolist() for a, n in zip(starts, sizes, strict=True)]
     assert sum(map(len, items)) == len(ids)
     return items
+
+
+def kill_after_next_save(process: subprocess.Popen, state: Path, seconds: float) -> bool:
+    """Kill a run at a random moment up to `seconds` after it saves; False if it ended before."""
+    before = state.read_bytes() if state.exists() else None
+    while process.poll() is None:
+        if state.exists() and state.read_bytes() != before:
+            time.sleep(random.random() * seconds)
+            process.send_signal(signal.SIGKILL)
+            return True
+        time.sleep(0.005)
+    return False

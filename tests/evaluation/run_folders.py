@@ -43,25 +43,14 @@ def write_run(
     lines = []
     for task, prompts in accuracies.items():
         for number, (prompt, right) in enumerate(prompts.items()):
-            line = {
-                "suite": suite,
-                "task": task,
-                "prompt": prompt,
-                "method": method,
-                "chance": chance,
-                "median_choices": round(1 / chance),
-                "seconds": 0.5,
-            }
+            line = {"suite": suite, "task": task, "prompt": prompt, "method": method}
+            line |= {"chance": chance, "median_choices": round(1 / chance), "seconds": 0.5}
             if isinstance(right, list):
                 scores = folder / "scores" / task / f"{number}.jsonl"
                 scores.parent.mkdir(parents=True, exist_ok=True)
-                scores.write_text(
-                    "".join(
-                        json.dumps({"index": i, "scores": [], "prediction": int(r), "label": 1})
-                        + "\n"
-                        for i, r in enumerate(right)
-                    )
-                )
+                row = {"scores": [], "label": 1}
+                rows = [{"index": i, **row, "prediction": int(r)} for i, r in enumerate(right)]
+                scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 line |= {"num_examples": len(right), "accuracy": sum(right) / len(right)}
                 line["scores_file"] = str(scores.relative_to(folder))
             else:

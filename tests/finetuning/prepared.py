@@ -53,27 +53,12 @@ def write_prepared(
         first = 0 if split == "train" else num_rows
         count = num_rows if split == "train" else max(6, num_rows // 5)
         for name, (dataset, make, rows) in TASKS.items():
-            examples = []
-            for row in rows(count):
-                facts = {
-                    "task": name,
-                    "dataset": dataset,
-                    "subset": None,
-                    "prompt_name": name.split("_")[1],
-                    "row": row,
-                }
-                found = {**facts, **make(first + row)}
-                found = change(found) if change else found
-                if found is not None:
-                    examples.append(found)
+            facts = {"dataset": dataset, "subset": None, "prompt_name": name.split("_")[1]}
+            made = [{"task": name, **facts, "row": i, **make(first + i)} for i in rows(count)]
+            examples = [kept for e in made if (kept := change(e) if change else e) is not None]
             write_task(folder / split / name, split, examples)
-            splits[split][name] = {
-                "dataset": dataset,
-                "subset": None,
-                "prompt_name": name.split("_")[1],
-                "num_examples": len(examples),
-                "cap": (caps or {}).get(name),
-            }
+            size = {"num_examples": len(examples), "cap": (caps or {}).get(name)}
+            splits[split][name] = {**facts, **size}
     manifest = {"format": "jsonl", "mixture": mixture, "seed": 1, "splits": splits}
     (folder / "prompts.json").write_text(json.dumps(manifest))
     return folder

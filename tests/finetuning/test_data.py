@@ -14,19 +14,14 @@ from tests.finetuning.prepared import write_prepared
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 60)
-
-
-@pytest.fixture(scope="module")
 def encoder(t5_folder):
     return PromptEncoder(AutoTokenizer.from_pretrained(t5_folder))
 
 
 @pytest.fixture
-def data(folder, encoder):
+def data(prepared, encoder):
     def make(objective="flipped", split="train", **options):
-        return PromptData(folder, split, objective, encoder, **{"seed": 1, **options})
+        return PromptData(prepared, split, objective, encoder, **{"seed": 1, **options})
 
     return make
 
@@ -47,7 +42,7 @@ def test_proportional_sampling_reads_every_row_once_under_one_of_its_templates(d
     assert abs(second - 2000) < 4 * 4000**0.5 / 2
 
 
-def test_capped_sampling_moves_a_window_over_each_task(folder, encoder, tmp_path):
+def test_capped_sampling_moves_a_window_over_each_task(encoder, tmp_path):
     other = write_prepared(tmp_path / "capped", 60, mixture="t0", caps={"sentiment_how": 25})
     prompts = PromptData(other, "train", "direct", encoder, seed=1)
     assert prompts.sampling == "capped" and len(prompts) == 25 + 20 + 60

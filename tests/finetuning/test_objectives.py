@@ -48,28 +48,22 @@ def texts(objective, draw=0, **changes) -> EncodedPrompt:
     return EncodedPrompt(7, *(words.text(ids) for ids in encoded[1:5]), encoded.num_skipped)
 
 
-def test_direct_reads_the_prompt_and_writes_the_answer():
-    encoded = texts("direct")
-    assert (encoded.source_ids, encoded.target_ids) == ("it rains. Is it wet?", "Yes")
-    assert (encoded.wrong_source_ids, encoded.wrong_target_ids) == (None, None)
+PROMPT, INPUT = EXAMPLE["input"], "input: it rains.<extra_id_0> output:"
 
 
-def test_channel_reads_the_answer_and_writes_the_prompt():
-    encoded = texts("channel")
-    assert (encoded.source_ids, encoded.target_ids) == ("Yes", "it rains. Is it wet?")
-
-
-def test_flipped_reads_input_and_label_and_writes_the_instruction():
-    encoded = texts("flipped", label=0, answer_choices=["No", "Yes"])
-    assert encoded.source_ids == "input: it rains.<extra_id_0> output: No"
-    assert encoded.wrong_source_ids == "input: it rains.<extra_id_0> output: Yes"
-    assert encoded.target_ids == "<extra_id_0> Is it wet?"
-
-
-def test_direct_unlikelihood_has_a_wrong_answer():
-    encoded = texts("direct+ul", label=0, answer_choices=["No", "Yes"], target="No")
-    assert encoded.source_ids == "it rains. Is it wet?"
-    assert (encoded.target_ids, encoded.wrong_target_ids) == ("No", "Yes")
+@pytest.mark.parametrize(
+    ("objective", "source", "target", "wrong_source", "wrong_target"),
+    [
+        ("direct", PROMPT, "No", None, None),
+        ("channel", "No", PROMPT, None, None),
+        ("flipped", f"{INPUT} No", "<extra_id_0> Is it wet?", f"{INPUT} Yes", None),
+        ("direct+ul", PROMPT, "No", None, "Yes"),
+    ],
+)
+def test_what_is_read_and_written(objective, source, target, wrong_source, wrong_target):
+    encoded = texts(objective, label=0, answer_choices=["No", "Yes"], target="No")
+    assert (encoded.source_ids, encoded.target_ids) == (source, target)
+    assert (encoded.wrong_source_ids, encoded.wrong_target_ids) == (wrong_source, wrong_target)
 
 
 def test_wrong_labels_are_uniform_over_the_other_answer_choices():

@@ -15,8 +15,7 @@ import torch
 
 import metro
 from metro.data.prompts.stored import PromptedExamples, read_manifest
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import ROOT
 
 
 @pytest.fixture

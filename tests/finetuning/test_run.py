@@ -1,9 +1,6 @@
 """Whole finetuning runs of tiny models."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,7 @@ from metro.finetuning.output_folder import complete_checkpoints
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
 from tests.finetuning.prepared import write_prepared
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.processes import METRO, run_python
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +23,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def settings(t5_folder, folder, tmp_path):
     def make(name: str = "out", **options) -> FinetuningSettings:
-        common = dict(
-            model=str(t5_folder),
-            data=str(folder),
-            output_dir=str(tmp_path / name),
-            batch_size=16,
-            max_steps=12,
-            learning_rate=1e-2,
-            logging_steps=4,
-            save_steps=0,
-            use_cpu=True,
-            report_to="none",
-        )
+        common = dict(model=str(t5_folder), data=str(folder), output_dir=str(tmp_path / name))
+        common |= dict(batch_size=16, max_steps=12, learning_rate=1e-2, logging_steps=4)
+        common |= dict(save_steps=0, use_cpu=True, report_to="none")
         return FinetuningSettings(**{**common, **options})
 
     return make
@@ -155,33 +142,17 @@ def test_accumulated_micro_batches_are_one_batch(settings):
 @pytest.mark.parametrize("mean", ["tokens", "examples"])
 def test_two_processes_train_the_model_of_one(settings, tmp_path, mean):
     """Oracle: one process that accumulates what the two do; torchrun on the CPU."""
-    common = dict(
-        objective="flipped",
-        dropout=0.0,
-        batching="random",
-        max_steps=6,
-        mean=mean,
-        eval_steps=6,
-        optimizer="sgd",
-        learning_rate=0.1,
-    )
+    common = dict(objective="flipped", dropout=0.0, batching="random", max_steps=6, mean=mean)
+    common |= dict(eval_steps=6, optimizer="sgd", learning_rate=0.1)
     one = finetune(settings("one", **common, batch_size=4, gradient_accumulation_steps=2))
     use_cpu = torch.accelerator.is_available()  # where there is none, it needs no saying
     options = settings("two", **common, batch_size=4, use_cpu=use_cpu).as_dict()
     (tmp_path / "two.yaml").write_text(
         "".join(f"{k}: {v}\n" for k, v in options.items() if v is not None and k != "adam_betas")
     )
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    command += ["-m", "metro.cli.main", "finetune", "--config", str(tmp_path / "two.yaml")]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    command += [*METRO, "finetune", "--config", str(tmp_path / "two.yaml")]
+    done = run_python(*command, env={"OMP_NUM_THREADS": "1"})
     assert_same(one.folder, tmp_path / "two", rtol=1e-4, atol=1e-5)
     shown = [line for line in done.stderr.splitlines() if "eval_loss" in line]
     assert len(shown) == 1  # one process speaks

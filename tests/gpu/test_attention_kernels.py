@@ -1,4 +1,4 @@
-"""Attention's kernels on a GPU: the tests that elsewhere run in Triton's interpreter, and more.
+"""Attention's kernels on a GPU, beside `tests/ops/test_relative_position_attention_kernels.py`.
 
 Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 """
@@ -8,21 +8,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton (make install)")
 
-from tests.ops.test_relative_position_attention_kernels import (  # noqa: E402, F401
+from tests.ops.test_relative_position_attention_kernels import (  # noqa: E402
     CASES,
     inputs,
     moved,
     moved_others,
-    test_a_seeded_run_drops_the_same_weights_and_an_unseeded_one_others,
-    test_any_layout_of_the_inputs_is_read,
-    test_dropout_drops_the_same_weights_forward_and_backward,
-    test_half_precision_errs_no_more_than_the_formula_in_it,
-    test_it_compiles_in_one_graph,
-    test_kernels_compile_and_fit,
-    test_operators_describe_themselves_to_the_compiler,
-    test_values_and_gradients_equal_the_reference,
-    test_weights_are_dropped_independently_at_the_rate,
-    test_what_does_not_fit_is_refused,
     values_and_gradients,
 )
 

@@ -12,18 +12,8 @@ from metro.ops.adamw import adamw_step  # noqa: E402
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm  # noqa: E402
 from metro.ops.feed_forward import feed_forward  # noqa: E402
 from metro.ops.packed_linear import packed_linear  # noqa: E402
-from tests.ops.test_dropout_add_layer_norm_kernels import (  # noqa: E402, F401
-    copies,
-    formula,
-    inputs,
-    test_elements_are_dropped_independently_at_the_asked_rate,
-    test_everything_and_nothing_can_be_dropped,
-    test_half_precision_errs_no_more_than_pytorch_in_it,
-    test_kernels_compile_and_fit,
-    test_types_are_those_of_pytorch_under_autocast,
-    test_values_and_gradients_equal_the_formula,
-    test_with_dropout_values_and_gradients_equal_the_formula_with_what_was_kept,
-)
+from tests.ops import test_linear_cross_entropy as projection  # noqa: E402
+from tests.ops.test_dropout_add_layer_norm import copies, formula, inputs  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,3 +112,17 @@ def test_finetuning_takes_the_fused_adamw(tmp_path):
 
     settings = FinetuningSettings(model="model", data="data", output_dir=str(tmp_path))
     assert training_arguments(settings).optim == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize("has_ignored", [False, True])
+def test_the_reference_on_a_gpu_equals_itself_on_the_cpu(has_ignored):
+    """On a GPU ignored rows are computed and left out; on the CPU they are not computed."""
+    leaves, targets = projection.inputs(33, 16, 65, ignored=(0, 5) if has_ignored else ())
+    found = []
+    for device in ("cpu", "cuda"):
+        hidden, weight, bias = own = [x.detach().to(device).requires_grad_() for x in leaves]
+        got = projection.linear_cross_entropy(hidden, weight, targets.to(device), bias_V=bias)
+        gradients = projection.gradients(got.loss, 1.0, own)
+        found.append([x.cpu() for x in (got.loss, got.correct, *gradients)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -143,18 +143,12 @@ def test_a_step_never_waits_for_the_gpu(has_padding):
     params = list(model.parameters())
     masters, *moments = ([p.detach().float() * factor for p in params] for factor in (1, 0, 0))
 
+    settings = dict(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+
     def update(step: int) -> None:
         model(**inputs, objective=MetroObjective(weighted_lm=True)).total.backward()
-        adamw_step(
-            masters,
-            [p.grad.float() for p in params],
-            *moments,
-            step,
-            lr=1e-4,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            weight_decay=0.01,
-        )
+        gradients = [p.grad.float() for p in params]
+        adamw_step(masters, gradients, *moments, step, **settings)
         with torch.no_grad():
             torch._foreach_copy_(params, masters)
         for param in params:

@@ -115,12 +115,6 @@ def test_padding_does_not_change_the_tokens(is_decoder):
     torch.testing.assert_close(together, stack(**alone).last_hidden_state[0], rtol=1e-4, atol=1e-5)
 
 
-def test_too_long_a_sequence_is_refused_with_both_numbers():
-    stack = stack_of(tiny_config(), is_decoder=False)
-    with pytest.raises(ValueError, match=r"65 tokens.*max_positions \(64\)"):
-        stack(torch.full((1, 65), 4))
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

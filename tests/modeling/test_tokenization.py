@@ -97,12 +97,7 @@ def test_padding_on_either_side(golden, tokenizer):
 
 def test_truncation_of_texts_and_pairs(golden, tokenizer):
     """Oracle: by hand; the special tokens stay, the longer text gives way."""
-    b, c = (
-        tokenizer.encode("b", add_special_tokens=False),
-        tokenizer.encode("c", add_special_tokens=False),
-    )
-    assert len(b) == len(c) == 1
-    (b,), (c,) = b, c
+    [b], [c] = (tokenizer.encode(text, add_special_tokens=False) for text in "bc")
     cut = {"truncation": True, "max_length": 4}
     assert tokenizer("a b c", **cut)["input_ids"] == [0, A, b, 2]
     assert tokenizer(["a b c", "b"], **cut)["input_ids"] == [[0, A, b, 2], [0, b, 2]]
@@ -130,13 +125,8 @@ def test_pairs_and_masks_of_special_tokens(tokenizer):
     single = tokenizer("a a", return_special_tokens_mask=True, return_length=True)
     assert single["special_tokens_mask"] == [1, 0, 0, 1]
     ids = [0, A, 3, 2, 1]
-    assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [
-        1,
-        0,
-        1,
-        1,
-        1,
-    ]
+    mask = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    assert mask == [1, 0, 1, 1, 1]
     assert tokenizer.num_special_tokens_to_add() == 2
     assert tokenizer.num_special_tokens_to_add(pair=True) == 4
 
@@ -203,13 +193,8 @@ def test_the_fast_way_gives_what_the_base_class_gives(golden, added):
         tokenizer.add_tokens(added)
     recorded = json.loads((golden / "hf_tokenizer.json").read_text(encoding="utf-8"))
     texts = [item["text"] for item in recorded["tokenizers"]["64k"]["items"]]
-    texts += [f"{text}</s> {text}" for text in texts[:50]] + [
-        "",
-        " ",
-        "<s>",
-        "<",
-        "<unk>hello<pad>",
-    ]
+    texts += [f"{text}</s> {text}" for text in texts[:50]]
+    texts += ["", " ", "<s>", "<", "<unk>hello<pad>"]
     texts += ["a zebra, hello <extra_id_0> ZEBRA", "<extra_id_0>", "▁hello"]
     options = {"truncation": True, "max_length": 12, "padding": True}
     assert dict(fast(texts)) == dict(plain(texts))
@@ -296,11 +281,3 @@ def test_cased_text_keeps_its_capitals(text, tmp_path):
     assert tokenizer.decode(
         tokenizer("New York is big.")["input_ids"], skip_special_tokens=True
     ) == ("New York is big.")
-
-
-def test_released_tokenizer_files_load(golden):
-    """Oracle: the folders that the published converter wrote."""
-    folder = golden / "hf_export/metro_tiny_a"
-    tokenizer = MetroT5Tokenizer.from_pretrained(folder)
-    assert (len(tokenizer), tokenizer.lower, tokenizer.n_sentinel_tokens) == (1128, True, 128)
-    assert tokenizer.convert_ids_to_tokens(1000) == "<sen000>"

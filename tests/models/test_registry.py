@@ -2,15 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models import registry, registry_cards
 from metro.models.registry import METHODS, SUITES, registered_model, registered_models
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 T0_EVAL = "rte cb anli_r1 anli_r2 anli_r3 wsc winogrande copa story_cloze hellaswag wic".split()
 METRO = [f"metro_{data}_{size}" for size in ("base", "basepp", "largepp")
          for data in ("t0", "t0p", "t0pp")]  # fmt: skip

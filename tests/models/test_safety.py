@@ -249,10 +249,7 @@ def folder(exported, tmp_path):
 
 def both_refuse(folder: Path, match: str) -> str:
     """Neither loaded nor converted back; the last message."""
-    for use in (
-        lambda: to_fairseq(folder, folder.parent / "out.pt"),
-        lambda: metro.load(folder),
-    ):
+    for use in (lambda: to_fairseq(folder, folder.parent / "out.pt"), lambda: metro.load(folder)):
         with pytest.raises(ValueError, match=match) as error:
             use()
         assert "\n" not in str(error.value)

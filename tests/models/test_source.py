@@ -1,14 +1,9 @@
 """What cannot be read is refused at once: seconds before torch is there."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from metro.models.source import model_source
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_python
 
 COMMANDS = """
 import sys
@@ -42,10 +37,7 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(tmp_path):
         "convert to-fairseq empty --out out": "empty has no config.json",
         "convert to-fairseq empty --out taken": "taken exists",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{COMMANDS}"],
-        input="\n".join(refused), cwd=tmp_path, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    done = run_python("-c", COMMANDS, input="\n".join(refused), cwd=tmp_path)
     *messages, modules = done.stdout.splitlines()
     assert modules == "[]" and done.stderr == ""
     for message, expected in zip(messages, refused.values(), strict=True):

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from metro.ops import dispatch
+from metro.ops.dropout import dropout
+from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from metro.ops.feed_forward import feed_forward
+from metro.ops.packed_linear import packed_linear
+from metro.ops.relative_position_attention import relative_position_attention
 
 
 @pytest.mark.parametrize("installed, gpu", [(True, (8, 0)), (True, (7, 5)), (False, (9, 0))])
@@ -49,3 +54,21 @@ def test_eager_paths_are_left_to_the_compiler_and_to_autocast():
     assert not dispatch.is_eager_cpu(x.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not dispatch.is_eager_cpu(x)
+
+
+X, Y = torch.zeros(1, 1), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "valid"),
+    [
+        (dropout, (X, 0.1), "'bytes'"),
+        (dropout_add_layer_norm, (X, X, Y, Y), "'triton'"),
+        (feed_forward, (X, X, Y, X, Y), "'in_place'"),
+        (packed_linear, (X, [X, X], [Y, Y]), "'summed'"),
+        (relative_position_attention, (X[None, None],) * 3, "'cached' or 'triton'"),
+    ],
+)
+def test_an_unknown_implementation_is_refused_with_the_valid_ones(operation, arguments, valid):
+    with pytest.raises(ValueError, match=f"'fast'.*{valid}"):
+        operation(*arguments, impl="fast")

@@ -41,8 +41,3 @@ def test_a_seeded_run_drops_the_same_elements_and_another_seed_others():
 def test_nothing_is_dropped_in_evaluation():
     x = torch.randn(10)
     assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
-
-
-def test_unknown_impl_names_the_valid_ones():
-    with pytest.raises(ValueError, match="'fast'.*'bytes'"):
-        dropout(torch.zeros(1), 0.1, impl="fast")

@@ -59,8 +59,3 @@ def test_what_is_dropped_is_what_dropout_drops():
     assert 0 < kept.sum() < kept.numel()
     want = formula(x, residual, weight, bias, kept, 0.25)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_unknown_impl_names_the_valid_ones():
-    with pytest.raises(ValueError, match="'fast'.*'triton'"):
-        dropout_add_layer_norm(*inputs((1, 2)), impl="fast")

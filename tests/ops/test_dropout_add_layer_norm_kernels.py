@@ -19,10 +19,12 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
+    compile_kernel,
     runs,
 )
 
 pytest.importorskip("triton", reason="needs the package triton")
+pytestmark = pytest.mark.gpu  # scripts/gpu_suite.sh runs them too
 
 SHAPES = [(2, 8, 16), (37, 24), (5, 3), (1, 1), (0, 4), (3, 130)]
 
@@ -165,40 +167,18 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("name", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_kernels_compile_and_fit(architecture, name, monkeypatch, tmp_path):
-    """Oracle: Triton's own compiler, down to machine code; no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Oracle: Triton's own compiler."""
     from metro.ops.kernels import dropout_add_layer_norm as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    numbers = {"eps": "fp32", "kept_scale": "fp32"}
-    pointers = {"seed": "*i64"} | dict.fromkeys(
-        ("means", "scales", "grad_weights", "grad_biases"), "*fp32"
-    )
-    pointers |= dict.fromkeys(
-        ("x", "residual", "weight", "bias", "out", "grad", "grad_x", "grad_residual"), f"*{name}"
-    )
-    sizes = kernels.block_sizes(768)
-    options = {"num_warps": sizes.pop("num_warps")}
-    for kernel, given in (
-        (kernels.normalise_kernel, {}),
-        (kernels.normalise_backward_kernel, {"WRITES_X": True}),
-    ):
-        constants = {"DROPS": True, **given, **sizes}
-        signature = {
-            argument: "constexpr"
-            if argument in constants
-            else (numbers | pointers).get(argument, "i32")
-            for argument in kernel.arg_names
-        }
-        compiled = triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=constants),
-            target=GPUTarget("cuda", architecture, 32),
-            options=options,
-        )
-        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]
+    types = {"eps": "fp32", "kept_scale": "fp32", "seed": "*i64"}
+    types |= dict.fromkeys(("means", "scales", "grad_weights", "grad_biases"), "*fp32")
+    tensors = "x residual weight bias out grad grad_x grad_residual".split()
+    types |= dict.fromkeys(tensors, f"*{name}")
+    constants = {"DROPS": True, "WRITES_X": True, **kernels.block_sizes(768)}
+    num_warps = constants.pop("num_warps")
+    for kernel in (kernels.normalise_kernel, kernels.normalise_backward_kernel):
+        compile_kernel(kernel, types, constants, architecture, num_warps=num_warps)
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")

@@ -73,8 +73,3 @@ def test_under_autocast_products_are_rounded_and_gradients_are_not():
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-2)
-
-
-def test_unknown_impl_names_the_valid_ones():
-    with pytest.raises(ValueError, match="'fast'.*'in_place'"):
-        feed_forward(*leaves((1, 1), 1), impl="fast")

@@ -22,10 +22,12 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
+    compile_kernel,
     runs,
 )
 
 pytest.importorskip("triton", reason="needs the package triton")
+pytestmark = pytest.mark.gpu  # scripts/gpu_suite.sh runs them too
 
 
 @pytest.fixture(autouse=True)
@@ -127,15 +129,8 @@ def test_a_sample_depends_on_its_own_row_alone():
     counters = torch.arange(40, device=DEVICE)
 
     def samples(rows, seeds=seeds):
-        return linear_sample_cross_entropy(
-            hidden[rows],
-            weight,
-            targets[rows],
-            seeds[rows],
-            counters[rows],
-            bias_V=bias,
-            impl="triton",
-        ).samples
+        given = (hidden[rows], weight, targets[rows], seeds[rows], counters[rows])
+        return linear_sample_cross_entropy(*given, bias_V=bias, impl="triton").samples
 
     together, picked = samples(slice(None)), torch.tensor([31, 5, 17, 3], device=DEVICE)
     assert len(together.unique()) > 5
@@ -150,38 +145,16 @@ def test_a_sample_depends_on_its_own_row_alone():
     [(torch.bfloat16, "bf16"), pytest.param(torch.float32, "fp32", marks=pytest.mark.slow)],
 )
 def test_kernels_compile_and_fit(architecture, dtype, name, monkeypatch, tmp_path):
-    """Oracle: Triton's own compiler, down to machine code; no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Oracle: Triton's own compiler."""
     from metro.ops.kernels import linear_cross_entropy as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = kernels.block_sizes(768, dtype)
-    reducing = {**constants, "BLOCKS_PER_PART": kernels.BLOCKS_PER_PART}
-    pointers = {
-        "targets": "*i64",
-        "streams": "*i64",
-        "ids": "*i32",
-        "sums": "*fp32",
-        "coefficients": "*fp32",
-    } | dict.fromkeys(("hidden", "weight", "bias", "grad"), f"*{name}")
-    for kernel, given in (
-        (kernels.reduce_kernel, reducing),
-        (kernels.gradient_kernel, constants),
-    ):
-        signature = {
-            argument: "constexpr" if argument in given else pointers.get(argument, "i32")
-            for argument in kernel.arg_names
-        }
-        source = ASTSource(fn=kernel, signature=signature, constexprs=given)
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": 8, "num_stages": 3},
-        )
-        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]
+    constants = {**kernels.block_sizes(768, dtype), "BLOCKS_PER_PART": kernels.BLOCKS_PER_PART}
+    types = {"targets": "*i64", "streams": "*i64", "ids": "*i32"}
+    types |= {"sums": "*fp32", "coefficients": "*fp32"}
+    types |= dict.fromkeys(("hidden", "weight", "bias", "grad"), f"*{name}")
+    for kernel in (kernels.reduce_kernel, kernels.gradient_kernel):
+        compile_kernel(kernel, types, constants, architecture, num_warps=8, num_stages=3)
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")

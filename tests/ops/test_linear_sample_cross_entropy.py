@@ -84,25 +84,18 @@ def test_the_chi_square_catches_a_distribution_off_by_a_tenth():
 
 def test_a_sample_depends_on_its_own_row_alone(monkeypatch):
     (hidden, weight, bias), targets = inputs()
-    seeds, counters = torch.arange(40) % 3, torch.arange(40)
-    together = linear_sample_cross_entropy(
-        hidden, weight, targets, seeds, counters, bias_V=bias
-    ).samples
+    counters = torch.arange(40)
+
+    def samples(rows=slice(None), seeds=counters % 3, **options):
+        given = (hidden[rows], weight, targets[rows], seeds[rows], counters[rows])
+        return linear_sample_cross_entropy(*given, bias_V=bias, **options).samples
+
+    together, picked = samples(), torch.tensor([31, 5, 17, 3])
     assert len(together.unique()) > 5
     monkeypatch.setattr(op, "CHUNK_LOGITS", 30 * 3)
-    picked = torch.tensor([31, 5, 17, 3])
-    some = linear_sample_cross_entropy(
-        hidden[picked], weight, targets[picked], seeds[picked], counters[picked], bias_V=bias
-    ).samples
-    assert torch.equal(some, together[picked])
-    other = linear_sample_cross_entropy(
-        hidden, weight, targets, seeds + 3, counters, bias_V=bias
-    ).samples
-    assert not torch.equal(other, together)
-    plain = linear_sample_cross_entropy(
-        hidden, weight, targets, seeds, counters, bias_V=bias, impl="plain"
-    ).samples
-    assert torch.equal(plain, together)
+    assert torch.equal(samples(picked), together[picked])
+    assert not torch.equal(samples(seeds=counters % 3 + 3), together)
+    assert torch.equal(samples(impl="plain"), together)
 
 
 def test_leading_dimensions_are_kept_and_seeds_broadcast():

@@ -73,8 +73,3 @@ def test_under_autocast_products_are_rounded_and_gradients_are_not():
 def test_packing_pays_where_rereading_the_input_moves_more_than_copying_the_weights():
     """By hand: at width 4 three weights and their copy are 96 numbers, 12 rows read twice too."""
     assert not packing_pays(12, 4, 3) and packing_pays(13, 4, 3)
-
-
-def test_unknown_impl_names_the_valid_ones():
-    with pytest.raises(ValueError, match="'fast'.*'summed'"):
-        of(leaves((1, 1), (1, 1)), "fast")

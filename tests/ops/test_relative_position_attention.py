@@ -46,14 +46,8 @@ def inputs(num_queries, num_keys, has_bias, masked, positions, heads=6, width=8)
     bias = draw(heads, 2 * num_keys - 1) if has_bias else None
     key_mask = torch.arange(num_keys) < torch.tensor([[num_keys], [num_keys - 2], [3]])
     chosen = torch.stack([torch.randperm(num_keys, generator=generator) for _ in range(3)])
-    return (
-        q,
-        k,
-        v,
-        bias,
-        key_mask if masked else None,
-        chosen[:, :num_queries] if positions else None,
-    )
+    chosen = chosen[:, :num_queries] if positions else None
+    return q, k, v, bias, key_mask if masked else None, chosen
 
 
 @pytest.mark.parametrize("impl", ["reference", "cached"])
@@ -133,28 +127,6 @@ def test_a_seeded_run_drops_the_same_weights_and_an_unseeded_one_others():
         torch.manual_seed(seed)
         outs.append(relative_position_attention(x, x, x, dropout=0.5, impl="cached"))
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
-
-
-def test_unknown_impl_names_the_valid_ones():
-    x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="'flash'.*'cached' or 'triton'"):
-        relative_position_attention(x, x, x, impl="flash")
-
-
-def test_a_fused_model_gives_the_losses_and_gradients_of_the_plain_one():
-    plain, fused = build(), fuse(build())
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    for model in (plain, fused):
-        randomize(model)
-    losses = [model(**batch(), objective=MetroObjective()).total for model in (plain, fused)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    for loss in losses:
-        loss.backward()
-    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
-        if not name.endswith("k.bias"):  # zero up to rounding
-            scale = float(b.grad.abs().max())
-            assert scale > 0
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_fuse_reaches_every_attention():

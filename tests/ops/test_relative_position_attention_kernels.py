@@ -20,10 +20,12 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
+    compile_kernel,
     runs,
 )
 
 pytest.importorskip("triton", reason="needs the package triton")
+pytestmark = pytest.mark.gpu  # scripts/gpu_suite.sh runs them too
 
 
 @pytest.fixture(autouse=True)
@@ -317,27 +319,6 @@ def compiles():
             yield pytest.param(architecture, name, width, dtype, marks=marks, id=test_id)
 
 
-def compile_kernel(function, pointers, constants, architecture, **launch):
-    """Triton's own compiler, down to machine code; no GPU is needed."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    numbers = dict.fromkeys(("scale", "kept_scale"), "fp32")
-    constants = {name: x for name, x in constants.items() if name in function.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else (pointers | numbers).get(name, "i32")
-        for name in function.arg_names
-    }
-    aligned = {  # as pointers and strides are
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
-    }
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]
-
-
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
 @pytest.mark.parametrize("architecture, variant, width, dtype", list(compiles()))
 def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatch, tmp_path):
@@ -349,6 +330,7 @@ def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatc
     pointers |= dict.fromkeys(("bias", "lse", "delta", "partials"), "*fp32")
     pointers |= dict.fromkeys(("key_range", "query_random", "key_random"), "*i32")
     pointers |= {"key_mask": "*u8", "positions": "*i64"}
+    pointers |= dict.fromkeys(("scale", "kept_scale"), "fp32")
     given = VARIANTS[variant].split()
     constants = {"IS_CAUSAL": "causal" in given, "K": width, "TILES": 16}
     for name, missing in POINTERS_OF.items():

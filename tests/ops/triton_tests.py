@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share: where they run, and running them in the interpreter.
+"""Helpers of the tests of Triton kernels: where they run, the interpreter, the compiler.
 
 Kernels run on a GPU, or in Triton's interpreter, which has to be chosen before Triton is imported:
 without a GPU a file's tests are run again in a process of their own.
@@ -30,3 +30,27 @@ def assert_passes_in_the_interpreter(file: str, timeout: int) -> None:
         timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+def compile_kernel(kernel, types, constants, architecture, **launch) -> None:
+    """Compile a kernel down to machine code, which fits; no GPU is needed.
+
+    Args:
+        types: of arguments; those it lacks are ``i32``.
+        constants: values of ``constexpr`` arguments; those that the kernel lacks are left out.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    kinds = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in names}
+    aligned = {  # as pointers and strides are
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name[:2] in ("q_", "k_", "v_")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[architecture]

@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import ROOT
+
 NUM_WORDS = 96
 
 

@@ -107,12 +107,7 @@ def test_dictionary_that_already_has_sentinels(tmp_path):
         ("t5", "empty_prob", 2.0, "empty_prob is 2.0; .*use 0 to 1"),
         ("t5_metro", "leave_unmasked_prob", -0.1, "leave_unmasked_prob is -0.1; .*use 0 to 1"),
         ("t5_metro", "random_token_prob", 1.1, "random_token_prob is 1.1; .*use 0 to 1"),
-        (
-            "t5_metro",
-            "random_token_prob",
-            0.95,
-            r"leave_unmasked_prob \+ random_token_prob is 1.05; together they are at most 1",
-        ),
+        ("t5_metro", "random_token_prob", 0.95, "random_token_prob is 1.05; together they are at"),
         ("t5_metro", "mask_multiple_length", 0, "mask_multiple_length is 0; use 1 or more"),
         ("t5", "mask_multiple_length", 0, "mask_multiple_length is 0; use 1 or more"),
     ],

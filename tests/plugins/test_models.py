@@ -1,6 +1,5 @@
 """Options become models: both entrances, every shipped configuration, original checkpoints."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,14 @@ from tests.plugins.conftest import configure
 
 CONFIGS = Path(fairseq_plugins.__file__).parent / "configs" / "pretraining"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-PUBLISHED = {
-    "metro_t5_base_8gpus",
-    "metro_t5_base_64gpus",
-    "metro_t5_basepp_128gpus",
-    "metro_t5_largepp_256gpus",
-    "t5_base_8gpus",
-    "t5_base_64gpus",
-    "t5_basepp_64gpus",
+PUBLISHED = {  # max_tokens, lr, max_update, update_freq, clip_norm
+    "metro_t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
+    "metro_t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
+    "metro_t5_basepp_128gpus": (8192, [0.0002], 2000000, [1], 2.0),
+    "metro_t5_largepp_256gpus": (2048, [0.0001], 2000000, [2], 2.0),
+    "t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
+    "t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
+    "t5_basepp_64gpus": (8192, [0.0002], 2000000, [2], 2.0),
 }
 
 
@@ -58,56 +57,33 @@ class TinyDictionaryTask(PretrainingTask):
         return cls(cfg, Dictionary())
 
 
-@contextlib.contextmanager
-def without_memory():
-    """Build modules on the meta device: shapes, no numbers."""
-    with torch.device("meta"):
-        yield
+SIZES_OF = {
+    "encoder_embed_dim": "d_model",
+    "encoder_ffn_embed_dim": "d_ff",
+    "encoder_layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "encoder_attention_heads": "num_heads",
+    "encoder_rp_bins": "relative_attention_num_buckets",
+    "encoder_rp_max_dist": "relative_attention_max_distance",
+    "dropout": "dropout_rate",
+    "attention_dropout": "attention_dropout_rate",
+    "activation_dropout": "activation_dropout_rate",
+    "activation_fn": "feed_forward_proj",
+    "max_positions": "max_positions",
+}
+"""fairseq's options, and fields of ``MetroT5Config``; below their values in this order."""
+BASE = (768, 3072, 12, 12, 12, 32, 128, 0.1, 0.1, 0.0, "relu", 1024)
+LARGE = (1024, 4096, 24, 24, 16, 128, 256, 0.1, 0.1, 0.0, "relu", 1024)
 
 
 def sizes(model) -> dict:
-    config = model.model.config
-    return {
-        "encoder_embed_dim": config.d_model,
-        "encoder_ffn_embed_dim": config.d_ff,
-        "encoder_layers": config.num_layers,
-        "decoder_layers": config.num_decoder_layers,
-        "encoder_attention_heads": config.num_heads,
-        "encoder_rp_bins": config.relative_attention_num_buckets,
-        "encoder_rp_max_dist": config.relative_attention_max_distance,
-        "dropout": config.dropout_rate,
-        "attention_dropout": config.attention_dropout_rate,
-        "activation_dropout": config.activation_dropout_rate,
-        "activation_fn": config.feed_forward_proj,
-        "max_positions": config.max_positions,
-    }
+    return {option: getattr(model.model.config, field) for option, field in SIZES_OF.items()}
 
 
-BASE = {
-    "encoder_embed_dim": 768,
-    "encoder_ffn_embed_dim": 3072,
-    "encoder_layers": 12,
-    "decoder_layers": 12,
-    "encoder_attention_heads": 12,
-    "encoder_rp_bins": 32,
-    "encoder_rp_max_dist": 128,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.0,
-    "activation_fn": "relu",
-    "max_positions": 1024,
+SIZES = {
+    name: dict(zip(SIZES_OF, values, strict=True))
+    for name, values in (("base", BASE), ("large", LARGE))
 }
-LARGE = {
-    **BASE,
-    "encoder_embed_dim": 1024,
-    "encoder_ffn_embed_dim": 4096,
-    "encoder_layers": 24,
-    "decoder_layers": 24,
-    "encoder_attention_heads": 16,
-    "encoder_rp_bins": 128,
-    "encoder_rp_max_dist": 256,
-}
-SIZES = {"base": BASE, "large": LARGE}
 ARCHITECTURES = [
     ("t5_metro_base_rpe", "base"),
     ("t5_metro_large_rpe", "large"),
@@ -120,7 +96,7 @@ ARCHITECTURES = [
 def test_architecture_on_the_command_line_gives_its_sizes(arch, size, corpus):
     cfg = configure(corpus, f"--task t5_metro --arch {arch} --dropout 0.2")
     assert cfg.model._name == arch
-    with without_memory():
+    with torch.device("meta"):
         model = build_model(cfg.model, TinyDictionaryTask.build())
     assert sizes(model) == {**SIZES[size], "dropout": 0.2}
 
@@ -129,7 +105,7 @@ def test_architecture_on_the_command_line_gives_its_sizes(arch, size, corpus):
 def test_architecture_in_yaml_gives_its_sizes(arch, size):
     """fairseq's own architecture functions are ignored under hydra."""
     cfg = from_yaml("t5_base_8gpus", f"model._name={arch}", "++model.decoder_layers=3")
-    with without_memory():
+    with torch.device("meta"):
         model = build_model(cfg.model, TinyDictionaryTask.build())
     assert sizes(model) == {**SIZES[size], "decoder_layers": 3}
 
@@ -147,7 +123,7 @@ def test_every_dropout_rate_arrives_in_the_auxiliary_model(zero, corpus):
         "++model.activation_dropout=0.1",
         f"model.generator_zero_dropout={str(zero).lower()}",
     )
-    with without_memory():
+    with torch.device("meta"):
         model = build_model(cfg.model, TinyDictionaryTask.build(128)).model
     assert dropout_rates(model.main.encoder.config) == (0.3, 0.2, 0.1)
     assert dropout_rates(model.main.decoder.config) == (0.3, 0.2, 0.1)
@@ -158,7 +134,7 @@ def test_every_dropout_rate_arrives_in_the_auxiliary_model(zero, corpus):
 @pytest.mark.parametrize(("name", "attentions"), [("metro_t5_tiny", 1 + 2 + 4), ("t5_tiny", 6)])
 def test_models_are_fused(name, attentions):
     """Encoder layers attend once, decoder layers twice; METRO's auxiliary model has one layer."""
-    with without_memory():
+    with torch.device("meta"):
         model = build_model(from_yaml(name).model, TinyDictionaryTask.build(128))
     found = [module.attend for module in model.modules() if isinstance(module, Attention)]
     assert found == [fused_attend] * attentions
@@ -169,13 +145,13 @@ def test_depth_of_the_auxiliary_model_is_that_of_the_published_code(generator_la
     """Its configurations set 4 for base."""
     size, layers = generator_layers
     cfg = from_yaml("t5_base_8gpus", f"model._name=t5_metro_{size}_rpe")
-    with without_memory():
+    with torch.device("meta"):
         model = build_model(cfg.model, TinyDictionaryTask.build())
     assert len(model.model.auxiliary.encoder.block) == layers
 
 
 def test_every_published_configuration_is_shipped():
-    assert PUBLISHED | {"metro_t5_tiny", "t5_tiny"} == set(NAMES)
+    assert {*PUBLISHED, "metro_t5_tiny", "t5_tiny"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,7 +174,7 @@ def test_every_value_of_a_shipped_configuration_arrives(name, corpus):
 
     task = setup_task(cfg.task)
     criterion = build_criterion(cfg.criterion, task)
-    with without_memory():
+    with torch.device("meta"):
         model = task.build_model(cfg.model)
     is_large = "large" in written["model"]["_name"]
     expected = dict(SIZES["large" if is_large else "base"])
@@ -224,16 +200,7 @@ def test_every_value_of_a_shipped_configuration_arrives(name, corpus):
 
 def test_published_facts_of_the_configurations():
     """What the publication states, so that a slip in a file is seen."""
-    facts = {
-        "metro_t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
-        "metro_t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
-        "metro_t5_basepp_128gpus": (8192, [0.0002], 2000000, [1], 2.0),
-        "metro_t5_largepp_256gpus": (2048, [0.0001], 2000000, [2], 2.0),
-        "t5_base_8gpus": (8192, [0.0004], 125000, [16], 0),
-        "t5_base_64gpus": (8192, [0.0004], 125000, [2], 0),
-        "t5_basepp_64gpus": (8192, [0.0002], 2000000, [2], 2.0),
-    }
-    for name, expected in facts.items():
+    for name, expected in PUBLISHED.items():
         cfg = from_yaml(name)
         step = cfg.optimization
         found = (cfg.dataset.max_tokens, step.lr, step.max_update, step.update_freq, step.clip_norm)
@@ -265,35 +232,34 @@ def test_rtd_head_may_be_a_boolean(value, expected):
 def test_bad_model_options_are_refused(option, message, corpus):
     cfg = from_yaml("metro_t5_tiny", f"task.data={corpus}", f"++model.{option}")
     task = setup_task(cfg.task)
-    with pytest.raises(ValueError, match=message), without_memory():
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
         task.build_model(cfg.model)
+
+
+def build_all(cfg):
+    """Model, criterion and training data of a configuration."""
+    task = setup_task(cfg.task)
+    task.load_dataset("train")
+    return task.build_model(cfg.model), task.build_criterion(cfg.criterion), task.dataset("train")
 
 
 def test_rtd_loss_without_a_head_is_refused(corpus):
     cfg = from_yaml("metro_t5_tiny", f"task.data={corpus}", "model.rtd_head=none")
-    task = setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    task.load_dataset("train")
-    sample = task.dataset("train").collater([task.dataset("train")[0]])
+    model, criterion, dataset = build_all(cfg)
     with pytest.raises(ValueError, match="rtd_loss_weight is 50.0 but the model has rtd_head none"):
-        criterion(model, sample)
+        criterion(model, dataset.collater([dataset[0]]))
 
 
 def test_an_rtd_head_without_its_loss_is_refused(corpus):
     """Its parameters would get no gradient, and several processes would stop with an error."""
     options = [f"task.data={corpus}", "criterion.rtd_loss_weight=0"]
     options += ["criterion.weighted_lm_loss=false"]  # that one needs the head
-    cfg = from_yaml("metro_t5_tiny", *options)
-    task = setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    task.load_dataset("train")
-    sample = task.dataset("train").collater([task.dataset("train")[0]])
+    model, criterion, dataset = build_all(from_yaml("metro_t5_tiny", *options))
+    sample = dataset.collater([dataset[0]])
     with pytest.raises(ValueError, match="rtd_loss_weight is 0 .*set model.rtd_head=none"):
         criterion(model.train(), sample)
     criterion(model.eval(), sample)  # looking at a trained model is fine
-
-    cfg = from_yaml("metro_t5_tiny", *options, "model.rtd_head=none")
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    model, criterion, _ = build_all(from_yaml("metro_t5_tiny", *options, "model.rtd_head=none"))
     criterion(model.train(), sample)[0].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -302,25 +268,16 @@ def test_an_rtd_head_without_its_loss_is_refused(corpus):
 def test_the_padding_mask_is_left_out_where_the_batch_says_so(kind, corpus):
     """A full row: the same numbers with the mask, without it, and by looking."""
     cfg = from_yaml(kind, f"task.data={corpus}", "++task.sample_break_mode=none")
-    task = setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model).eval(), task.build_criterion(cfg.criterion)
-    task.load_dataset("train")
-    dataset = task.dataset("train")
-    example = next(e for e in map(dataset.__getitem__, range(9)) if is_full(dataset, e))
-    full, padded = (
-        dataset.collater([example]),
-        dataset.collater([example, dataset[len(dataset) - 1]]),
-    )
+    model, criterion, dataset = build_all(cfg)
+    batches = (dataset.collater([dataset[i]]) for i in range(9))
+    full = next(batch for batch in batches if not batch["net_input"]["has_padding"])
+    padded = dataset.collater([dataset[full["id"].item()], dataset[len(dataset) - 1]])
     assert full["net_input"]["has_padding"] is False and padded["net_input"]["has_padding"] is True
     losses = []
     for has_padding in (False, True, None):
         full["net_input"]["has_padding"] = has_padding
-        losses.append(criterion(model, full)[0].item())
+        losses.append(criterion(model.eval(), full)[0].item())
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
-
-
-def is_full(dataset, example) -> bool:
-    return not dataset.collater([example])["net_input"]["has_padding"]
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "metro_tiny_r", "t5_tiny_c"])
@@ -382,7 +339,5 @@ def test_logged_metrics_equal_those_of_the_original(letter, name, original):
         if key not in different:
             assert float(found[key]) == pytest.approx(value, abs=2e-3), key
     if letter == "a":
-        assert (
-            int(sum(unscored))
-            == recorded["two_half_batches"]["reduced_metrics"]["unreplaced_n_correct"]
-        )
+        reduced = recorded["two_half_batches"]["reduced_metrics"]
+        assert int(sum(unscored)) == reduced["unreplaced_n_correct"]

@@ -181,9 +181,7 @@ def check_weights(trainer, recorded: dict) -> None:
     for name, (total, norm) in recorded.items():
         ours = metro_name(name).removeprefix("main.")
         weight = trainer.model.model.get_parameter(ours).detach().double()
-        if name.endswith(
-            "k_proj.bias"
-        ):  # gradient zero in theory: rounding noise, made large by Adam
+        if name.endswith("k_proj.bias"):  # gradient zero but for rounding, made large by Adam
             continue
         assert float(weight.norm()) == pytest.approx(norm, rel=1e-4), name
         scale = float(weight.abs().sum())
@@ -318,12 +316,9 @@ CONFIGS = ROOT / "fairseq_plugins/configs/finetuning"
 def test_every_configuration_is_one_that_fairseq_takes(path, monkeypatch):
     """Every key is known, task, model and criterion exist; an update has the stated examples."""
     monkeypatch.setattr(test_models, "CONFIGS", CONFIGS)
-    cfg = test_models.from_yaml(
-        path.stem,
-        "task.data=d",
-        "checkpoint.finetune_from_model=m",
-        *(["task.vocab=v"] if "flipped" in path.stem else []),
-    )
+    given = ["task.data=d", "checkpoint.finetune_from_model=m"]
+    given += ["task.vocab=v"] * ("flipped" in path.stem)
+    cfg = test_models.from_yaml(path.stem, *given)
     task = test_models.TinyDictionaryTask.build()
     config = metro_t5_config(cfg.model, task.source_dictionary)
     assert cfg.task.tokens_per_sample <= config.max_positions
@@ -334,9 +329,8 @@ def test_every_configuration_is_one_that_fairseq_takes(path, monkeypatch):
     if gpus.isdigit():
         examples = cfg.dataset.batch_size * cfg.optimization.update_freq[0] * int(gpus)
         assert examples == (240 if "flipped" in path.stem else 1024)
-        assert (config.d_model, config.num_layers) == (
-            (1024, 24) if "large" in path.stem else (768, 12)
-        )
+        sizes = (1024, 24) if "large" in path.stem else (768, 12)
+        assert (config.d_model, config.num_layers) == sizes
 
 
 def test_flipped_takes_the_published_optimizer(monkeypatch):

@@ -203,19 +203,24 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_exact(train, tmp_path, monkeyp
     assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
 
 
+def output_of_stopped(process, stop) -> str:
+    """Call `stop` after update 3; all that the run has printed."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if '"num_updates": "3"' in line:
+            stop()
+            break
+    return seen + process.communicate(timeout=60)[0]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ctrl_c_saves_and_ends_with_an_error_code(corpus, tmp_path, num_workers):
     """To the whole process group, as a terminal sends it; a loading process does not die of it."""
     options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
     options += ["--update-freq 2", f"--num-workers {num_workers}"]
     process = start("fairseq-train", str(corpus), *options, session=True)
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if '"num_updates": "3"' in line:
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    seen += process.communicate(timeout=60)[0]
+    seen = output_of_stopped(process, lambda: os.killpg(process.pid, signal.SIGINT))
     assert process.returncode == 130, seen[-4000:]
     updates = load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"]
     assert f"stopped after update {updates};" in seen and "Traceback" not in seen
@@ -240,13 +245,7 @@ def test_a_second_ctrl_c_stops_at_once(train, tmp_path, monkeypatch):
 def test_sigterm_to_torchrun_saves_one_checkpoint_of_all_processes(corpus, tmp_path):
     options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
     process = start("fairseq-train", str(corpus), *options, processes=2)
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if '"num_updates": "3"' in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    seen += process.communicate(timeout=60)[0]
+    seen = output_of_stopped(process, process.terminate)
     assert "stopped after update" in seen, seen[-4000:]
     updates = load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"]
     assert f"stopped after update {updates};" in seen

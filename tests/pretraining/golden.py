@@ -52,16 +52,8 @@ def load_checkpoint(golden: Golden, name: str) -> dict:
 
 
 def tiny_config() -> MetroT5Config:
-    return MetroT5Config(
-        vocab_size=1128,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=1000,
-    )
+    sizes = dict(vocab_size=1128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return MetroT5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=1000)
 
 
 def load_model(golden: Golden, letter: str, checkpoint: dict | None = None) -> torch.nn.Module:

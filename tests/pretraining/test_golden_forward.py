@@ -119,15 +119,8 @@ def test_metro_half_batches_equal_the_original(metro):
     for half, want in enumerate(metro.numbers["two_half_batches"]["logging_outputs"]):
         rows = slice(0, 3) if half == 0 else slice(3, 6)
         replaced = metro.arrays[f"half{half}_replaced_input"]
-        batch = {
-            name: metro.arrays[name][rows, : replaced.shape[1]]
-            for name in (
-                "src_tokens",
-                "discriminator_target",
-                "generator_target",
-                "prev_output_tokens",
-            )
-        }
+        names = "src_tokens discriminator_target generator_target prev_output_tokens".split()
+        batch = {name: metro.arrays[name][rows, : replaced.shape[1]] for name in names}
         losses = metro_forward(
             metro.model, {**batch, "replaced_input": replaced}, metro.numbers["criterion"]
         )

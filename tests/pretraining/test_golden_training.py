@@ -48,12 +48,8 @@ def micro_batch(model, letter, batch, settings, smoothing):
     batch = {name: torch.from_numpy(value).long() for name, value in batch.items()}
     if letter in "cs":
         is_target = batch["target"].ne(1)
-        output = model(
-            batch["src_tokens"],
-            batch["src_tokens"].ne(1),
-            batch["prev_output_tokens"],
-            use_cache=False,
-        )
+        source = batch["src_tokens"]
+        output = model(source, source.ne(1), batch["prev_output_tokens"], use_cache=False)
         words = torch.eye(output.logits.shape[-1])  # hidden states are logits
         losses = token_cross_entropy(
             output.logits[is_target], words, batch["target"][is_target], smoothing
@@ -61,11 +57,8 @@ def micro_batch(model, letter, batch, settings, smoothing):
         loss = losses.loss.sum()
         return loss, int(is_target.sum()), {"loss": loss, "nll_loss": losses.nll.sum()}
     losses = metro_forward(model, batch, settings)
-    logged = {
-        name: getattr(losses, field)
-        for name, field in PUBLISHED_NAMES.items()
-        if name not in ("unreplaced_n_correct",)  # counted on masked positions here
-    }
+    logged = {name: getattr(losses, field) for name, field in PUBLISHED_NAMES.items()}
+    del logged["unreplaced_n_correct"]  # counted on masked positions here
     return losses.total, int(losses.sample_size), logged
 
 

@@ -15,16 +15,9 @@ SENTINEL = 60
 
 def build(dropout=0.0, **auxiliary) -> MetroPretrainingModel:
     torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
     config = MetroT5Config(
-        vocab_size=64,
-        d_model=16,
-        d_kv=4,
-        d_ff=32,
-        num_layers=2,
-        num_heads=4,
-        max_positions=32,
-        dropout_rate=dropout,
-        decoder_start_token_id=SENTINEL,
+        **sizes, max_positions=32, dropout_rate=dropout, decoder_start_token_id=SENTINEL
     )
     return MetroPretrainingModel(
         config, MetroPretrainingConfig(**{"auxiliary_layers": 1, **auxiliary})

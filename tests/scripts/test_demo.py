@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from scripts.demo_text import write_demo_text
+from tests.conftest import ROOT
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
 
-ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4 * 60
 
 

@@ -8,11 +8,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 # `python -m some.module` does what the variable PLAY_some_module says; all else is Python.
 PLAYER = """#!/usr/bin/env bash

@@ -49,17 +49,9 @@ def test_bad_rows_are_counted_and_named(tmp_path):
         "sum": (None, "{{text}} {{ (label + 1) }} ||| x"),
     }  # fmt: skip
     good = {"text": "t", "label": 1, "word": "yes", "options": ["a"]}
-    rows = [
-        good,
-        {**good, "label": 5},
-        {**good, "label": -1},
-        {**good, "label": None},
-        {**good, "word": ""},
-        {**good, "word": "maybe"},
-        {**good, "options": []},
-        {key: value for key, value in good.items() if key != "text"},
-        "{not json",
-    ]
+    changes = [{}, {"label": 5}, {"label": -1}, {"label": None}, {"word": ""}, {"word": "maybe"}]
+    rows = [{**good, **change} for change in [*changes, {"options": []}]]
+    rows += [{key: value for key, value in good.items() if key != "text"}, "{not json"]
     write_templates(tmp_path / "templates", "bad", templates)
     write_rows(tmp_path / "data", "bad", "train", rows)
     (tmp_path / "mix.yaml").write_text("data_sets: [bad]\n")

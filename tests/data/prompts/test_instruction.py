@@ -9,13 +9,8 @@ import json
 import pytest
 
 from metro.data.jsonl_rows import UnusableRow
-from metro.data.prompts.instruction import (
-    encoder_text,
-    flip,
-    sentinels_for,
-    split_template,
-)
-from metro.data.prompts.templates import PromptTemplate, TemplateTree
+from metro.data.prompts.instruction import encoder_text, flip, sentinels_for, split_template
+from metro.data.prompts.templates import PromptTemplate
 
 # How many templates "rendered" changes, as the module says. cosmos_qa's is not trained on.
 CHANGED = {"quartz": 8, "super_glue/copa": 8, "super_glue/wsc.fixed": 2, "cosmos_qa": 1}
@@ -25,11 +20,6 @@ CHANGED = {"quartz": 8, "super_glue/copa": 8, "super_glue/wsc.fixed": 2, "cosmos
 def records(golden):
     path = golden / "flipped/formats.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def tree(testdata):
-    return TemplateTree(testdata / "prompts")
 
 
 def template_of(tree, record) -> PromptTemplate:

@@ -7,7 +7,6 @@ import pytest
 
 from metro.data.datasets import name_of
 from metro.data.prompts.mixtures import find_mixture, mixture_names
-from metro.data.prompts.templates import TemplateTree
 
 # Facts about the published FLIPPED training set: templates per dataset.
 FLIPPED = {
@@ -16,11 +15,6 @@ FLIPPED = {
     "cos_e/v1.11": 6, "dream": 2, "quail": 13, "quartz": 8, "social_i_qa": 5, "wiqa": 4,
     "cosmos_qa": 12, "qasc": 8, "quarel": 5, "sciq": 5, "app_reviews": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tree(testdata) -> TemplateTree:
-    return TemplateTree(testdata / "prompts/templates")
 
 
 def tasks_of(mixture, tree) -> list[str]:

@@ -1,18 +1,15 @@
 """Interrupted and repeated preparations end with the bytes of one that was left alone."""
 
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from metro.data.prompts import prepare as prepare_module
 from metro.data.prompts.stored import read_manifest
 from metro.utils.messages import UserError
-from tests.data.prepared import Said
+from tests.data.prepared import Said, kill_after_next_save
 from tests.data.prompts.toys import files_of, make_world, prepare
 
 RUN = """
@@ -37,18 +34,11 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
     expected, _ = prepare(world, tmp_path / "expected", **options)
     out, state = tmp_path / "out", tmp_path / "out.partial/state.json"
     command = [sys.executable, "-c", RUN, world, out, workers, options.get("vocab", "")]
-    rng, resumed, kills = random.Random(), 0, 0
+    resumed, kills = 0, 0
     for attempt in range(12):
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
         if attempt < 3:
-            before = state.read_bytes() if state.exists() else None
-            while process.poll() is None:
-                if state.exists() and state.read_bytes() != before:
-                    time.sleep(rng.random() * 0.1)
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.005)
+            kills += kill_after_next_save(process, state, 0.1)
         said, _ = process.communicate(timeout=60)
         resumed += "continuing after" in said
         if process.returncode == 0:

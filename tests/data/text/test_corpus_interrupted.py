@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,14 @@ from metro.data.indexed_file import IndexedFileWriter
 from metro.data.text import corpus, reading
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
-from tests.data.prepared import Said, files_of, items_of, prepare, random_text
+from tests.data.prepared import (
+    Said,
+    files_of,
+    items_of,
+    kill_after_next_save,
+    prepare,
+    random_text,
+)
 
 RUN = """
 import sys
@@ -39,17 +45,11 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(text, vocab, 
     inputs = [text, tmp_path / "b.txt.gz"]
     expected, _ = prepare(inputs, tmp_path / "expected", vocab, valid_fraction=0.1)
     out, state = tmp_path / "out", tmp_path / "out.partial/state.json"
-    rng, seen, resumed = random.Random(), [], 0
+    seen, resumed = [], 0
     for attempt in range(20):
         process = start(inputs, out, vocab, workers)
         if attempt < 6:
-            before = state.read_bytes() if state.exists() else None
-            while process.poll() is None:
-                if state.exists() and state.read_bytes() != before:
-                    time.sleep(rng.random() * 0.15)
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.005)
+            kill_after_next_save(process, state, 0.15)
         _, said = process.communicate(timeout=60)
         resumed += "continuing after" in said
         if process.returncode == 0 or out.exists():  # killed after its last step: complete as well

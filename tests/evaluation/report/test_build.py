@@ -123,12 +123,8 @@ def test_only_tasks_of_a_part_of_the_prompts_are_faint(tmp_path, section):
 
 def test_differences_are_printed_with_a_sign():
     """Oracle: by hand; what rounds to nothing has no sign of its own."""
-    assert [signed(x) for x in (0.0123, -0.0123, 0.00001, -0.00001)] == [
-        "+1.23",
-        "−1.23",
-        "±0.00",
-        "±0.00",
-    ]
+    shown = " ".join(signed(x) for x in (0.0123, -0.0123, 0.00001, -0.00001))
+    assert shown == "+1.23 −1.23 ±0.00 ±0.00"
 
 
 def test_page_is_self_contained(section):
@@ -189,10 +185,8 @@ def test_report_is_written_whole_and_again(tmp_path):
     assert done.tables["t0"].header == ["", "RTE", "CB", "AVG"]
     assert done.tables["t0"].rows[0] == ["METRO-T0-Base", "59.00", "47.00", "53.00"]
     assert "T0 Eval: METRO-T0-Base (direct) 53.00, over 2 tasks" in str(done)
-    assert find_runs([tmp_path / "results"]) == [
-        tmp_path / "results" / "one",
-        tmp_path / "results" / "two",
-    ]
+    runs = [path.name for path in find_runs([tmp_path / "results"])]
+    assert runs == ["one", "two"]
     assert "METRO-T0-Base" in (out / "report.html").read_text()
     with pytest.raises(ValueError, match="no run of suite 'mmlu': the runs are of t0, bigbench"):
         build_sections(find_runs(folders, out), suite="mmlu")

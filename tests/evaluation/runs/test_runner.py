@@ -16,6 +16,7 @@ from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import Sources, choose_rows, load_task
 from metro.evaluation.tasks.suites import read_suite
 from metro.utils.progress import Progress
+from tests.data.prepared import Said
 from tests.evaluation.golden import load_exported
 from tests.evaluation.toy import run, write_suite
 
@@ -80,17 +81,6 @@ def test_chance_and_choices_are_of_the_rows(finished):
     result = read_run(finished).results[0]
     assert result.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert result.median_choices == 2.5
-
-
-class Recorder(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        super().__init__(enabled=False)
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 class StopAfter(Progress):
@@ -214,7 +204,7 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "colour.jsonl").write_text(text)
-    said = Recorder()
+    said = Said()
     run(tmp_path / "run", suite_file, *loaded, progress=said)
     result = read_run(tmp_path / "run").results[0]
     assert result.num_examples == 3
@@ -241,7 +231,7 @@ def test_long_options_are_cut_with_a_note(tmp_path, loaded):
     suite_file = write_suite(tmp_path)
     row = {"thing": "a", "colours": ["red " * 300, "blue"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
-    said = Recorder()
+    said = Said()
     run(tmp_path / "run", suite_file, *loaded, progress=said)
     assert any("1 answer choice cut at 256 tokens" in note for note in said.lines)
 
@@ -260,7 +250,7 @@ def test_options_of_equal_tokens_are_noted(tmp_path, loaded):
     suite_file = write_suite(tmp_path)
     row = {"thing": "a", "colours": ["Red", "red"], "answer": 1}
     (tmp_path / "colour.jsonl").write_text(json.dumps(row) + "\n")
-    said = Recorder()
+    said = Said()
     run(tmp_path / "run", suite_file, *loaded, progress=said)
     note = "1 row with different answer choices of equal tokens;"
     assert any(note in text for text in said.lines)

@@ -14,6 +14,7 @@ from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
 from metro.evaluation.runs.summary import summarize, write_summary
 from tests.evaluation.run_folders import write_run
 
+RESULTS = "results.jsonl"
 T0_TASKS = "rte cb anli_r1 anli_r2 anli_r3 wsc winogrande copa story_cloze hellaswag wic".split()
 
 
@@ -194,60 +195,26 @@ def test_many_missing_tasks_are_counted(tmp_path):
     assert note.endswith("average: s01, s02, s03, s04, s05, s06, s07, s08 and 48 more")
 
 
-def broken_json(folder):
-    path = folder / "results.jsonl"
-    path.write_text(path.read_text() + '{"task": "rte"\n')
-
-
-def broken_twice(folder):
-    path = folder / "results.jsonl"
-    path.write_text(path.read_text() * 2)
-
-
-def broken_field(folder):
-    path = folder / "results.jsonl"
-    path.write_text('{"task": "rte", "accuracy": 0.5}\n')
-
-
-def broken_accuracy(folder):
-    path = folder / "results.jsonl"
-    path.write_text(path.read_text().replace('"accuracy": 0.5', '"accuracy": 50.0'))
-
-
-def broken_suite(folder):
-    path = folder / "results.jsonl"
-    path.write_text(path.read_text().replace('"suite": "t0"', '"suite": "mmlu"'))
-
-
-def broken_run(folder):
-    (folder / "run.json").write_text('{"model": "x"')
-
-
-def broken_run_field(folder):
-    (folder / "run.json").write_text('{"model": "x"}')
-
-
-def broken_away(folder):
-    (folder / "run.json").unlink()
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "damage", "message"),
     [
-        (broken_json, r"results\.jsonl, line 2 is corrupt"),
-        (broken_twice, r"results\.jsonl, line 2: rte / a is there twice, first in line 1"),
-        (broken_field, r"results\.jsonl, line 1: .*'suite'"),
-        (broken_accuracy, r"results\.jsonl, line 1: accuracy 50\.0"),
-        (broken_suite, r"says suite t0, .* rte / a is of mmlu"),
-        (broken_run, r"run\.json is corrupt"),
-        (broken_run_field, r"run\.json is corrupt .*'method'"),
-        (broken_away, r"is not a run folder: it has no run\.json"),
+        (RESULTS, lambda t: t + '{"task": "rte"\n', r"results\.jsonl, line 2 is corrupt"),
+        (RESULTS, lambda t: t * 2, r"line 2: rte / a is there twice, first in line 1"),
+        (RESULTS, lambda t: '{"task": "rte", "accuracy": 0.5}\n', r"jsonl, line 1: .*'suite'"),
+        (RESULTS, lambda t: t.replace(": 0.5", ": 50.0"), r"jsonl, line 1: accuracy 50\.0"),
+        (RESULTS, lambda t: t.replace('"t0"', '"mmlu"'), r"says suite t0, .* rte / a is of mmlu"),
+        ("run.json", lambda t: '{"model": "x"', r"run\.json is corrupt"),
+        ("run.json", lambda t: '{"model": "x"}', r"run\.json is corrupt .*'method'"),
+        ("run.json", None, r"is not a run folder: it has no run\.json"),
     ],
 )
-def test_damaged_run_folders_are_refused_by_file_and_line(tmp_path, damage, message):
+def test_damaged_run_folders_are_refused_by_file_and_line(tmp_path, file, damage, message):
     """Oracle: the damage done here; every message is one line."""
-    folder = write_run(tmp_path / "run", {"rte": {"a": 0.5}})
-    damage(folder)
+    path = write_run(tmp_path / "run", {"rte": {"a": 0.5}}) / file
+    if damage:
+        path.write_text(damage(path.read_text()))
+    else:
+        path.unlink()
     with pytest.raises(ValueError, match=message) as caught:
-        read_run(folder)
+        read_run(tmp_path / "run")
     assert "\n" not in str(caught.value)

@@ -18,6 +18,7 @@ from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.target_projection import target_log_probabilities
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from tests.evaluation.golden import score_alone
 
 END = 2
 
@@ -33,17 +34,6 @@ def make_model(**settings) -> MetroT5ForConditionalGeneration:
         if "relative_attention_bias" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     return model.eval()
-
-
-def score_alone(model, pair: Pair) -> float:
-    start = model.config.decoder_start_token_id
-    with torch.no_grad():
-        logits = model(
-            input_ids=torch.tensor([pair.source]),
-            decoder_input_ids=torch.tensor([[start, *pair.target[:-1]]]),
-        ).logits[0]
-    log_p = logits.double().log_softmax(-1)
-    return log_p[range(len(pair.target)), pair.target].sum().item()
 
 
 def draw_pairs(count: int) -> list[Pair]:

@@ -16,7 +16,7 @@ from metro.evaluation.scoring.pair_scoring import Pair, PairScorer, make_batches
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.settings import EvaluationSettings
 from metro.evaluation.tasks.examples import EvaluationExample
-from tests.evaluation.golden import load_exported
+from tests.evaluation.golden import load_exported, score_alone
 from tests.finetuning.conftest import KINDS, small_model
 from tests.recorded_models import load_tiny_t5
 
@@ -38,18 +38,6 @@ def golden_pairs(example: dict, method: str) -> list[Pair]:
     if method == "direct":
         return [Pair(tuple(sources), tuple(target)) for target in targets]
     return [Pair(tuple(source), tuple(targets)) for source in sources]
-
-
-def plain_score(model, pair: Pair) -> float:
-    """One pair alone, all logits, float64."""
-    config = model.config
-    with torch.no_grad():
-        logits = model(
-            input_ids=torch.tensor([pair.source]),
-            decoder_input_ids=torch.tensor([[config.decoder_start_token_id, *pair.target[:-1]]]),
-        ).logits[0]
-    log_p = logits.double().log_softmax(-1)
-    return log_p[range(len(pair.target)), pair.target].sum().item()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +73,7 @@ def test_text_to_prediction_equals_metro_t0(golden, name):
 def test_batch_size_and_order_do_not_matter(tiny_t5, flipped_golden, method, batch_tokens):
     """Oracle: each pair alone through the model, all logits."""
     pairs = [pair for example in flipped_golden for pair in golden_pairs(example, method)]
-    expected = {pair: plain_score(tiny_t5, pair) for pair in pairs}
+    expected = {pair: score_alone(tiny_t5, pair) for pair in pairs}
     random.Random(batch_tokens).shuffle(pairs)
     scores = PairScorer(tiny_t5, batch_tokens=batch_tokens).score(pairs)
     assert scores == pytest.approx([expected[pair] for pair in pairs], abs=1e-4)
@@ -99,7 +87,7 @@ def test_metro_model_scores_shared_sources_like_each_pair_alone(golden):
     sources = [(0, *ids(1, 30), 2) for _ in range(5)]
     pairs = [Pair(draw.choice(sources), (*ids(0, 9), 2)) for _ in range(23)]
     scores = PairScorer(model, batch_tokens=400).score(pairs)
-    assert scores == pytest.approx([plain_score(model, pair) for pair in pairs], abs=1e-4)
+    assert scores == pytest.approx([score_alone(model, pair) for pair in pairs], abs=1e-4)
 
 
 def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, monkeypatch):
@@ -231,4 +219,4 @@ def test_models_of_other_families_score_like_each_pair_alone(kind):
     sources = [(*ids(1, 12), 2) for _ in range(3)]
     pairs = [Pair(draw.choice(sources), (*ids(0, 6), 2)) for _ in range(12)]
     scores = PairScorer(model, batch_tokens=150).score(pairs)
-    assert scores == pytest.approx([plain_score(model, pair) for pair in pairs], abs=1e-4)
+    assert scores == pytest.approx([score_alone(model, pair) for pair in pairs], abs=1e-4)

@@ -21,14 +21,8 @@ def test_published_replacement_equals_the_original(golden):
     for record in records:
         before, after = record["before"], record["after"]
         words = dict(zip(before["options"], after["options"], strict=True))
-        example = EvaluationExample(
-            0,
-            before["direct_input"],
-            before["options"],
-            before["gold_index"],
-            "",
-            before["flipped_target"],
-        )
+        text, options, label = (before[key] for key in ("direct_input", "options", "gold_index"))
+        example = EvaluationExample(0, text, options, label, "", before["flipped_target"])
         changed = replace_label_words(example, words, "published")
         assert changed.instruction == after["flipped_target"]
         assert changed.choices == after["options"]

@@ -81,14 +81,8 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
         ("tasks: {a: {dataset: d, split: s}}", "task a: missing key 'prompts'; see .Own tasks."),
         ("tasks: {a: {dataset: d, prompts: [p]}}", "task a: missing key 'split'"),
         ("tasks: {a: {dataset: d, prompt: [p]}}", "unknown key 'prompt': did you mean 'prompts'"),
-        (
-            "tasks: {a: {dataset: d, split: 1, prompts: [p]}}",
-            "split is 1, and must be a text",
-        ),
-        (
-            "tasks: {a: {dataset: d, split: s, prompts: [1]}}",
-            "prompts has 1, and must be a",
-        ),
+        ("tasks: {a: {dataset: d, split: 1, prompts: [p]}}", "split is 1, and must be a text"),
+        ("tasks: {a: {dataset: d, split: s, prompts: [1]}}", "prompts has 1, and must be a"),
         ("tasks: {a: }", "task a is None, and must be a mapping"),
         ("tasks: {a: {data: d.jsonl, prompts: {p: 3}}}", "'p' has no text `jinja`"),
         ("kind: mmlu\ntasks: [a]", "mine.yaml: missing key 'template'"),
