@@ -37,10 +37,11 @@ from torch.nn import Linear
 from benchmarks.common import ROOT, print_table, write_results
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.scoring.pair_scoring import PairScorer
-from metro.evaluation.scoring.rank_classification import METHODS, RankClassifier
+from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.suites import find_suite
 from metro.fusion import fuse
+from metro.models.registry import METHODS
 
 SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
 BATCH = 8
