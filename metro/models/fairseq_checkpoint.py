@@ -203,20 +203,30 @@ def model_config(
             )
         return value
 
+    def rate(name: str, default: Any) -> float:
+        value = stated(name, default)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise UserError(
+                f"{path} says cfg.model.{name} is {value!r}, which must be a number from 0 to 1; "
+                "use the file as fairseq wrote it"
+            )
+        return float(value)
+
     embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight")
     if not embedding or len(embedding) != 2:
         raise UserError(f"{path} holds no token embedding (encoder.embed_tokens.weight)")
     encoder_layers = size("encoder_layers") if trust_depth else depth("encoder")
+    dropout = rate("dropout", 0.1)
     options: dict[str, Any] = {
         "encoder_layers": encoder_layers,
         "decoder_layers": size("decoder_layers", encoder_layers),
-        "dropout": float(stated("dropout", 0.1)),
-        "attention_dropout": float(stated("attention_dropout", stated("dropout", 0.1))),
-        "activation_dropout": float(stated("activation_dropout", 0.0)),
+        "dropout": dropout,
+        "attention_dropout": rate("attention_dropout", dropout),
+        "activation_dropout": rate("activation_dropout", 0.0),
         "activation_fn": str(stated("activation_fn")),
     }
     options |= {name: size(name) for name in MODEL_OPTIONS if name not in options}
-    return MetroT5Config(
+    fields: dict[str, Any] = dict(
         **{field: options[name] for name, field in MODEL_OPTIONS.items()},
         vocab_size=embedding[0],
         d_kv=options["encoder_embed_dim"] // options["encoder_attention_heads"],
@@ -230,6 +240,10 @@ def model_config(
         if "decoder.first_layer_norm.weight" in main
         else None,
     )
+    try:
+        return MetroT5Config(**fields)
+    except ValueError as error:
+        raise UserError(f"{path} has settings (cfg.model) of no model: {error}") from None
 
 
 def auxiliary_config(settings: dict, extra: Mapping, path: Path) -> MetroPretrainingConfig:

@@ -35,6 +35,8 @@ PADDED_ROWS = 128
 BAD_FOLDER = (
     OSError,
     ValueError,
+    TypeError,
+    AttributeError,
     LookupError,
     RuntimeError,
     ImportError,

@@ -58,7 +58,7 @@ def refused(golden, tmp_path):
             lambda: to_hf(path, tmp_path / "out", vocab=vocab),
             lambda: metro.load(path, vocab=vocab),
         ):
-            with pytest.raises(ValueError, match=match) as error:
+            with pytest.raises(UserError, match=match) as error:
                 use()
             assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
@@ -203,6 +203,23 @@ def test_settings_that_cannot_be_are_refused(checkpoint, refused):
         refused(checkpoint, f"encoder_attention_heads is {value!r}, which must be a whole number")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("dropout", "x", "dropout is 'x', which must be a number from 0 to 1"),
+        ("dropout", [1], r"dropout is \[1\], which"),
+        ("dropout", True, "dropout is True, which"),
+        ("attention_dropout", "a", "attention_dropout is 'a', which"),
+        ("activation_dropout", float("nan"), "activation_dropout is nan, which"),
+        ("activation_fn", "swish", "bad.pt has settings .*'swish'; use 'relu' or 'gelu'"),
+        ("encoder_attention_heads", 1000, "bad.pt has settings .*d_kv is 0"),
+    ],
+)
+def test_settings_of_another_type_or_range_are_named(checkpoint, refused, option, value, message):
+    checkpoint["cfg"]["model"][option] = value
+    refused(checkpoint, message)
+
+
 def test_values_that_are_no_settings_are_refused_or_left_out(golden, checkpoint, refused, tmp_path):
     """Oracle: by hand; nothing of it may end in a traceback."""
     inner = argparse.Namespace()
@@ -250,7 +267,7 @@ def folder(exported, tmp_path):
 def both_refuse(folder: Path, match: str) -> str:
     """Neither loaded nor converted back; the last message."""
     for use in (lambda: to_fairseq(folder, folder.parent / "out.pt"), lambda: metro.load(folder)):
-        with pytest.raises(ValueError, match=match) as error:
+        with pytest.raises(UserError, match=match) as error:
             use()
         assert "\n" not in str(error.value)
     assert not (folder.parent / "out.pt").exists()
@@ -311,6 +328,29 @@ def test_a_tokenizer_of_another_model_is_refused(folder, vocab):
     change_json(folder / "tokenizer_config.json", n_sentinel_tokens=128)
     shutil.copyfile(vocab / "dict.txt", folder / "dict.txt")
     both_refuse(folder, "dict.txt and sp.model differ")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("tokenizer_config.json", {"n_sentinel_tokens": None}),
+        ("tokenizer_config.json", {"n_sentinel_tokens": "x"}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer_config.json", []),
+        ("special_tokens_map.json", []),
+        ("config.json", {"torch_dtype": "foo", "dtype": "foo"}),
+        ("config.json", {"pad_token_id": None}),
+        ("config.json", {"pad_token_id": "x"}),
+    ],
+)
+def test_fields_of_another_type_in_a_folder_are_one_line(folder, file, fields):
+    if fields:
+        change_json(folder / file, **fields)
+    else:
+        (folder / file).write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="folder") as error:
+        metro.load(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_files_of_a_folder_are_named(folder):
