@@ -55,7 +55,7 @@ def settings_command(
         None,
         callback=callback,
         params=sorted(
-            [*parameters, *extra, _config_option(settings)],
+            [*parameters, *extra, _config_option(settings, extra)],
             key=lambda parameter: isinstance(parameter, click.Option),
         ),
         help=run.__doc__,
@@ -104,8 +104,14 @@ def shown_default(part: Field) -> str:
     return "" if part.default is None or part.default is False else f"  [default: {part.default}]"
 
 
-def _config_option(settings: type[Settings]) -> click.Option:
-    about = "YAML file with options of this list (with _ for -)"
+def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -> click.Option:
+    about = "YAML file with options of this list, without the --"
+    alone = [
+        parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        for parameter in extra
+    ]
+    if alone:
+        about += f" (all but {', '.join(alone)})"
     if shipped := settings.shipped():
         about += f", or the name of one that METRO has: {', '.join(shipped)}"
     return click.Option(

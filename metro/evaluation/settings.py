@@ -48,8 +48,8 @@ class EvaluationSettings(Settings):
     )
     instruction_text: str = option("published", "For method flipped.", choices=INSTRUCTION_TEXTS)
     label_words: str = option("words", "For label_generalization.", choices=LABEL_WORDS)
-    max_source_length: int | None = option(None, "Tokens; default: the model family's.")
-    max_target_length: int | None = option(None, "Tokens; default: the model family's.")
+    max_source_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
+    max_target_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
     vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     attention: str | None = option(

@@ -39,7 +39,7 @@ class FinetuningSettings(Settings):
         3.0, "Lambda of flipped and direct+ul; 0: without.", least=0
     )
     mean: str = option("tokens", "Loss: mean over these.", choices=("tokens", "examples"))
-    label_smoothing: float = option(0.0, "Of direct and channel.", least=0)
+    label_smoothing: float = option(0.0, "Of direct and channel.", least=0, most=1)
 
     batch_size: int = option(8, "Examples per process and micro-batch.", least=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per update.", least=1)
@@ -54,8 +54,8 @@ class FinetuningSettings(Settings):
     optimizer: str = option(
         "adafactor", "adafactor (fixed rate), adamw, or another of the Trainer."
     )
-    adam_betas: list[float] = option([0.9, 0.999], "Of adamw.")
-    adam_epsilon: float = option(1e-8, "Of adamw.")
+    adam_betas: list[float] = option([0.9, 0.999], "Of adamw.", least=0)
+    adam_epsilon: float = option(1e-8, "Of adamw.", least=0)
     weight_decay: float = option(0.0, "Weight decay.", least=0)
     max_grad_norm: float = option(1.0, "Gradient norm clipping; 0: none.", least=0)
     dropout: float | None = option(None, "Dropout; default: the model's own.", least=0)
@@ -74,15 +74,19 @@ class FinetuningSettings(Settings):
 
     logging_steps: int = option(10, "Log every so many updates.", least=1)
     save_steps: float = option(500, "Save every so many updates; below 1: share of all.", least=0)
-    save_total_limit: int | None = option(2, "Checkpoints kept.")
-    eval_steps: float | None = option(None, "Evaluate every so many updates; default: never.")
+    save_total_limit: int | None = option(2, "Checkpoints kept; 0: all.", least=0)
+    eval_steps: float | None = option(
+        None, "Evaluate every so many updates; default: never.", least=0
+    )
     eval_limit: int = option(100, "Validation examples per task.", least=1)
     eval_batch_size: int = option(32, "Validation examples per process and batch.", least=1)
     resume: str = option("auto", "auto: from the last checkpoint of output_dir; never; or a path.")
     report_to: str = option(
         "auto", "auto (TensorBoard where it is installed), tensorboard, wandb, none, ..."
     )
-    seed: int = option(42, "Of order, templates, wrong labels and dropout.")
+    seed: int = option(
+        42, "Of order, templates, wrong labels and dropout.", least=0, most=2**32 - 1
+    )
 
     def check(self) -> None:
         """Refuse values that do not fit together."""
@@ -90,6 +94,12 @@ class FinetuningSettings(Settings):
             raise UserError(f"dropout is {self.dropout}; use 0 up to less than 1")
         if len(self.adam_betas) != 2:
             raise UserError(f"adam_betas is {self.adam_betas}; give two, such as 0.9 and 0.98")
+        if max(self.adam_betas) >= 1:
+            raise UserError(f"adam_betas is {self.adam_betas}; use 0 up to less than 1")
+        for name in ("save_steps", "eval_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps > 1 and steps != int(steps):
+                raise UserError(f"{name} is {steps}; use a whole number, or less than 1 as a share")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}; use more than 0")
         if self.max_steps == 0 or self.max_steps < -1:

@@ -58,6 +58,13 @@ def generate(
         UserError: an option is wrong, or there is no such model.
     """
     settings = GenerationSettings.of(settings, **options)
+    if isinstance(model, LoadedModel):
+        for name in ("device", "dtype", "vocab"):
+            if (value := getattr(settings, name)) is not None:
+                raise UserError(
+                    f"{name} is {str(value)!r}, but the model is loaded already: give it to "
+                    "metro.load instead"
+                )
     texts = [texts] if isinstance(texts, str) else list(texts)
     found = []
     with Progress.of(progress) as shown:

@@ -12,6 +12,7 @@
 file first; `metro.cli.options` makes the command. Nothing heavy is imported here.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ def option(
     *,
     choices: Sequence[str] = (),
     least: float | None = None,
+    most: float | None = None,
     flag: str | None = None,
     positional: bool = False,
     metavar: str | None = None,
@@ -39,7 +41,8 @@ def option(
         default: value if not given; a list is copied. Without one the field is required.
         help: one line for ``--help``, which also shows the default and the choices.
         choices: the only values allowed; of a list, of its items.
-        least: smallest value allowed (infinity and NaN are not).
+        least: smallest value allowed, of a list of its items.
+        most: largest value allowed; infinity and NaN never are.
         flag: on the command line, instead of ``--name`` (or ``--name/--no-name`` of a bool);
             several are separated by commas.
         positional: an argument of the command line instead of an option.
@@ -51,6 +54,7 @@ def option(
         "help": help,
         "choices": tuple(choices),
         "least": least,
+        "most": most,
         "flag": flag,
         "positional": positional,
         "metavar": metavar,
@@ -66,7 +70,7 @@ class Settings:
     """Base of the settings classes: values are coerced to the type of their field and checked.
 
     Raises:
-        UserError: a value is of another kind, not among the choices, or too small.
+        UserError: a value is of another kind, not among the choices, or out of range.
     """
 
     CONFIGS: ClassVar[Path | None] = None
@@ -99,16 +103,14 @@ class Settings:
     def of(cls, given: "Self | None" = None, /, **options: Any) -> Self:
         """Settings from a Python call: an object as it is, or changed by ``options``."""
         values = {name: getattr(given, name) for name in cls.names()} if given else {}
-        return cls._made({**values, **options}, "the arguments")
+        return cls._made({**values, **cls.by_name(options, "the arguments")})
 
     @classmethod
     def combine(cls, config: str | Path | None, given: Mapping[str, Any]) -> Self:
         """Options from a file, overridden by those ``given`` (None: not given)."""
         options = cls.read(config) if config else {}
-        return cls._made(
-            options | {name: value for name, value in given.items() if value is not None},
-            "the command line",
-        )
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls._made(options | cls.by_name(given, "the command line"))
 
     @classmethod
     def read(cls, config: str | Path) -> dict[str, Any]:
@@ -122,8 +124,7 @@ class Settings:
         if not isinstance(content, dict):
             example = cls.names()[0]
             raise UserError(f"{path} holds no options; write lines such as `{example}: VALUE`")
-        cls._refuse_unknown(content, str(path))
-        return content
+        return cls.by_name(content, str(path))
 
     @classmethod
     def shipped(cls) -> dict[str, Path]:
@@ -143,8 +144,7 @@ class Settings:
         return shipped[str(config)]
 
     @classmethod
-    def _made(cls, options: dict[str, Any], where: str) -> Self:
-        cls._refuse_unknown(options, where)
+    def _made(cls, options: dict[str, Any]) -> Self:
         missing = [
             flag_of(part)
             for part in fields(cls)
@@ -156,18 +156,29 @@ class Settings:
         return cls(**options)
 
     @classmethod
-    def _refuse_unknown(cls, options: Mapping[str, Any], where: str) -> None:
-        for name in options:
-            if name not in cls.names():
-                hint = did_you_mean(str(name), cls.names())
-                raise UserError(f"{where}: unknown option {name!r}; {hint}")
+    def by_name(cls, options: Mapping[Any, Any], where: str) -> dict[str, Any]:
+        """Replace the flags' spellings (``workers``, ``batch-size``) by the fields' names."""
+        names = {name: name for name in cls.names()}
+        for part in fields(cls):
+            if not part.metadata["positional"]:
+                names.setdefault(flag_of(part).removeprefix("--").replace("-", "_"), part.name)
+        found: dict[str, Any] = {}
+        for key, value in options.items():
+            name = names.get(str(key).replace("-", "_"))
+            if name is None:
+                raise UserError(f"{where}: unknown option {key!r}; {did_you_mean(str(key), names)}")
+            if name in found:
+                raise UserError(f"{where}: {key} and {name} are one option; give it once")
+            found[name] = value
+        return found
 
 
 def flag_of(part: Field) -> str:
     """Option of a field, ``--learning-rate`` of ``learning_rate``; placeholder of an argument."""
     if part.metadata["positional"]:
         return part.metadata["metavar"] or part.name.upper()
-    return (part.metadata["flag"] or "--" + part.name.replace("_", "-")).split(",")[0]
+    flags = part.metadata["flag"] or "--" + part.name.replace("_", "-")
+    return flags.split(",")[0].split("/")[0]
 
 
 def split_kind(kind: Any) -> tuple[Any, bool]:
@@ -189,17 +200,18 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
         if may_be_none:
             return None
         raise UserError(f"{name} is empty; give a value or leave it out")
+    number = kind in (int, float) and not isinstance(value, bool)  # YAML's `yes` is not 1
     try:
         if get_origin(kind) is list and not isinstance(value, dict):
             items = [value] if isinstance(value, str | Path) else list(value)
             return [coerced(name, item, get_args(kind)[0]) for item in items]
-        if kind is float:
+        if kind is float and number:
             return float(value)
-        if kind is int and float(value) == int(float(value)):
+        if kind is int and number and float(value) == int(float(value)):
             return int(float(value))
         if kind is bool and isinstance(value, bool):
             return value
-        if kind in (str, Path) and not isinstance(value, list | dict):
+        if kind in (str, Path) and not isinstance(value, list | dict | bool):
             return kind(str(value))
     except UserError:
         raise
@@ -210,11 +222,15 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check(part: Field, value: Any) -> None:
-    choices, least = part.metadata["choices"], part.metadata["least"]
+    choices, least, most = (part.metadata[name] for name in ("choices", "least", "most"))
     if value is None:
         return
     for each in value if isinstance(value, list) else [value]:
         if choices and each not in choices:
             raise UserError(f"{part.name} is {each!r}; use one of {', '.join(choices)}")
-        if least is not None and not least <= each < float("inf"):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise UserError(f"{part.name} is {each}; use a finite number")
+        if least is not None and each < least:
             raise UserError(f"{part.name} is {each}; use {least} or more")
+        if most is not None and each > most:
+            raise UserError(f"{part.name} is {each}; use at most {most}")

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import metro
 from metro.cli.main import load_command
 from metro.models.generation import (
     GenerationSettings,
@@ -67,6 +68,16 @@ def test_texts_come_from_stdin_from_a_file_and_from_json_lines(
     plain.write_bytes(piped.replace("\n", "\r\n").encode())
     rows.write_text("".join(json.dumps({"input": text, "task": "a"}) + "\n" for text in texts))
     assert generate(folder, "--input", plain) == generate(folder, "--input", rows) == expected
+
+
+@pytest.mark.parametrize(
+    "option", [{"device": "cpu"}, {"dtype": "float32"}, {"vocab": "tiny_vocab"}]
+)
+def test_options_of_loading_are_refused_for_a_loaded_model(folder, option):
+    [(name, value)] = option.items()
+    loaded = metro.load(folder)
+    with pytest.raises(UserError, match=f"{name} is '{value}', .* give it to metro.load"):
+        metro.generate(loaded, "a", progress=False, **option)
 
 
 def test_an_empty_line_keeps_its_place(generate, folder, recorded):
@@ -170,7 +181,6 @@ def test_a_fairseq_checkpoint_answers_like_its_export(golden, generate, recorded
 
 def test_sentinels_in_a_text_are_read_as_such_when_asked(golden, generate):
     """Oracle: ids put together by hand, through the model's own generate."""
-    import metro
 
     folder = golden / "hf_export/t5_tiny_c"
     model, tokenizer = metro.load(folder)
@@ -223,7 +233,6 @@ def test_start_and_end_are_cut_off():
 
 def test_many_windows_keep_their_order(folder):
     """Oracle: the same texts one at a time; three windows of sixteen batches."""
-    import metro
 
     model, tokenizer = metro.load(folder)
     texts = [" ".join("abcdefg"[: 1 + i % 7]) for i in range(40)]

@@ -12,6 +12,10 @@ from click.testing import CliRunner
 
 from metro.cli.main import COMMANDS, load_command
 from metro.cli.options import settings_command
+from metro.data.settings import PreparePromptsSettings, PrepareTextSettings
+from metro.evaluation.settings import EvaluationSettings, FlipSettings, ReportSettings
+from metro.finetuning.settings import FinetuningSettings
+from metro.models.generation_settings import GenerationSettings
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
@@ -23,7 +27,7 @@ class CountSettings(Settings):
     model: str = option(help="Model.", positional=True)
     inputs: list[str] = option(help="Files.", flag="--input,-i", rest="[FILE]...")
     unit: str = option("lines", "Unit of the count.", choices=("lines", "tokens"))
-    betas: list[float] = option([0.9, 0.99], "Two numbers.")
+    betas: list[float] = option([0.9, 0.99], "Two numbers.", most=1)
     limit: int | None = option(None, "At most so many.", least=1)
     rate: float = option(1e-3, "Rate.")
     cased: bool = option(False, "Keep capitals.", flag="--cased/--uncased")
@@ -91,6 +95,9 @@ def test_what_is_not_given_keeps_its_default(call):
         ({"limit": "many"}, "limit is 'many'; it must be of type int"),
         ({"rate": "fast"}, "rate is 'fast'; it must be of type float"),
         ({"unit": "5"}, "unit is '5'; use one of lines, tokens"),
+        ({"rate": "nan"}, "rate is nan; use a finite number"),
+        ({"rate": float("inf")}, "rate is inf; use a finite number"),
+        ({"betas": [2, 3]}, "betas is 2.0; use at most 1"),
         ({"betas": ["0.5", "x"]}, "betas is 'x'; it must be of type float"),
     ],
 )
@@ -112,12 +119,78 @@ def test_a_wrong_value_is_refused_in_the_same_words_in_all_three_ways(
         assert str(refused.value) == message
 
 
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [
+        (EvaluationSettings, {"models": "m", "max_source_length": -3}),
+        (EvaluationSettings, {"models": "m", "max_target_length": 2}),
+        (GenerationSettings, {"length_penalty": float("nan")}),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, values):
+    name = list(values)[-1]
+    with pytest.raises(UserError, match=f"{name} is .*; use "):
+        settings(**values)
+
+
 def test_missing_and_unknown_options_are_named(call):
     with pytest.raises(UserError, match="missing: MODEL, --input; give them"):
         call()
     with pytest.raises(UserError, match="unknown option 'limt'; did you mean 'limit'"):
         CountSettings.of(model="m", inputs=["a"], limt=3)
     assert "No such option" in call("m", "--limt", "3").output
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [("limit", "int"), ("rate", "float"), ("betas", "list"), ("unit", "str"), ("out", "Path")],
+)
+def test_yes_and_no_of_yaml_are_neither_numbers_nor_text(call, tmp_path, field, kind):
+    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\n{field}: yes\n")
+    for way in (
+        lambda: CountSettings(model="m", inputs=["a"], **{field: True}),
+        lambda: call("--config", tmp_path / "c.yaml"),
+    ):
+        with pytest.raises(UserError, match=f"{field} is True; it must be of type {kind}"):
+            way()
+
+
+@pytest.mark.parametrize("inputs", ["input", "inputs"])
+def test_yaml_and_python_take_a_flag_or_a_field_as_the_name(call, tmp_path, inputs):
+    """Oracle: by hand; `--input` is the flag of `inputs`."""
+    (tmp_path / "c.yaml").write_text(f"model: m\n{inputs}: [a, b]\ncased: true\n")
+    expected = CountSettings(model="m", inputs=["a", "b"], cased=True)
+    assert call("--config", tmp_path / "c.yaml")[0] == expected
+    assert CountSettings.of(model="m", cased=True, **{inputs: ["a", "b"]}) == expected
+    with pytest.raises(UserError, match="are one option; give it once"):
+        CountSettings.of(model="m", input=["a"], inputs=["b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("prepare-text", PrepareTextSettings),
+        ("prepare-prompts", PreparePromptsSettings),
+        ("finetune", FinetuningSettings),
+        ("generate", GenerationSettings),
+        ("evaluate", EvaluationSettings),
+        ("report", ReportSettings),
+        ("flip", FlipSettings),
+    ],
+)
+def test_every_option_of_a_command_is_a_key_of_its_files_or_named_as_not(name, settings):
+    """Oracle: the options as click lists them."""
+    params = {param.name: param for param in load_command(name).params}
+    alone = params.pop("config").help.replace(",", " ").replace(")", " ").split()
+    for param in params.values():
+        if isinstance(param, click.Option):
+            flag = max(param.opts, key=len)
+            key = flag.removeprefix("--")
+            if flag in alone:
+                with pytest.raises(UserError, match="unknown option"):
+                    settings.by_name({key: 1}, "a file")
+            else:
+                assert settings.by_name({key: 1}, "a file") == {param.name: 1}
 
 
 def test_help_explains_every_option(call):

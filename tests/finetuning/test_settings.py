@@ -19,6 +19,15 @@ NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
         ({"max_steps": 0}, "use 1 or more, or -1"),
         ({"objective": "flipped", "label_smoothing": 0.1}, "which flipped does not have"),
         ({"seed": None}, "seed is empty"),
+        ({"seed": -1}, "seed is -1; use 0 or more"),
+        ({"eval_steps": -1}, "eval_steps is -1.0; use 0 or more"),
+        ({"eval_steps": float("nan")}, "eval_steps is nan; use a finite number"),
+        ({"save_steps": 1.5}, "save_steps is 1.5; use a whole number"),
+        ({"save_total_limit": -3}, "save_total_limit is -3; use 0 or more"),
+        ({"adam_epsilon": -1}, "adam_epsilon is -1.0; use 0 or more"),
+        ({"adam_betas": [0.9, 1]}, "adam_betas is .*; use 0 up to less than 1"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
+        ({"limit": True}, "limit is True; it must be of type int"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, message):
