@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.common import print_table, write_results
 from benchmarks.prepare_text import parse_options, run_measured, versions
 from metro.data.blocks import batch_by_size
-from metro.data.capped_mixture import order_by_lengths
+from metro.data.capped_mixture import order_by_source_and_target
 from metro.data.datasets import load_rows
 from scripts.demo_text import write_demo_text
 
@@ -142,7 +142,7 @@ def padding_shares(folder):
     shares = []
     for name, order in (
         ("batches in random order", np.random.RandomState(0).permutation(len(sources))),
-        ("batches of t5_prompt_finetuning", order_by_lengths(sources, targets, 0)),
+        ("batches of t5_prompt_finetuning", order_by_source_and_target(sources, targets, 0)),
     ):
         batches = batch_by_size(order, longer[order], BATCH_TOKENS)
         padded = sum(len(b) * int(sources[b].max() + targets[b].max()) for b in batches)

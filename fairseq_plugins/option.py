@@ -4,6 +4,6 @@ from dataclasses import field
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:
+def config_option(default: Any, help: str) -> Any:
     """Declare a field, with the text that fairseq shows for `--help`."""
     return field(default=default, metadata={"help": help})

@@ -6,7 +6,7 @@ padding in `metro.finetuning.collation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,55 @@ from fairseq.data import FairseqDataset
 
 from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
-from metro.data.capped_mixture import order_by_lengths
+from metro.data.capped_mixture import order_by_source_and_target
 from metro.data.prepared_folder import PROMPTS_MANIFEST
-from metro.finetuning.collation import EncodedPrompt
+from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import BinarisedTasks, PromptData
+from metro.finetuning.losses import shift_targets
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
 
 
+@dataclass(frozen=True)
+class PromptCollation:
+    """Merges examples into fairseq's sample."""
+
+    pad: int
+    start: int
+    """First input of the decoder."""
+    max_width: int | None
+    """Longest sequence that the model takes."""
+
+    def __call__(self, examples: list[EncodedPrompt]) -> dict:
+        batch = collate_prompts(examples, self.pad, self.max_width)
+        net_input = {
+            "src_tokens": batch.source_ids,
+            "src_lengths": batch.lengths,
+            "has_padding": batch.has_padding,
+        }
+        if batch.wrong_source_ids is not None:  # METRO's losses shift the target themselves
+            net_input["wrong_source_ids"] = batch.wrong_source_ids
+        else:
+            shifted = shift_targets(batch.target_ids, self.start, self.pad)
+            net_input["prev_output_tokens"] = shifted
+        return {
+            "id": batch.rows,
+            "nsentences": len(examples),
+            "ntokens": batch.num_target_tokens,
+            "net_input": net_input,
+            "target": batch.target_ids,
+            "num_skipped": batch.num_skipped,
+        }
+
+
 class EpochDataset(FairseqDataset):
     """Base of both kinds: examples change from epoch to epoch, and with them the batches."""
 
-    def __init__(self, collate: Callable[[list[EncodedPrompt]], dict], seed: int):
+    def __init__(self, collation: PromptCollation, seed: int):
         super().__init__()
-        self.collate, self.seed = collate, seed
+        self.collation, self.seed = collation, seed
         self.epoch = 1
 
     @property
@@ -47,7 +80,7 @@ class EpochDataset(FairseqDataset):
 
     def collater(self, examples: list[EncodedPrompt | None]) -> dict:
         usable = [example for example in examples if example is not None]
-        return self.collate(usable) if usable else {}
+        return self.collation(usable) if usable else {}
 
     def size(self, index: int) -> tuple[int, int]:
         return int(self.source_sizes[index]), int(self.target_sizes[index])
@@ -56,11 +89,11 @@ class EpochDataset(FairseqDataset):
         return int(self.num_tokens_vec(index))
 
     def num_tokens_vec(self, indices) -> np.ndarray:
-        """The longer of both; as published, one place more is counted for a target."""
+        """The longer of both; as published, one position more is counted for a target."""
         return (self.target_sizes[indices] + 1).clip(min=self.source_sizes[indices])
 
     def ordered_indices(self) -> np.ndarray:
-        return order_by_lengths(self.source_sizes, self.target_sizes, self.seed)
+        return order_by_source_and_target(self.source_sizes, self.target_sizes, self.seed)
 
     def batch_by_size(
         self, indices, max_tokens=None, max_sentences=None, required_batch_size_multiple=1

@@ -26,7 +26,7 @@ from metro.utils.worker_pool import available_cores
 
 
 @dataclass(frozen=True)
-class Part:
+class UsedPackage:
     """A package that METRO uses."""
 
     name: str
@@ -38,30 +38,30 @@ class Part:
     """Name to import, if it differs."""
 
 
-PARTS = [
-    Part("torch", "tensors and models"),
-    Part("transformers", "model classes"),
-    Part("sentencepiece", "tokenisation"),
-    Part("numpy", "data"),
-    Part("safetensors", "model files"),
-    Part("jinja2", "prompt templates"),
-    Part("pyyaml", "configurations", module="yaml"),
-    Part("matplotlib", "plots"),
-    Part("click", "command line"),
-    Part("rich", "tables and progress"),
-    Part("fairseq-fixed", "pretraining", "fairseq", module="fairseq"),
-    Part("accelerate", "finetuning", "train"),
-    Part("datasets", "datasets of the hub", "train"),
-    Part("peft", "LoRA adapters", "dev"),
-    Part("triton", "GPU kernels", "triton"),
-    Part("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
-    Part("tensorboard", "training curves, live", "fairseq-needs"),
-    Part("pytest", "tests", "dev"),
+PACKAGES = [
+    UsedPackage("torch", "tensors and models"),
+    UsedPackage("transformers", "model classes"),
+    UsedPackage("sentencepiece", "tokenisation"),
+    UsedPackage("numpy", "data"),
+    UsedPackage("safetensors", "model files"),
+    UsedPackage("jinja2", "prompt templates"),
+    UsedPackage("pyyaml", "configurations", module="yaml"),
+    UsedPackage("matplotlib", "plots"),
+    UsedPackage("click", "command line"),
+    UsedPackage("rich", "tables and progress"),
+    UsedPackage("fairseq-fixed", "pretraining", "fairseq", module="fairseq"),
+    UsedPackage("accelerate", "finetuning", "train"),
+    UsedPackage("datasets", "datasets of the hub", "train"),
+    UsedPackage("peft", "LoRA adapters", "dev"),
+    UsedPackage("triton", "GPU kernels", "triton"),
+    UsedPackage("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
+    UsedPackage("tensorboard", "training curves, live", "fairseq-needs"),
+    UsedPackage("pytest", "tests", "dev"),
 ]
 
 
 @dataclass
-class PartStatus:
+class PackageStatus:
     """State of one package."""
 
     name: str
@@ -91,11 +91,11 @@ class Environment:
     cuda: str | None = None
     """CUDA version torch was built for, None for a CPU build."""
     gpus: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[PartStatus] = field(default_factory=list)
+    parts: list[PackageStatus] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def missing(self) -> list[PartStatus]:
+    def missing(self) -> list[PackageStatus]:
         """Required packages that cannot be used."""
         return [part for part in self.parts if part.required and part.error]
 
@@ -108,7 +108,7 @@ def inspect_environment() -> Environment:
     logging.disable(logging.WARNING)  # fairseq logs while it is imported
     try:
         declared = declared_requirements()
-        parts = [_check(part, declared.get(part.name)) for part in PARTS]
+        parts = [_check(part, declared.get(part.name)) for part in PACKAGES]
     finally:
         logging.disable(logging.NOTSET)
     environment = Environment(
@@ -149,11 +149,11 @@ def declared_requirements() -> dict[str, Requirement]:
     return {(requirement := Requirement(line)).name: requirement for line in lines}
 
 
-def _check(part: Part, requirement: Requirement | None) -> PartStatus:
+def _check(part: UsedPackage, requirement: Requirement | None) -> PackageStatus:
     required = requirement is not None and requirement.marker is None
     needed = f"{part.name}{requirement.specifier if requirement else ''}"
     module = part.module or part.name
-    status = PartStatus(part.name, part.purpose, required)
+    status = PackageStatus(part.name, part.purpose, required)
     try:
         status.version = metadata.version(part.name)
     except metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from metro.finetuning.losses import UNLIKELIHOOD_WEIGHT, LossOptions, check_unlikelihood_weight
 from metro.utils.messages import UserError
 
@@ -26,8 +26,8 @@ COUNTS = ("sample_size", "nsentences", "ntokens", "skipped")
 
 @dataclass
 class FlippedCriterionConfig(FairseqDataclass):
-    unlikelihood_weight: float = option(UNLIKELIHOOD_WEIGHT, "lambda; 0: likelihood alone")
-    loss_mean: str = option(
+    unlikelihood_weight: float = config_option(UNLIKELIHOOD_WEIGHT, "lambda; 0: likelihood alone")
+    loss_mean: str = config_option(
         "tokens", "mean over tokens, or over examples as in the published training"
     )
 

@@ -9,7 +9,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from metro.pretraining.losses import MetroObjective
 
 # published name of a logged sum -> field of MetroLosses
@@ -66,19 +66,21 @@ ACCURACIES = {
 
 @dataclass
 class T5MetroCriterionConfig(FairseqDataclass):
-    discriminator_loss_weight: float = option(1.0, "weight of the main model's loss")
-    label_smoothing: float = option(0.0, "of the main model's loss")
-    masked_positions_only: str = option(
+    discriminator_loss_weight: float = config_option(1.0, "weight of the main model's loss")
+    label_smoothing: float = config_option(0.0, "of the main model's loss")
+    masked_positions_only: str = config_option(
         "lm",
         "which losses are restricted to masked positions: none, lm (the main model's) "
         "or both (that and replaced token detection)",
     )
-    rtd_loss_weight: float = option(50.0, "weight of replaced token detection")
-    rtd_only: bool = option(False, "leave out the main model's loss")
-    weighted_lm_loss: bool = option(
+    rtd_loss_weight: float = config_option(50.0, "weight of replaced token detection")
+    rtd_only: bool = config_option(False, "leave out the main model's loss")
+    weighted_lm_loss: bool = config_option(
         False, "weight the main model's loss by the probability of replacement"
     )
-    divide_by_mean_weight: bool = option(False, "divide the weighted loss by the mean weight")
+    divide_by_mean_weight: bool = config_option(
+        False, "divide the weighted loss by the mean weight"
+    )
 
 
 @register_criterion("t5_metro", dataclass=T5MetroCriterionConfig)

@@ -5,7 +5,7 @@ from typing import Optional  # fairseq reads Optional[...], not X | None
 
 from fairseq.dataclass import FairseqDataclass
 
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.fairseq_names import MODEL_OPTIONS
 from metro.utils.messages import UserError
@@ -15,23 +15,27 @@ from metro.utils.messages import UserError
 class T5ModelConfig(FairseqDataclass):
     """Base size. `decoder_*` options that are left out follow `encoder_*`."""
 
-    encoder_embed_dim: int = option(768, "width")
-    encoder_ffn_embed_dim: int = option(3072, "feed-forward width")
-    encoder_layers: int = option(12, "encoder layers")
-    encoder_attention_heads: int = option(12, "attention heads")
-    decoder_embed_dim: Optional[int] = option(None, "must equal encoder-embed-dim")
-    decoder_ffn_embed_dim: Optional[int] = option(None, "must equal encoder-ffn-embed-dim")
-    decoder_layers: Optional[int] = option(
+    encoder_embed_dim: int = config_option(768, "width")
+    encoder_ffn_embed_dim: int = config_option(3072, "feed-forward width")
+    encoder_layers: int = config_option(12, "encoder layers")
+    encoder_attention_heads: int = config_option(12, "attention heads")
+    decoder_embed_dim: Optional[int] = config_option(None, "must equal encoder-embed-dim")
+    decoder_ffn_embed_dim: Optional[int] = config_option(None, "must equal encoder-ffn-embed-dim")
+    decoder_layers: Optional[int] = config_option(
         None, "decoder layers; default: as many as encoder layers"
     )
-    decoder_attention_heads: Optional[int] = option(None, "must equal encoder-attention-heads")
-    dropout: float = option(0.1, "dropout")
-    attention_dropout: float = option(0.1, "dropout of attention weights")
-    activation_dropout: float = option(0.0, "dropout after the feed-forward activation")
-    activation_fn: str = option("relu", "relu or gelu")
-    max_positions: int = option(1024, "longest sequence")
-    encoder_rp_bins: int = option(32, "relative position buckets")
-    encoder_rp_max_dist: int = option(128, "distance from which all positions share one bucket")
+    decoder_attention_heads: Optional[int] = config_option(
+        None, "must equal encoder-attention-heads"
+    )
+    dropout: float = config_option(0.1, "dropout")
+    attention_dropout: float = config_option(0.1, "dropout of attention weights")
+    activation_dropout: float = config_option(0.0, "dropout after the feed-forward activation")
+    activation_fn: str = config_option("relu", "relu or gelu")
+    max_positions: int = config_option(1024, "longest sequence")
+    encoder_rp_bins: int = config_option(32, "relative position buckets")
+    encoder_rp_max_dist: int = config_option(
+        128, "distance from which all positions share one bucket"
+    )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from fairseq_plugins.models._options import (
     check_vocabulary,
     metro_t5_config,
 )
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.configuration import MetroPretrainingConfig
@@ -23,24 +23,24 @@ from metro.utils.messages import UserError
 class MetroModelConfig(T5ModelConfig):
     """Base size with METRO's auxiliary model."""
 
-    generator_layers: int = option(
+    generator_layers: int = config_option(
         3,
         "layers of the auxiliary model; the published configurations of base models "
         "set 4, those of large models 6",
     )
-    generator_zero_dropout: bool = option(
+    generator_zero_dropout: bool = config_option(
         False, "no dropout in the auxiliary model, as in the published configurations"
     )
-    generator_sample_mode: str = option(
+    generator_sample_mode: str = config_option(
         "train", "train: sample from the training pass; eval: from one without dropout"
     )
-    rtd_head: str = option("simple", "none, simple (linear) or roberta (dense first)")
-    share_generator_discriminator_embed: str = option(
+    rtd_head: str = config_option("simple", "none, simple (linear) or roberta (dense first)")
+    share_generator_discriminator_embed: str = config_option(
         "token",
         "what the auxiliary model shares with the main encoder: none, token, token_pos "
         "or token_pos_norm",
     )
-    no_generator: bool = option(
+    no_generator: bool = config_option(
         False, "of the published code, kept so that its commands parse; true is refused"
     )
 

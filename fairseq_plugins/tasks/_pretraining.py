@@ -14,7 +14,7 @@ from fairseq.tasks.language_modeling import SAMPLE_BREAK_MODE_CHOICES, SHORTEN_M
 from omegaconf import II, MISSING
 
 from fairseq_plugins.data import Corruption, PretrainingDataset, check_files
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.utils.messages import UserError
 
@@ -23,24 +23,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PretrainingConfig(FairseqDataclass):
-    data: str = option(
+    data: str = config_option(
         MISSING,
         "folder with dict.txt and binarised splits; several shards: folders joined by "
         "colons, one is read per epoch, in turn",
     )
-    sample_break_mode: SAMPLE_BREAK_MODE_CHOICES = option(
+    sample_break_mode: SAMPLE_BREAK_MODE_CHOICES = config_option(
         "none",
         "none: blocks of exactly tokens-per-sample; complete: whole sentences; "
         "complete_doc: whole sentences of one document; eos: one sentence",
     )
-    tokens_per_sample: int = option(
+    tokens_per_sample: int = config_option(
         512, "longest example, <s> included; also the number of sentinels"
     )
-    mask_prob: float = option(0.15, "share of tokens that are masked")
-    shorten_method: SHORTEN_METHOD_CHOICES = option(
+    mask_prob: float = config_option(0.15, "share of tokens that are masked")
+    shorten_method: SHORTEN_METHOD_CHOICES = config_option(
         "none", "what to do with items longer than an example"
     )
-    shorten_data_split_list: str = option("", 'splits to shorten, e.g. "train,valid"; empty: all')
+    shorten_data_split_list: str = config_option(
+        "", 'splits to shorten, e.g. "train,valid"; empty: all'
+    )
     seed: int = II("common.seed")
 
 

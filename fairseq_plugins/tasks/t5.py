@@ -6,7 +6,7 @@ from functools import partial
 from fairseq.tasks import register_task
 
 from fairseq_plugins.data import Corruption
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
     PretrainingTask,
@@ -19,8 +19,8 @@ from metro.pretraining.masking import corrupt_spans
 
 @dataclass
 class T5Config(PretrainingConfig):
-    empty_prob: float = option(0.1, "share of mask-prob spent on empty spans")
-    mask_multiple_length: int = option(5, "longest span")
+    empty_prob: float = config_option(0.1, "share of mask-prob spent on empty spans")
+    mask_multiple_length: int = config_option(5, "longest span")
 
 
 def corrupt_block(original_ids, random, index: int, epoch: int, **options) -> SpanExample:

@@ -6,7 +6,7 @@ from functools import partial
 from fairseq.tasks import register_task
 
 from fairseq_plugins.data import Corruption
-from fairseq_plugins.option import option
+from fairseq_plugins.option import config_option
 from fairseq_plugins.tasks._pretraining import (
     PretrainingConfig,
     PretrainingTask,
@@ -20,10 +20,14 @@ from metro.utils.messages import UserError
 
 @dataclass
 class T5MetroConfig(PretrainingConfig):
-    leave_unmasked_prob: float = option(0.1, "share of the masked positions that keep their token")
-    random_token_prob: float = option(0.1, "share of the masked positions that get a random token")
-    mask_multiple_length: int = option(1, "number of neighbouring tokens masked together")
-    mask_stdev: float = option(0.0, "only 0 is implemented")
+    leave_unmasked_prob: float = config_option(
+        0.1, "share of the masked positions that keep their token"
+    )
+    random_token_prob: float = config_option(
+        0.1, "share of the masked positions that get a random token"
+    )
+    mask_multiple_length: int = config_option(1, "number of neighbouring tokens masked together")
+    mask_stdev: float = config_option(0.0, "only 0 is implemented")
 
 
 def mask_block(original_ids, random, index: int, epoch: int, seed: int, **options) -> MaskedExample:

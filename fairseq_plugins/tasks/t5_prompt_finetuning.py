@@ -14,13 +14,17 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import register_task
 from omegaconf import II, MISSING
 
-from fairseq_plugins.option import option
-from fairseq_plugins.prompt_data import BinarisedPrompts, TextPrompts, is_text, task_names
+from fairseq_plugins.option import config_option
+from fairseq_plugins.prompt_data import (
+    BinarisedPrompts,
+    PromptCollation,
+    TextPrompts,
+    is_text,
+    task_names,
+)
 from fairseq_plugins.tasks._common import SentinelTask
 from metro.data.prompts.encoding import PromptEncoder
-from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import BinarisedTasks, PromptData
-from metro.finetuning.losses import shift_targets
 from metro.models.vocabulary_folder import build_tokenizer
 from metro.utils.messages import UserError
 
@@ -29,26 +33,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class T5PromptFinetuningConfig(FairseqDataclass):
-    data: str = option(MISSING, "folder made by metro prepare-prompts")
-    truncate_source: bool = option(False, "cut sources that are too long instead of refusing them")
-    truncate_target: bool = option(False, "cut targets that are too long instead of refusing them")
-    dataset_impl: Optional[str] = option(
+    data: str = config_option(MISSING, "folder made by metro prepare-prompts")
+    truncate_source: bool = config_option(
+        False, "cut sources that are too long instead of refusing them"
+    )
+    truncate_target: bool = config_option(
+        False, "cut targets that are too long instead of refusing them"
+    )
+    dataset_impl: Optional[str] = config_option(
         None, "of the published code, ignored: files say what they are"
     )
-    tokens_per_sample: int = option(512, "longest source and target; also the number of sentinels")
-    max_source_tokens: Optional[int] = option(None, "longest source; default: tokens-per-sample")
-    max_target_tokens: Optional[int] = option(None, "longest target; default: tokens-per-sample")
-    vocab: Optional[str] = option(
+    tokens_per_sample: int = config_option(
+        512, "longest source and target; also the number of sentinels"
+    )
+    max_source_tokens: Optional[int] = config_option(
+        None, "longest source; default: tokens-per-sample"
+    )
+    max_target_tokens: Optional[int] = config_option(
+        None, "longest target; default: tokens-per-sample"
+    )
+    vocab: Optional[str] = config_option(
         None,
         "folder with dict.txt and sp.model; default: the data folder. Needed where the "
         "data is text (jsonl)",
     )
-    objective: str = option(
+    objective: str = config_option(
         "direct",
         "direct (answers to prompts) or channel (prompts to answers), where the data "
         "is text; the criterion flipped brings its own",
     )
-    limit: Optional[int] = option(None, "at most so many examples per task, where the data is text")
+    limit: Optional[int] = config_option(
+        None, "at most so many examples per task, where the data is text"
+    )
     seed: int = II("common.seed")
 
 
@@ -136,7 +152,7 @@ class T5PromptFinetuningTask(SentinelTask):
             limit=self.cfg.limit,
             replace=is_train,
         )
-        return TextPrompts(data, is_train=is_train, collate=self.collate, seed=self.cfg.seed)
+        return TextPrompts(data, is_train=is_train, collation=self._collation(), seed=self.cfg.seed)
 
     def _binarised(self, split: str) -> BinarisedPrompts:
         folder = Path(self.cfg.data)
@@ -155,33 +171,14 @@ class T5PromptFinetuningTask(SentinelTask):
             max_target=self.max_target if self.cfg.truncate_target else None,
             bos=self.dictionary.bos(),
             eos=self.dictionary.eos(),
-            num_words=self.first_sentinel,
+            vocab_size=self.first_sentinel,
             seed=self.cfg.seed,
             name=str(folder / kind),
         )
-        return BinarisedPrompts(tasks, collate=self.collate, seed=self.cfg.seed)
+        return BinarisedPrompts(tasks, collation=self._collation(), seed=self.cfg.seed)
 
-    def collate(self, examples: list[EncodedPrompt]) -> dict:
-        pad = self.dictionary.pad()
-        batch = collate_prompts(examples, pad, self.max_width)
-        net_input = {
-            "src_tokens": batch.source_ids,
-            "src_lengths": batch.lengths,
-            "has_padding": batch.has_padding,
-        }
-        if batch.wrong_source_ids is not None:  # METRO's losses shift the target themselves
-            net_input["wrong_source_ids"] = batch.wrong_source_ids
-        else:
-            start = self.decoder_start
-            net_input["prev_output_tokens"] = shift_targets(batch.target_ids, start, pad)
-        return {
-            "id": batch.rows,
-            "nsentences": len(examples),
-            "ntokens": batch.num_target_tokens,
-            "net_input": net_input,
-            "target": batch.target_ids,
-            "num_skipped": batch.num_skipped,
-        }
+    def _collation(self) -> PromptCollation:
+        return PromptCollation(self.dictionary.pad(), self.decoder_start, self.max_width)
 
     def max_positions(self) -> tuple[int, int]:
         return self.max_source, self.max_target

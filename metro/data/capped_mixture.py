@@ -85,7 +85,7 @@ def _permutation(size: int, seed: int) -> np.ndarray:
     return order.astype(np.int32) if size < 2**31 else order
 
 
-def order_by_lengths(
+def order_by_source_and_target(
     source_lengths: np.ndarray, target_lengths: np.ndarray, seed: int
 ) -> np.ndarray:
     """Order examples by source length, then target length, then at random as `seed` decides."""

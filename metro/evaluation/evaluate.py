@@ -188,7 +188,7 @@ def _evaluate_model(
         folder = RunFolder(path, info)
     progress.say(f"{name} on {suite.title}, method {method}, into {path}")
     progress.say(f"protocol {protocol.describe()}")
-    num_new = runner.evaluate(
+    num_new = runner.evaluate_prompts(
         model,
         tokenizer,
         tasks,

@@ -233,7 +233,7 @@ class BinarisedTasks:
         caps: most examples of each task in an epoch.
         max_source, max_target: where to cut sequences (special tokens included); None leaves them.
         bos, eos: ids of `<s>` and `</s>`.
-        num_words: size of the vocabulary; higher ids are refused.
+        vocab_size: size of the vocabulary; higher ids are refused.
         seed: of the window of the capped tasks.
         name: of the data, for messages.
     """
@@ -248,7 +248,7 @@ class BinarisedTasks:
         max_target: int | None,
         bos: int,
         eos: int,
-        num_words: int,
+        vocab_size: int,
         seed: int,
         name: str,
     ):
@@ -260,7 +260,7 @@ class BinarisedTasks:
                 )
         self.sources, self.targets, self.name = sources, targets, name
         self.max_source, self.max_target = max_source, max_target
-        self.bos, self.eos, self.num_words = bos, eos, num_words
+        self.bos, self.eos, self.vocab_size = bos, eos, vocab_size
         self.mixture = CappedMixture([len(source) for source in sources], caps, seed)
 
     def __len__(self) -> int:
@@ -286,10 +286,10 @@ class BinarisedTasks:
         task, row = self.mixture.locate(position, epoch)
         source, target = self.sources[task][row].numpy(), self.targets[task][row].numpy()
         highest = max(source.max(), target.max())
-        if highest >= self.num_words:
+        if highest >= self.vocab_size:
             raise UserError(
                 f"{self.name} holds id {highest} (example {row} of task {task}), but dict.txt ends "
-                f"at id {self.num_words - 1}; use the dict.txt that the data was binarised with"
+                f"at id {self.vocab_size - 1}; use the dict.txt that the data was binarised with"
             )
         if self.max_source is not None:
             source = truncate(source, self.max_source - 1, self.eos)

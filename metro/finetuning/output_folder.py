@@ -18,7 +18,7 @@ from metro.finetuning.settings import FinetuningSettings
 from metro.utils.files import read_json, read_yaml, write_text
 from metro.utils.messages import UserError
 
-SETTINGS, STATE, PARTIAL = "finetune.yaml", "trainer_state.json", ".model.partial"
+SETTINGS, TRAINER_STATE, PARTIAL_MODEL = "finetune.yaml", "trainer_state.json", ".model.partial"
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),
@@ -50,7 +50,7 @@ def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
 def finished_run(settings: FinetuningSettings) -> FinetuneResult | None:
     """Return the result of an earlier run that has trained as long as these settings ask for."""
     out = Path(settings.output_dir)
-    state = read_json(out / STATE)
+    state = read_json(out / TRAINER_STATE)
     if state is None or not (out / "config.json").is_file():
         return None
     by_steps = settings.max_steps > 0
@@ -71,7 +71,7 @@ def open_output(settings: FinetuningSettings, is_main_process: bool) -> str | No
             any run.
     """
     if settings.resume not in ("auto", "never"):
-        if not (Path(settings.resume) / STATE).is_file():
+        if not (Path(settings.resume) / TRAINER_STATE).is_file():
             raise UserError(
                 f"resume is {settings.resume!r}, which is not a complete checkpoint-N folder of "
                 "metro finetune; use auto, never or such a folder"
@@ -89,7 +89,7 @@ def open_output(settings: FinetuningSettings, is_main_process: bool) -> str | No
             f"{out} holds a run already; choose another --output-dir, remove it, or leave "
             "--resume never out"
         )
-    if checkpoints or (out / STATE).is_file():
+    if checkpoints or (out / TRAINER_STATE).is_file():
         _refuse_other_settings(settings, earlier)
     out.mkdir(parents=True, exist_ok=True)
     if is_main_process:
@@ -102,7 +102,7 @@ def complete_checkpoints(out: Path) -> list[Path]:
     found = {}
     for path in out.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / STATE).is_file():  # which the Trainer writes last
+        if number and (path / TRAINER_STATE).is_file():  # which the Trainer writes last
             found[int(number[1])] = path
     return [found[number] for number in sorted(found)]
 
@@ -124,7 +124,7 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
 def save(model, tokenizer, settings: FinetuningSettings) -> None:
     """Write the finished model into the output folder; ``config.json`` is moved there last."""
     out = Path(settings.output_dir)
-    partial = out / PARTIAL
+    partial = out / PARTIAL_MODEL
     shutil.rmtree(partial, ignore_errors=True)
     facts = {
         "objective": settings.objective,

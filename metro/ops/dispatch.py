@@ -53,8 +53,8 @@ def check_kernel(x: torch.Tensor) -> None:
     """
     if not is_triton_installed():
         raise ValueError(
-            "impl is 'triton', but the package triton is not installed: pip install triton, or use "
-            "impl 'auto'"
+            "impl is 'triton', but the package triton is not installed: install it, or use impl "
+            "'auto'"
         )
     if x.dtype not in KERNEL_TYPES:
         raise ValueError(f"impl 'triton' sums in float32, the input is {x.dtype}; use 'reference'")

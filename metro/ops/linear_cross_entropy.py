@@ -86,7 +86,7 @@ def linear_cross_entropy(
         ValueError: shapes or types that do not fit, a target outside the vocabulary (on the CPU),
             an unknown ``impl``.
     """
-    loss, correct, _ = token_losses(
+    loss, correct, _ = losses_and_samples(
         hidden_ND,
         weight_VD,
         target_ids_N,
@@ -107,7 +107,7 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss, correct)
 
 
-def token_losses(
+def losses_and_samples(
     hidden, weight, targets, bias, ignore_index, label_smoothing, epsilon, streams_N, impl
 ):
     """Compute loss, correctness and, with ``streams_N``, a sample for each token."""

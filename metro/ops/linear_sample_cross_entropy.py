@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from metro.ops.linear_cross_entropy import token_losses
+from metro.ops.linear_cross_entropy import losses_and_samples
 from metro.ops.sampling import counter_bits
 
 
@@ -75,7 +75,7 @@ def linear_sample_cross_entropy(
             f"to the targets' {tuple(target_ids_N.shape)}"
         ) from None
     return LinearSampleCrossEntropy(
-        *token_losses(
+        *losses_and_samples(
             hidden_ND,
             weight_VD,
             target_ids_N,

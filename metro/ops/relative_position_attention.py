@@ -247,7 +247,7 @@ def by_distance(x_SN: torch.Tensor) -> torch.Tensor:
     return x_SN.contiguous().as_strided(size, strides, num_keys - 1)
 
 
-class Chunk(NamedTuple):
+class QueryChunk(NamedTuple):
     """A part computed at a time: queries of a head of one sequence, and the keys they may see.
 
     Its matrices fit in a core's cache, so that a pass over them costs little beside the products.
@@ -298,7 +298,7 @@ class Chunk(NamedTuple):
         return torch.softmax(scores, -1, out=scores)
 
 
-def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[Chunk]:
+def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iterator[QueryChunk]:
     """All chunks of a head; ``in_blocks``, each block of queries with the keys up to its end.
 
     Sequences change fastest, so that a block's bias is used while it is in the cache.
@@ -309,7 +309,7 @@ def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iter
         end = min(first + step, num_queries)
         keys = slice(0, end if in_blocks else num_keys)
         for row in range(q.shape[0]):
-            yield Chunk(row, head, slice(first, end), keys, is_first=end == num_queries)
+            yield QueryChunk(row, head, slice(first, end), keys, is_first=end == num_queries)
 
 
 def buffers_like(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:

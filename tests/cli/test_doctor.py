@@ -9,7 +9,13 @@ from packaging.requirements import Requirement
 
 from metro import environment
 from metro.cli.main import load_command
-from metro.environment import PARTS, Part, declared_requirements, inspect_environment, satisfies
+from metro.environment import (
+    PACKAGES,
+    UsedPackage,
+    declared_requirements,
+    inspect_environment,
+    satisfies,
+)
 from tests.processes import run_python
 
 # Runs doctor where no shared library of torch loads.
@@ -40,8 +46,8 @@ def doctor(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run(part: Part, requirement: str) -> tuple[int, dict]:
-        monkeypatch.setattr(environment, "PARTS", [part])
+    def run(part: UsedPackage, requirement: str) -> tuple[int, dict]:
+        monkeypatch.setattr(environment, "PACKAGES", [part])
         declared = {part.name: Requirement(requirement)}
         monkeypatch.setattr(environment, "declared_requirements", lambda: declared)
         with pytest.raises(SystemExit) as ended:
@@ -70,16 +76,20 @@ def test_required_part_that_is_missing_or_does_not_load_is_reported_with_the_rem
     doctor, tmp_path
 ):
     (tmp_path / "broken_part.py").write_text("raise OSError('libbroken.so: cannot open')")
-    code, broken = doctor(Part("broken-part", "tests", module="broken_part"), "broken-part>=2")
+    code, broken = doctor(
+        UsedPackage("broken-part", "tests", module="broken_part"), "broken-part>=2"
+    )
     assert code == 1 and "libbroken.so" in broken["error"]
     assert broken["install"] == "pip install 'broken-part>=2'"
-    code, missing = doctor(Part("missing_part", "tests"), "missing_part")
+    code, missing = doctor(UsedPackage("missing_part", "tests"), "missing_part")
     assert code == 1 and missing["error"] == "not installed"
     assert missing["install"] == "pip install 'missing_part'"
 
 
 def test_missing_optional_part_is_no_failure_and_its_extra_is_named(doctor):
-    code, part = doctor(Part("missing_part", "tests", "train"), "missing_part; extra == 'train'")
+    code, part = doctor(
+        UsedPackage("missing_part", "tests", "train"), "missing_part; extra == 'train'"
+    )
     assert code == 0 and part["required"] is False
     assert re.fullmatch(r"pip install (-e )?'.*\[train\]'", part["install"])
 
@@ -94,7 +104,7 @@ def test_version_below_the_minimum_is_reported_with_the_remedy(
     (tmp_path / "old_part.py").write_text("")
     (tmp_path / "old_part-1.dist-info").mkdir()
     (tmp_path / "old_part-1.dist-info/METADATA").write_text(f"Name: old_part\nVersion: {version}\n")
-    ended, part = doctor(Part("old_part", "tests"), f"old_part<3,>=2.6{marker}")
+    ended, part = doctor(UsedPackage("old_part", "tests"), f"old_part<3,>=2.6{marker}")
     assert ended == code and part["version"] == version
     if version == "2.6.0":
         assert part["error"] is None and part["install"] is None
@@ -121,8 +131,8 @@ def test_versions_are_compared_as_numbers(version, bounds, expected):
 def test_every_part_is_declared_but_the_one_to_choose():
     """Oracle: pyproject.toml, and the extras by hand."""
     declared = declared_requirements()
-    assert {part.name for part in PARTS} - set(declared) == {"liger-kernel"}
-    for part in PARTS:
+    assert {part.name for part in PACKAGES} - set(declared) == {"liger-kernel"}
+    for part in PACKAGES:
         if part.name in declared:
             assert (declared[part.name].marker is None) is (part.extra == ""), part.name
             if part.extra:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from metro.data.capped_mixture import CappedMixture, order_by_lengths
+from metro.data.capped_mixture import CappedMixture, order_by_source_and_target
 
 SIZES, CAPS = [50, 30], [20, 100]
 
@@ -36,7 +36,7 @@ def test_order_is_by_source_then_target_then_seed():
     """Hand-made: source lengths 2 1 2 2, target lengths 5 9 4 4; ties as permutation(4) says."""
     ties = np.random.RandomState(0).permutation(4).tolist()
     first, second = sorted([2, 3], key=ties.index)
-    order = order_by_lengths(np.array([2, 1, 2, 2]), np.array([5, 9, 4, 4]), seed=0)
+    order = order_by_source_and_target(np.array([2, 1, 2, 2]), np.array([5, 9, 4, 4]), seed=0)
     assert order.tolist() == [1, first, second, 0]
 
 

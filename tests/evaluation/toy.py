@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RunFolder
-from metro.evaluation.runs.runner import Scoring, evaluate, run_info
+from metro.evaluation.runs.runner import Scoring, evaluate_prompts, run_info
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import find_suite
@@ -74,7 +74,7 @@ def run(
     protocol = choose_protocol(None, model.config, method)
     info = run_info("toy", None, model, suite, data, protocol, scoring)
     alone = Processes(0, 1, torch.device("cpu"))
-    return evaluate(
+    return evaluate_prompts(
         model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, scoring, alone,
         progress,
     )  # fmt: skip

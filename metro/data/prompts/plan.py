@@ -15,7 +15,7 @@ from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError
 
-FORMAT_VERSION = 2
+PROMPTS_FORMAT_VERSION = 2
 """Counted up when equal settings give other examples."""
 
 
@@ -37,7 +37,7 @@ class PromptPlan(NamedTuple):
         sources = self.sources
         rules = [sorted(x) if isinstance(x, frozenset) else x for x in astuple(self.mixture)]
         return {
-            "version": FORMAT_VERSION,
+            "version": PROMPTS_FORMAT_VERSION,
             "format": self.format,
             "mixture": self.mixture.name,
             "data_sets": [name_of(*names) for names in self.mixture.data_sets],

@@ -27,7 +27,7 @@ from metro.utils.progress import Progress
 from metro.utils.seeds import draws
 from metro.utils.worker_pool import available_cores, map_in_order
 
-FORMAT_VERSION = 1
+TEXT_FORMAT_VERSION = 1
 CHECKPOINT_SECONDS = 5.0
 _MAX_SKIP_EXAMPLES = 10
 
@@ -69,7 +69,7 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> PreparedText:
     lower, overwrite = not settings.cased, settings.overwrite
     vocabulary = read_vocabulary(settings.vocab) if settings.vocab else None
     facts = {
-        "format": FORMAT_VERSION,
+        "format": TEXT_FORMAT_VERSION,
         "inputs": [source.fingerprint() for source in sources],
         "vocab": _digest(vocabulary) if vocabulary else f"train {settings.train_vocab}",
         "lower": lower,

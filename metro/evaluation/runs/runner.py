@@ -94,7 +94,7 @@ def fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
-def evaluate(
+def evaluate_prompts(
     model,
     tokenizer,
     tasks: Sequence[Task],
