@@ -5,7 +5,7 @@ Wrong settings are refused before torch is imported, which takes seconds.
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from metro.evaluation.runs.published import PublishedCheck
     from metro.evaluation.runs.summary import Summary
     from metro.evaluation.tasks.loading import Sources, Task
+
+
+RENDERING = "data_dir templates bigbench_dir instruction_text label_words seed".split()
+"""Settings that make examples of rows; prepared prompts are examples already."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterato
     check_models(settings, suite)
     from metro.evaluation.tasks.loading import Sources, load_tasks
 
+    if all(spec.kind == "prepared" for spec in suite.tasks.values()):
+        settings = without_rendering(settings, progress)
     sources = Sources(
         settings.data_dir,
         settings.templates,
@@ -114,6 +120,18 @@ def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterato
             )
     finally:
         processes.close()
+
+
+def without_rendering(settings: EvaluationSettings, progress: Progress) -> EvaluationSettings:
+    """Reset the options that a prepared suite has no use for, and name those that were given."""
+    unused: dict[str, Any] = {
+        part.name: part.default for part in fields(settings) if part.name in RENDERING
+    }
+    given = [name for name, default in unused.items() if getattr(settings, name) != default]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        progress.say(f"warning: {flags} not used: these prompts are already prepared")
+    return replace(settings, **unused)
 
 
 def check_models(settings: EvaluationSettings, suite: Suite) -> None:
@@ -171,7 +189,7 @@ def _evaluate_model(
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
     )
-    path = settings.out / settings.folder_name(name)
+    path = settings.out / settings.folder_name(name, suite.name)
     folder = None
     if processes.is_first:
         if settings.overwrite and (path / "run.json").is_file():

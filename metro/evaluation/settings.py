@@ -84,7 +84,7 @@ class EvaluationSettings(Settings):
                     "calibrated scores compare an answer choice with and without the input; "
                     "channel scores are probabilities of the input: use sum or mean"
                 )
-            folder = self.folder_name(name)
+            folder = self.folder_name(name, "SUITE")
             if folder in folders:
                 raise UserError(
                     f"models {folders[folder]} and {name} would share the run folder {folder}; "
@@ -97,9 +97,8 @@ class EvaluationSettings(Settings):
         registered = find_registered(model)
         return self.method or (registered.method if registered else "direct")
 
-    def folder_name(self, model: str) -> str:
-        """Name of a run's folder."""
-        suite = Path(self.suite).stem
+    def folder_name(self, model: str, suite: str) -> str:
+        """Name of a run's folder on the suite of this name."""
         return self.run_name or f"{short_name(model)}-{self.method_of(model)}-{suite}"
 
 

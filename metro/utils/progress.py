@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+from dataclasses import dataclass
 from typing import Any, Self
 
 SECONDS_OF_SILENCE = 20.0
@@ -15,6 +16,17 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@dataclass
+class _Step:
+    """Step that has begun."""
+
+    began: float
+    first: float
+    """Work done when it began."""
+    done: float
+    bar: int | None
+
+
 class Progress:
     """Display of messages and of the progress of steps; a context, at whose end the bars stop.
 
@@ -25,7 +37,7 @@ class Progress:
     def __init__(self, enabled: bool = True):
         self.enabled = enabled and is_first_process()
         self._bars: Any = None
-        self._steps: dict[str, tuple[float, float, int | None]] = {}  # began at, with, bar
+        self._steps: dict[str, _Step] = {}
         self._last_shown = time.monotonic()
         if self.enabled:
             from rich.console import Console
@@ -50,6 +62,7 @@ class Progress:
 
         Args:
             step: name of its bar. The first call begins the step; ``done`` may be more than 0.
+                A smaller ``done`` than before begins it again.
             done: work done, in any unit.
             total: all of it, where it is known.
             note: what is being done right now.
@@ -57,9 +70,14 @@ class Progress:
         if not self.enabled:
             return
         now = time.monotonic()
-        if step not in self._steps:
-            self._steps[step] = (now, done, self._new_bar(step))
-        bar = self._steps[step][2]
+        known = self._steps.get(step)
+        if known is None or done < known.done:
+            bar = known.bar if known else self._new_bar(step)
+            known = self._steps[step] = _Step(now, done, done, bar)
+            if bar is not None:
+                self._bars.reset(bar)
+        known.done = done
+        bar = known.bar
         if left := self.time_left(step, done, total):
             note = f"{left} left  {note}".rstrip()
         if bar is not None:
@@ -75,10 +93,10 @@ class Progress:
 
     def time_left(self, step: str, done: float, total: float | None) -> str:
         """Time that the rest of a step takes at its speed so far, empty where it is unknown."""
-        began, first, _ = self._steps.get(step, (0.0, done, None))
-        if not total or done <= first:
+        known = self._steps.get(step)
+        if known is None or not total or done <= known.first:
             return ""
-        seconds = (time.monotonic() - began) / (done - first) * max(total - done, 0)
+        seconds = (time.monotonic() - known.began) / (done - known.first) * max(total - done, 0)
         return str(datetime.timedelta(seconds=round(seconds)))
 
     def _new_bar(self, step: str) -> int | None:

@@ -41,6 +41,24 @@ def test_elsewhere_a_line_follows_after_some_silence(capsys, monkeypatch):
     assert capsys.readouterr().err == "all 67%  0:00:30 left  rte\na [line]\n"
 
 
+def test_a_step_begins_again_where_its_work_goes_back(capsys, monkeypatch, terminal):
+    """Oracle: the clock by hand: the second pass does half of its work in 2 s, after 100 s."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Progress() as progress:
+        progress.show("all", 0, 4)
+        now[0] = 100.0
+        progress.show("all", 4, 4)
+        progress.show("all", 1, 5)
+        assert progress.time_left("all", 1, 5) == ""
+        now[0] = 102.0
+        progress.show("all", 3, 5)
+        assert progress.time_left("all", 3, 5) == "0:00:02"
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    bars = [line.rstrip() for line in plain.splitlines() if line.startswith("all")]
+    assert " 60% " in bars[-1] and bars[-1].endswith("0:00:02 left")
+
+
 def test_nothing_is_shown_where_nobody_wants_it(capsys, terminal):
     for progress in (SILENT, Progress.of(False)):
         with progress:

@@ -21,6 +21,8 @@ class Processes:
     count: int
     device: torch.device
     """Of this process."""
+    owns_group: bool = False
+    """The process group was made here; `close` leaves any other as it is."""
 
     @property
     def is_first(self) -> bool:
@@ -43,7 +45,7 @@ class Processes:
         return values[0]
 
     def close(self) -> None:
-        if self.count > 1:
+        if self.owns_group:
             torch.distributed.destroy_process_group()
 
 
@@ -73,6 +75,7 @@ def join_processes(device: str | None = None) -> Processes:
                 "GPUs; start fewer processes per machine"
             )
         torch.cuda.set_device(chosen)
-    if count > 1 and not torch.distributed.is_initialized():
+    makes_group = count > 1 and not torch.distributed.is_initialized()
+    if makes_group:
         torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Processes(rank, count, chosen)
+    return Processes(rank, count, chosen, owns_group=makes_group)

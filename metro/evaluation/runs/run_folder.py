@@ -1,10 +1,11 @@
 """Run folders: the files that an evaluation writes, and how they are read back.
 
     OUT/<run name>/
-      run.json        {"model", "method", "suite", "title": of the suite, "registered": name or
-                       null, "weights": digest, "protocol": {...}, "options": {...},
-                       "suite_content": digest, "sources": {folders}, "versions": {...},
-                       "tasks": {task: [prompt, ...]}}
+      run.json        {"format": RUN_FORMAT, "model", "method", "suite",
+                       "title": of the suite, "registered": name or null, "weights": digest,
+                       "protocol": {...}, "options": {...}, "suite_content": digest,
+                       "data": {task: digest of its own file or prepared folder},
+                       "sources": {folders}, "versions": {...}, "tasks": {task: [prompt, ...]}}
       results.jsonl   one object per finished (task, prompt), written when it is finished
       scores/<task>/<prompt>.jsonl   one object per example:
                       {"index", "scores", "prediction", "label"}
@@ -27,11 +28,12 @@ from typing import Any
 from metro.utils.files import write_json, write_text
 from metro.utils.messages import UserError
 
+RUN_FORMAT = 2
+"""Raised when the same settings give other examples or scores. 2: templates that draw at random
+have other seeds, and rows that lack a field of the template are left out."""
 IDENTITY = "model method suite suite_content protocol options sources weights".split()
 """Keys of run.json that must be equal to resume a run; weights last, as another dtype changes them
 too. Versions may differ."""
-OPTIONAL_IDENTITY = ("suite_content", "sources")
-"""Keys of IDENTITY that runs of earlier versions may lack; they are not compared then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,13 @@ def read_results(path: Path) -> Iterator[PromptResult]:
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield number and object of every line of a jsonl file."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is corrupt ({error}); delete the line and evaluate again"
+        ) from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -203,7 +211,8 @@ class RunFolder:
         self.folder = Path(folder)
         path = self.folder / "run.json"
         if path.is_file():
-            self._check_same(path, info)
+            before = self._check_same(path, info)
+            info = {**info, "data": {**before["data"], **info["data"]}}
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder} is not empty and has no run.json: it is not a run; choose another "
@@ -215,18 +224,30 @@ class RunFolder:
         write_json(path, info)
         self.results = list(read_results(self.folder / "results.jsonl"))
 
-    def _check_same(self, path: Path, info: dict[str, Any]) -> None:
-        """Refuse to mix the results of two runs."""
+    def _check_same(self, path: Path, info: dict[str, Any]) -> dict[str, Any]:
+        """Refuse to mix the results of two runs; return what ``run.json`` holds."""
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise UserError(f"{path} is corrupt; delete {self.folder} and start again") from None
         now = json.loads(json.dumps(info))
+        remedy = "give another --run-name, or --overwrite"
+        if (format := before.get("format", 1)) != RUN_FORMAT:
+            which = "an earlier" if format == 1 else "another"
+            raise UserError(
+                f"{self.folder} was evaluated by {which} version of METRO that makes other "
+                f"examples of the same rows; {remedy}"
+            )
+        for task, digest in now["data"].items():
+            if before["data"].get(task, digest) != digest:
+                raise UserError(
+                    f"{self.folder} holds a run on other data of task {task}: they were changed or "
+                    f"prepared again since; {remedy}"
+                )
         for name in IDENTITY:
             old, new = before.get(name), now[name]
-            if old == new or (name in OPTIONAL_IDENTITY and name not in before):
+            if old == new:
                 continue
-            remedy = "give another --run-name, or --overwrite"
             if name == "suite_content":
                 raise UserError(
                     f"{self.folder} holds a run of suite {now['suite']} with other tasks or "
@@ -247,6 +268,7 @@ class RunFolder:
                 f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
                 "the same options to resume it, another --run-name, or --overwrite"
             )
+        return before
 
     def is_done(self, task: str, prompt: str) -> bool:
         """Tell finished prompts."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metro.evaluation.runs.processes import Processes
-from metro.evaluation.runs.run_folder import PromptResult, RunFolder
+from metro.evaluation.runs.run_folder import RUN_FORMAT, PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
@@ -54,6 +54,7 @@ def run_info(
         suite: the whole suite, also where the run is narrowed to a part of it.
     """
     return {
+        "format": RUN_FORMAT,
         "model": model_name,
         "registered": registered,
         "weights": fingerprint(model),
@@ -71,6 +72,7 @@ def run_info(
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "suite_content": suite.fingerprint(),
+        "data": suite.data_digests(),
         "sources": {
             name: str(Path(folder).resolve()) if folder is not None else None
             for name, folder in (

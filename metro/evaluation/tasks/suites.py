@@ -20,6 +20,7 @@ short, for ``--suite colours.yaml``::
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +78,14 @@ class Suite:
         specs = (replace(s, data=s.data and s.data.resolve()) for s in self.tasks.values())
         return hashlib.sha256("".join(sorted(map(repr, specs))).encode()).hexdigest()[:16]
 
+    def data_digests(self) -> dict[str, str]:
+        """Return a digest of the rows of every task that names its own file or prepared folder."""
+        places = {spec.data for spec in self.tasks.values() if spec.data and spec.data.exists()}
+        digests = {place: _digest_of_rows(place) for place in places}
+        return {
+            name: digests[spec.data] for name, spec in self.tasks.items() if spec.data in digests
+        }
+
     def narrowed(self, tasks: Sequence[str] = (), prompts: Sequence[str] = ()) -> "Suite":
         """Return the suite with these tasks and prompts only.
 
@@ -101,6 +110,17 @@ class Suite:
         return replace(self, tasks={name: s for name, s in chosen.items() if s.prompts})
 
 
+def _digest_of_rows(place: Path) -> str:
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    from metro.data.prompts.stored import read_manifest
+
+    manifest = read_manifest(place)  # settings, and the checksum of every file
+    facts = json.dumps([manifest.get("settings"), manifest.get("files")], sort_keys=True)
+    return hashlib.blake2b(facts.encode()).hexdigest()[:16]
+
+
 def suite_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -111,16 +131,16 @@ def find_suite(name: str) -> Suite:
     Raises:
         UserError: no such suite; the message has similar names.
     """
-    path = FOLDER / f"{name}.yaml"
-    if path.is_file():
-        return read_suite(path)
+    if name in suite_names():
+        return read_suite(FOLDER / f"{name}.yaml")
     path = Path(name)
     if path.is_dir():
         return prepared_suite(path)
     if path.suffix not in (".yaml", ".yml"):
+        hint = did_you_mean(name, suite_names())
         raise UserError(
-            f"no suite {name!r}: {did_you_mean(name, suite_names())} A file NAME.yaml or a folder "
-            "of `metro prepare-prompts` works as well"
+            f"no suite {name!r}: {hint}{'' if hint.endswith('?') else '.'} A file NAME.yaml or a "
+            "folder of `metro prepare-prompts` works as well"
         )
     if not path.is_file():
         raise UserError(f"no suite file {name}")
@@ -208,7 +228,8 @@ def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> Tas
 def prepared_suite(folder: Path) -> Suite:
     """Make a suite of a folder of prepared prompts: its held-out datasets are the tasks.
 
-    Prompts are the templates with answer choices.
+    Prompts are the templates with answer choices. The name is ``prepared-<folder>``, so that no
+    folder passes for a suite of METRO.
 
     Raises:
         UserError: the folder holds no text, or no held-out examples with answer choices.
@@ -219,7 +240,7 @@ def prepared_suite(folder: Path) -> Suite:
     if manifest["format"] != "jsonl":
         raise UserError(f"{folder} holds ids: prepare it with --format jsonl to evaluate on it")
     prompts: dict[tuple[str, str | None], list[str]] = {}
-    for task, facts in manifest["splits"]["valid"].items():
+    for task, facts in manifest["splits"].get("valid", {}).items():
         examples = PromptedExamples(folder / "valid" / task / "valid.jsonl")
         if examples[0]["answer_choices"]:  # as for all examples of the template
             key = facts["dataset"], facts["subset"]
@@ -236,7 +257,7 @@ def prepared_suite(folder: Path) -> Suite:
         for key, names in prompts.items()
     }
     name = folder.resolve().name
-    return Suite(name, f"{name} (prepared, mixture {manifest['mixture']})", tasks)
+    return Suite(f"prepared-{name}", f"{name} (prepared, mixture {manifest['mixture']})", tasks)
 
 
 _REQUIRED = object()

@@ -129,9 +129,10 @@ def test_own_mixture_from_a_file(tmp_path):
         ("data_sets: [a]\ncap: true\n", "cap is True, and must be a number"),
         ("data_sets: [a]\nneeds_choices: 1\n", "needs_choices is 1, and must be true or false"),
         ("a: [\n", "is not YAML"),
+        ("a: ö\n", "is not YAML: 'utf-8' codec can't decode"),
     ],
 )
 def test_bad_mixture_file_is_refused(tmp_path, text, message):
-    (tmp_path / "m.yaml").write_text(text)
+    (tmp_path / "m.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         find_mixture(tmp_path / "m.yaml")

@@ -8,13 +8,16 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.runs.run_folder import read_run
+from metro.evaluation.runs.processes import join_processes
+from metro.evaluation.runs.run_folder import RunFolder, read_run
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import Sources, choose_rows, load_task
 from metro.evaluation.tasks.suites import read_suite
+from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from tests.data.prepared import Said
 from tests.evaluation.golden import load_exported
@@ -169,15 +172,77 @@ def test_another_content_of_the_suite_is_refused(finished, suite_file, loaded):
 def test_another_data_folder_is_refused_where_it_was_recorded(
     finished, suite_file, loaded, tmp_path
 ):
-    """Oracle: the message names the option; a run of an earlier version goes on."""
+    """Oracle: the message names the option."""
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ValueError, match="sources: bigbench_dir None, this one has"):
         run(folder, suite_file, *loaded, bigbench_dir=tmp_path)
     info = json.loads((folder / "run.json").read_text())
     assert info["sources"]["data_dir"] == str(suite_file.parent.resolve())
-    del info["sources"], info["suite_content"]
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_true_reason(
+    finished, suite_file, loaded, tmp_path
+):
+    """Oracle: run.json as earlier versions wrote it, with another digest of the same suite."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    info = json.loads((folder / "run.json").read_text())
+    del info["format"], info["data"]
+    info["suite_content"] = "0" * 16
     (folder / "run.json").write_text(json.dumps(info))
-    assert run(folder, suite_file, *loaded, bigbench_dir=tmp_path) == 0
+    with pytest.raises(UserError, match="by an earlier version of METRO that makes other examples"):
+        run(folder, suite_file, *loaded)
+
+
+def test_other_rows_of_a_task_are_refused_and_rows_that_were_missing_are_not(tmp_path, loaded):
+    """Oracle: the message names the task; run.json keeps the digests of all that was there."""
+    suite_file, folder = write_suite(tmp_path), tmp_path / "run"
+    rows = tmp_path / "truth.jsonl"
+    text = rows.read_text()
+    run(folder, suite_file, *loaded)
+    whole = json.loads((folder / "run.json").read_text())
+    assert set(whole["data"]) == {"colour", "truth"}
+    rows.unlink()
+    digests = read_suite(suite_file).data_digests()
+    assert digests == {"colour": whole["data"]["colour"]}
+    RunFolder(folder, {**whole, "data": digests})
+    assert json.loads((folder / "run.json").read_text()) == whole
+    (folder / "run.json").write_text(json.dumps({**whole, "data": digests}))
+    rows.write_text(text)
+    assert run(folder, suite_file, *loaded) == 0
+    assert json.loads((folder / "run.json").read_text()) == whole
+    rows.write_text(text.replace("3 is 3", "3 is 5"))
+    with pytest.raises(UserError, match="on other data of task truth: they were changed"):
+        run(folder, suite_file, *loaded)
+
+
+def test_results_that_are_not_utf8_are_named(finished, tmp_path):
+    """Oracle: the message."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with (folder / "results.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
+    with pytest.raises(UserError, match="results.jsonl is corrupt .'utf-8' codec"):
+        read_run(folder)
+
+
+def test_a_process_group_of_the_caller_stays(monkeypatch, tmp_path):
+    """Oracle: torch, asked before and after; a group that was made here is destroyed."""
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    group = torch.distributed
+    store = group.FileStore(str(tmp_path / "store"), 1)
+    group.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        join_processes("cpu").close()
+        assert group.is_initialized()
+    finally:
+        group.destroy_process_group()
+    made = lambda backend: real("gloo", store=store, rank=0, world_size=1)  # noqa: E731
+    real, store = group.init_process_group, group.FileStore(str(tmp_path / "other"), 1)
+    monkeypatch.setattr(group, "init_process_group", made)
+    processes = join_processes("cpu")
+    assert group.is_initialized()
+    processes.close()
+    assert not group.is_initialized()
 
 
 def test_another_model_at_the_same_place_is_refused(finished, suite_file, golden):

@@ -5,10 +5,12 @@ of each template by itself.
 """
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
 
+import metro
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.evaluation.runs.run_folder import read_run
@@ -18,6 +20,8 @@ from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.loading import Sources, load_task
 from metro.evaluation.tasks.suites import find_suite, read_suite
+from metro.utils.messages import UserError
+from tests.data.prepared import Said
 from tests.data.prompts.toys import make_world, prepare, random_rows, write_rows, write_templates
 from tests.evaluation.golden import load_exported
 from tests.evaluation.toy import run
@@ -104,6 +108,52 @@ def test_a_prepared_folder_is_evaluated_as_a_suite(golden, tmp_path, prepared, m
         assert result.num_examples == len(questions) == (12 if name == "odd" else 40)
 
 
+def test_a_prepared_folder_is_never_taken_for_a_suite_of_metro(prepared, tmp_path, monkeypatch):
+    """Oracle: the tasks; t0 has 11 others."""
+    folder = tmp_path / "t0"
+    folder.symlink_to(prepared)
+    (tmp_path / "p.v1").mkdir()
+    shutil.copytree(prepared, tmp_path / "p.v1", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./t0", str(folder), "p.v1/", "p.v1/../p.v1"):
+        assert sorted(find_suite(name).tasks) == ["odd", "one", "two/sub"]
+    assert find_suite("p.v1").name == "prepared-p.v1"
+    assert find_suite("t0").name == "t0" and len(find_suite("t0").tasks) == 11
+    monkeypatch.chdir(tmp_path / "p.v1")
+    assert find_suite(".").name == "prepared-p.v1"
+
+
+def test_a_folder_that_was_prepared_again_is_not_resumed(golden, tmp_path):
+    """Oracle: the message; another seed of the same rows and prompts, then as before."""
+    world = make_world(tmp_path, num_rows=4)
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
+    prepare(world, world / "out")
+    assert run(tmp_path / "run", world / "out", model, tokenizer) == 4
+    prepare(world, world / "out", seed=5, overwrite=True)
+    with pytest.raises(UserError, match="on other data of task .*: they were changed or prepared"):
+        run(tmp_path / "run", world / "out", model, tokenizer)
+    prepare(world, world / "out", overwrite=True)
+    assert run(tmp_path / "run", world / "out", model, tokenizer) == 0
+
+
+def test_options_that_prepared_prompts_cannot_use_are_named_and_not_recorded(
+    golden, tmp_path, prepared
+):
+    """Oracle: run.json of the evaluation without them."""
+    found = []
+    for name, options in (("a", {}), ("b", {"seed": 7, "instruction_text": "rendered"})):
+        said = Said()
+        folder = metro.evaluate(
+            str(golden / "hf_export/t5_prompt_tiny_f"), suite=str(prepared), device="cpu",
+            out=tmp_path / name, progress=said, tasks=["odd"], **options,
+        ).folder  # fmt: skip
+        assert folder == tmp_path / name / "t5_prompt_tiny_f-direct-prepared-out"
+        found.append(json.loads((folder / "run.json").read_text()))
+        warned = [line for line in said.lines if "--instruction-text, --seed not used" in line]
+        assert len(warned) == len(options) // 2
+    assert found[0] == found[1]
+
+
 def test_a_suite_file_names_a_prepared_folder(prepared, tmp_path):
     """Oracle: the tasks that the file lists."""
     path = tmp_path / "mine.yaml"
@@ -130,6 +180,7 @@ def test_folders_without_held_out_text_are_refused(prepared, tmp_path):
     for changed, message in (
         ({"format": "fairseq"}, "holds ids: prepare it with --format jsonl"),
         ({"splits": {"train": {}, "valid": {}}}, "no held-out examples .* --validation all"),
+        ({"splits": {"train": {}}}, "no held-out examples .* --validation all"),
     ):
         (tmp_path / "prompts.json").write_text(json.dumps({**manifest, **changed}))
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from metro.evaluation.tasks.suites import find_suite, read_suite, suite_names
+from metro.utils.messages import UserError
 
 COUNTS = {
     "rte": 10, "cb": 15, "anli_r1": 15, "anli_r2": 15, "anli_r3": 15, "wsc": 10, "winogrande": 5,
@@ -68,6 +69,8 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
         suite.narrowed(["rte"], ["mustbe true"])
     with pytest.raises(ValueError, match="no suite 't1': did you mean 't0'"):
         find_suite("t1")
+    with pytest.raises(ValueError, match="no suite 'zzz': known: .*, t0. A file NAME.yaml or"):
+        find_suite("zzz")
     with pytest.raises(ValueError, match="no suite file none.yaml"):
         find_suite("none.yaml")
 
@@ -76,6 +79,7 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
     ("text", "message"),
     [
         ("tasks: [", "is not YAML"),
+        ("title: schön", "is not YAML: 'utf-8' codec can't decode"),
         ("title: x", "has no `tasks:`"),
         ("kind: quiz\ntasks: {a: {}}", "kind is 'quiz'; use one of templates"),
         ("tasks: {a: {dataset: d, split: s}}", "task a: missing key 'prompts'; see .Own tasks."),
@@ -104,7 +108,7 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
 def test_bad_suite_files_are_refused(tmp_path, text, message):
     """Oracle: the message names file, task and field."""
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as error:
         read_suite(path)
     assert "mine.yaml" in str(error.value)
