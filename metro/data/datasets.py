@@ -112,7 +112,7 @@ def available_splits(
     hub = _datasets_package(name)
     try:
         return list(hub.get_dataset_split_names(dataset, subset))
-    except _hub_errors(hub) as error:
+    except hub_errors(hub) as error:
         raise _unavailable(name, dataset, [error]) from None
 
 
@@ -189,7 +189,13 @@ def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list
     rows, entry = _open_on_hub(dataset, subset, split, streaming=True)
     splits = rows.info.splits or {}
     renamed = HubRows([], entry)
-    first = [renamed.with_names(dict(row)) for row in rows.take(count)]
+    try:
+        taken = list(rows.take(count))
+    except hub_errors(_datasets_package(name_of(dataset, subset))) as error:
+        raise _unavailable(
+            name_of(dataset, subset), entry.hub or dataset, [error], entry.unsure
+        ) from None
+    first = [renamed.with_names(dict(row)) for row in taken]
     if split in splits and splits[split].num_examples:
         return first, splits[split].num_examples
     return first, len(load_rows(dataset, subset, split))  # the size is not stated: download
@@ -216,14 +222,14 @@ def _open_on_hub(dataset: str, subset: str | None, split: str, streaming: bool):
                 repository, name=config, revision=revision, split=split, streaming=streaming
             )
             return rows, entry
-        except _hub_errors(hub) as error:
+        except hub_errors(hub) as error:
             errors.append(error)
             if isinstance(error, ConnectionError):
                 break
     raise _unavailable(name, repository, errors, entry.unsure)
 
 
-def _hub_errors(hub) -> tuple[type[Exception], ...]:
+def hub_errors(hub) -> tuple[type[Exception], ...]:
     """Errors of the package ``datasets`` for a repository that it cannot load."""
     return (hub.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
 

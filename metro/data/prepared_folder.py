@@ -54,7 +54,7 @@ class PreparedFolder:
             UserError: files of it are missing or changed, or it was made with other settings;
                 with ``overwrite`` the answer is None then.
         """
-        manifest = read_json(self.out / self.manifest_name)
+        manifest = self._read(self.out / self.manifest_name)
         if manifest is None:
             return None
         problem = None
@@ -84,7 +84,7 @@ class PreparedFolder:
             UserError: there is an unfinished run with other settings or inputs, another process
                 is working on it, or one of the two folders holds something else.
         """
-        earlier = read_json(self.partial / self.manifest_name) or read_json(self.partial / STATE)
+        earlier = self._read(self.partial / self.manifest_name) or self._read(self.partial / STATE)
         if not earlier and not overwrite and self.out.exists():
             if not self.out.is_dir() or any(self.out.iterdir()):
                 raise UserError(f"{self.out} exists and is not empty: choose another --out")
@@ -145,6 +145,19 @@ class PreparedFolder:
                     shutil.move(self.partial / name, self.out / name)
             shutil.rmtree(self.partial)
         return manifest
+
+    def _read(self, path: Path) -> dict | None:
+        """Read a manifest or state, None where there is none."""
+        content = read_json(path)
+        needed = {"settings"} if path.name == STATE else {"settings", "files"}
+        if content is not None and not (
+            isinstance(content, dict)
+            and all(isinstance(content.get(name), dict) for name in needed)
+        ):
+            raise UserError(
+                f"{path} is not what `{self.command}` writes: remove it or choose another --out"
+            )
+        return content
 
     def _facts(self, name: str) -> dict:
         path = self.partial / name

@@ -109,6 +109,10 @@ def complete_checkpoints(out: Path) -> list[Path]:
 
 def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
     before, now = read_yaml(earlier), settings.as_dict()
+    if not isinstance(before, dict):
+        raise UserError(
+            f"{earlier} does not hold the settings of the run there; choose another --output-dir"
+        )
     changed = [
         f"{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

@@ -145,6 +145,7 @@ def training_arguments(settings: FinetuningSettings):
         UserError: the machine cannot train with these settings.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     cuda = torch.cuda.is_available() and not settings.use_cpu
     precision = settings.precision
@@ -168,31 +169,36 @@ def training_arguments(settings: FinetuningSettings):
         *("learning_rate", "warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
     )
-    arguments = TrainingArguments(
-        **{name: getattr(settings, name) for name in same_name},
-        # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
-        # machine without one each would train a model of its own.
-        use_cpu=settings.use_cpu or not torch.accelerator.is_available(),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
-        lr_scheduler_type=scheduler,
-        optim=optimizers.get(settings.optimizer, settings.optimizer),
-        adam_beta1=settings.adam_betas[0],
-        adam_beta2=settings.adam_betas[1],
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        **{
-            checkpointing: settings.gradient_checkpointing,
-            f"{checkpointing}_kwargs": {"use_reentrant": False},
-        },
-        dataloader_num_workers=settings.num_workers,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        eval_strategy="steps" if settings.eval_steps else "no",
-        report_to=report_to,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-    )
+    try:
+        arguments = TrainingArguments(
+            **{name: getattr(settings, name) for name in same_name},
+            # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
+            # machine without one each would train a model of its own.
+            use_cpu=settings.use_cpu or not torch.accelerator.is_available(),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            lr_scheduler_type=scheduler,
+            optim=optimizers.get(settings.optimizer, settings.optimizer),
+            adam_beta1=settings.adam_betas[0],
+            adam_beta2=settings.adam_betas[1],
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            **{
+                checkpointing: settings.gradient_checkpointing,
+                f"{checkpointing}_kwargs": {"use_reentrant": False},
+            },
+            dataloader_num_workers=settings.num_workers,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if settings.save_steps else "no",
+            eval_strategy="steps" if settings.eval_steps else "no",
+            report_to=report_to,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+        )
+        get_reporting_integration_callbacks(report_to)
+    except ValueError as error:  # an unknown schedule, optimizer or logger
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers' Trainer does not take these settings: {reason}") from None
     if arguments.n_gpu > 1:
         raise UserError(
             f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "

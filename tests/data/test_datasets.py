@@ -131,6 +131,21 @@ def test_repository_with_a_script_falls_back_to_its_parquet_copy(repository, tab
     assert tried[-2:] == [("old", "refs/convert/parquet"), ("default", "refs/convert/parquet")]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError])
+def test_a_hub_that_fails_while_rows_are_read_is_one_line(repository, table, monkeypatch, error):
+    import datasets as package
+
+    def take(self, count):
+        raise error("gone\naway")
+
+    monkeypatch.setattr(package.IterableDataset, "take", take)
+    table["toy"] = DatasetEntry(hub=str(repository), config="conf", splits=("train",))
+    with pytest.raises(
+        DatasetUnavailable, match=f"toy could not be .*: {error.__name__}: gone awa"
+    ):
+        datasets.peek("toy", None, "train", 2)
+
+
 def test_unavailable_dataset_is_one_line_with_a_remedy(table, monkeypatch, tmp_path):
     pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "_unreachable_since", -1e9)

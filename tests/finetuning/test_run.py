@@ -11,6 +11,7 @@ import metro
 from metro.finetuning.output_folder import complete_checkpoints
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
+from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
 from tests.processes import METRO, run_python
 
@@ -120,6 +121,29 @@ def test_other_settings_do_not_continue_a_run(settings):
         finetune(settings(resume="never"))
     with pytest.raises(ValueError, match="not a complete checkpoint-N folder"):
         finetune(settings(resume="nowhere"))
+
+
+@pytest.mark.parametrize("content", ["a: [", "", "- 1", "text"])
+def test_damaged_settings_of_the_earlier_run_are_named(settings, tmp_path, content):
+    checkpoint = tmp_path / "out/checkpoint-6"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (tmp_path / "out/finetune.yaml").write_text(content)
+    with pytest.raises(UserError, match="finetune.yaml"):
+        finetune(settings())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "foo"}, "foo'? is not a valid SchedulerType"),
+        ({"optimizer": "foo"}, "foo'? is not a valid OptimizerNames"),
+        ({"report_to": "foo"}, "foo is not supported"),
+    ],
+)
+def test_names_that_the_trainer_does_not_know_are_one_line(settings, options, message):
+    with pytest.raises(UserError, match=message):
+        finetune(settings(**options))
 
 
 def test_a_folder_of_something_else_is_left_alone(settings, tmp_path):

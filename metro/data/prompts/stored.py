@@ -63,7 +63,7 @@ class PromptedExamples(JsonlRows):
     def _find_offsets(self):
         offsets = self._beside("offsets")
         if offsets.is_file():
-            return np.load(offsets, mmap_mode="r")
+            return _numbers(offsets)
         return super()._find_offsets()  # a file that somebody wrote by hand
 
     def _beside(self, what: str) -> Path:
@@ -74,11 +74,22 @@ class PromptedExamples(JsonlRows):
         """Source row of each example, int32, ascending."""
         path = self._beside("rows")
         if path.is_file():
-            return np.load(path, mmap_mode="r")
+            return _numbers(path)
         return np.array([example["row"] for example in self], np.int32)
 
     def __reduce__(self):  # the offsets are mapped again, not copied
         return type(self), (self.path,)
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """Map the numbers that are stored beside the examples."""
+    try:
+        numbers = np.load(path, mmap_mode="r")
+        if numbers.ndim == 1 and numbers.dtype.kind == "i":
+            return numbers
+    except (ValueError, EOFError):  # of another kind, or cut
+        pass
+    raise UserError(f"{path} is damaged: prepare the folder again with `metro prepare-prompts`")
 
 
 def read_manifest(folder: str | Path) -> dict:

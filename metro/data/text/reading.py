@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from metro.data.datasets import hub_errors
 from metro.utils.messages import MissingPackage, UserError
 
 CHUNK_BYTES = 1 << 20
@@ -188,7 +189,7 @@ def _split_lines(
 
 
 def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterator[Chunk]:
-    records = iter(_load_dataset(source).skip(start.offset))
+    records = _dataset_records(source, start.offset)
     while True:
         texts: list[str] = []
         num_chars = 0
@@ -210,16 +211,17 @@ def _dataset_chunks(source: TextSource, index: int, start: ReadPosition) -> Iter
         start = end
 
 
-def _load_dataset(source: TextSource):
+def _dataset_records(source: TextSource, start: int) -> Iterator[dict]:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError:
         raise MissingPackage(f"reading {source.name}", "datasets", "train") from None
     dataset, config = source.dataset_and_config()
     try:
-        return load_dataset(dataset, config, split="train", streaming=True)
-    except (OSError, ValueError) as error:  # not found, no network, no such configuration
-        raise UserError(f"cannot read {source.name}: {type(error).__name__}: {error}") from None
+        yield from datasets.load_dataset(dataset, config, split="train", streaming=True).skip(start)
+    except hub_errors(datasets) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot read {source.name}: {reason}") from None
 
 
 def total_bytes(sources: list[TextSource]) -> int | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from metro.data.prompts.stored import PromptedExamples
+from metro.utils.messages import UserError
 from tests.data.prompts.toys import prepare, random_rows, write_rows
 
 
@@ -32,6 +33,20 @@ def test_examples_are_a_picklable_sequence_with_source_rows(world, tmp_path):
         file.write("{}\n")
     with pytest.raises(ValueError, match="prepare it again"):
         PromptedExamples(result.folder / "train/one_copy")
+
+
+@pytest.mark.parametrize("what", ["offsets", "rows"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "floats", "matrix"])
+def test_damaged_numbers_beside_the_examples_are_named(world, tmp_path, what, damage):
+    result, _ = prepare(world, tmp_path / "out", limit=3)
+    path = result.folder / f"train/one_ask/train.{what}.npy"
+    data = path.read_bytes()
+    if damage in ("floats", "matrix"):
+        np.save(path, np.zeros(4) if damage == "floats" else np.zeros((2, 2), int))
+    else:
+        path.write_bytes({"empty": b"", "cut": data[:-3], "text": b"nothing"}[damage])
+    with pytest.raises(UserError, match=f"{path} is damaged: prepare the folder again"):
+        _ = PromptedExamples(path.parent).rows
 
 
 def test_prepared_rows_are_int32_and_offsets_int64(world, tmp_path):

@@ -1,5 +1,6 @@
 """Text becomes the bytes that fairseq-preprocess writes, whatever the workers, chunks and kills."""
 
+import builtins
 import gzip
 import importlib.util
 import json
@@ -174,6 +175,41 @@ def test_datasets_without_the_package_or_the_field_say_what_to_do(vocab, tmp_pat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="needs the package datasets: pip install"):
         prepare(["hf:anything"], tmp_path / "out2", vocab)
+
+
+@pytest.mark.parametrize("where", ["load", "iterate"])
+@pytest.mark.parametrize("kind", ["DatasetsError", "RuntimeError", "ConnectionError"])
+def test_errors_of_the_hub_are_one_line(vocab, tmp_path, monkeypatch, where, kind):
+    """Before and while records are read."""
+    package = pytest.importorskip("datasets")
+    error = getattr(package.exceptions, kind, None) or getattr(builtins, kind)
+
+    class Rows:
+        def skip(self, count):
+            yield {"text": "one"}
+            raise error("scripts are no\nlonger supported")
+
+    def load_dataset(*args, **kwargs):
+        if where == "load":
+            raise error("scripts are no\nlonger supported")
+        return Rows()
+
+    monkeypatch.setattr(package, "load_dataset", load_dataset)
+    message = f"^cannot read hf:some/thing: {kind}: scripts are no longer supported$"
+    with pytest.raises(UserError, match=message):
+        prepare(["hf:some/thing"], tmp_path / "out", vocab)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"settings": {}, "files": []}'])
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_a_manifest_of_something_else_is_named(text, vocab, tmp_path, name, content):
+    (tmp_path / name).mkdir()
+    manifest = tmp_path / name / "prepare_text.json"
+    manifest.write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{manifest} is not what `.*prepare-text` writes"):
+            prepare([text], tmp_path / "out", vocab, overwrite=overwrite)
+        assert manifest.read_text() == content
 
 
 def test_unusable_lines_are_skipped_counted_and_named(vocab, tmp_path, monkeypatch):
