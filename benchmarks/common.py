@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Measured(NamedTuple):
-    """What `measure_isolated` returns."""
+    """Result of `measure_isolated`."""
 
     value: Any
-    """What the function returned."""
+    """Return value of the function."""
     seconds: float
     """Wall time of the call, start of the process not included."""
     peak_bytes: int

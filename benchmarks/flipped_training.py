@@ -22,16 +22,16 @@ import torch
 
 from benchmarks.common import measure_isolated, print_table, write_results
 
-PAD, START, NUM_WORDS = 1, 2, 32_000
+PAD, START, VOCAB_SIZE = 1, 2, 32_000
 GROUP = 64  # batches sorted together
 MICRO_BATCH = 10  # examples of ours at a time
 SOURCE, TARGET = 512, 128
 
 
 def build_model(kind: str):
-    """A small model: width 256, 4 + 4 layers, 32,000 words."""
+    """Build a small model: width 256, 4 + 4 layers, a vocabulary of 32,000."""
     torch.manual_seed(0)
-    sizes = dict(d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, vocab_size=NUM_WORDS)
+    sizes = dict(d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, vocab_size=VOCAB_SIZE)
     ids = dict(pad_token_id=PAD, eos_token_id=START, decoder_start_token_id=START, dropout_rate=0.0)
     if kind == "METRO-T5":
         from metro.fusion import fuse
@@ -50,7 +50,7 @@ def draw_examples(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Te
     random = torch.Generator().manual_seed(1)
 
     def ids(length: int) -> torch.Tensor:
-        return torch.randint(4, NUM_WORDS, (length,), generator=random)
+        return torch.randint(4, VOCAB_SIZE, (length,), generator=random)
 
     examples = []
     for _ in range(count):

@@ -6,10 +6,10 @@ Three ways to train on 512-token samples with the same optimiser, each in a proc
 * ``plain``: the same weights computed as the original does, see `plain_pretraining.py`.
 * ``t5``: Hugging Face T5-v1.1-base, span corruption of as many source tokens.
 
-Floor: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and backward,
-only what masked positions need in last layers and projections) over the matrix rate measured in the
-same run; "of matrix peak" is that share. On a GPU models are bf16, as with fairseq's ``--bf16``:
-the optimiser has float32 copies of the weights and float32 moments.
+Lower bound: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and
+backward, only what masked positions need in last layers and projections) over the matrix rate of
+the same run; "of matrix peak" is that share. On a GPU models are bf16, as with fairseq's
+``--bf16``: the optimiser has float32 copies of the weights and float32 moments.
 
 Prints a table and writes ``benchmarks/results/pretraining.json``. Losses of ``metro`` and ``plain``
 must agree to 1e-5 in float32 without dropout; speed is measured with the published dropout.

@@ -2,8 +2,8 @@
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
 -> `fairseq-hydra-train` -> curves -> `metro convert to-hf` -> `metro generate`. Every step prints
-its command, as one would type it. Stopped at any moment and started again, it goes on where it was;
-everything lies in one folder, demo/.
+its command, as one would type it. Stopped at any moment and started again, it resumes; all files
+are in one folder, demo/.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> int:
     try:
         run(args.folder, texts, args.updates)
     except KeyboardInterrupt:
-        console.print("\nstopped; `make demo` goes on from here")
+        console.print("\nstopped; `make demo` resumes here")
         return 130
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
@@ -205,7 +205,7 @@ def read_from(path: Path, position: int) -> str:
 
 
 def report(curves, folder: Path, seconds: float) -> None:
-    """What was done, in numbers, and what to type next."""
+    """Print the results in numbers, and the commands to type next."""
     train, valid = curves["train"], curves["valid"]
     console.print("loss in bits         training            validation")
     for name, meaning in LOSSES.items():

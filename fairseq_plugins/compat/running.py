@@ -149,5 +149,5 @@ def save_and_stop(original, cfg, trainer, task, epoch_itr, valid_subsets, end_of
         dist.barrier(distributed_utils.get_global_group())
     logger.warning("stopped after update %d; the same command resumes here", done)
     if stop.signal == signal.SIGINT:
-        raise SystemExit(128 + signal.SIGINT)  # a shell script must not go on
+        raise SystemExit(128 + signal.SIGINT)  # a shell script must stop too
     return [None], True

@@ -21,20 +21,20 @@ def flip(settings: FlipSettings) -> None:
 
     model_source(settings.model)  # a wrong name is refused seconds before torch is imported
     Progress().say(f"loading {settings.model}")
-    from metro.evaluation.flip_demo import flip_options
+    from metro.evaluation.flip_demo import flip_choices
 
-    shown = flip_options(settings)
+    shown = flip_choices(settings)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    table.add_column("option")
+    table.add_column("answer choice")
     table.add_column("log P(instruction)", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("instruction that the option suggests")
+    table.add_column("instruction that the choice suggests")
     for row in shown.rows:
-        mark = "→" if row.option == shown.winner else ""
+        mark = "→" if row.choice == shown.winner else ""
         style = "bold" if mark else None
         score, share = f"{row.score:.3f}", f"{100 * row.share:.1f} %"
-        table.add_row(mark, Text(row.option), score, share, Text(row.generated), style=style)
+        table.add_row(mark, Text(row.choice), score, share, Text(row.generated), style=style)
     console = Console(soft_wrap=False)
     console.print(Text(f"instruction: {shown.instruction}"))
     console.print(table)
@@ -47,7 +47,7 @@ def tie(scores: list[float]) -> str:
     num_best = sum(best - score < TIE for score in scores)
     if num_best == 1:
         return ""
-    return f" (a tie: {num_best} options differ by less than {TIE})"
+    return f" (a tie: {num_best} answer choices differ by less than {TIE})"
 
 
 command = settings_command(

@@ -1,8 +1,8 @@
-"""FLIPPED on one input: the instruction that each option suggests, and the best option.
+"""FLIPPED on one input: the instruction that each answer choice suggests, and the best choice.
 
-With an instruction the winner is the option under which it is most probable. Without one the
-model's own guesses are ranked: of the instructions generated for the options, the one most probable
-under its own option is taken as the instruction.
+With an instruction the winner is the choice under which it is most probable. Without one the
+model's own guesses are ranked: of the instructions generated for the choices, the one most probable
+under its own choice is taken as the instruction.
 """
 
 import math
@@ -19,35 +19,35 @@ from metro.models.registry import find_registered
 from metro.utils.messages import UserError
 
 
-class OptionRow(NamedTuple):
-    """Score and generated instruction of one option."""
+class ChoiceRow(NamedTuple):
+    """Score and generated instruction of one answer choice."""
 
-    option: str
+    choice: str
     score: float
-    """log P(instruction | input, option)."""
+    """log P(instruction | input, answer choice)."""
     share: float
-    """exp(score) as a share of the options' sum."""
+    """exp(score) as a share of the choices' sum."""
     generated: str
-    """The instruction that the model writes for the option."""
+    """The instruction that the model writes for the choice."""
 
 
 class FlipResult(NamedTuple):
-    """All options in the order given, and the winner."""
+    """All answer choices in the order given, and the winner."""
 
     instruction: str
     """The instruction that the scores belong to."""
-    rows: list[OptionRow]
+    rows: list[ChoiceRow]
     winner: str
 
 
-def flip_options(settings: FlipSettings) -> FlipResult:
-    """Rank options by the instruction; see the top of the module.
+def flip_choices(settings: FlipSettings) -> FlipResult:
+    """Rank answer choices by the instruction; see the top of the module.
 
     Raises:
-        UserError: options of equal tokens, or an instruction that lacks sentinels of the text (it
-            may have none).
+        UserError: answer choices of equal tokens, or an instruction that lacks sentinels of the
+            text (it may have none).
     """
-    text, options, instruction = settings.input, settings.options, settings.instruction
+    text, choices, instruction = settings.input, settings.options, settings.instruction
     if not SENTINEL.search(text):  # as templates whose instruction follows the input
         text += "<extra_id_0>"
     if instruction is not None:
@@ -62,8 +62,8 @@ def flip_options(settings: FlipSettings) -> FlipResult:
     registered = find_registered(settings.model)
     protocol = choose_protocol(registered.family if registered else None, model.config, "flipped")
     encoder = protocol.encoder(tokenizer)
-    sources = encoder.labelled_sources([encoder_text(text, option) for option in options])
-    check_distinct(sources, options)
+    sources = encoder.labelled_sources([encoder_text(text, choice) for choice in choices])
+    check_distinct(sources, choices)
     generated = generate(model, tokenizer, sources, settings.max_new_tokens)
     scorer = PairScorer(model)
     if instruction is None:
@@ -81,10 +81,10 @@ def flip_options(settings: FlipSettings) -> FlipResult:
     best = max(scores)
     weights = [math.exp(score - best) for score in scores]
     rows = [
-        OptionRow(option, score, weight / sum(weights), as_text(tokenizer, ids))
-        for option, score, weight, ids in zip(options, scores, weights, generated, strict=True)
+        ChoiceRow(choice, score, weight / sum(weights), as_text(tokenizer, ids))
+        for choice, score, weight, ids in zip(choices, scores, weights, generated, strict=True)
     ]
-    return FlipResult(instruction, rows, options[scores.index(best)])
+    return FlipResult(instruction, rows, choices[scores.index(best)])
 
 
 def check_sentinels(text: str, instruction: str) -> None:
@@ -98,16 +98,16 @@ def check_sentinels(text: str, instruction: str) -> None:
         )
 
 
-def check_distinct(sources: list[list[int]], options: list[str]) -> None:
-    """Check that all options differ in their tokens, as equal ones would tie."""
+def check_distinct(sources: list[list[int]], choices: list[str]) -> None:
+    """Check that all answer choices differ in their tokens, as equal ones would tie."""
     seen: dict[tuple[int, ...], str] = {}
-    for source, option in zip(sources, options, strict=True):
+    for source, choice in zip(sources, choices, strict=True):
         if (other := seen.get(tuple(source))) is not None:
             raise UserError(
-                f"options {other!r} and {option!r} are the same to the model (equal tokens); give "
-                "different ones"
+                f"answer choices {other!r} and {choice!r} are the same to the model (equal "
+                "tokens); give different ones"
             )
-        seen[tuple(source)] = option
+        seen[tuple(source)] = choice
 
 
 @torch.inference_mode()

@@ -143,7 +143,7 @@ class FlipSettings(Settings):
     instruction: str | None = option(
         None,
         'The instruction, "<extra_id_0> Title: <extra_id_1> Review:"; without it the instruction '
-        "that each option suggests decides.",
+        "that each answer choice suggests decides.",
     )
     vocab: str | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")

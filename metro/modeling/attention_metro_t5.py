@@ -54,12 +54,12 @@ class RelativePositionTable(nn.Embedding):
 
 
 class Visibility(NamedTuple):
-    """Which keys a query sees."""
+    """The keys that a query sees."""
 
     key_mask: torch.Tensor | None = None
     """B,S bool, True = attend; ``None`` means every key."""
     is_causal: bool = False
-    """Whether a query sees only keys up to its own position."""
+    """A query sees only keys up to its own position."""
     query_positions: torch.Tensor | None = None
     """B,M positions of the queries among the keys; ``None`` means the last T, in order."""
 

@@ -149,7 +149,7 @@ def gather_positions(x_BTD: torch.Tensor, positions_BM: torch.Tensor) -> torch.T
 
 
 class StackOutput(NamedTuple):
-    """What a stack returns."""
+    """Output of a stack."""
 
     last_hidden_state: torch.Tensor
     """B,T,D; B,M,D where positions were asked for."""

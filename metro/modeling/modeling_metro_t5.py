@@ -94,7 +94,7 @@ class MetroT5Encoder(MetroT5Stack):
 
 
 class MetroT5PreTrainedModel(PreTrainedModel):
-    """What both models share: configuration class, supported features, fresh weights."""
+    """Base of both models: configuration class, supported features, fresh weights."""
 
     config_class = MetroT5Config
     base_model_prefix = "model"

@@ -38,7 +38,7 @@ _ANY_CONTRACTION = re.compile(r"' (?:[smdSMDtT]|ll|re|ve|LL|RE|VE)\b")
 
 
 def is_punctuation(char: str) -> bool:
-    """ASCII symbols that are no letter, digit or blank, and all of Unicode category P."""
+    """Check for ASCII symbols but letters, digits and blanks, and for Unicode category P."""
     return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
@@ -102,7 +102,7 @@ class Vocabulary:
 
     Attributes:
         processor: the ``sentencepiece.SentencePieceProcessor``.
-        folder: where ``sp.model`` and ``dict.txt`` lie.
+        folder: with ``sp.model`` and ``dict.txt``.
     """
 
     def __init__(self, processor, folder: Path):
@@ -110,11 +110,11 @@ class Vocabulary:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Vocabulary":
-        """Load ``sp.model`` and ``dict.txt``, and verify that both number the same pieces alike.
+        """Load ``sp.model`` and ``dict.txt``, and verify that their ids agree.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: ``sp.model`` is no SentencePiece model, or the two files disagree.
+            ValueError: ``sp.model`` is not a SentencePiece model, or the two files disagree.
         """
         from sentencepiece import SentencePieceProcessor
 

@@ -35,7 +35,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
 
     Args:
         vocab_file: ``sp.model``.
-        dict_file: ``dict.txt``, in the same folder; it must number the same pieces alike.
+        dict_file: ``dict.txt``, in the same folder; it must give the same pieces the same ids.
         lower: fold to lower case.
         n_sentinel_tokens: how many sentinels follow the vocabulary.
     """
@@ -59,7 +59,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         if Path(vocab_file).parent != Path(dict_file).parent:
-            raise ValueError(f"{vocab_file} and {dict_file} must lie in one folder")
+            raise ValueError(f"{vocab_file} and {dict_file} must be in one folder")
         self.lower, self.n_sentinel_tokens = lower, n_sentinel_tokens
         self.vocabulary = Vocabulary.from_folder(Path(vocab_file).parent)
         processor = self.vocabulary.processor
@@ -67,7 +67,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         self._tokens += processor.id_to_piece(list(range(NUM_SPECIAL_IDS, len(self.vocabulary))))
         self._tokens += [f"<sen{number:03d}>" for number in range(n_sentinel_tokens)]
         self._ids = {token: number for number, token in enumerate(self._tokens)}
-        # Given by id, so that they keep their way with blanks, also in what older versions saved.
+        # Given by id, so that they strip blanks around them, also in what older versions saved.
         special = {
             index: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
             for index, token in enumerate(self._tokens[:NUM_SPECIAL_IDS])
@@ -105,14 +105,14 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         return self._tokenize(text) if text else []
 
     def _is_plain(self, text: str) -> bool:
-        """Whether no token that is matched as a whole occurs: most texts, and the fast way."""
+        """Check that no token that is matched as a whole occurs: most texts, and the fast way."""
         for token in self._added_tokens_encoder:  # a loop, as any() costs more than the search
             if token in text:
                 return False
         return True
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
-        """With ids in the place of plain texts, which saves their way through strings of pieces."""
+        """Replace plain texts by their ids, which saves the conversion of pieces as strings."""
         unusual = ("is_split_into_words", "split_special_tokens", "sanitize_control_tokens")
         if not any(kwargs.get(name) for name in unusual):
             text, text_pair = self._ids_of_plain(text), self._ids_of_plain(text_pair)

@@ -143,7 +143,7 @@ def losses_and_samples(
 
 
 class Options(NamedTuple):
-    """Which loss, computed how."""
+    """The loss, and the way to compute it."""
 
     smoothing: float
     epsilon: float | None

@@ -6,7 +6,7 @@ import torch
 
 
 class RowSums(NamedTuple):
-    """What is kept of each row's logits: losses and gradients follow from it."""
+    """Sums kept of each row's logits: losses and gradients follow from it."""
 
     target_logit: torch.Tensor
     normaliser: torch.Tensor

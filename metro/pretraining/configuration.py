@@ -28,7 +28,7 @@ class MetroPretrainingConfig:
     rtd_head: str = "simple"
     """RTD head on the main encoder: ``none``, ``simple`` (linear) or ``roberta`` (dense first)."""
     share: str = "token"
-    """What the auxiliary model shares with the main encoder: ``none``, ``token`` embeddings,
+    """Shared by the auxiliary model and the main encoder: ``none``, ``token`` embeddings,
     ``token_pos`` (also positions) or ``token_pos_norm`` (also the first LayerNorm)."""
 
     @classmethod

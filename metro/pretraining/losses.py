@@ -38,7 +38,7 @@ class MetroObjective:
     corrective_lm_weight: float = 1.0
     rtd_weight: float = 50.0
     positions: str = "lm"
-    """Which losses are of masked positions only: ``none``, the LM loss (``lm``), or ``both``."""
+    """Losses of masked positions only: ``none``, the LM loss (``lm``), or ``both``."""
     label_smoothing: float = 0.0
     weighted_lm: bool = False
     """Weight each token's LM loss by the RTD head's probability that it was replaced."""

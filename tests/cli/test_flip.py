@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from metro.cli.flip import tie
 from metro.cli.main import app
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.flip_demo import flip_options
+from metro.evaluation.flip_demo import flip_choices
 from metro.evaluation.settings import FlipSettings
 from tests.evaluation.golden import load_exported, score_alone
 
@@ -22,7 +22,7 @@ def model(golden):
 
 
 def flip(model, text, options, **more):
-    return flip_options(FlipSettings(model=model, input=text, options=options, **more))
+    return flip_choices(FlipSettings(model=model, input=text, options=options, **more))
 
 
 def test_scores_are_log_probabilities_of_the_instruction(golden, model):
@@ -33,9 +33,9 @@ def test_scores_are_log_probabilities_of_the_instruction(golden, model):
     encoder = PromptEncoder(tokenizer)
     [target] = encoder.targets([instruction])
     for row in shown.rows:
-        [source] = encoder.sources([f"input: {text}\n output: {row.option}"])
+        [source] = encoder.sources([f"input: {text}\n output: {row.choice}"])
         assert row.score == pytest.approx(score_alone(network, (source, target)), abs=1e-4)
-    assert shown.winner == max(shown.rows, key=lambda row: row.score).option
+    assert shown.winner == max(shown.rows, key=lambda row: row.score).choice
     assert sum(row.share for row in shown.rows) == pytest.approx(1)
 
 
@@ -43,7 +43,7 @@ def test_without_an_instruction_the_likeliest_suggestion_is_taken(model):
     """Oracle: the instruction is one of those generated; the winner has the best score."""
     shown = flip(model, "so it is", ["yes", "no"], max_new_tokens=6)
     assert shown.instruction in [row.generated for row in shown.rows]
-    assert shown.winner == max(shown.rows, key=lambda row: row.score).option
+    assert shown.winner == max(shown.rows, key=lambda row: row.score).choice
 
 
 def test_the_command_prints_options_and_winner(model):
@@ -60,8 +60,8 @@ def test_the_command_prints_options_and_winner(model):
     ("scores", "said"),
     [
         ([-3.0, -2.0], ""),
-        ([-3.0, -3.0], " (a tie: 2 options differ by less than 0.001)"),
-        ([-3.0, -3.0004, -9.0, -3.0002], " (a tie: 3 options differ by less than 0.001)"),
+        ([-3.0, -3.0], " (a tie: 2 answer choices differ by less than 0.001)"),
+        ([-3.0, -3.0004, -9.0, -3.0002], " (a tie: 3 answer choices differ by less than 0.001)"),
         ([-3.0, -3.002, -9.0], ""),
     ],
 )

@@ -264,7 +264,7 @@ def test_vocabulary_files_of_two_folders_are_refused(golden, tmp_path):
     first, *lines = (golden / "tiny_vocab/dict.txt").read_text(encoding="utf-8").splitlines()
     (tmp_path / "dict.txt").write_text("\n".join([first, *reversed(lines)]), encoding="utf-8")
     model = golden / "tiny_vocab/sp.model"
-    with pytest.raises(ValueError, match="must lie in one folder"):
+    with pytest.raises(ValueError, match="must be in one folder"):
         MetroT5Tokenizer(str(model), str(tmp_path / "dict.txt"))
     (tmp_path / "sp.model").write_bytes(model.read_bytes())
     with pytest.raises(ValueError, match="dict.txt and sp.model differ first at line"):

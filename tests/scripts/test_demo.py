@@ -1,4 +1,4 @@
-"""The demonstration, in few updates: it ends with curves, and what was stopped goes on."""
+"""The demonstration, in few updates: it ends with curves, and what was stopped resumes."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     second.send_signal(signal.SIGINT)
     output = second.communicate(timeout=MINUTES)[0]
     assert second.returncode == 130, output
-    assert "`make demo` goes on from here" in output
+    assert "`make demo` resumes here" in output
     assert environment["OMP_WAIT_POLICY"] == "passive"
     updates = int(re.findall(r"stopped after update (\d+)", log.read_text())[-1])
     before = len(log.read_text())

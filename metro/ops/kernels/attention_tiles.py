@@ -76,7 +76,7 @@ def load_range(key_range, row, bias, S, IS_CAUSAL: tl.constexpr):
 
 @triton.jit
 def keys_of_block(key_range, row, bias, at, S, BLOCK_S: tl.constexpr, IS_CAUSAL: tl.constexpr):
-    """Where the keys of a block of queries start and end, and ``blind``."""
+    """Return start and end of the keys of a block of queries, and ``blind``."""
     first, end, blind = load_range(key_range, row, bias, S, IS_CAUSAL)
     if IS_CAUSAL:
         end = tl.minimum(end, tl.max(at, 0) + 1)
