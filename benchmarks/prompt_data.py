@@ -153,7 +153,7 @@ def padding_shares(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data_sets", nargs="*", help="as super_glue/rte")
+    parser.add_argument("datasets", nargs="*", help="as super_glue/rte")
     parser.add_argument("--templates", type=Path, help="promptsource tree")
     parser.add_argument("--data-dir", type=Path, help="local datasets")
     parser.add_argument("--vocab", type=Path, help="folder: sp.model and dict.txt")
@@ -161,7 +161,7 @@ def main():
     args, env = parse_options(parser)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        names, data_dir = args.data_sets, args.data_dir
+        names, data_dir = args.datasets, args.data_dir
         if not names:
             args.templates, data_dir, names = invent(work, args.rows)
         if not args.vocab:
@@ -170,7 +170,7 @@ def main():
                 write_demo_text(work / "demo.txt", 3_000_000)
             train = [*METRO, "prepare-text", "--train-vocab", 4000, "--out", args.vocab]
             run_measured([*train, "--input", work / "demo.txt"], env)
-        (work / "mix.yaml").write_text(json.dumps({"data_sets": names}))
+        (work / "mix.yaml").write_text(json.dumps({"datasets": names}))
         fixed = time_both(args, env, work, names, data_dir, 1, 1)
         seconds = time_both(args, env, work, names, data_dir, args.rows, args.repeats)
         tasks, shares = read_tasks(work), padding_shares(work / "metro")
@@ -201,8 +201,8 @@ def main():
     if rows[0]["fixed_share"] > 0.1:
         print("more than a tenth of the plain way's time is fixed cost: raise --rows to compare")
     print_table(shares)
-    data_sets = args.data_sets or "invented"
-    write_results("prompt_data", rows + shares, data_sets=data_sets, **versions())
+    datasets = args.datasets or "invented"
+    write_results("prompt_data", rows + shares, datasets=datasets, **versions())
 
 
 if __name__ == "__main__":

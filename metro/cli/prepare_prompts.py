@@ -35,13 +35,13 @@ def print_plan(lines, settings) -> None:
     table = Table(title=f"mixture {settings.mixture.name}, as {settings.format}")
     for column in ("side", "dataset"):
         table.add_column(column)
-    per = "dataset" if settings.mixture.cap_of == "data_set" else "template"
+    per = "dataset" if settings.mixture.cap_of == "dataset" else "template"
     for column in ("templates", "rows", "examples", f"cap/{per}", "an epoch reads", f"~{unit}"):
         table.add_column(column, justify="right")
     lines = list(lines)
     rows = [line for line in lines if not isinstance(line, Unavailable)]
     for row in rows:
-        table.add_row(row.side, row.data_set, *(f"{value:,}" for value in row[2:]))
+        table.add_row(row.side, row.dataset, *(f"{value:,}" for value in row[2:]))
     for side in dict.fromkeys(row.side for row in rows):
         sums = [
             sum(column) for column in zip(*(r[2:] for r in rows if r.side == side), strict=True)

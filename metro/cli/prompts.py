@@ -48,7 +48,7 @@ def list_prompts(
     names = tree.datasets()
     if mixture:
         chosen = find_mixture(mixture).in_tree(tree)
-        names = list(chosen.data_sets)
+        names = list(chosen.datasets)
     if dataset:
         wanted = split_dataset_name(dataset, tree)
         names = [name for name in names if name == wanted]

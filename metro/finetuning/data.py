@@ -215,8 +215,8 @@ class PromptData:
 
 def default_sampling(manifest: dict) -> str:
     """Return the sampling of a mixture where the user names none."""
-    by_data_set = manifest.get("cap_of", "template") == "data_set"
-    return "proportional" if by_data_set or manifest.get("mixture") == "flipped" else "capped"
+    by_dataset = manifest.get("cap_of") in ("dataset", "data_set")  # the latter of earlier versions
+    return "proportional" if by_dataset or manifest.get("mixture") == "flipped" else "capped"
 
 
 def _stable_hash(text: str) -> int:

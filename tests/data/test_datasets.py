@@ -94,7 +94,7 @@ def test_mixture_from_the_hub_is_planned_and_prepared(repository, table, tmp_pat
     entry = DatasetEntry(hub=str(repository), config="conf", splits=("train", "validation"))
     table["one"] = entry
     write_templates(tmp_path / "templates", "one", YES_NO)
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
         write_rows(tmp_path / "data", "one", split, rows)
     local, _ = prepare(tmp_path, tmp_path / "local")
@@ -167,9 +167,9 @@ def test_table_knows_every_dataset_of_every_mixture(testdata):
     names = {datasets.name_of(*(line.split(",")[:2])) for line in listed}
     assert names <= set(table)
     for mixture in ("t0pp", "flipped"):
-        for data_set in find_mixture(mixture).data_sets:
-            entry = table[datasets.name_of(*data_set)]
-            assert entry.hub.count("/") == 1 and "train" in entry.splits, data_set
+        for dataset in find_mixture(mixture).datasets:
+            entry = table[datasets.name_of(*dataset)]
+            assert entry.hub.count("/") == 1 and "train" in entry.splits, dataset
     for name, entry in table.items():
         assert entry.manual or (entry.hub and entry.splits and entry.config), name
 

@@ -22,7 +22,7 @@ DOCS = [
         *("evaluation", "report", "operations", "python_api", "architecture", "troubleshooting"),
     )
 ]
-SAVED_AS = {"my_mixture.yaml": "data_sets:", "my_templates/my_reviews/templates.yaml": "dataset:",
+SAVED_AS = {"my_mixture.yaml": "datasets:", "my_templates/my_reviews/templates.yaml": "dataset:",
             "colours.yaml": "title: Colours", "colours.jsonl": '{"thing"'}  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def test_capped_sampling_moves_a_window_over_each_task(encoder, tmp_path):
     assert len(window[0]) == 25 and not window[0] & window[1]
 
 
-def test_a_limit_holds_per_task_or_data_set(data):
+def test_a_limit_holds_per_task_or_dataset(data):
     assert len(data("direct", sampling="capped", limit=7)) == 21
     assert len(data(limit=7)) == 14
     with pytest.raises(ValueError, match="the limit is 0"):

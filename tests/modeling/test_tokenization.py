@@ -247,7 +247,7 @@ def test_added_tokens_and_settings_survive_saving(golden, tmp_path):
     assert again("a zebra A")["input_ids"] == tokenizer("a zebra A")["input_ids"]
 
 
-def test_a_data_set_is_mapped_by_several_processes(tokenizer):
+def test_a_dataset_is_mapped_by_several_processes(tokenizer):
     """Oracle: one process."""
     datasets = pytest.importorskip("datasets")
     texts = [f"{i} lobsters, it's {'very ' * (i % 5)}late." for i in range(40)]

@@ -3,7 +3,7 @@
 The published mixtures are data (``mixtures.yaml``); a file of the same form as one of its entries,
 with its datasets written out, is a mixture of your own::
 
-    data_sets: [ag_news, super_glue/rte]
+    datasets: [ag_news, super_glue/rte]
     cap: 10000
 """
 
@@ -17,9 +17,9 @@ from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 _TABLE = Path(__file__).with_name("mixtures.yaml")
-_CAPS = ("template", "data_set")
+_CAPS = ("template", "dataset")
 _FORM = {
-    **dict.fromkeys(("data_sets", "groups", "leave_out", "leave_out_containing"), list),
+    **dict.fromkeys(("datasets", "groups", "leave_out", "leave_out_containing"), list),
     **dict.fromkeys(("original_tasks_only", "needs_choices", "fold_whitespace"), bool),
     **dict.fromkeys(("metric", "cap_of", "validation"), str),
     "cap": int,
@@ -37,7 +37,7 @@ class Mixture:
     """A selection of prompt tasks."""
 
     name: str
-    data_sets: tuple[tuple[str, str | None], ...]
+    datasets: tuple[tuple[str, str | None], ...]
     excluded_tasks: frozenset[str] = frozenset()
     excluded_parts: tuple[str, ...] = ()
     """A task whose name contains one of these is left out."""
@@ -83,15 +83,15 @@ class Mixture:
         The text ``Zaid/coqa_expanded`` does not say that it is a dataset without subset.
         """
         known = {name_of(*names): names for names in tree.datasets()}
-        found = (known.get(name_of(*names), names) for names in self.data_sets)
-        return replace(self, data_sets=tuple(found))
+        found = (known.get(name_of(*names), names) for names in self.datasets)
+        return replace(self, datasets=tuple(found))
 
     def cap_per_template(self, num_templates: int) -> int:
         """Return the most examples of one template in an epoch.
 
-        With ``cap_of: data_set`` it is the dataset's cap, which its templates share.
+        With ``cap_of: dataset`` it is the dataset's cap, which its templates share.
         """
-        return self.cap if self.cap_of == "data_set" else max(1, self.cap // max(1, num_templates))
+        return self.cap if self.cap_of == "dataset" else max(1, self.cap // max(1, num_templates))
 
     def narrowed(self, names: list[str] | None) -> "Mixture":
         """Return the mixture with the named datasets alone (``super_glue/rte``).
@@ -101,7 +101,7 @@ class Mixture:
         """
         if not names:
             return self
-        known = {name_of(*data_set): data_set for data_set in self.data_sets}
+        known = {name_of(*names): names for names in self.datasets}
         for name in names:
             if name not in known:
                 raise UserError(
@@ -109,7 +109,7 @@ class Mixture:
                     f"(`metro prompts list --mixture {self.name}`)"
                 )
         chosen = tuple(known[name] for name in known if name in set(names))
-        return replace(self, data_sets=chosen)
+        return replace(self, datasets=chosen)
 
 
 @lru_cache(maxsize=1)
@@ -144,12 +144,12 @@ def _build(name: str, facts: dict) -> Mixture:
     facts = dict(facts)
     facts.pop("aliases", None)
     names = [item for group in facts.pop("groups", ()) for item in table["groups"][group]]
-    names += facts.pop("data_sets", ())
+    names += facts.pop("datasets", ())
     lists = table["blacklists"]
     excluded = frozenset(x for key in facts.pop("leave_out", ()) for x in lists[key])
     parts = tuple(x for key in facts.pop("leave_out_containing", ()) for x in lists[key])
-    data_sets = tuple(map(_split_name, dict.fromkeys(names)))
-    return Mixture(name, data_sets, excluded, parts, **facts)
+    datasets = tuple(map(_split_name, dict.fromkeys(names)))
+    return Mixture(name, datasets, excluded, parts, **facts)
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
@@ -170,12 +170,24 @@ def split_dataset_name(name: str, tree: TemplateTree) -> tuple[str, str | None]:
     return _split_name(name)
 
 
+def _in_one_spelling(path: Path, facts: dict) -> dict:
+    """Rename what earlier versions called ``data_sets`` and ``cap_of: data_set``."""
+    if "data_sets" in facts and "datasets" in facts:
+        raise UserError(f"{path} has datasets and data_sets, which mean the same: join them")
+    facts = {"datasets" if key == "data_sets" else key: value for key, value in facts.items()}
+    if facts.get("cap_of") == "data_set":
+        facts["cap_of"] = "dataset"
+    return facts
+
+
 def _read_mixture(path: Path) -> Mixture:
     if not path.is_file():
         raise UserError(f"no mixture file {path}")
     facts = read_yaml(path)
-    if not isinstance(facts, dict) or not (facts.get("data_sets") or facts.get("groups")):
-        raise UserError(f"{path} names no datasets: write `data_sets: [ag_news, ...]`")
+    if isinstance(facts, dict):
+        facts = _in_one_spelling(path, facts)
+    if not isinstance(facts, dict) or not (facts.get("datasets") or facts.get("groups")):
+        raise UserError(f"{path} names no datasets: write `datasets: [ag_news, ...]`")
     for key, value in facts.items():
         if key not in _FORM:
             hint = did_you_mean(str(key), _FORM)

@@ -40,7 +40,7 @@ class PromptPlan(NamedTuple):
             "version": PROMPTS_FORMAT_VERSION,
             "format": self.format,
             "mixture": self.mixture.name,
-            "data_sets": [name_of(*names) for names in self.mixture.data_sets],
+            "datasets": [name_of(*names) for names in self.mixture.datasets],
             "rules": _digest(rules),
             "templates": _digest([[plan.key, plan.templates] for plan in sources.plans()]),
             "source": sources.source,
@@ -62,7 +62,7 @@ def make_plan(options: PreparePromptsSettings) -> PromptPlan:
         UserError: one of them does not exist, or they do not fit together.
     """
     found = find_mixture(options.mixture).narrowed(options.datasets)
-    is_flipped = found.cap_of == "data_set"
+    is_flipped = found.cap_of == "dataset"
     format = options.format or ("fairseq" if options.vocab and not is_flipped else "jsonl")
     if format == "fairseq" and is_flipped:
         raise UserError(
@@ -103,7 +103,7 @@ class PlannedRow(NamedTuple):
     """One line of the plan that `--dry-run` prints."""
 
     side: str
-    data_set: str
+    dataset: str
     templates: int
     rows: int
     examples: int
@@ -153,7 +153,7 @@ def _per_epoch(mixture: Mixture, plan: PartPlan, num_rows: int) -> int:
     """Return the examples of a part in an epoch, if no row is left out."""
     if plan.side == "valid":
         return num_rows * len(plan.templates)
-    if mixture.cap_of == "data_set":
+    if mixture.cap_of == "dataset":
         return min(plan.cap, num_rows)
     return min(plan.cap, num_rows) * len(plan.templates)
 

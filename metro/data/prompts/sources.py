@@ -49,7 +49,7 @@ class PartPlan(NamedTuple):
     side: str
     templates: tuple[PromptTemplate, ...]
     cap: int
-    """Most examples of each template in an epoch (of all together: ``cap_of: data_set``)."""
+    """Most examples of each template in an epoch (of all together: ``cap_of: dataset``)."""
 
     @property
     def name(self) -> str:
@@ -142,7 +142,7 @@ class PromptSources:
     """
 
     def __init__(self, mixture: Mixture, tree: TemplateTree, options: PreparePromptsSettings):
-        if options.source == "p3" and mixture.cap_of == "data_set":
+        if options.source == "p3" and mixture.cap_of == "dataset":
             raise UserError(
                 f"mixture {mixture.name} cannot come from P3, whose prompts do not say which part "
                 "is the instruction: leave source out"
@@ -157,7 +157,7 @@ class PromptSources:
         plans, unavailable = [], []
         named: dict[tuple[str, str], str] = {}  # (side, task) -> template
         validated = self._validation_mixture()
-        for dataset, subset in self.mixture.data_sets:
+        for dataset, subset in self.mixture.datasets:
             for side in ("train", "valid"):
                 mixture = self.mixture if side == "train" else validated
                 if mixture is None or (side == "train" and mixture.validation_only):
@@ -194,7 +194,7 @@ class PromptSources:
     def left_out(self) -> dict[str, str]:
         """Return tasks that the mixture's own rules leave out, and the reasons."""
         found = {}
-        for dataset, subset in self.mixture.data_sets:
+        for dataset, subset in self.mixture.datasets:
             try:
                 templates = self.tree.templates(dataset, subset)
             except UserError:

@@ -23,7 +23,7 @@ def test_draws_in_the_options_differ_between_rows(tmp_path):
         tmp_path / "templates", "toy", {"ask": (choices, "{{text}}? ||| {{answer_choices[0]}}")}
     )
     write_rows(tmp_path / "data", "toy", "train", random_rows(0, 40))
-    (tmp_path / "mix.yaml").write_text("data_sets: [toy]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [toy]\n")
     result, _ = prepare(tmp_path, tmp_path / "out")
     examples = PromptedExamples(result.folder / "train/toy_ask")
     assert {example["target"] for example in examples} == {"yes", "sure", "true"}
@@ -54,7 +54,7 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     rows += [{key: value for key, value in good.items() if key != "text"}, "{not json"]
     write_templates(tmp_path / "templates", "bad", templates)
     write_rows(tmp_path / "data", "bad", "train", rows)
-    (tmp_path / "mix.yaml").write_text("data_sets: [bad]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [bad]\n")
     result, _ = prepare(tmp_path, tmp_path / "out")
     counts = {reason: facts["count"] for reason, facts in result.manifest["dropped"].items()}
     assert counts == {
@@ -86,7 +86,7 @@ def test_flipped_rules_drop_what_has_no_wrong_answer(tmp_path):
     write_templates(tmp_path / "templates", "bad", templates)
     write_rows(tmp_path / "data", "bad", "train", [{"text": "t", "label": 0, "word": "yes"}])
     (tmp_path / "mix.yaml").write_text(
-        "data_sets: [bad]\nneeds_choices: true\nmetric: Accuracy\ncap_of: data_set\ncap: 7\n"
+        "datasets: [bad]\nneeds_choices: true\nmetric: Accuracy\ncap_of: dataset\ncap: 7\n"
         "fold_whitespace: false\n"
     )
     result, _ = prepare(tmp_path, tmp_path / "out")
@@ -98,5 +98,5 @@ def test_flipped_rules_drop_what_has_no_wrong_answer(tmp_path):
     }
     assert set(result.manifest["splits"]["train"]) == {"bad_two", "bad_silent"}
     assert result.manifest["left_out"] == {"bad_none": "no answer choices"}
-    assert result.manifest["cap_of"] == "data_set"
+    assert result.manifest["cap_of"] == "dataset"
     assert {facts["cap"] for facts in result.manifest["splits"]["train"].values()} == {7}

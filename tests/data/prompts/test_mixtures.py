@@ -18,7 +18,7 @@ FLIPPED = {
 
 
 def tasks_of(mixture, tree) -> list[str]:
-    return [t.task_name for names in mixture.data_sets for t in mixture.templates(tree, *names)]
+    return [t.task_name for names in mixture.datasets for t in mixture.templates(tree, *names)]
 
 
 GROUPS = {
@@ -55,7 +55,7 @@ def check_members(testdata, tree, name: str, groups: list[str]) -> None:
                 continue
             wanted.add(task)
     mixture = find_mixture(name)
-    assert set(mixture.data_sets) == set(members)
+    assert set(mixture.datasets) == set(members)
     assert sorted(tasks_of(mixture, tree)) == sorted(wanted)
     assert mixture.fold_whitespace and mixture.cap_of == "template"
     if name != "t0_train_eval":
@@ -68,9 +68,9 @@ def test_blacklist_has_the_24_published_tasks(testdata):
     assert len(find_mixture("t0").excluded_tasks) == 24
 
 
-def test_flipped_has_20_data_sets_and_140_templates(tree):
+def test_flipped_has_20_datasets_and_140_templates(tree):
     mixture = find_mixture("flipped")
-    counts = {name_of(*d): len(mixture.templates(tree, *d)) for d in mixture.data_sets}
+    counts = {name_of(*d): len(mixture.templates(tree, *d)) for d in mixture.datasets}
     assert counts == FLIPPED and sum(counts.values()) == 140
     assert not mixture.fold_whitespace and mixture.needs_choices
 
@@ -86,7 +86,7 @@ def test_flipped_leaves_out_what_the_original_leaves_out(golden, tree):
             assert left_out == case["excluded_by_original"], case["template"]
 
 
-def test_caps_are_shared_by_the_templates_of_a_data_set():
+def test_caps_are_shared_by_the_templates_of_a_dataset():
     """Oracle: 500,000 // templates, and FLIPPED's 500,000 per dataset."""
     assert [find_mixture("t0").cap_per_template(n) for n in (1, 7, 18)] == [500_000, 71_428, 27_777]
     assert find_mixture("flipped").cap_per_template(7) == 500_000
@@ -102,7 +102,7 @@ def test_names_are_found_in_every_spelling():
 
 def test_narrowing_keeps_order_and_rules():
     mixture = find_mixture("t0").narrowed(["trec", "ag_news"])
-    assert mixture.data_sets == (("ag_news", None), ("trec", None))
+    assert mixture.datasets == (("ag_news", None), ("trec", None))
     assert mixture.name == "t0" and mixture.validation == "t0_train_eval"
     with pytest.raises(ValueError, match="no dataset 'agnews': did you mean 'ag_news'"):
         find_mixture("t0").narrowed(["agnews"])
@@ -110,24 +110,33 @@ def test_narrowing_keeps_order_and_rules():
 
 def test_own_mixture_from_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("data_sets: [imdb, super_glue/rte]\ngroups: [flipped]\ncap: 10\n")
+    file.write_text("datasets: [imdb, super_glue/rte]\ngroups: [flipped]\ncap: 10\n")
     mixture = find_mixture(file)
-    assert mixture.name == "mine" and len(mixture.data_sets) == 21  # imdb is in both
+    assert mixture.name == "mine" and len(mixture.datasets) == 21  # imdb is in both
     assert mixture.cap_per_template(5) == 2 and mixture.cap_per_template(50) == 1
+
+
+def test_earlier_spelling_of_datasets_is_read(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("datasets: [imdb]\ncap_of: dataset\n")
+    wanted = find_mixture(file)
+    file.write_text("data_sets: [imdb]\ncap_of: data_set\n")
+    assert find_mixture(file) == wanted and wanted.cap_of == "dataset"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("cap: 3\n", "names no datasets"),
-        ("data_sets: [a]\ncapp: 3\n", "unknown key 'capp': did you mean 'cap'"),
-        ("data_sets: [a]\ncap: 0\n", "cap is 0"),
-        ("data_sets: [a]\ncap_of: row\n", "cap_of is 'row'"),
-        ("data_sets: [a]\ngroups: [none]\n", "groups names 'none': there are t0, t0p"),
-        ("data_sets: imdb\n", "data_sets is 'imdb', and must be a list of names"),
-        ("data_sets: [1, {a: b}]\n", "must be a list of names"),
-        ("data_sets: [a]\ncap: true\n", "cap is True, and must be a number"),
-        ("data_sets: [a]\nneeds_choices: 1\n", "needs_choices is 1, and must be true or false"),
+        ("datasets: [a]\ncapp: 3\n", "unknown key 'capp': did you mean 'cap'"),
+        ("datasets: [a]\ncap: 0\n", "cap is 0"),
+        ("datasets: [a]\ncap_of: row\n", "cap_of is 'row'"),
+        ("datasets: [a]\ngroups: [none]\n", "groups names 'none': there are t0, t0p"),
+        ("datasets: imdb\n", "datasets is 'imdb', and must be a list of names"),
+        ("datasets: [1, {a: b}]\n", "must be a list of names"),
+        ("datasets: [a]\ncap: true\n", "cap is True, and must be a number"),
+        ("datasets: [a]\nneeds_choices: 1\n", "needs_choices is 1, and must be true or false"),
+        ("datasets: [a]\ndata_sets: [b]\n", "mean the same: join them"),
         ("a: [\n", "is not YAML"),
         ("a: ö\n", "is not YAML: 'utf-8' codec can't decode"),
     ],

@@ -31,7 +31,7 @@ def test_fairseq_files_equal_the_originals(golden, tmp_path):
         write_templates(tmp_path / "templates", dataset, {name: plain})
         rows = [{"source": source, "answer": answer} for source, answer in raw[task]]
         write_rows(tmp_path / "data", dataset, split, rows)
-    (tmp_path / "mix.yaml").write_text("data_sets: [taskA, taskB, taskC]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [taskA, taskB, taskC]\n")
     result, _ = prepare(tmp_path, tmp_path / "out", vocab=golden / "tiny_vocab")
     assert result.manifest["format"] == "fairseq"
     compared = 0
@@ -118,7 +118,7 @@ def test_plan_tells_what_will_be_made(world, tmp_path, vocab):
 
 
 def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_path):
-    (tmp_path / "mix.yaml").write_text("data_sets: [one, absent, two/other]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one, absent, two/other]\n")
     options = {"mixture": str(tmp_path / "mix.yaml")}
     result, _ = prepare(world, tmp_path / "out", **options)
     assert [(row["side"], row["name"]) for row in result.manifest["unavailable"]] == [
@@ -152,7 +152,7 @@ def test_wrong_options_are_refused_with_the_remedy(world, tmp_path, options, mes
 
 
 def test_options_that_change_nothing_are_named(world, vocab, tmp_path):
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     options = {"mixture": str(tmp_path / "mix.yaml"), "limit": 2, "cased": True, "vocab": vocab}
     _, said = prepare(world, tmp_path / "text", format="jsonl", **options)
     assert said == [

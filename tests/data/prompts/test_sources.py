@@ -10,7 +10,7 @@ from tests.data.prompts.toys import YES_NO, prepare, random_rows, write_rows, wr
 def test_several_train_splits_follow_one_another(world, tmp_path):
     for split, seed in (("train_r2", 2), ("train_r1", 1), ("dev_r1", 3), ("test_r1", 4)):
         write_rows(tmp_path / "data", "one", split, random_rows(seed, 5))
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     result, _ = prepare(
         tmp_path,
         tmp_path / "out",
@@ -55,7 +55,7 @@ def test_splits_of_p3_without_labels_are_left_out(world, tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         write_rows(tmp_path / "data", "P3", split, rows, "one_ask")
     write_rows(tmp_path / "data", "P3", "test", rows, "one_copy")
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     options = {"templates": world / "templates", "mixture": str(tmp_path / "mix.yaml")}
     result, _ = prepare(tmp_path, tmp_path / "out", source="p3", **options)
     made = [e["split"] for e in PromptedExamples(result.folder / "valid/one_ask")]
@@ -64,11 +64,11 @@ def test_splits_of_p3_without_labels_are_left_out(world, tmp_path, monkeypatch):
     assert reasons["valid", "one/one_copy"] == "no validation split with labels: it has test"
 
 
-def test_data_sets_with_a_name_space_are_found(tmp_path):
+def test_datasets_with_a_name_space_are_found(tmp_path):
     """`owner/set` is a dataset without subset where the tree says so."""
     write_templates(tmp_path / "templates", "owner/set", YES_NO)
     write_rows(tmp_path / "data", "owner/set", "train", random_rows(0, 5))
-    (tmp_path / "mix.yaml").write_text("data_sets: [owner/set]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [owner/set]\n")
     result, _ = prepare(tmp_path, tmp_path / "out")
     facts = result.manifest["splits"]["train"]["owner_set_ask"]
     assert (facts["dataset"], facts["subset"], facts["num_examples"]) == ("owner/set", None, 5)
@@ -78,7 +78,7 @@ def test_templates_that_share_the_name_of_a_task_are_refused(tmp_path):
     templates = {"is it?": YES_NO["ask"], "is it!": YES_NO["copy"]}
     write_templates(tmp_path / "templates", "one", templates)
     write_rows(tmp_path / "data", "one", "train", random_rows(0, 5))
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     with pytest.raises(ValueError, match="'is it.' of one and 'is it!' of one both make the task"):
         prepare(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()

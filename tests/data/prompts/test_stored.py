@@ -14,7 +14,7 @@ def test_examples_are_a_picklable_sequence_with_source_rows(world, tmp_path):
     rows = random_rows(0, 50)
     rows[10]["text"] = " "  # empty target for "copy"
     write_rows(tmp_path / "data", "one", "train", rows)
-    (tmp_path / "mix.yaml").write_text("data_sets: [one]\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
     options = {"templates": world / "templates", "mixture": str(tmp_path / "mix.yaml")}
     result, _ = prepare(tmp_path, tmp_path / "out", **options)
     examples = PromptedExamples(result.folder / "train/one_copy")

@@ -70,11 +70,11 @@ def test_all_576_templates_parse_and_have_a_task_name_of_their_own(testdata, tre
     """Oracle: the manifest of the tree."""
     counts = Counter()
     names = set()
-    for data_set in tree.datasets():
-        for one in tree.templates(*data_set):
+    for key in tree.datasets():
+        for one in tree.templates(*key):
             compile_source(one.jinja)
             compile_source(one.answer_choices or "")
-            counts[data_set] += 1
+            counts[key] += 1
             names.add(one.task_name)
             assert pickle.loads(pickle.dumps(one)) == one
     manifest = json.loads((testdata / "prompts/MANIFEST.json").read_text())
@@ -84,7 +84,7 @@ def test_all_576_templates_parse_and_have_a_task_name_of_their_own(testdata, tre
     assert sum(counts.values()) == len(names) == 576
 
 
-def test_every_template_renders_rows_of_every_data_set_at_hand(testdata, tree):
+def test_every_template_renders_rows_of_every_dataset_at_hand(testdata, tree):
     """Claim: the only missing fields are those that the data's manifest declares missing."""
     seen, missing = set(), set()
     for dataset, subset in tree.datasets():

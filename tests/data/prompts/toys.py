@@ -61,7 +61,7 @@ def make_world(root: Path, num_rows: int = 300) -> Path:
         for split, count in (("train", num_rows), ("validation", 40)):
             rows = random_rows(seed, count)
             write_rows(root / "data", dataset, split, rows, subset or "default")
-    (root / "mix.yaml").write_text("data_sets: [one, two/sub]\ncap: 100\n")
+    (root / "mix.yaml").write_text("datasets: [one, two/sub]\ncap: 100\n")
     return root
 
 

@@ -46,7 +46,7 @@ def test_preparing_and_evaluating_make_the_same_examples(tmp_path, seed):
     write_templates(tmp_path / "templates", "toy", DRAWING)
     for number, split in enumerate(("test", "train", "validation")):
         write_rows(tmp_path / "data", "toy", split, random_rows(number, 30))
-    (tmp_path / "mix.yaml").write_text("data_sets: [toy]\nfold_whitespace: false\n")
+    (tmp_path / "mix.yaml").write_text("datasets: [toy]\nfold_whitespace: false\n")
     (tmp_path / "suite.yaml").write_text(SUITE)
     result, _ = prepare(tmp_path, tmp_path / "out", seed=seed)
     prepared = {}
@@ -73,7 +73,7 @@ def prepared(tmp_path_factory):
     rows[6]["word"] = "Perhaps"
     for split in ("train", "validation"):
         write_rows(world / "data", "odd", split, rows)
-    (world / "mix.yaml").write_text("data_sets: [one, two/sub, odd]\n")
+    (world / "mix.yaml").write_text("datasets: [one, two/sub, odd]\n")
     return prepare(world, world / "out")[0].folder
 
 
