@@ -206,7 +206,7 @@ def summed(rows, name, sizes=None):
 
 
 def judge(row: dict) -> str:
-    """Whether the target is met, in words."""
+    """Say whether the target is met."""
     met = row["speedup"] >= TARGET and not row["different_predictions"]
     return (
         f"{row['method']}, {row['task']}: {row['speedup']:.3g} x the published way, "

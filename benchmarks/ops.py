@@ -62,13 +62,13 @@ class Case(NamedTuple):
     ways: dict[str, Callable[[], torch.Tensor | list[torch.Tensor]]]
     """Name and function; the first one is what the others are compared with."""
     is_random: bool = False
-    """Whether outputs differ, and are not compared."""
+    """Outputs differ, and are not compared."""
     flops: float = 0.0
     """Multiplications and additions that no way can do without, forward and backward."""
     moved: float = 0.0
     """Bytes likewise."""
     can_replay: bool = False
-    """Whether all ways are known not to wait for the GPU in between: a CUDA graph can hold them."""
+    """All ways are known not to wait for the GPU in between: a CUDA graph can hold them."""
 
 
 def attention_case(
@@ -346,7 +346,7 @@ def measure(name: str, device: str, repeats: int, rates: tuple[float, float]) ->
 
 
 def judge_projection(rows: list[dict]) -> str:
-    """Whether our loss of a projection reaches the best rival that was measured beside it."""
+    """Say whether our loss of a projection reaches the best rival that was measured beside it."""
     found = {row["impl"]: row for row in rows if row["operation"] == "linear_cross_entropy"}
     rivals = [found[name] for name in PROJECTION_RIVALS if name in found]
     best = {key: min(row[key] for row in rivals) for key in ("ms", "peak MiB")}

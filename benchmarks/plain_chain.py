@@ -19,7 +19,7 @@ def is_punctuation(char):
 
 
 def split_prefix(token):
-    """Where the leading punctuation ends; 0 where nothing else follows."""
+    """Return the end of the leading punctuation; 0 where nothing else follows."""
     for i in range(1, len(token)):
         if not is_punctuation(token[i]):
             return i
@@ -27,7 +27,7 @@ def split_prefix(token):
 
 
 def split_suffix(token):
-    """Where the trailing punctuation starts; the length where nothing else stands before it."""
+    """Return the start of the trailing punctuation; the length where nothing precedes it."""
     for i in range(len(token) - 2, -1, -1):
         if not is_punctuation(token[i]):
             return i + 1

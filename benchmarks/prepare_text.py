@@ -76,7 +76,7 @@ def memory_of_tree(pid):
 
 
 def versions():
-    """What the environment's own record does not say."""
+    """Return the versions that the environment's own record lacks."""
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )

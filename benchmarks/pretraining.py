@@ -262,7 +262,7 @@ def compare_curves(size: str, batch_size: int, device: str) -> dict:
 
 
 def failures_of(loss_difference: float, curves: dict) -> list[str]:
-    """What the fused model must not do."""
+    """Name the claims about the fused model that do not hold."""
     failures = []
     if not loss_difference <= 1e-5:
         failures.append("the losses of metro and plain must agree to 1e-5")

@@ -16,7 +16,7 @@ REPLAYS = 10
 
 
 def outputs_of(run) -> list[torch.Tensor]:
-    """What `run()` returns, as a list; nothing for what works in place."""
+    """Return the outputs of `run()` as a list; nothing for what works in place."""
     output = run()
     return [output] if isinstance(output, torch.Tensor) else list(output or ())
 
@@ -57,7 +57,7 @@ def seconds_of(run, leaves, device: str) -> float:
 
 
 def timer_of(run, leaves, device: str, replayed: bool) -> Callable[[], float]:
-    """What measures the seconds of both passes once, ``replayed`` as a graph or as launched."""
+    """Return a function that times both passes once, ``replayed`` as a graph or as launched."""
     return replay_timer(run, leaves) if replayed else partial(seconds_of, run, leaves, device)
 
 

@@ -23,15 +23,15 @@ def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
     """
     here = checkpoint.resolve().parent
     named = [str(task[name]).split(":")[0] for name in ("vocab", "data") if task.get(name)]
-    places = []
+    folders = []
     for folder in map(Path, named):
-        places += [folder, folder / "train"]
+        folders += [folder, folder / "train"]
         if not folder.is_absolute():
-            places += [above / folder for above in (here, *here.parents)]
-    places.append(here)
-    for place in places:
-        if all((place / name).is_file() for name in VOCABULARY_FILES):
-            return place
+            folders += [above / folder for above in (here, *here.parents)]
+    folders.append(here)
+    for candidate in folders:
+        if all((candidate / name).is_file() for name in VOCABULARY_FILES):
+            return candidate
     raise UserError(
         f"no vocabulary for {checkpoint}: sp.model and dict.txt are neither in "
         f"{' nor in '.join([*named, str(here)])}; name their folder (--vocab DIR, or vocab= in "

@@ -185,11 +185,11 @@ class _Preparation:
         if self.current and not earlier:  # a part that is gone since: its files are dropped below
             self.current = {}
         start = earlier.get("next", 0)
-        places = earlier.get("positions", [None] * len(plan.templates))
+        positions = earlier.get("positions", [None] * len(plan.templates))
         tasks = earlier.get("tasks") or [{"dropped": {}, "noted": {}} for _ in plan.templates]
         writers = [
-            self._writer(plan, template.task_name, place)
-            for template, place in zip(plan.templates, places, strict=True)
+            self._writer(plan, template.task_name, position)
+            for template, position in zip(plan.templates, positions, strict=True)
         ]
         step = max(1, CHUNK_EXAMPLES // len(plan.templates))
         bounds = [

@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def templates_folder() -> Path:
-    """Return the place of the fetched tree."""
+    """Return the folder of the fetched tree, there or not."""
     return cache_folder() / "templates" / f"promptsource-{PROMPTSOURCE_VERSION}"
 
 

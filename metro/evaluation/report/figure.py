@@ -156,13 +156,13 @@ def columns(section: Section) -> list[list[str]]:
     return [tasks[start : start + most] for start in range(0, len(tasks), most)]
 
 
-def spread(places: list[float]) -> list[float]:
+def spread(positions: list[float]) -> list[float]:
     """Offsets of points on three levels, so that no point covers another if there is room."""
-    offsets, last = [0.0] * len(places), dict.fromkeys((0.0, DIAMETER, -DIAMETER), -math.inf)
-    for number in sorted(range(len(places)), key=lambda number: places[number]):
-        free = [level for level in last if places[number] - last[level] >= DIAMETER]
+    offsets, last = [0.0] * len(positions), dict.fromkeys((0.0, DIAMETER, -DIAMETER), -math.inf)
+    for number in sorted(range(len(positions)), key=lambda number: positions[number]):
+        free = [level for level in last if positions[number] - last[level] >= DIAMETER]
         offsets[number] = free[0] if free else min(last, key=lambda level: last[level])
-        last[offsets[number]] = places[number]
+        last[offsets[number]] = positions[number]
     return offsets
 
 

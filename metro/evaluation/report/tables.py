@@ -253,9 +253,9 @@ def latex_table(section: Section) -> str:
     rows = [" & ".join(line) + r" \\" for line in body]
     if is_wide(section):
         groups = [row.kind.replace("difference", "run") for row in section.rows]
-        for place in reversed(range(1, len(groups))):
-            if groups[place] != groups[place - 1]:
-                rows.insert(place, r"\midrule")
+        for number in reversed(range(1, len(groups))):
+            if groups[number] != groups[number - 1]:
+                rows.insert(number, r"\midrule")
     else:
         rows.insert(len(rows) - 1, r"\midrule")  # above the average
     caption = f"{section.title}: mean {section.metric_title} over prompts, in percent."

@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """The group of processes, and the place of this one in it."""
+    """The group of processes, and the rank of this one in it."""
 
     rank: int
     count: int
