@@ -12,7 +12,7 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
 from metro.utils.files import read_json, write_json
@@ -26,6 +26,17 @@ TEXT_FILES = [split + suffix for split in SPLITS for suffix in (".bin", ".idx")]
 LOCK = "lock"
 LOCK_SECONDS = 5.0
 _SIZES = ".sizes"  # of files that metro.data.indexed_file needs during the work only
+
+
+class Prepared(NamedTuple):
+    """Result of ``prepare_text`` and ``prepare_prompts``."""
+
+    folder: Path
+    """The output."""
+    manifest: dict
+    """Settings, counts, notes, and size and checksum of every file."""
+    was_finished: bool
+    """The folder was complete before, and nothing was done."""
 
 
 class PreparedFolder:

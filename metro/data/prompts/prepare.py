@@ -8,12 +8,12 @@ workers nor an interruption changes a byte.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.indexed_file import best_dtype
 from metro.data.jsonl_rows import UnusableRow
+from metro.data.prepared_folder import Prepared
 from metro.data.prompts.examples import (
     ExampleSettings,
     LeftOut,
@@ -41,21 +41,12 @@ CHECKPOINT_SECONDS = 5.0
 _SYNC_THREADS = 32
 
 
-class PreparedPrompts(NamedTuple):
-    """Result of ``prepare_prompts``."""
-
-    folder: Path
-    manifest: dict
-    was_finished: bool
-    """The folder was complete before, and nothing was done."""
-
-
 def prepare_prompts(
     settings: PreparePromptsSettings | None = None,
     *,
     progress: bool | Progress = True,
     **options: Any,
-) -> PreparedPrompts:
+) -> Prepared:
     """Turn datasets and templates into a folder that finetuning reads; resume a killed call.
 
     Args:
@@ -71,7 +62,7 @@ def prepare_prompts(
         return _prepare(settings, shown)
 
 
-def _prepare(options: PreparePromptsSettings, progress: Progress) -> PreparedPrompts:
+def _prepare(options: PreparePromptsSettings, progress: Progress) -> Prepared:
     if options.out is None:
         raise UserError("out is missing: name the folder to make (or add --dry-run)")
     plan, overwrite = make_plan(options), options.overwrite
@@ -81,15 +72,15 @@ def _prepare(options: PreparePromptsSettings, progress: Progress) -> PreparedPro
         missing = len(finished["unavailable"])
         again = f" ({missing} parts were not available; --overwrite tries again)" if missing else ""
         progress.say(f"{folder.out} is already finished; nothing to do{again}")
-        return PreparedPrompts(folder.out, finished, True)
+        return Prepared(folder.out, finished, True)
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
-        return PreparedPrompts(folder.out, folder.complete(), False)
+        return Prepared(folder.out, folder.complete(), False)
     for note in ignored_options(plan):
         progress.say(f"warning: {note}")
     num_workers = options.num_workers or available_cores()
     work = _Preparation(plan, folder, earlier or {}, num_workers, progress)
-    return PreparedPrompts(folder.out, work.run(), False)
+    return Prepared(folder.out, work.run(), False)
 
 
 class EncodedTask(NamedTuple):

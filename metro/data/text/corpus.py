@@ -9,13 +9,12 @@ the same to the byte whatever the number of workers, the cuts between chunks and
 import hashlib
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype
-from metro.data.prepared_folder import TEXT_MANIFEST, PreparedFolder
+from metro.data.prepared_folder import TEXT_MANIFEST, Prepared, PreparedFolder
 from metro.data.settings import PrepareTextSettings
 from metro.data.text import reading
 from metro.data.text.encoding import ChunkEncoder, EncodedChunk
@@ -32,23 +31,12 @@ CHECKPOINT_SECONDS = 5.0
 _MAX_SKIP_EXAMPLES = 10
 
 
-class PreparedText(NamedTuple):
-    """Result of ``prepare_text``."""
-
-    folder: Path
-    """The output."""
-    manifest: dict
-    """Settings, counts, notes, and size and checksum of every file."""
-    was_finished: bool
-    """The folder was complete before, and nothing was done."""
-
-
 def prepare_text(
     settings: PrepareTextSettings | None = None,
     *,
     progress: bool | Progress = True,
     **options: Any,
-) -> PreparedText:
+) -> Prepared:
     """Turn text into a folder that ``fairseq-train`` reads; resume an earlier, killed call.
 
     Args:
@@ -64,7 +52,7 @@ def prepare_text(
         return _prepare(settings, shown)
 
 
-def _prepare(settings: PrepareTextSettings, progress: Progress) -> PreparedText:
+def _prepare(settings: PrepareTextSettings, progress: Progress) -> Prepared:
     sources = reading.open_sources(settings.inputs)
     lower, overwrite = not settings.cased, settings.overwrite
     vocabulary = read_vocabulary(settings.vocab) if settings.vocab else None
@@ -80,10 +68,10 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> PreparedText:
     )
     if finished := folder.finished_manifest(overwrite):
         progress.say(f"{folder.out} is already finished; nothing to do")
-        return PreparedText(folder.out, finished, True)
+        return Prepared(folder.out, finished, True)
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
-        return PreparedText(folder.out, folder.complete(), False)
+        return Prepared(folder.out, folder.complete(), False)
     num_workers = settings.num_workers or available_cores()
     if earlier:
         state = CorpusState.from_json(earlier)
@@ -111,7 +99,7 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> PreparedText:
         folder.save_state(asdict(state))
     writer = CorpusWriter(folder, sources, state, settings.valid_fraction)
     writer.encode_all(lower, num_workers, progress)
-    return PreparedText(folder.out, folder.complete(writer.finish(progress)), False)
+    return Prepared(folder.out, folder.complete(writer.finish(progress)), False)
 
 
 def _digest(vocabulary: Vocabulary) -> str:
