@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from rich.console import Console
 
 from metro.utils import progress as module
 from metro.utils.progress import SILENT, Progress
@@ -10,7 +11,8 @@ from metro.utils.progress import SILENT, Progress
 
 @pytest.fixture
 def terminal(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    """Stderr is a terminal, whatever the environment says of it (``TTY_COMPATIBLE=0`` in a CI)."""
+    monkeypatch.setattr(Console, "is_terminal", True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
 
