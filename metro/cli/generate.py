@@ -11,6 +11,7 @@ import click
 
 from metro.cli.options import settings_command
 from metro.models.generation_settings import GenerationSettings
+from metro.utils.characters import refuse_utf16, usable_texts
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
@@ -72,38 +73,31 @@ def open_texts(texts: Iterable[str], path: Path | None) -> Iterator[str]:
     """Iterate over the texts; files and stdin are read as they are needed.
 
     Raises:
-        UserError: there is no text, or one that is not UTF-8.
+        UserError: there is no text, or one that is not UTF-8, of stdin where it is read.
     """
     if path and texts:
         raise UserError("give texts or --input, not both")
     if path:
         if not path.is_file():
             raise UserError(f"there is no file {path} to read texts from")
-        return refuse_other_bytes(read_lines(path))
+        for _ in usable_texts(read_lines(path)):
+            pass  # all of them, before the model is loaded
+        return read_lines(path)
     if not texts:
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError("no text: write it behind the model, use --input FILE, or pipe it in")
         texts = ["-"]
+    texts = list(usable_texts(texts))
     parts = (
         (line.rstrip("\r\n") for line in sys.stdin) if text == "-" else [text] for text in texts
     )
-    return refuse_other_bytes(itertools.chain.from_iterable(parts))
-
-
-def refuse_other_bytes(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the same texts; bytes that are not UTF-8 arrive from pipes as surrogates."""
-    for number, text in enumerate(texts, start=1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            bad = text[error.start : error.end]
-            raise UserError(f"text {number} is not UTF-8 (it holds {bad!r})") from None
-        yield text
+    return itertools.chain.from_iterable(parts)
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a file; of a ``.jsonl`` the field ``text`` or ``input``."""
-    with open(path, encoding="utf-8") as lines:
+    refuse_utf16(path)
+    with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 line = line.rstrip("\r\n")

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from metro.utils.characters import refuse_utf16
 from metro.utils.messages import UserError
 
 
@@ -36,6 +37,7 @@ class JsonlRows(Sequence):
 
     def __init__(self, path: str | Path, limit: int | None = None, derive: dict | None = None):
         self.path, self.derive = Path(path), derive or {}
+        refuse_utf16(self.path)
         self.offsets = self._find_offsets()
         if limit is not None:
             self.offsets = self.offsets[: max(0, limit) + 1]

@@ -16,6 +16,7 @@ from metro.evaluation.settings import FlipSettings
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.models.loading import load
 from metro.models.registry import find_registered
+from metro.utils.characters import usable_texts
 from metro.utils.messages import UserError
 
 
@@ -48,6 +49,7 @@ def flip_choices(settings: FlipSettings) -> FlipResult:
             text (it may have none).
     """
     text, choices, instruction = settings.input, settings.options, settings.instruction
+    list(usable_texts([text, *choices, instruction or ""]))
     if not SENTINEL.search(text):  # as templates whose instruction follows the input
         text += "<extra_id_0>"
     if instruction is not None:

@@ -26,6 +26,7 @@ import numpy as np
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import SENTINEL, encoder_text, model_texts
 from metro.finetuning.collation import EncodedPrompt
+from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError
 
 
@@ -46,8 +47,11 @@ def encode_example(
         draw: seeds the choice of the wrong label.
 
     Raises:
-        Unusable: it has no wrong label, no instruction, or answer choices with identical ids.
+        Unusable: it has no wrong label, no instruction, a character that no text has, or answer
+            choices with identical ids.
     """
+    if found := bad_character_in(example.values()):
+        raise Unusable(f"text with {found}")
     if objective in ("direct", "channel"):
         texts = model_texts(objective, example["input"], example["target"], None, None)
         source, target = encoder.sources([texts[0]])[0], encoder.targets([texts[1]])[0]

@@ -16,6 +16,7 @@ import torch
 
 from metro.models.generation_settings import GenerationSettings
 from metro.models.loading import LoadedModel, load
+from metro.utils.characters import usable_texts
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
@@ -113,13 +114,17 @@ def remark_on_cut(num_cut: int, model, settings: GenerationSettings) -> str:
 def answer_texts(
     model, tokenizer, texts: Iterable[str], settings: GenerationSettings | None = None
 ) -> Iterator[Answered]:
-    """Yield the answers to ``texts``, in their order; an empty text gets empty answers."""
+    """Yield the answers to ``texts``, in their order; an empty text gets empty answers.
+
+    Raises:
+        UserError: a text has a character that no text has, see `metro.utils.characters`.
+    """
     settings = settings or GenerationSettings()
     options = settings.options(model)
     longest = settings.max_input_tokens
     positions = getattr(model.config, "max_positions", None)
     longest = min(longest, positions) if positions else longest
-    texts = iter(texts)
+    texts = usable_texts(texts)
     reader = with_sentinels(tokenizer) if settings.sentinels else tokenizer
     devices = [model.device] if model.device.type == "cuda" else []
     for number in itertools.count():

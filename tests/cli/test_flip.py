@@ -86,6 +86,7 @@ def test_a_tie_is_called_one(scores, said):
             "--input <extra_id_2>x<extra_id_0> --options a b --instruction '<extra_id_0> c'",
             "--input has the sentinels <extra_id_0>, <extra_id_2>, --instruction <extra_id_0>;",
         ),
+        ("--input x --options a \udcff", "text 3 has half a character"),
         ("--input x --options a b --instruction '<extra_id_0> '", "without text beside sentinels"),
     ],
 )

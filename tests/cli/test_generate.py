@@ -267,12 +267,18 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(generate, folder, tmp_pa
     """Oracle: by hand; as Python passes such bytes on, and as JSON may write them."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
-    with pytest.raises(ValueError, match="text 2 is not UTF-8"):
+    with pytest.raises(ValueError, match="text 2 has half a character"):
         generate(folder, stdin="good\nbad \udcff\udcfe\n")
-    with pytest.raises(ValueError, match="text 1 is not UTF-8"):
+    with pytest.raises(ValueError, match="text 1 has half a character"):
         generate(folder, "bad \udcff")
-    with pytest.raises(ValueError, match="text 2 is not UTF-8"):
-        generate(folder, "--input", rows)
+    with pytest.raises(ValueError, match="text 2 has half a character"):
+        generate("no/model", "--input", rows)  # the file first, then the model
+    with pytest.raises(ValueError, match="text 1 has a NUL"):
+        metro.generate(folder, ["a\0b"], progress=False)
+    for encoding, message in (("utf-16", "wide.txt is UTF-16"), ("utf-16-le", "a NUL")):
+        (tmp_path / "wide.txt").write_text("a text", encoding=encoding)
+        with pytest.raises(ValueError, match=message):
+            generate("no/model", "--input", tmp_path / "wide.txt")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
         generate(folder, "--input", tmp_path / "latin.txt")

@@ -13,6 +13,7 @@ from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import NO_INSTRUCTION, Flipped, flip
 from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.templates import PromptTemplate, RenderedExample
+from metro.utils.characters import bad_character_in
 
 _MAX_DETAIL_CHARS = 160
 _DRAWS = re.compile(r"\|\s*(?:choice|random)\b")
@@ -76,7 +77,7 @@ def make_example(
     flipped = _flip(template, row, rendered, seed, settings)
     fold = _fold if settings.fold_whitespace else str
     choices = rendered.choices
-    return PromptedExample(
+    example = PromptedExample(
         task=template.task_name,
         dataset=template.dataset,
         subset=template.subset,
@@ -90,6 +91,9 @@ def make_example(
         flipped_input=flipped.input if flipped else None,
         instruction=flipped.instruction if flipped else None,
     )
+    if found := bad_character_in(example.values()):
+        raise UnusableRow(f"text with {found}", f"prompt {rendered.input!r}")
+    return example
 
 
 def example_seed(seed: int, template: PromptTemplate, split: str, index: int) -> int:

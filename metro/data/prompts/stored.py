@@ -115,7 +115,7 @@ def read_manifest(folder: str | Path) -> dict:
 def encode_jsonl(examples: Sequence[PromptedExample]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Examples -> lines, the length of each, and its source row."""
     dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    lines = [dumps(example).encode("utf-8", "replace") + b"\n" for example in examples]
+    lines = [dumps(example).encode() + b"\n" for example in examples]
     sizes = np.fromiter(map(len, lines), np.int64, len(lines))
     rows = np.fromiter((example["row"] for example in examples), np.int32, len(examples))
     return b"".join(lines), sizes, rows

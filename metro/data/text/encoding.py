@@ -16,6 +16,7 @@ import numpy as np
 
 from metro.data.text.reading import Chunk, Skip
 from metro.modeling.text_metro_t5 import EOS_ID, SPM_FILE, Vocabulary, normalize_text
+from metro.utils.characters import bad_character
 
 
 class EncodedChunk(NamedTuple):
@@ -71,11 +72,13 @@ class WordCounter:
 
 
 def text_lines(chunk: Chunk, skips: list[Skip]) -> list[str]:
-    """Return the lines of a chunk of plain text; append those that are not UTF-8 to ``skips``."""
+    """Return the lines of a chunk of plain text; append unusable ones to ``skips``."""
     assert isinstance(chunk.payload, bytes)
     try:
         lines = chunk.payload.decode("utf-8").split("\n")
     except UnicodeDecodeError:
+        lines = []
+    if not lines or b"\0" in chunk.payload:
         return [line for _, line in _decoded_lines(chunk, skips)]
     if not lines[-1]:
         lines.pop()
@@ -90,10 +93,8 @@ def documents(chunk: Chunk, skips: list[Skip]) -> Iterator[str]:
     else:
         numbered = _json_texts(chunk, skips)
     for number, text in numbered:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            skips.append(Skip(number, "not valid Unicode (lone surrogate)"))
+        if found := bad_character(text):
+            skips.append(Skip(number, found))
         else:
             yield text
 
@@ -122,6 +123,11 @@ def _decoded_lines(chunk: Chunk, skips: list[Skip]) -> Iterator[tuple[int, str]]
         lines.pop()
     for number, line in enumerate(lines, start=first_line):
         try:
-            yield number, line.decode("utf-8")
+            text = line.decode("utf-8")
         except UnicodeDecodeError:
             skips.append(Skip(number, "not valid UTF-8"))
+            continue
+        if found := bad_character(text):
+            skips.append(Skip(number, found))
+        else:
+            yield number, text

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from metro.data.datasets import hub_errors
+from metro.utils.characters import refuse_utf16
 from metro.utils.messages import MissingPackage, UserError
 
 CHUNK_BYTES = 1 << 20
@@ -125,7 +126,7 @@ def open_sources(names: list[str]) -> list[TextSource]:
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise UserError(f"input is a folder, name the files in it: {', '.join(folders)}")
     for path in paths:
-        path.open("rb").close()
+        refuse_utf16(path)
     return sources
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import PromptedExample
+from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError
 
 
@@ -35,6 +37,9 @@ class EvaluationExample:
         )
 
     def __post_init__(self):
+        texts = (self.input, self.choices, self.flipped_input, self.instruction)
+        if found := bad_character_in(texts):
+            raise UnusableRow(f"text with {found}", f"prompt {self.input!r}")
         if not self.choices:
             raise UserError(f"row {self.index} has no answer choices")
         for number, choice in enumerate(self.choices):

@@ -52,6 +52,7 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     changes = [{}, {"label": 5}, {"label": -1}, {"label": None}, {"word": ""}, {"word": "maybe"}]
     rows = [{**good, **change} for change in [*changes, {"options": []}]]
     rows += [{key: value for key, value in good.items() if key != "text"}, "{not json"]
+    rows += [{**good, "text": "cut \ud83d"}, {**good, "text": "w\0i\0d\0e"}]
     write_templates(tmp_path / "templates", "bad", templates)
     write_rows(tmp_path / "data", "bad", "train", rows)
     (tmp_path / "mix.yaml").write_text("datasets: [bad]\n")
@@ -64,6 +65,8 @@ def test_bad_rows_are_counted_and_named(tmp_path):
         "rendering failed": 2,  # an empty list to draw from; None + 1
         "missing field": 4,
         "unreadable row": 4,
+        "text with half a character (lone surrogate)": 4,
+        "text with a NUL character": 4,
     }
     first = result.manifest["dropped"]["label out of range of the answer choices"]["first"]
     assert first == "bad, 'options', row 1: answer_choices has 2 entries and none at 5"

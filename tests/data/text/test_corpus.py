@@ -217,10 +217,10 @@ def test_unusable_lines_are_skipped_counted_and_named(vocab, tmp_path, monkeypat
     monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
     monkeypatch.setattr(reading, "MAX_LINE_BYTES", 500)
     long = b"x" * 501
-    bad = [b"good", b"b\xffd", b"", long, b"also \xe2\x82", b"y" * 500, b"end", long]
+    bad = [b"good", b"b\xffd", b"", long, b"a\0b", b"also \xe2\x82", b"y" * 500, b"end", long]
     (tmp_path / "bad.txt").write_bytes(b"\n".join(bad))
     records = [b'{"text": "fine"}', b"{oops", b'{"body": 1}', b'"text"', b'{"text": "\\ud800"}']
-    records += [long, b"\xff", b'{"text": "too"}']
+    records += [b'{"text": "nul \\u0000"}', long, b"\xff", b'{"text": "too"}']
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(records) + b"\n")
     (tmp_path / "good.txt").write_bytes(b"\n".join([b"good", b"", b"y" * 500, b"end"]))
     (tmp_path / "good.jsonl").write_bytes(b"\n".join([records[0], records[-1]]))
@@ -234,10 +234,11 @@ def test_unusable_lines_are_skipped_counted_and_named(vocab, tmp_path, monkeypat
         "not JSON": 1,
         "no string field 'text'": 2,
         "not valid UTF-8": 3,
-        "not valid Unicode (lone surrogate)": 1,
+        "half a character (lone surrogate)": 1,
+        "a NUL character": 2,
     }
-    places = ["bad.txt:2: not valid UTF-8", "bad.txt:4: longer", "bad.txt:8: longer"]
-    places += ["jsonl:2: not JSON", "jsonl:3: no string", "jsonl:5: not valid", "jsonl:6: longer"]
+    places = ["bad.txt:2: not valid UTF-8", "bad.txt:4: longer", "bad.txt:9: longer"]
+    places += ["jsonl:2: not JSON", "jsonl:3: no string", "jsonl:5: half a"]
     assert all(place in said for place in places)
 
 

@@ -156,6 +156,7 @@ def test_rows_without_a_question_are_left_out_and_named(tmp_path):
         {**good, "answer": 2},
         {**good, "colours": ["", "green"]},
         {**good, "answer": None},
+        {**good, "colours": ["red \ud83d", "green"]},
         good,
     ]
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -168,12 +169,13 @@ def test_rows_without_a_question_are_left_out_and_named(tmp_path):
     spec = TaskSpec("x", "templates", ("plain",), "x", data=data, inline={"plain": texts})
     task = load_task(spec, Sources())
     found = task.examples("plain")
-    assert [example.index for example in found.examples] == [0, 6]
+    assert [example.index for example in found.examples] == [0, 7]
     assert {reason: left.num_rows for reason, left in found.skipped.items()} == {
         "unreadable row": 1,
         "missing field": 1,
         "label out of range of the answer choices": 2,
         "empty answer choice": 1,
+        "text with half a character (lone surrogate)": 1,
     }
     assert found.skipped["missing field"].first == "row 2: the row has no 'thing'"
     assert task.weight("plain") > 700
