@@ -3,7 +3,9 @@
     python scripts/plot_training.py demo/pretraining.log demo/losses.png
 
 Takes the output of fairseq-train as well as the file of --log-file: whatever stands before the JSON
-object on a line is ignored. Interrupted and resumed runs are one curve.
+object on a line is ignored. Interrupted and resumed runs are one curve. Dashed lines are what
+models without context, or with one or two tokens of it, would reach; and for replaced token
+detection, guessing by frequency.
 """
 
 import argparse
@@ -19,6 +21,9 @@ LOSSES = {
     "discriminator_loss": "main model: corrective language modelling",
     "rtd_loss": "main model: replaced token detection",
 }
+
+REFERENCES = ("unigram_bits", "bigram_bits", "trigram_bits")
+"""Counted by `metro prepare-text` and logged with the validation losses."""
 
 
 class Curve(NamedTuple):
@@ -92,6 +97,9 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
         axis.plot(*curves["train"][name], label="train", linewidth=1.2)
         if name in curves["valid"]:
             axis.plot(*curves["valid"][name], "o-", label="valid", markersize=4)
+        for label, curve in reference_lines(curves, name).items():
+            axis.plot(*curve, "--", color="grey", linewidth=0.9)
+            axis.annotate(label, (curve.updates[-1], curve.values[-1]), ha="right", fontsize=7)
         axis.set_title(f"{name}\n{LOSSES[name]}", fontsize=9)
         axis.set_xlabel("updates")
         axis.set_ylabel("bits per position")
@@ -100,6 +108,19 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def reference_lines(curves: dict[str, dict[str, Curve]], name: str) -> dict[str, Curve]:
+    """Label -> dashed line of a loss's panel. A weighted language modelling loss has none."""
+    train, valid = curves["train"], curves["valid"]
+    if name == "rtd_loss":
+        entropy = train.get("rtd_label_entropy")
+        return {"guessing by frequency": entropy} if entropy else {}
+    if name == "discriminator_loss" and train[name] != train.get("nll_loss"):
+        return {}
+    ends = [train[name].updates[0], train[name].updates[-1]]
+    found = {each.removesuffix("_bits"): valid[each] for each in REFERENCES if each in valid}
+    return {label: Curve(ends, [line.values[-1]] * 2) for label, line in found.items()}
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ COUNTS = (
     "unreplaced_scored_total",
     "rtd_replaced_n_correct",
     "rtd_unreplaced_n_correct",
+    "rtd_total",
 )
 
 # logged percentage -> (count, what it is a share of)
@@ -122,6 +123,7 @@ class T5MetroCriterion(FairseqCriterion):
         sums = {name: sum(output.get(name, 0) for output in logging_outputs) for name in SUMS}
         sums = on_host(sums)
         sums["generator_total"] = sums["generator_sample_size"]
+        sums["rtd_total"] = sums["rtd_sample_size"]
         for name, (numerator, denominator) in MEANS.items():
             weight = sums[denominator]
             if weight > 0:
@@ -135,6 +137,7 @@ class T5MetroCriterion(FairseqCriterion):
         metrics.log_derived(
             "replace_ratio", _percentage("replaced_total", ("replaced_total", "unreplaced_total"))
         )
+        metrics.log_derived("rtd_label_entropy", _rtd_label_entropy)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -166,3 +169,13 @@ def _percentage(part: str, wholes: tuple[str, ...]):
         return round(float(meters[part].sum * 100.0 / whole), 3)
 
     return compute
+
+
+def _rtd_label_entropy(meters) -> float:
+    """Bits of guessing replaced positions by their frequency alone; see `rtd_loss` against it."""
+    total = meters["rtd_total"].sum
+    if total == 0:
+        return float("nan")
+    replaced = float(meters["replaced_total"].sum / total)
+    shares = (replaced, 1 - replaced)
+    return round(-sum(share * math.log2(share) for share in shares if share > 0), 3)

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from fairseq import utils
+from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
 from fairseq_plugins.data import Corruption
@@ -14,7 +17,10 @@ from fairseq_plugins.tasks._pretraining import (
     check_shares,
 )
 from metro.data.collation import MaskedExample, collate_masked
+from metro.data.prepared_folder import TEXT_MANIFEST
+from metro.data.text.ngrams import NAMES
 from metro.pretraining.masking import mask_tokens, sampling_seed
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
 
@@ -50,6 +56,8 @@ class T5MetroTask(PretrainingTask):
             )
         check_shares(cfg, "leave_unmasked_prob", "random_token_prob")
         check_mask_length(cfg)
+        manifest = read_json(Path(utils.split_paths(cfg.data)[0], TEXT_MANIFEST)) or {}
+        self.reference_bits = manifest.get("reference_bits") or {}
 
     merge = staticmethod(collate_masked)
 
@@ -66,3 +74,10 @@ class T5MetroTask(PretrainingTask):
             random_token_prob=cfg.random_token_prob,
             mask_multiple_length=cfg.mask_multiple_length,
         )
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        if not criterion.training:  # lines to see the validation loss against
+            for name in NAMES:
+                if name in self.reference_bits:
+                    metrics.log_scalar(f"{name}_bits", self.reference_bits[name], round=3)

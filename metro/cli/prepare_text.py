@@ -13,6 +13,7 @@ def prepare_text(settings: PrepareTextSettings) -> None:
     resume after an interruption.
     """
     from metro.data.text.corpus import prepare_text as prepare
+    from metro.data.text.ngrams import NAMES
 
     result = prepare(settings)
     if result.was_finished:
@@ -25,6 +26,12 @@ def prepare_text(settings: PrepareTextSettings) -> None:
         f"valid {counts['valid_items']:,} lines, {counts['valid_tokens']:,} tokens; "
         f"vocabulary {counts['vocab_size']:,}; {unknown:.3%} of the tokens unknown"
     )
+    if reference := result.manifest.get("reference_bits"):
+        lines = ", ".join(f"{name} {reference[name]:.2f}" for name in NAMES)
+        click.echo(
+            f"bits per held-out token: {lines} (n-grams of {reference['train_tokens']:,} tokens): "
+            "a model that uses context is below the bigram"
+        )
 
 
 command = settings_command(

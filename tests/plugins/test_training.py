@@ -1,5 +1,6 @@
 """Training as a user runs it: several processes, stopping, resuming, crashing, validating."""
 
+import json
 import os
 import shutil
 import signal
@@ -123,6 +124,23 @@ def test_all_published_metrics_are_logged(train, tmp_path):
     accuracies = "generator replaced unreplaced rtd_replaced rtd_unreplaced"
     expected = {*published.split(), *(f"{name}_accuracy" for name in accuracies.split())}
     assert expected <= line.keys()
+
+
+def test_losses_are_logged_beside_what_guessing_would_reach(train, corpus, tmp_path):
+    """N-gram bits as `metro prepare-text` counted them; RTD labels by the formula of entropy."""
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    bits = {"unigram": 8.9, "bigram": 6.7, "trigram": 6.1, "train_tokens": 5}
+    (data / "prepare_text.json").write_text(json.dumps({"reference_bits": bits}))
+    log = train(tmp_path / "run", "--max-update 2", data=data)
+    for line in log.logged("valid"):
+        logged = {name: float(line[f"valid_{name}_bits"]) for name in ("unigram", "bigram")}
+        assert logged == {"unigram": 8.9, "bigram": 6.7}
+    for line in log.logged("train_inner"):
+        assert "unigram_bits" not in line
+        r = float(line["replace_ratio"]) / 100
+        expected = -r * np.log2(r) - (1 - r) * np.log2(1 - r)
+        assert float(line["rtd_label_entropy"]) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_training.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from plot_training import Curve, draw, read_log  # noqa: E402
+from plot_training import Curve, draw, read_log, reference_lines  # noqa: E402
 
 
 def train(update: int, value: float) -> str:
@@ -43,6 +43,29 @@ def test_every_form_of_a_line_is_read_and_the_last_word_on_an_update_counts(tmp_
     assert curves["train"]["generator_loss"] == Curve([10, 20, 30], [4.0, 2.9, 2.5])
     assert curves["valid"]["generator_loss"] == Curve([20], [3.5])
     assert "best_loss" not in curves["valid"]
+
+
+def test_dashed_lines_are_the_logged_references_of_the_losses_they_compare_with(tmp_path):
+    """A weighted language modelling loss is no number of bits per token, and gets none."""
+    entropy = {"num_updates": "30", "rtd_label_entropy": "0.6", "nll_loss": "2.5"}
+    references = {
+        "valid_num_updates": "30",
+        "valid_unigram_bits": "8.9",
+        "valid_bigram_bits": "6.7",
+    }
+    log = tmp_path / "log"
+    log.write_text(
+        "\n".join([train(10, 4.0), train(30, 2.5), *map(json.dumps, (entropy, references))])
+    )
+    curves = read_log(log)
+    across = [10, 30]
+    expected = {"unigram": Curve(across, [8.9, 8.9]), "bigram": Curve(across, [6.7, 6.7])}
+    assert reference_lines(curves, "generator_loss") == expected
+    assert reference_lines(curves, "discriminator_loss") == {}
+    assert reference_lines(curves, "rtd_loss") == {"guessing by frequency": Curve([30], [0.6])}
+    curves["train"]["nll_loss"] = curves["train"]["discriminator_loss"]
+    assert reference_lines(curves, "discriminator_loss") == expected
+    draw(curves, tmp_path / "losses.png")
 
 
 def test_picture_is_drawn(tmp_path):

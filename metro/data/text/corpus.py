@@ -18,6 +18,7 @@ from metro.data.prepared_folder import TEXT_MANIFEST, Prepared, PreparedFolder
 from metro.data.settings import PrepareTextSettings
 from metro.data.text import reading
 from metro.data.text.encoding import ChunkEncoder, EncodedChunk
+from metro.data.text.ngrams import reference_bits
 from metro.data.text.reading import Chunk, ReadPosition, TextSource
 from metro.data.text.vocabulary import count_words, read_vocabulary, train_vocabulary
 from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
@@ -200,13 +201,20 @@ class CorpusWriter:
             "vocab_size": self.vocab_size,
         }
         self.train.finish()
+        reference = None
         if self.fraction:
             self.valid.finish()
+            progress.say("counting n-grams")
+            train, valid = (
+                np.memmap(each.bin_path, self.dtype, "r") for each in (self.train, self.valid)
+            )
+            reference = reference_bits(train, valid, self.vocab_size)
         else:
             self.valid.close()
             self.valid.bin_path.unlink()
         return {
             "counts": counts,
+            "reference_bits": reference,
             "items_per_input": state.items_per_source,
             "skipped": state.skipped,
             "skip_examples": state.skip_examples,
