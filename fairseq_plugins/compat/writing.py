@@ -1,8 +1,10 @@
 """Writing checkpoints so that a killed run or a power cut leaves whole files."""
 
+import atexit
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from fairseq import checkpoint_utils
@@ -10,8 +12,11 @@ from fairseq.file_io import PathManager
 
 from fairseq_plugins.replaced import replaces
 from metro.utils.files import flush
+from metro.utils.locks import locked
 
 logger = logging.getLogger(__name__)
+save_dir_lock = ExitStack()
+atexit.register(save_dir_lock.close)
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -56,9 +61,12 @@ def rename_durably(original, src, dst):
 
 
 @replaces(checkpoint_utils, "verify_checkpoint_directory")
-def verify_without_race(original, save_dir):
-    """Let several processes create and remove the file "dummy"; the slower one crashed."""
-    try:
-        original(save_dir)
-    except FileNotFoundError:
-        logger.info("another process removed the test file in %s first", save_dir)
+def lock_the_save_dir(original, save_dir):
+    """Refuse a folder that another run writes into; called by the first process of a run.
+
+    fairseq writes and removes a file "dummy" there, where two runs at once crash.
+    """
+    save_dir_lock.close()  # of an earlier run of this process
+    if not PathManager.path_requires_pathmanager(save_dir):
+        save_dir_lock.enter_context(locked(Path(save_dir), inside=True))
+    original(save_dir)

@@ -6,16 +6,16 @@ or absent. With ``overwrite`` the files that an earlier manifest lists are delet
 text of a split that the new manifest lacks; all others stay.
 """
 
-import fcntl
 import os
 import shutil
-import time
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
 from metro.utils.files import read_json, write_json
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
 TEXT_MANIFEST = "prepare_text.json"
@@ -23,8 +23,6 @@ PROMPTS_MANIFEST = "prompts.json"
 SPLITS = ("train", "valid")
 STATE = "state.json"
 TEXT_FILES = [split + suffix for split in SPLITS for suffix in (".bin", ".idx")]
-LOCK = "lock"
-LOCK_SECONDS = 5.0
 _SIZES = ".sizes"  # of files that metro.data.indexed_file needs during the work only
 
 
@@ -56,7 +54,7 @@ class PreparedFolder:
         self.out, self.settings = Path(out).resolve(), settings
         self.manifest_name, self.command, self.checksums = manifest_name, command, checksums
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self._lock: IO | None = None
+        self._lock = ExitStack()
 
     def finished_manifest(self, overwrite: bool) -> dict | None:
         """Return the manifest of a complete output with these settings, None where there is none.
@@ -89,18 +87,18 @@ class PreparedFolder:
         return None
 
     def open(self, overwrite: bool) -> dict | None:
-        """Lock the work folder; return the state (or manifest) of an interrupted run, if any.
+        """Lock the output; return the state (or manifest) of an interrupted run, if any.
 
         Raises:
             UserError: there is an unfinished run with other settings or inputs, another process
                 is working on it, or one of the two folders holds something else.
         """
+        self._lock.enter_context(locked(self.out))
         earlier = self._read(self.partial / self.manifest_name) or self._read(self.partial / STATE)
         if not earlier and not overwrite and self.out.exists():
             if not self.out.is_dir() or any(self.out.iterdir()):
                 raise UserError(f"{self.out} exists and is not empty: choose another --out")
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
         if earlier and earlier["settings"] != self.settings:
             if not overwrite:
                 raise UserError(
@@ -125,8 +123,8 @@ class PreparedFolder:
     def discard(self) -> None:
         """Remove the work folder of a run that cannot succeed."""
         self._clear_partial()
-        (self.partial / LOCK).unlink(missing_ok=True)
         self.partial.rmdir()
+        self._lock.close()
 
     def complete(self, manifest: dict | None = None) -> dict:
         """Write the manifest (None: it was written before) and give the folder its final name.
@@ -155,6 +153,7 @@ class PreparedFolder:
                     (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.move(self.partial / name, self.out / name)
             shutil.rmtree(self.partial)
+        self._lock.close()
         return manifest
 
     def _read(self, path: Path) -> dict | None:
@@ -172,7 +171,7 @@ class PreparedFolder:
 
     def _facts(self, name: str) -> dict:
         path = self.partial / name
-        if name in (STATE, LOCK, self.manifest_name) or path.suffix in (_SIZES, ".tmp"):
+        if name in (STATE, self.manifest_name) or path.suffix in (_SIZES, ".tmp"):
             return {}
         facts: dict = {"bytes": path.stat().st_size}
         return {**facts, "crc32": _crc32(path)} if self.checksums else facts
@@ -196,7 +195,7 @@ class PreparedFolder:
 
     def _clear_partial(self) -> None:
         """Delete what an earlier run left, and nothing that is not ours."""
-        ours = {self.manifest_name, STATE, self.manifest_name + ".tmp", STATE + ".tmp", LOCK}
+        ours = {self.manifest_name, STATE, self.manifest_name + ".tmp", STATE + ".tmp"}
         ours |= {*VOCABULARY_FILES, *SPLITS, *TEXT_FILES, *(split + _SIZES for split in SPLITS)}
         if foreign := sorted(path.name for path in self.partial.iterdir() if path.name not in ours):
             raise UserError(
@@ -206,22 +205,8 @@ class PreparedFolder:
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            else:
                 path.unlink()
-
-    def _take_lock(self) -> None:
-        self._lock = (self.partial / LOCK).open("w")
-        # Workers of a killed run hold its lock until they notice that they are alone.
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process is preparing {self.out} now: wait for it or end it"
-                    ) from None
-            time.sleep(0.1)
 
 
 def describe_differences(earlier: dict, now: dict) -> str:

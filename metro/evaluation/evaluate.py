@@ -5,12 +5,14 @@ Wrong settings are refused before torch is imported, which takes seconds.
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metro.evaluation.settings import EvaluationSettings
 from metro.evaluation.tasks.suites import Suite, find_suite
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from metro.utils.table import Table
@@ -115,9 +117,14 @@ def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterato
     processes = join_processes(settings.device)
     try:
         for model in settings.models:
-            yield _evaluate_model(
-                model, settings, suite, tasks, missing, sources, processes, progress
-            )
+            path = settings.out / settings.folder_name(model, suite.name)
+            with ExitStack() as lock:
+                if processes.is_first:
+                    lock.enter_context(locked(path))
+                evaluation = _evaluate_model(
+                    model, settings, suite, tasks, missing, sources, path, processes, progress
+                )
+            yield evaluation
     finally:
         processes.close()
 
@@ -154,6 +161,7 @@ def _evaluate_model(
     tasks: "list[Task]",
     missing: dict[str, str],
     sources: "Sources",
+    path: Path,
     processes: "Processes",
     progress: Progress,
 ) -> Evaluation:
@@ -189,7 +197,6 @@ def _evaluate_model(
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
     )
-    path = settings.out / settings.folder_name(name, suite.name)
     folder = None
     if processes.is_first:
         if settings.overwrite and (path / "run.json").is_file():

@@ -16,6 +16,7 @@ import yaml
 
 from metro.finetuning.settings import FinetuningSettings
 from metro.utils.files import read_json, read_yaml, write_text
+from metro.utils.locks import INSIDE
 from metro.utils.messages import UserError
 
 SETTINGS, TRAINER_STATE, PARTIAL_MODEL = "finetune.yaml", "trainer_state.json", ".model.partial"
@@ -79,7 +80,8 @@ def open_output(settings: FinetuningSettings, is_main_process: bool) -> str | No
         return settings.resume
     out = Path(settings.output_dir)
     earlier = out / SETTINGS
-    if out.exists() and not earlier.is_file() and any(out.iterdir()):
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not earlier.is_file() and names - {INSIDE}:
         raise UserError(
             f"{out} is not empty and not of metro finetune; choose another --output-dir"
         )

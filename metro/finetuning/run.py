@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from metro.finetuning.settings import FinetuningSettings, check_sources
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import load, without_progress_bars
+from metro.utils.locks import locked
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.progress import Progress
 
@@ -55,9 +57,17 @@ def finetune(
 def _finetune(settings: FinetuningSettings, progress: Progress) -> FinetuneResult:
     if importlib.util.find_spec("accelerate") is None:
         raise MissingPackage("finetuning", "accelerate", "train")
+    arguments = training_arguments(settings)  # joins the other processes
+    with ExitStack() as lock:
+        if arguments.process_index == 0:
+            lock.enter_context(locked(Path(settings.output_dir), inside=True))
+        return _finetune_alone(settings, arguments, progress)
+
+
+def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress) -> FinetuneResult:
+    """Finetune in an output folder that no other run writes into."""
     from transformers import set_seed
 
-    arguments = training_arguments(settings)  # joins the other processes
     is_main_process = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="output_dir"):
         checkpoint = open_output(settings, is_main_process)

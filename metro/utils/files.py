@@ -8,7 +8,6 @@ same destination removes it.
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -103,22 +103,25 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
 
 @contextlib.contextmanager
 def _locked_temporary(out: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """Yield a hidden path beside ``out``, locked while this process lives, removed at the end."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a hidden path beside ``out``, removed at the end; meanwhile ``out`` is locked."""
     prefix = f".{out.name}.incomplete-"
-    _remove_abandoned(out.parent, prefix)
-    temporary = Path(make(prefix=prefix, dir=out.parent))
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~_umask())
-        yield temporary
-    finally:
-        os.close(lock)
-        if temporary.is_dir():  # incomplete, or the folder that was replaced
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+    with locked(out):
+        for left in out.parent.iterdir():
+            if left.name.startswith(prefix):  # by a killed process
+                _remove(left)
+        temporary = Path(make(prefix=prefix, dir=out.parent))
+        try:
+            os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~_umask())
+            yield temporary
+        finally:
+            _remove(temporary)  # incomplete, or the folder that was replaced
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,25 +174,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed processes have left: temporaries that no process has locked."""
-    for path in parent.iterdir():
-        if not path.name.startswith(prefix):
-            continue
-        try:
-            lock = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # being written
-        else:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        finally:
-            os.close(lock)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from metro.cli.main import app
 from metro.evaluation.runs.run_folder import read_run
 from metro.models import registry
+from metro.utils.locks import locked
 from tests.conftest import ROOT
 from tests.evaluation.runs.test_published import registered
 from tests.evaluation.runs.test_runner import all_scores, without_times
@@ -47,6 +48,16 @@ def whole_run(tmp_path_factory, model, toys):
     out = tmp_path_factory.mktemp("whole")
     done = call(model, *options(toys, out), "--allow-missing")
     return out / "t5_prompt_tiny_f-direct-toys", done
+
+
+def test_a_run_that_another_evaluation_writes_is_refused(model, toys, tmp_path):
+    """Oracle: the folder stays absent meanwhile, and works afterwards."""
+    with locked(tmp_path / "t5_prompt_tiny_f-direct-toys"):
+        done = call(model, *options(toys, tmp_path), "--task", "colour")
+    assert "is being written by" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+    assert call(model, *options(toys, tmp_path), "--task", "colour").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["t5_prompt_tiny_f-direct-toys"]
 
 
 def test_a_run_leaves_results_summary_and_what_was_run(whole_run, model):

@@ -11,6 +11,7 @@ import metro
 from metro.finetuning.output_folder import complete_checkpoints
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
 from tests.processes import METRO, run_python
@@ -41,6 +42,17 @@ def assert_same(one, other, **tolerance) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_a_folder_that_another_run_trains_in_is_refused(settings):
+    """Oracle: nothing is written there meanwhile, and the same call works afterwards."""
+    chosen = settings(max_steps=1)
+    folder = Path(chosen.output_dir)
+    with locked(folder, inside=True), pytest.raises(UserError, match="is being written by"):
+        finetune(chosen)
+    assert list(folder.iterdir()) == []
+    assert finetune(chosen).num_updates == 1
+    assert not (folder / ".lock").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.plugins.conftest import TINY, configure, write_corpus
 from tests.plugins.test_data import TASKS, build_task
@@ -30,6 +31,14 @@ def test_missing_validation_data_names_how_to_go_without(train, corpus, tmp_path
     with pytest.raises(UserError, match=r"valid.idx.*disable_validation=true \(--disable-"):
         train(tmp_path / "save", "--max-update 1", data=data)
     train(tmp_path / "save", "--max-update 1 --disable-validation", data=data)
+
+
+def test_folder_that_another_run_saves_into(train, tmp_path):
+    save_dir = tmp_path / "save"
+    with locked(save_dir, inside=True), pytest.raises(UserError, match="save is being written by"):
+        train(save_dir, "--max-update 1")
+    train(save_dir, "--max-update 1")
+    assert (save_dir / "checkpoint_last.pt").is_file()
 
 
 def test_index_without_its_data(corpus, tmp_path):

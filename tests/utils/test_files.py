@@ -65,14 +65,13 @@ def test_overwriting_deletes_no_more_than_an_export(tmp_path, monkeypatch):
     assert [path.read_text() for path in source.iterdir()] == ["kept"]
 
 
-def test_an_output_in_progress_is_not_taken_for_abandoned(tmp_path):
-    """Oracle: two writers of one folder at the same time; the first to finish wins."""
-    with pytest.raises(UserError, match="exists"), new_folder(tmp_path / "out") as first:
-        (first / "a").write_text("first")
-        with new_folder(tmp_path / "out") as second:
-            assert first.exists() and second != first
-            (second / "a").write_text("second")
-    assert content(tmp_path / "out") == "second"
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_what_a_killed_process_left_is_removed(tmp_path, write):
+    (tmp_path / ".out.incomplete-1").mkdir()
+    (tmp_path / ".out.incomplete-1/a").touch()
+    (tmp_path / ".out.incomplete-2").touch()
+    write(tmp_path / "out", "new")
+    assert content(tmp_path / "out") == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

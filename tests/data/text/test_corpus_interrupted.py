@@ -13,6 +13,7 @@ import pytest
 from metro.data.indexed_file import IndexedFileWriter
 from metro.data.text import corpus, reading
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.data.prepared import (
     Said,
@@ -159,14 +160,11 @@ def test_interrupted_dataset_continues_at_its_record(vocab, tmp_path, monkeypatc
     assert files_of(result.folder) == files_of(expected.folder)
 
 
-def test_two_runs_never_write_one_folder(text, vocab, tmp_path, monkeypatch):
-    from metro.data import prepared_folder
-
-    monkeypatch.setattr(prepared_folder, "LOCK_SECONDS", 0.2)
-    folder = prepared_folder.PreparedFolder(tmp_path / "out", {}, "manifest.json", "metro")
-    folder.open(overwrite=False)
-    with pytest.raises(ValueError, match="another process is preparing"):
+def test_two_runs_never_write_one_folder(text, vocab, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="out is being written by"):
         prepare([text], tmp_path / "out", vocab)
+    prepare([text], tmp_path / "out", vocab)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_workers_end_with_their_killed_parent(text, vocab, tmp_path):
