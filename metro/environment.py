@@ -52,7 +52,7 @@ PACKAGES = [
     UsedPackage("fairseq-fixed", "pretraining", "fairseq", module="fairseq"),
     UsedPackage("accelerate", "finetuning", "train"),
     UsedPackage("datasets", "datasets of the hub", "train"),
-    UsedPackage("peft", "LoRA adapters", "dev"),
+    UsedPackage("peft", "adapters as models", "peft"),
     UsedPackage("triton", "GPU kernels", "triton"),
     UsedPackage("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
     UsedPackage("tensorboard", "training curves, live", "fairseq-needs"),

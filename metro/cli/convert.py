@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from metro.utils.messages import UserError
+
 PATH = click.Path(path_type=Path)
 dtype_option = click.option(
     "--dtype", help="float32, bfloat16 or float16; default: every tensor keeps its own."
@@ -41,19 +43,33 @@ def convert_to_hf(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder that loads anywhere.
 
-    Takes checkpoints of this project and of the original METRO-T0 code.
+    Takes checkpoints of this project and of the original METRO-T0 code, and adapters of PEFT (a
+    folder or hub id), which are merged into their base model.
     """
     from metro.data.text.vocabulary import read_vocabulary
-    from metro.models.source import check_file
+    from metro.models.source import check_file, model_source
     from metro.utils.files import check_output
 
     check_output(out, overwrite, (checkpoint,))  # here too, before seconds of imports
-    check_file(checkpoint)
+    is_adapter = not checkpoint.is_file() and checkpoint.suffix != ".pt"
+    if is_adapter:
+        model_source(checkpoint)
+    else:
+        check_file(checkpoint)
     if vocab:
         read_vocabulary(vocab)
+    from metro.conversion.export import merge_to_hf
     from metro.conversion.fairseq_to_hf import to_hf
     from metro.models.loading import resolve_dtype
 
+    if is_adapter:
+        if keep_auxiliary or cased is not None:
+            raise UserError("--keep-auxiliary and --cased are for fairseq checkpoints: leave out")
+        model = merge_to_hf(
+            checkpoint, out, vocab=vocab, dtype=resolve_dtype(dtype), overwrite=overwrite
+        )
+        click.echo(f"{out}: {model.num_parameters():,} parameters in {model.dtype}, merged")
+        return
     done = to_hf(
         checkpoint,
         out,

@@ -27,15 +27,18 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 import metro.modeling
 from metro.conversion.model_card import model_card
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.adapters import adapter_folder
 from metro.models.fairseq_checkpoint import untied
-from metro.utils.files import new_folder, read_json, write_json, write_text
+from metro.models.loading import load
+from metro.models.source import model_source
+from metro.utils.files import check_output, new_folder, read_json, write_json, write_text
 from metro.utils.messages import UserError
 
 EXPORTED_CODE = (
@@ -56,6 +59,52 @@ TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_metro_t5.MetroT5Tokenizer"
 WEIGHTS, PRETRAINING_WEIGHTS = "model.safetensors", "pretraining.safetensors"
 TRAINING = "training.json"
 MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path", "added_tokens_decoder")
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer, out: Path, *, overwrite: bool = False, **card: Any
+) -> None:
+    """Write any model as a Hugging Face folder; ``card``: see :func:`export_model`."""
+    if isinstance(model, MetroT5ForConditionalGeneration):
+        export_model(model, tokenizer, out, overwrite=overwrite, **card)
+        return
+    with new_folder(out, overwrite) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def merge_to_hf(
+    adapter: str | Path,
+    out: Path,
+    *,
+    vocab: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> PreTrainedModel:
+    """Write an adapter and its base model as one Hugging Face folder.
+
+    Args:
+        adapter: its folder or hub id.
+        out: the folder to create.
+        vocab: of the base model, where it is a fairseq checkpoint.
+        dtype: of the weights; by default as the base model's configuration says.
+        overwrite: replace an existing ``out``.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        UserError: ``out`` exists, ``adapter`` is not one, or its base model is not available.
+    """
+    check_output(out, overwrite, (Path(adapter),))
+    model, tokenizer = load(adapter, dtype=dtype, vocab=vocab)
+    if adapter_folder(model_source(adapter)) is None:
+        raise UserError(
+            f"{adapter} is a whole model in Hugging Face's form already: use it as it is"
+        )
+    summary = f"{type(model).__name__} with the adapter {Path(adapter).name} merged into it."
+    write_model(model, tokenizer, out, overwrite=overwrite, summary=summary)
+    return model
 
 
 def export_model(

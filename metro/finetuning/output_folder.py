@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -139,23 +139,11 @@ def save(model, tokenizer, settings: FinetuningSettings) -> None:
         "optimizer": settings.optimizer,
     }
     summary = f"METRO-T5, prompt-finetuned with the objective {settings.objective}."
-    write_model(model, tokenizer, partial, summary, facts)
+    from metro.conversion.export import write_model
+
+    write_model(model, tokenizer, partial, summary=summary, training=facts)
     (out / "config.json").unlink(missing_ok=True)
     names = sorted(path.name for path in partial.iterdir() if path.name != "config.json")
     for name in [*names, "config.json"]:
         os.replace(partial / name, out / name)
     partial.rmdir()
-
-
-def write_model(
-    model, tokenizer, folder: Path, summary: str, training: dict[str, Any] | None = None
-) -> None:
-    """Write a new Hugging Face folder; ``summary`` and ``training`` are for METRO's model card."""
-    from metro.conversion.export import export_model
-    from metro.modeling.configuration_metro_t5 import MetroT5Config
-
-    if isinstance(model.config, MetroT5Config):
-        export_model(model, tokenizer, folder, summary=summary, training=training)
-    else:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)

@@ -17,6 +17,7 @@ from transformers import (
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.adapters import register_default_targets
 
 
 class FairseqT5Config(MetroT5Config):
@@ -44,7 +45,8 @@ def register() -> None:
     """Make METRO-T5 known to the Auto classes of transformers, in this process.
 
     ``metro.load`` calls it. Call it yourself to open METRO's folders with ``AutoModel...`` and
-    ``AutoTokenizer`` without ``trust_remote_code=True``. Calling it again does nothing.
+    ``AutoTokenizer`` without ``trust_remote_code=True``. PEFT, where it is installed, learns which
+    modules an adapter of METRO-T5 changes by default. Calling it again does nothing.
     """
     for config in (MetroT5Config, FairseqT5Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -53,3 +55,4 @@ def register() -> None:
     AutoModelForSeq2SeqLM.register(MetroT5Config, MetroT5ForConditionalGeneration, exist_ok=True)
     AutoModel.register(MetroT5Config, MetroT5EncoderModel, exist_ok=True)
     AutoModelForTextEncoding.register(MetroT5Config, MetroT5EncoderModel, exist_ok=True)
+    register_default_targets(MetroT5Config.model_type)

@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.adapters import adapter_folder, has_tokenizer, merge_adapter
 from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import generation_config, read_checkpoint, untied
 from metro.models.reading import read_folder, refuse_weights
-from metro.models.source import model_source
+from metro.models.source import adapter_base, model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.utils.messages import UserError
 
@@ -69,7 +70,8 @@ def load(
     Args:
         path_or_name: a registered name (``metro models`` lists them), an id on the Hugging Face
             hub, a Hugging Face folder of any sequence-to-sequence model (METRO's own exports and
-            the released METRO-T0 folders included), or a fairseq checkpoint ``.pt``.
+            the released METRO-T0 folders included), an adapter of PEFT (a folder or hub id), which
+            is merged into its base model, or a fairseq checkpoint ``.pt``.
         dtype: of the weights in memory; by default as the model's configuration says.
         device: where to put the model; by default the CPU.
         attn_implementation: ``"eager"`` or ``"sdpa"``.
@@ -82,22 +84,33 @@ def load(
     register()
     dtype = resolve_dtype(dtype)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    path = Path(path_or_name)
-    if path.is_file():
-        with _quiet():
-            loaded = _from_checkpoint(path, vocab, dtype, options)
-    else:
-        if vocab is not None:
-            raise UserError(
-                f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is not a fairseq checkpoint: "
-                "other models bring their own vocabulary; leave vocab out"
-            )
-        with _quiet():
-            loaded = _from_pretrained(model_source(path_or_name), dtype, options)
+    with _quiet():
+        loaded = _load(path_or_name, vocab, dtype, options)
     model = loaded.model.eval()
     if device is not None:
         model = model.to(device)
     return LoadedModel(model, loaded.tokenizer)
+
+
+def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> LoadedModel:
+    path = Path(path_or_name)
+    if path.is_file():
+        return _from_checkpoint(path, vocab, dtype, options)
+    source = model_source(path_or_name)
+    with _explained(source):
+        folder = adapter_folder(source)
+    if folder is not None:
+        loaded = _load(adapter_base(folder), vocab, dtype, options)
+        tokenizer = _tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
+        with _explained(source):
+            model = merge_adapter(loaded.model, folder)
+        return LoadedModel(_named(model, source), tokenizer)
+    if vocab is not None:
+        raise UserError(
+            f"vocab is {os.fspath(vocab)!r}, but {path_or_name} is not a fairseq checkpoint: "
+            "other models bring their own vocabulary; leave vocab out"
+        )
+    return _from_pretrained(source, dtype, options)
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -154,7 +167,13 @@ def _from_checkpoint(path: Path, vocab, dtype, options: dict) -> LoadedModel:
         **options,
     )
     model.generation_config = generation_config(checkpoint)
-    return LoadedModel(model, tokenizer)
+    return LoadedModel(_named(model, str(path)), tokenizer)
+
+
+def _named(model: PreTrainedModel, source: str) -> PreTrainedModel:
+    """Tell a model where it is from: adapters trained on it name their base by that."""
+    model.name_or_path = model.config._name_or_path = source
+    return model
 
 
 def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
@@ -170,7 +189,7 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
             trust_remote_code=False,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _tokenizer(source)
     is_metro = isinstance(config, MetroT5Config)
     refuse_weights(
         missing=sorted(info["missing_keys"]),
@@ -182,6 +201,11 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
     if is_metro:
         _check_vocabulary(source, config.vocab_size, len(tokenizer))
     return LoadedModel(model, tokenizer)
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    with _explained(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def read_config(source: str | os.PathLike) -> PretrainedConfig:
@@ -246,6 +270,8 @@ def _explained(source: str):
     """Turn errors of transformers, safetensors or torch about a folder into one line."""
     try:
         yield
+    except UserError:
+        raise
     except BAD_FOLDER as error:
         raise UserError(_explain(source, error)) from error
 

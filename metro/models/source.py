@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 from metro.models.registry import find_registered, suggest
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder an adapter of PEFT; it names the base model."""
 
 
 def model_source(path_or_name: str | os.PathLike) -> str:
@@ -18,7 +22,9 @@ def model_source(path_or_name: str | os.PathLike) -> str:
     if path.is_file():
         return name
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            adapter_base(path)
+        elif not (path / "config.json").is_file():
             checkpoints = sorted(found.name for found in path.glob("checkpoint*.pt"))
             remedy = (
                 f"give one of its checkpoints, such as {path / checkpoints[-1]}"
@@ -38,6 +44,36 @@ def model_source(path_or_name: str | os.PathLike) -> str:
     )
 
 
+def adapter_base(folder: Path) -> str:
+    """Return the base model of an adapter: a path, a hub id or a registered name.
+
+    A relative path counts from the working directory, or from the adapter's folder.
+
+    Raises:
+        UserError: there is no such model, or the folder holds a whole model too.
+    """
+    file = folder / ADAPTER_CONFIG
+    settings = read_json(file)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base.strip():
+        raise UserError(f"{file} names no base model: write it as base_model_name_or_path")
+    whole = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]
+    if whole:
+        raise UserError(
+            f"{folder} holds a whole model ({whole[0].name}) and an adapter: move one of them to "
+            "another folder"
+        )
+    if not Path(base).exists() and (folder / base).exists():
+        base = str(folder / base)
+    try:
+        if Path(base).resolve() == folder.resolve():
+            raise UserError("an adapter cannot be its own base model")
+        model_source(base)
+    except UserError as error:
+        raise UserError(f"{file}, base_model_name_or_path: {error}") from None
+    return base
+
+
 def check_file(path: Path) -> None:
     """Raise a ``UserError`` unless ``path`` is a file."""
     if path.is_dir():
@@ -48,5 +84,10 @@ def check_file(path: Path) -> None:
 
 def check_model_folder(folder: Path) -> None:
     """Raise a ``UserError`` unless ``folder`` has a ``config.json``."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} is an adapter: merge it into its base model first, with `metro convert "
+            f"to-hf {folder} --out MODEL`"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give a Hugging Face folder")

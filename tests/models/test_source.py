@@ -31,7 +31,7 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(tmp_path):
         "generate metro_t0_base text --output taken": "taken exists",
         "generate model.pt text --vocab empty": "empty has no sp.model",
         "convert to-hf none.pt --out out": "there is no file none.pt",
-        "convert to-hf empty --out out": "empty is a folder",
+        "convert to-hf empty --out out": "empty has no config.json",
         "convert to-hf model.pt --out taken": "taken exists",
         "convert to-hf model.pt --out out --vocab empty": "empty has no sp.model",
         "convert to-fairseq empty --out out": "empty has no config.json",
