@@ -8,7 +8,7 @@ from metro.utils.messages import UserError, counted
 from metro.utils.progress import Progress, is_first_process
 
 MISSING_DATA = 3
-"""Exit status if the data of some tasks were not found."""
+"""Exit status if some tasks or prompts could not be evaluated, as for want of data."""
 
 
 def evaluate(settings: EvaluationSettings, allow_missing: bool) -> None:
@@ -23,7 +23,12 @@ def evaluate(settings: EvaluationSettings, allow_missing: bool) -> None:
     missing: dict[str, str] = {}
     with Progress() as progress:
         for evaluation in evaluate_models(settings, progress):
-            missing = evaluation.missing
+            if isinstance(evaluation, UserError):
+                failures.append(str(evaluation))
+                if len(settings.models) > 1:
+                    progress.say(f"failed: {evaluation}")
+                continue
+            missing |= evaluation.missing
             if not is_first_process():
                 continue
             click.echo(evaluation)
@@ -31,7 +36,7 @@ def evaluate(settings: EvaluationSettings, allow_missing: bool) -> None:
                 progress.say(evaluation.published.table)
                 failures += filter(None, [evaluation.published.failure])
         if missing:
-            progress.say(f"skipped, data not found, {counted(len(missing), 'task')}:")
+            progress.say(f"left out, {counted(len(missing), 'task or prompt')}:")
             for task, reason in missing.items():
                 progress.say(f"  {task}: {reason}")
             if not allow_missing:
@@ -50,7 +55,7 @@ command = settings_command(
     extra=[
         click.Option(
             ["--allow-missing/--no-allow-missing"],
-            help="Succeed although data of tasks are missing.",
+            help="Succeed although tasks or prompts could not be evaluated.",
         )
     ],
 )

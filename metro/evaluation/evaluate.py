@@ -37,7 +37,7 @@ class Evaluation:
     summary: "Summary"
     """All numbers: of tasks and prompts, averages and intervals; fractions."""
     missing: dict[str, str]
-    """Tasks whose data were not found -> reason."""
+    """Tasks and prompts ("task / prompt") that could not be evaluated -> reason."""
     num_new: int
     """Prompts evaluated in this call; the others were finished before."""
     published: "PublishedCheck | None"
@@ -86,11 +86,19 @@ def evaluate(
         raise UserError("metro.evaluate takes one model; call it once for each")
     with Progress.of(progress) as shown:
         [evaluation] = evaluate_models(settings, shown)
+    if isinstance(evaluation, UserError):
+        raise evaluation
     return evaluation
 
 
-def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterator[Evaluation]:
-    """Evaluate one model after the other, on data that are loaded once; see `evaluate`."""
+def evaluate_models(
+    settings: EvaluationSettings, progress: Progress
+) -> Iterator[Evaluation | UserError]:
+    """Evaluate one model after the other, on data that are loaded once; see `evaluate`.
+
+    Yields:
+        The result of each model, or the error that ended its evaluation.
+    """
     suite = find_suite(settings.suite)
     chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
     check_models(settings, suite)
@@ -117,14 +125,12 @@ def evaluate_models(settings: EvaluationSettings, progress: Progress) -> Iterato
     processes = join_processes(settings.device)
     try:
         for model in settings.models:
-            path = settings.out / settings.folder_name(model, suite.name)
-            with ExitStack() as lock:
-                if processes.is_first:
-                    lock.enter_context(locked(path))
-                evaluation = _evaluate_model(
-                    model, settings, suite, tasks, missing, sources, path, processes, progress
+            try:
+                yield _evaluate_model(
+                    model, settings, suite, tasks, missing, sources, processes, progress
                 )
-            yield evaluation
+            except UserError as error:
+                yield error if model in str(error) else UserError(f"{model}: {error}")
     finally:
         processes.close()
 
@@ -161,75 +167,87 @@ def _evaluate_model(
     tasks: "list[Task]",
     missing: dict[str, str],
     sources: "Sources",
-    path: Path,
     processes: "Processes",
     progress: Progress,
 ) -> Evaluation:
+    """Evaluate a model in its run folder, which no other process writes meanwhile."""
     from metro.evaluation.runs import runner
     from metro.evaluation.runs.published import check_published
-    from metro.evaluation.runs.run_folder import RunFolder, read_run
+    from metro.evaluation.runs.run_folder import RunFolder, read_run, refuse_another_model
     from metro.evaluation.runs.summary import summarize, write_summary
     from metro.evaluation.tasks.protocol import choose_protocol
     from metro.fusion import fuse
     from metro.modeling.configuration_metro_t5 import MetroT5Config
     from metro.models.loading import load
     from metro.models.registry import find_registered
+    from metro.utils.identity import model_identity
 
     registered = find_registered(name)
     method = settings.method_of(name)
-    progress.say(f"loading {name}")
-    model, tokenizer = load(
-        name,
-        dtype=settings.dtype,
-        device=processes.device,
-        attn_implementation=settings.attention,
-        vocab=settings.vocab,
-    )
-    is_cuda = processes.device.type == "cuda"
-    if is_cuda and isinstance(model.config, MetroT5Config):
-        fuse(model)  # on the CPU packed_scoring.py does more
-    batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
-    scoring = runner.Scoring(method, settings.normalization, batch_tokens)
-    protocol = choose_protocol(
-        settings.protocol or (registered.family if registered else None),
-        model.config,
-        method,
-        max_source_length=settings.max_source_length,
-        max_target_length=settings.max_target_length,
-    )
-    folder = None
-    if processes.is_first:
-        if settings.overwrite and (path / "run.json").is_file():
-            shutil.rmtree(path)
-        info = runner.run_info(
+    path = settings.out / settings.folder_name(name, suite.name)
+    with ExitStack() as lock:
+        processes.on_first(lambda: lock.enter_context(locked(path)))
+        if not settings.overwrite:
+            processes.on_first(lambda: refuse_another_model(path, name))
+        progress.say(f"loading {name}")
+        model, tokenizer = load(
             name,
-            registered.name if registered else None,
+            dtype=settings.dtype,
+            device=processes.device,
+            attn_implementation=settings.attention,
+            vocab=settings.vocab,
+        )
+        protocol = choose_protocol(
+            settings.protocol or (registered.family if registered else None),
+            model.config,
+            method,
+            max_source_length=settings.max_source_length,
+            max_target_length=settings.max_target_length,
+        )
+        is_cuda = processes.device.type == "cuda"
+        batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
+        scoring = runner.Scoring(method, settings.normalization, batch_tokens)
+
+        def open_folder() -> RunFolder:
+            info = runner.run_info(
+                name,
+                registered.name if registered else None,
+                model_identity(model, tokenizer),
+                str(model.dtype).removeprefix("torch."),
+                suite,
+                tasks,
+                sources,
+                protocol,
+                scoring,
+            )
+            if settings.overwrite and (path / "run.json").is_file():
+                shutil.rmtree(path)
+            return RunFolder(path, info)
+
+        folder = processes.on_first(open_folder)
+        progress.say(f"{name} on {suite.title}, method {method}, into {path}")
+        progress.say(f"protocol {protocol.describe()}")
+        if is_cuda and isinstance(model.config, MetroT5Config):
+            fuse(model)  # on the CPU packed_scoring.py does more
+        num_new, left_out = runner.evaluate_prompts(
             model,
-            suite,
-            sources,
+            tokenizer,
+            tasks,
+            folder,
+            suite.name,
             protocol,
             scoring,
+            processes,
+            progress,
         )
-        folder = RunFolder(path, info)
-    progress.say(f"{name} on {suite.title}, method {method}, into {path}")
-    progress.say(f"protocol {protocol.describe()}")
-    num_new = runner.evaluate_prompts(
-        model,
-        tokenizer,
-        tasks,
-        folder,
-        suite.name,
-        protocol,
-        scoring,
-        processes,
-        progress,
-    )
-    summary = processes.from_first(lambda: summarize(read_run(path)))
-    if folder is not None:
-        write_summary(summary, path / "summary.json")
-    if num_new == 0:
+        if left_out and not processes.from_first(lambda: bool(folder and folder.results)):
+            raise UserError(f"no prompt can be evaluated: {next(iter(left_out.values()))}")
+        summary = processes.from_first(lambda: summarize(read_run(path)))
+        if folder is not None:
+            write_summary(summary, path / "summary.json")
+    if num_new == 0 and not left_out:
         progress.say("all prompts were finished before; nothing was computed")
     published = None
     if settings.check_published and registered:
         published = check_published(summary, registered, settings.tolerance)
-    return Evaluation(path, summary, missing, num_new, published)
+    return Evaluation(path, summary, {**missing, **left_out}, num_new, published)

@@ -8,6 +8,7 @@ from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models.registry import METHODS, find_registered
+from metro.utils.files import file_name
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
@@ -73,7 +74,7 @@ class EvaluationSettings(Settings):
             raise UserError("no model to evaluate: name at least one")
         if self.run_name and len(self.models) > 1:
             raise UserError("run_name names one run, but there are several models; leave it out")
-        if self.run_name and Path(self.run_name).name != self.run_name:
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
             raise UserError(f"run_name is {self.run_name!r}; use a name without slashes")
         if self.check_published and self.limit is not None:
             raise UserError("check_published needs all rows: leave limit out")
@@ -99,14 +100,19 @@ class EvaluationSettings(Settings):
 
     def folder_name(self, model: str, suite: str) -> str:
         """Name of a run's folder on the suite of this name."""
-        return self.run_name or f"{short_name(model)}-{self.method_of(model)}-{suite}"
+        name = f"{short_name(model)}-{self.method_of(model)}"
+        return self.run_name or f"{name}-{file_name(suite, keep_case=True)}"
 
 
 def short_name(model: str) -> str:
-    """A folder name for a model: the last parts of a path or hub id."""
-    path = Path(model.rstrip("/"))
-    parts = path.parts[-2:] if path.suffix == ".pt" else path.parts[-1:]
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", "_".join(parts).removesuffix(".pt")).strip("._")
+    """A folder name for a model: the last part of a path or hub id, of checkpoints the last two."""
+    path = Path(model)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    is_checkpoint = path.suffix == ".pt" or re.fullmatch(r"checkpoint-\d+", path.name)
+    parts = path.parts[-2:] if is_checkpoint else path.parts[-1:]
+    name = "_".join(parts).removesuffix(".pt")
+    return file_name(re.sub(r"[ /]+", "_", name).strip("._"), keep_case=True)
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,10 @@ same destination removes it.
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -124,6 +126,22 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def file_name(name: str, *, keep_case: bool = False) -> str:
+    """Return a name for a file or folder: different names have different ones, on every disk.
+
+    Args:
+        name: any text; a short one of plain letters, digits and ``_.+-`` stays as it is.
+        keep_case: let capitals stay as they are; where names that differ in them alone share a
+            file on some disks, something else must tell them apart.
+    """
+    plain = name if keep_case else name.lower()
+    if plain == name and re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,99}", name):
+        return name
+    readable = re.sub(r"[^\w+-]+", "-", name).encode()[:60].decode(errors="ignore").strip("-")
+    mark = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:10]
+    return f"{readable}-{mark}" if readable else mark
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: a crash leaves the old or the new one, complete."""
     temporary = path.with_name(path.name + ".tmp")
@@ -135,8 +153,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Replace a JSON file atomically."""
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    """Replace a JSON file atomically; NaN and infinity, which JSON does not have, are refused."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -13,8 +13,10 @@ import time
 import pytest
 from click.testing import CliRunner
 
+import metro
 from metro.cli.main import app
 from metro.evaluation.runs.run_folder import read_run
+from metro.evaluation.settings import EvaluationSettings, short_name
 from metro.models import registry
 from metro.utils.locks import locked
 from tests.conftest import ROOT
@@ -72,7 +74,7 @@ def test_a_run_leaves_results_summary_and_what_was_run(whole_run, model):
     assert info["options"]["dtype"] == "float32"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["missing"] == ["gone"]
-    for words in ("protocol metro", "colour / plain:", "average of 2", "data not found, 1 task:"):
+    for words in ("protocol metro", "colour / plain:", "average of 2", "left out, 1 task or pr"):
         assert words in done.output
 
 
@@ -112,6 +114,31 @@ def test_several_models_and_methods_make_a_folder_each(tmp_path, model, toys, go
     assert call(model, other, *arguments).exit_code == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["metro_tiny_a-channel-toys", "t5_prompt_tiny_f-channel-toys"]
+
+
+def test_a_model_that_fails_does_not_end_the_others(tmp_path, model, toys):
+    """Oracle: the run of the good model; status, message and no folder for the bad one."""
+    broken, (damaged, tokenizer) = tmp_path / "broken", metro.load(model)
+    damaged.lm_head.weight.data[3, 5] = float("nan")
+    for part in (damaged, tokenizer):
+        part.save_pretrained(broken)
+    done = call(broken, model, *options(toys, tmp_path / "out"), "--task", "truth")
+    assert f"{broken}: the weight " in str(done.exception)
+    assert "has numbers that are not finite" in str(done.exception)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["t5_prompt_tiny_f-direct-toys"]
+    assert len(read_run(tmp_path / "out/t5_prompt_tiny_f-direct-toys").results) == 1
+
+
+def test_checkpoints_of_several_runs_have_folders_of_their_own():
+    """Oracle: by hand; names that stay, and names that would fold into one."""
+    names = ["t5-base", "runs/t0", "a/checkpoint-150", "b/checkpoint-150", "b/checkpoint_last.pt"]
+    expected = ["t5-base", "t0", "a_checkpoint-150", "b_checkpoint-150", "b_checkpoint_last"]
+    assert [short_name(name) for name in names] == expected
+    assert short_name("my model") == "my_model" and short_name(str(ROOT)) == short_name(f"{ROOT}/.")
+    others = {short_name(name) for name in ("模型甲", "模型乙", "modèle", "x" * 300, "x" * 299)}
+    assert len(others) == 5 and all(len(name.encode()) < 100 for name in others)
+    long = EvaluationSettings(models=["m"]).folder_name("模型" * 80, "评估" * 80)
+    assert len(long.encode()) < 255
 
 
 @pytest.mark.parametrize("extra", [[], ["--overwrite"]])

@@ -12,6 +12,7 @@ from metro.evaluation.runs.runner import Scoring, evaluate_prompts, run_info
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import find_suite
+from metro.utils.identity import model_identity
 from metro.utils.progress import SILENT
 
 SUITE = """
@@ -63,18 +64,23 @@ def run(
     *,
     method: str = "direct",
     progress=SILENT,
+    missing_tasks=None,
+    content=None,
     **sources,
 ):
-    """Evaluate a suite (its file or folder) in this process, as the command does."""
+    """Evaluate a suite (its file or folder) in this process; return the number of new prompts."""
     suite = find_suite(str(suite_file))
     data = Sources(data_dir=suite_file.parent, **sources)
     tasks, missing = load_tasks(suite, data)
-    assert list(missing) == [name for name in suite.tasks if name == "gone"]
+    assert list(missing) in ([name for name in suite.tasks if name == "gone"], missing_tasks or [])
     scoring = Scoring(method, batch_tokens=300)
     protocol = choose_protocol(None, model.config, method)
-    info = run_info("toy", None, model, suite, data, protocol, scoring)
+    dtype = str(model.dtype).removeprefix("torch.")
+    content = content or model_identity(model, tokenizer)
+    info = run_info("toy", None, content, dtype, suite, tasks, data, protocol, scoring)
     alone = Processes(0, 1, torch.device("cpu"))
-    return evaluate_prompts(
+    num_new, _ = evaluate_prompts(
         model, tokenizer, tasks, RunFolder(folder, info), suite.name, protocol, scoring, alone,
         progress,
     )  # fmt: skip
+    return num_new

@@ -94,3 +94,9 @@ def test_json_files(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="a.json is not the JSON file"):
         read_json(path)
+
+
+def test_json_without_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"accuracy": float("nan")})
+    assert list(tmp_path.iterdir()) == []

@@ -36,12 +36,30 @@ class Processes:
         torch.distributed.all_reduce(on_device)
         return on_device.to(values.device)
 
+    def on_first(self, make: Callable[[], Value]) -> Value | None:
+        """Call ``make`` in the first process; the others have None.
+
+        Raises:
+            UserError: ``make`` raised one; every process does then, and none waits for the others.
+        """
+        value, problem = None, None
+        if self.is_first:
+            try:
+                value = make()
+            except UserError as error:
+                problem = error
+        if (message := self._broadcast(problem and str(problem))) is not None:
+            raise problem or UserError(message)
+        return value
+
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """Call ``make`` in the first process and broadcast its value."""
-        values: list[Any] = [make() if self.is_first else None]
-        if self.count == 1:
-            return values[0]
-        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        """Call ``make`` in the first process and broadcast its value, or its UserError."""
+        return self._broadcast(self.on_first(make))
+
+    def _broadcast(self, value: Any) -> Any:
+        values = [value]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def close(self) -> None:

@@ -2,9 +2,9 @@
 
     OUT/<run name>/
       run.json        {"format": RUN_FORMAT, "model", "method", "suite",
-                       "title": of the suite, "registered": name or null, "weights": digest,
-                       "protocol": {...}, "options": {...}, "suite_content": digest,
-                       "data": {task: digest of its own file or prepared folder},
+                       "title": of the suite, "registered": name or null, "place": of the model,
+                       "content": digests {weights, configuration, tokenizer}, "protocol": {...},
+                       "options": {...}, "data": {task: {prompt: digest of its rows and template}},
                        "sources": {folders}, "versions": {...}, "tasks": {task: [prompt, ...]}}
       results.jsonl   one object per finished (task, prompt), written when it is finished
       scores/<task>/<prompt>.jsonl   one object per example:
@@ -13,27 +13,32 @@
 "tasks" of run.json lists the whole suite in its order, whatever the run was narrowed to, so that a
 reader sees which tasks are partial. A run without it counts as listing the prompts that it has.
 
+What the numbers depend on is compared by content, as digests: a model or data that lie elsewhere
+now resume the run, others under the same names do not. ``run.json`` comes with the first result.
+
 The scores of a prompt are complete in their file before its line enters ``results.jsonl``, and both
 files appear by renaming: an interrupted prompt leaves no trace and is evaluated again.
 """
 
 import json
-import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from os.path import samefile
 from pathlib import Path
 from typing import Any
 
-from metro.utils.files import write_json, write_text
+from metro.utils.files import file_name, read_json, write_json, write_text
 from metro.utils.messages import UserError
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Raised when the same settings give other examples or scores. 2: templates that draw at random
-have other seeds, and rows that lack a field of the template are left out."""
-IDENTITY = "model method suite suite_content protocol options sources weights".split()
-"""Keys of run.json that must be equal to resume a run; weights last, as another dtype changes them
-too. Versions may differ."""
+have other seeds, and rows that lack a field of the template are left out. 3: digests of all rows
+and templates; rows without a label are left out."""
+IDENTITY = "method suite protocol options content".split()
+"""Keys of run.json that must be equal to resume a run; the model's content last, as another dtype
+changes its weights too. Versions may differ."""
+
+REMEDY = "give another --run-name, or --overwrite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +201,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, value
 
 
+def refuse_another_model(folder: Path, model: str) -> None:
+    """Refuse, before it is loaded, a model that lies beside the one of a run.
+
+    Raises:
+        UserError: ``folder`` holds a run of a model that is still at another place.
+    """
+    info = read_json(folder / "run.json")
+    place = info.get("place") if isinstance(info, dict) else None
+    if place and Path(place).exists() and not (Path(model).exists() and samefile(place, model)):
+        raise UserError(
+            f"{folder} holds a run of the model {place}, and {model} is another one; {REMEDY}"
+        )
+
+
 class RunFolder:
     """A run folder to write into.
 
@@ -208,66 +227,64 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, info: dict[str, Any]):
-        self.folder = Path(folder)
+        self.folder, self.info = Path(folder), json.loads(json.dumps(info))
         path = self.folder / "run.json"
+        self.results = list(read_results(self.folder / "results.jsonl"))
         if path.is_file():
-            before = self._check_same(path, info)
-            info = {**info, "data": {**before["data"], **info["data"]}}
+            before = self._check_same(path)
+            for task, digests in before.get("data", {}).items():
+                self.info["data"][task] = {**digests, **self.info["data"].get(task, {})}
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder} is not empty and has no run.json: it is not a run; choose another "
                 "folder with --out or --run-name"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.rglob("*.tmp"):  # of a process that was killed
             left.unlink()
-        write_json(path, info)
-        self.results = list(read_results(self.folder / "results.jsonl"))
 
-    def _check_same(self, path: Path, info: dict[str, Any]) -> dict[str, Any]:
+    def _check_same(self, path: Path) -> dict[str, Any]:
         """Refuse to mix the results of two runs; return what ``run.json`` holds."""
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise UserError(f"{path} is corrupt; delete {self.folder} and start again") from None
-        now = json.loads(json.dumps(info))
-        remedy = "give another --run-name, or --overwrite"
+        now = self.info
         if (format := before.get("format", 1)) != RUN_FORMAT:
-            which = "an earlier" if format == 1 else "another"
+            which = "an earlier" if format < RUN_FORMAT else "another"
             raise UserError(
                 f"{self.folder} was evaluated by {which} version of METRO that makes other "
-                f"examples of the same rows; {remedy}"
+                f"examples of the same rows; {REMEDY}"
             )
-        for task, digest in now["data"].items():
-            if before["data"].get(task, digest) != digest:
-                raise UserError(
-                    f"{self.folder} holds a run on other data of task {task}: they were changed or "
-                    f"prepared again since; {remedy}"
-                )
         for name in IDENTITY:
             old, new = before.get(name), now[name]
             if old == new:
                 continue
-            if name == "suite_content":
-                raise UserError(
-                    f"{self.folder} holds a run of suite {now['suite']} with other tasks or "
-                    f"prompts: its file was changed or moved since; {remedy}"
-                )
-            if name == "weights":
-                raise UserError(
-                    f"{self.folder} holds a run of other weights of {now['model']}: it was trained "
-                    f"on or replaced since; {remedy}"
-                )
             if isinstance(old, dict) and isinstance(new, dict):
-                name, old, new = next(
-                    (f"{name}: {key}", old.get(key), new.get(key))
-                    for key in {**old, **new}
-                    if old.get(key) != new.get(key)
-                )
+                key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+                if name == "content":
+                    raise UserError(
+                        f"{self.folder} holds a run of other {key} of {before['model']}: it was "
+                        f"trained on or replaced since, or {now['model']} is another model; "
+                        f"{REMEDY}"
+                    )
+                name, old, new = f"{name}: {key}", old.get(key), new.get(key)
             raise UserError(
                 f"{self.folder} holds a run with {name} {old!r}, this one has {new!r}; give "
                 "the same options to resume it, another --run-name, or --overwrite"
             )
+        for result in self.results:
+            task, prompt = result.task, result.prompt
+            if prompt not in now["tasks"].get(task, []):
+                raise UserError(
+                    f"{self.folder} holds results of task {task}, prompt {prompt!r}, which suite "
+                    f"{now['suite']} does not have now; {REMEDY}"
+                )
+            digest = now["data"].get(task, {}).get(prompt)
+            if digest is not None and before.get("data", {}).get(task, {}).get(prompt) != digest:
+                raise UserError(
+                    f"{self.folder} holds a run on other data of task {task}: its rows or the "
+                    f"template of prompt {prompt!r} were changed or prepared again since; {REMEDY}"
+                )
         return before
 
     def is_done(self, task: str, prompt: str) -> bool:
@@ -284,16 +301,15 @@ class RunFolder:
             scores: one object per example.
             extra: further fields of its line.
         """
-        # Names may hold anything.
-        task = re.sub(r"[^A-Za-z0-9_.-]+", "_", result.task)
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", result.prompt).strip("-")[:60]
-        name = f"scores/{task}/{slug}-{zlib.crc32(result.prompt.encode()):08x}.jsonl"
+        name = f"scores/{file_name(result.task)}/{file_name(result.prompt)}.jsonl"
         result = replace(result, scores_file=name)
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / name, "".join(json.dumps(score) + "\n" for score in scores))
+        write_json(self.folder / "run.json", self.info)
+        lines = (json.dumps(score, allow_nan=False) + "\n" for score in scores)
+        write_text(self.folder / name, "".join(lines))
         listed = self.folder / "results.jsonl"
         before = listed.read_text(encoding="utf-8") if listed.is_file() else ""
-        line = json.dumps({**asdict(result), **extra}, ensure_ascii=False)
+        line = json.dumps({**asdict(result), **extra}, ensure_ascii=False, allow_nan=False)
         write_text(listed, f"{before}{line}\n")
         self.results.append(result)
         return result

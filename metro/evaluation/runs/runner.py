@@ -1,6 +1,5 @@
 """Evaluation of a model on a suite: each prompt of each task is written when it is finished."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ import torch
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RUN_FORMAT, PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
-from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
 from metro.evaluation.tasks.loading import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
-from metro.utils.messages import counted, percent
+from metro.utils.messages import UserError, counted, percent
 from metro.utils.progress import SILENT, Progress
 
 SCORE_DIGITS = 6
@@ -38,26 +37,30 @@ class Scoring:
 def run_info(
     model_name: str,
     registered: str | None,
-    model,
+    content: dict[str, str],
+    dtype: str,
     suite: Suite,
+    tasks: Sequence[Task],
     sources: Sources,
     protocol: Protocol,
     scoring: Scoring,
 ) -> dict[str, Any]:
     """Content of ``run.json``: everything that the numbers depend on.
 
-    The weights and the suite's tasks are kept as digests, rows and templates as folders.
-
     Args:
         model_name: as the user gave it.
         registered: its name in the registry, if it has one.
+        content: of :func:`metro.utils.identity.model_identity`.
+        dtype: of the weights.
         suite: the whole suite, also where the run is narrowed to a part of it.
+        tasks: with their data, those that the run is narrowed to.
     """
     return {
         "format": RUN_FORMAT,
         "model": model_name,
         "registered": registered,
-        "weights": fingerprint(model),
+        "place": str(Path(model_name).resolve()) if Path(model_name).exists() else None,
+        "content": content,
         "method": scoring.method,
         "suite": suite.name,
         "title": suite.title,
@@ -69,10 +72,9 @@ def run_info(
             "instruction_text": sources.instruction_text,
             "label_words": sources.label_words,
             "seed": sources.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype,
         },
-        "suite_content": suite.fingerprint(),
-        "data": suite.data_digests(),
+        "data": {task.name: {p: task.content(p) for p in task.prompts} for task in tasks},
         "sources": {
             name: str(Path(folder).resolve()) if folder is not None else None
             for name, folder in (
@@ -86,16 +88,6 @@ def run_info(
     }
 
 
-def fingerprint(model) -> str:
-    """Digest of a few numbers of every tensor, which tells models apart."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        few = flat[:: max(1, len(flat) // 16)][:16].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + few.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def evaluate_prompts(
     model,
     tokenizer,
@@ -106,8 +98,10 @@ def evaluate_prompts(
     scoring: Scoring,
     processes: Processes,
     progress: Progress = SILENT,
-) -> int:
+) -> tuple[int, dict[str, str]]:
     """Evaluate the prompts that are not finished yet, and write each one.
+
+    A prompt that cannot be evaluated is left out, and named.
 
     Args:
         model: any sequence-to-sequence model of Hugging Face, in eval mode.
@@ -121,10 +115,11 @@ def evaluate_prompts(
         progress: shows the work, each result, and remarks on rows.
 
     Returns:
-        Number of prompts evaluated in this call; the others were finished before.
+        Number of prompts evaluated in this call, and those left out ("task / prompt" -> reason);
+        the others were finished before.
 
     Raises:
-        UserError: no row of a prompt can be evaluated.
+        NotFinite: a score is NaN or infinite; the message names the prompt.
     """
     units = [(task, prompt) for task in tasks for prompt in task.prompts]
     done = processes.from_first(
@@ -141,6 +136,7 @@ def evaluate_prompts(
         gather=processes.add_up if processes.count > 1 else None,
     )
     current = None
+    left_out: dict[str, str] = {}
     for (task, prompt), weight, is_done in zip(units, weights, done, strict=True):
         if is_done:
             continue
@@ -154,13 +150,21 @@ def evaluate_prompts(
 
         show(0.0)
         started = time.perf_counter()
-        asked = task.examples(prompt, flipped=scoring.method == "flipped")
-        asked.examples = [protocol.prepare(example) for example in asked.examples]
-        encoder = protocol.encoder(tokenizer, task.name)
-        classifier = RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
-        rankings = classifier.rank(asked.examples, progress=show)
-        show(1.0)
-        position += weight
+        try:
+            asked = task.examples(prompt, flipped=scoring.method == "flipped")
+            asked.examples = [protocol.prepare(example) for example in asked.examples]
+            encoder = protocol.encoder(tokenizer, task.name)
+            classifier = RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
+            rankings = classifier.rank(asked.examples, progress=show)
+        except NotFinite as error:
+            raise NotFinite(error.score, f"an answer choice of {name}") from None
+        except UserError as error:
+            left_out[name] = str(error)
+            progress.say(f"{name}: left out: {error}")
+            continue
+        finally:
+            show(1.0)
+            position += weight
         for text in describe_rows(asked, classifier):
             progress.say(f"{name}: {text}")
         if folder is not None:
@@ -171,7 +175,7 @@ def evaluate_prompts(
             progress.say(
                 f"{name}: {percent(result.accuracy)} % of {result.num_examples}, {seconds:.1f} s"
             )
-    return len(done) - sum(done)
+    return len(done) - sum(done) - len(left_out), left_out
 
 
 def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:

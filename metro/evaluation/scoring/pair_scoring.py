@@ -103,6 +103,17 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
     return concatenate([first, Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)])
 
 
+class NotFinite(UserError):
+    """A score is NaN or infinite: no number of this model can be trusted."""
+
+    def __init__(self, score: float, of: str = "a text"):
+        super().__init__(
+            f"the log-probability of {of} is {score}: weights or activations of the model are not "
+            "finite; use another dtype (bfloat16 or float32 instead of float16) or checkpoint"
+        )
+        self.score = score
+
+
 class PairScorer:
     """Scores pairs, each distinct one once.
 
@@ -147,6 +158,9 @@ class PairScorer:
         Args:
             pairs: in any order.
             progress: receives the share of the work that is done.
+
+        Raises:
+            NotFinite: a score is NaN or infinite.
         """
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         # Groups do not depend on the number of processes, so neither do the scores: to the last bit
@@ -171,5 +185,7 @@ class PairScorer:
                 add_log_probabilities(scores, parts)
         if self.gather is not None:
             scores = self.gather(scores)
+        if bool((bad := ~scores.isfinite()).any()):
+            raise NotFinite(float(scores[bad][0]))
         self.known.update(zip(new, scores.tolist(), strict=True))
         return [self.known[pair] for pair in pairs]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from metro.data.datasets import DatasetUnavailable, load_rows, name_of
 from metro.data.jsonl_rows import JsonlRows, UnusableRow
@@ -26,6 +27,7 @@ from metro.evaluation.tasks import bigbench
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
+from metro.utils.identity import digest
 from metro.utils.messages import UserError
 
 SUBTASK_STRIDE = 1_000_000
@@ -88,9 +90,13 @@ class Task:
         """Return the numbers of the rows that are asked."""
         raise NotImplementedError
 
-    def text(self, prompt: str, number: int) -> str:
-        """Return the content of a row, about as long as its question."""
+    def record(self, prompt: str, number: int) -> Any:
+        """Return the content of a row, as JSON takes it."""
         raise NotImplementedError
+
+    def recipe(self, prompt: str) -> Any:
+        """Return what makes questions of rows: template, split, texts around; as JSON takes it."""
+        return None
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         """Make the question of a row.
@@ -105,8 +111,21 @@ class Task:
         rows, sizes = self.rows(prompt), []
         for number in rows[:: max(1, len(rows) // 20)]:
             with suppress(UnusableRow):
-                sizes.append(len(self.text(prompt, number)))
+                sizes.append(len(str(self.record(prompt, number))))
         return len(rows) * (100 + sum(sizes) / max(1, len(sizes)))
+
+    def content(self, prompt: str) -> str:
+        """Digest of the rows that are asked and of the prompt's recipe: all that questions need."""
+        return digest([self.recipe(prompt), self._content_of_rows(prompt)])
+
+    def _content_of_rows(self, prompt: str) -> str:
+        def content(number: int) -> Any:
+            try:
+                return [number, self.record(prompt, number)]
+            except UnusableRow as error:
+                return [number, str(error)]
+
+        return digest(map(content, self.rows(prompt)))
 
     def examples(self, prompt: str, *, flipped: bool = False) -> Examples:
         """Make all questions of a prompt.
@@ -169,8 +188,19 @@ class TemplateTask(Task):
     def rows(self, prompt: str) -> Sequence[int]:
         return self.indices
 
-    def text(self, prompt: str, number: int) -> str:
-        return str(self.row(number))
+    def record(self, prompt: str, number: int) -> Any:
+        return self.row(number)
+
+    def recipe(self, prompt: str) -> Any:
+        template = self.templates[prompt]
+        return [self.split, template.jinja, template.answer_choices, self.spec.replace_words]
+
+    @cached_property
+    def _content_of_all(self) -> str:
+        return super()._content_of_rows("")
+
+    def _content_of_rows(self, prompt: str) -> str:
+        return self._content_of_all  # every prompt asks about the same rows
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         template, row = self.templates[prompt], self.row(number)
@@ -229,8 +259,11 @@ class BigBenchTask(Task):
     def rows(self, prompt: str) -> Sequence[int]:
         return choose_rows(len(self.files[prompt].examples), None, self.sources.limit)
 
-    def text(self, prompt: str, number: int) -> str:
-        return str(self.files[prompt].examples[number])
+    def record(self, prompt: str, number: int) -> Any:
+        return self.files[prompt].examples[number]
+
+    def recipe(self, prompt: str) -> Any:
+        return self.files[prompt]._replace(examples=[])
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         first = self.prompts.index(prompt) * SUBTASK_STRIDE
@@ -259,8 +292,8 @@ class PreparedTask(Task):
     def rows(self, prompt: str) -> Sequence[int]:
         return choose_rows(len(self.files[prompt]), None, self.sources.limit)
 
-    def text(self, prompt: str, number: int) -> str:
-        return self.files[prompt][number]["input"]
+    def record(self, prompt: str, number: int) -> Any:
+        return self.files[prompt][number]
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         example = self.files[prompt][number]

@@ -19,8 +19,6 @@ short, for ``--suite colours.yaml``::
         prompts: [MNLI crowdsource, must be true]
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,19 +71,6 @@ class Suite:
     title: str
     tasks: dict[str, TaskSpec]
 
-    def fingerprint(self) -> str:
-        """Return a digest of all tasks in any order: a changed file has another one."""
-        specs = (replace(s, data=s.data and s.data.resolve()) for s in self.tasks.values())
-        return hashlib.sha256("".join(sorted(map(repr, specs))).encode()).hexdigest()[:16]
-
-    def data_digests(self) -> dict[str, str]:
-        """Return a digest of the rows of every task that names its own file or prepared folder."""
-        places = {spec.data for spec in self.tasks.values() if spec.data and spec.data.exists()}
-        digests = {place: _digest_of_rows(place) for place in places}
-        return {
-            name: digests[spec.data] for name, spec in self.tasks.items() if spec.data in digests
-        }
-
     def narrowed(self, tasks: Sequence[str] = (), prompts: Sequence[str] = ()) -> "Suite":
         """Return the suite with these tasks and prompts only.
 
@@ -108,17 +93,6 @@ class Suite:
                 for name, spec in chosen.items()
             }
         return replace(self, tasks={name: s for name, s in chosen.items() if s.prompts})
-
-
-def _digest_of_rows(place: Path) -> str:
-    if place.is_file():
-        with place.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
-    from metro.data.prompts.stored import read_manifest
-
-    manifest = read_manifest(place)  # settings, and the checksum of every file
-    facts = json.dumps([manifest.get("settings"), manifest.get("files")], sort_keys=True)
-    return hashlib.blake2b(facts.encode()).hexdigest()[:16]
 
 
 def suite_names() -> list[str]:

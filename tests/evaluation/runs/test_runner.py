@@ -3,20 +3,21 @@
 Oracles: a run that nothing disturbed, a plain evaluation of each prompt, and the files themselves.
 """
 
-import dataclasses
 import json
 import shutil
+import unicodedata
 
 import pytest
 import torch
 
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.processes import join_processes
-from metro.evaluation.runs.run_folder import RunFolder, read_run
-from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.runs.run_folder import read_run, refuse_another_model
+from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import Sources, choose_rows, load_task
 from metro.evaluation.tasks.suites import read_suite
+from metro.utils.identity import model_identity
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from tests.data.prepared import Said
@@ -111,7 +112,9 @@ def test_a_stopped_run_goes_on_and_ends_as_if_never_stopped(
         folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
         run(folder, suite_file, *loaded, progress=StopAfter(count))
-    assert len(read_run(folder).results) == count
+    assert (folder / "run.json").exists() == bool(count)
+    if count:
+        assert len(read_run(folder).results) == count
     assert run(folder, suite_file, *loaded) == len(UNITS) - count
     assert without_times(folder) == without_times(finished)
     assert all_scores(folder) == all_scores(finished)
@@ -153,31 +156,29 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
     assert (other / "thesis.txt").read_text() == "precious"
 
 
-def test_another_content_of_the_suite_is_refused(finished, suite_file, loaded):
-    """Oracle: a prompt that reads differently under its name; tasks in another order are the
-    same."""
-    suite = read_suite(suite_file)
-    reordered = dataclasses.replace(suite, tasks=dict(reversed(suite.tasks.items())))
-    assert reordered.fingerprint() == suite.fingerprint()
-    text = suite_file.read_text()
-    try:
-        suite_file.write_text(text.replace("Is it true that", "Is it so that"))
-        with pytest.raises(ValueError, match="holds a run of suite toys with other tasks or"):
-            run(finished, suite_file, *loaded)
-    finally:
-        suite_file.write_text(text)
-    assert run(finished, suite_file, *loaded) == 0
-
-
-def test_another_data_folder_is_refused_where_it_was_recorded(
+def test_what_a_finished_prompt_reads_is_compared_by_content(
     finished, suite_file, loaded, tmp_path
 ):
-    """Oracle: the message names the option."""
+    """Oracle: by hand. Other tasks and folders do not matter, another template or row does, and a
+    prompt that is gone, each on the same names."""
     folder = shutil.copytree(finished, tmp_path / "run")
-    with pytest.raises(ValueError, match="sources: bigbench_dir None, this one has"):
-        run(folder, suite_file, *loaded, bigbench_dir=tmp_path)
-    info = json.loads((folder / "run.json").read_text())
-    assert info["sources"]["data_dir"] == str(suite_file.parent.resolve())
+    moved = shutil.copytree(suite_file.parent, tmp_path / "moved") / "toys.yaml"
+    assert run(folder, moved, *loaded, bigbench_dir=tmp_path) == 0
+    text = moved.read_text()
+    more = '  more:\n    data: truth.jsonl\n    prompts: {ask: {jinja: "{{text}} ||| {{answer_'
+    moved.write_text(text + more + 'choices[label]}}", answer_choices: yes ||| no}}\n')
+    assert run(folder, moved, *loaded) == 1
+    for old, new, message in [
+        ("Is it true that", "Is it so that", "other data of task truth.*prompt 'ask' were changed"),
+        ("answer_choices: yes ||| no", "answer_choices: no ||| yes", "data of task truth"),
+        ("listed:", "another:", "results of task colour, prompt 'listed', which suite toys does"),
+    ]:
+        moved.write_text(text.replace(old, new) + more + 'choices[label]}}", answer_choices: a}}')
+        with pytest.raises(UserError, match=message):
+            run(folder, moved, *loaded)
+    moved.write_text(text)
+    with pytest.raises(UserError, match="results of task more, prompt 'ask', which suite toys"):
+        run(folder, moved, *loaded)
 
 
 def test_a_run_of_an_earlier_version_is_refused_with_the_true_reason(
@@ -193,26 +194,59 @@ def test_a_run_of_an_earlier_version_is_refused_with_the_true_reason(
         run(folder, suite_file, *loaded)
 
 
-def test_other_rows_of_a_task_are_refused_and_rows_that_were_missing_are_not(tmp_path, loaded):
+def test_other_rows_of_a_task_are_refused_and_rows_that_are_missing_are_not(tmp_path, loaded):
     """Oracle: the message names the task; run.json keeps the digests of all that was there."""
     suite_file, folder = write_suite(tmp_path), tmp_path / "run"
     rows = tmp_path / "truth.jsonl"
     text = rows.read_text()
     run(folder, suite_file, *loaded)
     whole = json.loads((folder / "run.json").read_text())
-    assert set(whole["data"]) == {"colour", "truth"}
-    rows.unlink()
-    digests = read_suite(suite_file).data_digests()
-    assert digests == {"colour": whole["data"]["colour"]}
-    RunFolder(folder, {**whole, "data": digests})
-    assert json.loads((folder / "run.json").read_text()) == whole
-    (folder / "run.json").write_text(json.dumps({**whole, "data": digests}))
+    assert {task: set(prompts) for task, prompts in whole["data"].items()} == {
+        "colour": {"plain", "again", "listed"},
+        "truth": {"ask"},
+    }
+    (tmp_path / "elsewhere").mkdir()
+    rows.rename(tmp_path / "elsewhere/truth.jsonl")
+    assert run(folder, suite_file, *loaded, missing_tasks=["truth", "gone"]) == 0
+    rows.write_text(text.replace("3 is 3", "3 is 5"))
+    with pytest.raises(UserError, match="on other data of task truth: its rows or the template"):
+        run(folder, suite_file, *loaded)
     rows.write_text(text)
     assert run(folder, suite_file, *loaded) == 0
     assert json.loads((folder / "run.json").read_text()) == whole
-    rows.write_text(text.replace("3 is 3", "3 is 5"))
-    with pytest.raises(UserError, match="on other data of task truth: they were changed"):
-        run(folder, suite_file, *loaded)
+
+
+@pytest.mark.parametrize("part", ["weights", "configuration", "tokenizer"])
+def test_another_model_under_the_same_name_is_refused(finished, suite_file, loaded, part, golden):
+    """Oracle: a single number, a setting or a token that differs."""
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
+    assert run(finished, suite_file, model, tokenizer) == 0
+    if part == "weights":
+        with torch.no_grad():
+            model.shared.weight[300, 7] += 0.01
+    elif part == "configuration":
+        model.config.layer_norm_eps = 0.5
+    else:
+        tokenizer.add_tokens(["thing"])
+    with pytest.raises(UserError, match=f"holds a run of other {part} of toy: it was trained on"):
+        run(finished, suite_file, model, tokenizer)
+
+
+def test_a_model_beside_the_one_of_a_run_is_refused_before_it_is_loaded(tmp_path):
+    """Oracle: by hand: two folders, a link to one of them, and one that has gone since."""
+    for name in ("a/model", "b/model", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/model")
+    place = str(tmp_path / "a/model")
+    (tmp_path / "run/run.json").write_text(json.dumps({"place": place}))
+    refuse_another_model(tmp_path / "run", place)
+    refuse_another_model(tmp_path / "run", str(tmp_path / "link"))
+    refuse_another_model(tmp_path / "none", place)
+    for other in (str(tmp_path / "b/model"), "metro_t0_base"):
+        with pytest.raises(UserError, match=f"run of the model {place}, and {other} is another"):
+            refuse_another_model(tmp_path / "run", other)
+    (tmp_path / "a/model").rmdir()
+    refuse_another_model(tmp_path / "run", str(tmp_path / "b/model"))
 
 
 def test_results_that_are_not_utf8_are_named(finished, tmp_path):
@@ -283,12 +317,63 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     assert (scores[1]["prediction"], scores[1]["label"]) == (0, 0)
 
 
-def test_a_task_without_any_usable_row_is_an_error(tmp_path, loaded):
-    """Oracle: the message names task, prompt and reason."""
+def test_a_prompt_that_cannot_be_evaluated_is_left_out_and_named(tmp_path, loaded):
+    """Oracle: the other three prompts, one before and two after it; the reason."""
     suite_file = write_suite(tmp_path)
-    (tmp_path / "truth.jsonl").write_text('{"text": "a", "label": 9}\n')
-    with pytest.raises(ValueError, match="task truth, prompt 'ask': no row can be evaluated"):
-        run(tmp_path / "run", suite_file, *loaded)
+    text = suite_file.read_text()
+    suite_file.write_text(text.replace("answer_choices[answer]}}", "answer_choices[9]}}", 1))
+    said = Said()
+    assert run(tmp_path / "run", suite_file, *loaded, progress=said) == 2
+    for prompt in ("plain", "again"):
+        reason = f"left out: task colour, prompt '{prompt}': no row can be evaluated"
+        assert any(line.startswith(f"colour / {prompt}: {reason}") for line in said.lines)
+    found = [(result.task, result.prompt) for result in read_run(tmp_path / "run").results]
+    assert found == [("colour", "listed"), ("truth", "ask")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_scores_that_are_not_finite_end_the_run(tmp_path, suite_file, golden, rank):
+    """Oracle: the message names the prompt; no result and no NaN is written."""
+    model, tokenizer = load_exported(golden, "t5_prompt_tiny_f")
+    content = model_identity(model, tokenizer)
+    norm = model.decoder.block[0].layer[rank].layer_norm.weight
+    with torch.no_grad():
+        norm.fill_(float("nan") if rank else float("inf"))
+    with pytest.raises(NotFinite, match="log-probability of an answer choice of colour / plain is"):
+        run(tmp_path / "run", suite_file, model, tokenizer, content=content)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the weight decoder.block.0.layer.*not finite"):
+        model_identity(model, tokenizer)
+
+
+HARD_NAMES = [
+    *("颜色", "形状", "épreuve", "e\u0301preuve", "Ask", "ask", "a/b", "a_b", "a b", ".."),
+    *("x" * 300, "x" * 299 + "y", "名" * 120, "con", "a\nb", "🙂", "🙃"),
+]
+
+
+def test_no_two_names_share_a_file(tmp_path, loaded):
+    """Oracle: as many score files as (task, prompt), on disks that ignore case or fold accents
+    too, and what was computed under each name."""
+    prompt = {"jinja": "{{text}}? ||| {{answer_choices[label]}}", "answer_choices": "yes ||| no"}
+    tasks = {
+        name: {"data": f"{number}.jsonl", "prompts": {"plain": prompt}}
+        for number, name in enumerate(HARD_NAMES)
+    }
+    tasks["last"] = {"data": "0.jsonl", "prompts": dict.fromkeys(HARD_NAMES, prompt)}
+    for number in range(len(HARD_NAMES)):
+        row = json.dumps({"text": f"{number} is", "label": 0}) + "\n"
+        (tmp_path / f"{number}.jsonl").write_text(row * (number + 1))
+    (tmp_path / "toys.yaml").write_text(json.dumps({"tasks": tasks}, ensure_ascii=False))
+    run(tmp_path / "run", tmp_path / "toys.yaml", *loaded)
+    files = [p.relative_to(tmp_path / "run") for p in (tmp_path / "run/scores").rglob("*.jsonl")]
+    folded = {unicodedata.normalize("NFC", str(path).casefold()) for path in files}
+    assert len(folded) == len(files) == 2 * len(HARD_NAMES)
+    assert all(len(path.parts) == 3 for path in files)
+    found = read_run(tmp_path / "run")
+    for number, result in enumerate(found.results[: len(HARD_NAMES)]):
+        assert result.task == HARD_NAMES[number]
+        assert len(found.scores(result)) == result.num_examples == number + 1
 
 
 def test_long_options_are_cut_with_a_note(tmp_path, loaded):

@@ -130,7 +130,7 @@ def test_a_folder_that_was_prepared_again_is_not_resumed(golden, tmp_path):
     prepare(world, world / "out")
     assert run(tmp_path / "run", world / "out", model, tokenizer) == 4
     prepare(world, world / "out", seed=5, overwrite=True)
-    with pytest.raises(UserError, match="on other data of task .*: they were changed or prepared"):
+    with pytest.raises(UserError, match="on other data of task .*changed or prepared again"):
         run(tmp_path / "run", world / "out", model, tokenizer)
     prepare(world, world / "out", overwrite=True)
     assert run(tmp_path / "run", world / "out", model, tokenizer) == 0

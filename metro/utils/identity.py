@@ -1,0 +1,90 @@
+"""Identity of what results depend on: digests of contents, whatever their names and places."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from metro.utils.messages import UserError
+
+OF_THE_PLACE = {
+    *("_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only"),
+    *("dtype", "torch_dtype", "_commit_hash", "auto_map", "added_tokens_decoder"),
+}
+"""Keys of transformers' settings that do not change what a model computes from its weights."""
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Digest of bytes, and of values as JSON takes them (others by their ``repr``)."""
+    found = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, bytes | memoryview):
+            part = json.dumps(part, sort_keys=True, default=repr).encode()
+        found.update(len(part).to_bytes(8, "big"))
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def model_identity(model, tokenizer) -> dict[str, str]:
+    """Digests of a model's weights and configuration, and of its tokenizer.
+
+    Args:
+        model: of Hugging Face; every number of its weights counts, in their type.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: a weight is NaN or infinite; the message has its name.
+    """
+    return {
+        "configuration": digest([_settings(model.config.to_dict())]),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "weights": weights_identity(model),
+    }
+
+
+def weights_identity(model) -> str:
+    """Digest of every number of a model's weights.
+
+    Raises:
+        UserError: one is NaN or infinite; the message has the name of its tensor.
+    """
+    import torch
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def content(named: tuple[str, Any]) -> str:
+        name, tensor = named
+        tensor = tensor.detach()
+        extremes = torch.aminmax(tensor) if name in parameters and tensor.numel() else ()
+        if not all(extreme.isfinite() for extreme in extremes):
+            raise UserError(
+                f"the weight {name} of the model has numbers that are not finite (NaN or infinity):"
+                " the model is damaged; use another checkpoint"
+            )
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        return digest([name, list(tensor.shape), str(tensor.dtype), memoryview(raw.numpy())])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return digest(pool.map(content, sorted(model.state_dict().items())))
+
+
+def tokenizer_identity(tokenizer) -> str:
+    """Digest of everything that a tokenizer saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        parts: list[Any] = []
+        for path in sorted(Path(folder).iterdir()):
+            content = path.read_bytes()
+            is_settings = path.name == "tokenizer_config.json"
+            parts += [path.name, _settings(json.loads(content)) if is_settings else content]
+        return digest(parts)
+
+
+def _settings(value: Any) -> Any:
+    """Leave out what depends on the place, at every depth."""
+    if isinstance(value, dict):
+        return {str(k): _settings(v) for k, v in value.items() if str(k) not in OF_THE_PLACE}
+    return [_settings(each) for each in value] if isinstance(value, list | tuple) else value
