@@ -94,7 +94,7 @@ def _print_template(template, as_json: bool) -> None:
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
-    help="Local rows: DIR/DATASET/SUBSET/SPLIT.jsonl; default: the hub.",
+    help="Local rows: DIR/DATASET/SUBSET/SPLIT.jsonl (csv, parquet, ...); default: the hub.",
 )
 @click.option("--split", help="Default: the validation split, else the first.")
 @click.option("--limit", type=click.IntRange(min=1), default=1, help="Rows of the split.")

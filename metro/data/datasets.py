@@ -1,8 +1,8 @@
 """Rows of the datasets that prompts are made of: from a local folder or from the hub.
 
-Local: ``<dir>/<dataset>/<subset or default>/<split>.jsonl``, one row per line, with the field names
-of the hub's version. Hub: the table ``datasets.yaml`` states where each dataset is today, and the
-package ``datasets`` loads it; no loading script is ever run.
+Local: ``<dir>/<dataset>/<subset or default>/<split>.jsonl`` or another kind of `local_files`, with
+the field names of the templates or of the hub's version. Hub: the table ``datasets.yaml`` states
+where each dataset is today, and the package ``datasets`` loads it; no loading script is ever run.
 """
 
 import time
@@ -11,11 +11,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from metro.data.jsonl_rows import JsonlRows, with_derived
+from metro.data.jsonl_rows import with_names
+from metro.data.local_files import (
+    READABLE,
+    TableRows,
+    describe,
+    find_split,
+    is_split_name,
+    open_rows,
+    splits_in,
+)
 from metro.utils.files import read_yaml
-from metro.utils.messages import MissingPackage, UserError
+from metro.utils.messages import MissingPackage, UserError, shortened
 
 _TABLE = Path(__file__).with_name("datasets.yaml")
+SPLITS = ("train", "validation", "test")
 _PARQUET_COPY = "refs/convert/parquet"
 _RETRY_AFTER = 300  # seconds
 _unreachable_since = -_RETRY_AFTER - 1.0  # when this process last failed to reach the hub
@@ -34,6 +44,7 @@ class DatasetEntry(NamedTuple):
     script: bool = False
     rename: dict[str, str] = {}
     derive: dict[str, dict] = {}
+    texts: tuple[str, ...] = ()
     manual: str | None = None
     trap: str | None = None
     unsure: bool = False
@@ -48,7 +59,13 @@ def name_of(dataset: str, subset: str | None) -> str:
 def dataset_table() -> dict[str, DatasetEntry]:
     """Read ``datasets.yaml``: dataset or dataset/subset -> entry."""
     return {
-        name: DatasetEntry(**{**fields, "splits": tuple(fields.get("splits", ()))})
+        name: DatasetEntry(
+            **{
+                **fields,
+                "splits": tuple(fields.get("splits", ())),
+                "texts": tuple(fields.get("texts", ())),
+            }
+        )
         for name, fields in read_yaml(_TABLE).items()
     }
 
@@ -74,13 +91,13 @@ def load_rows(
         DatasetUnavailable: the dataset or the split is not available.
     """
     if data_dir is not None:
-        entry = dataset_table().get(name_of(dataset, subset))
-        file = local_file(data_dir, dataset, subset, split)
-        return JsonlRows(file, limit, entry.derive if entry else {})
+        entry = dataset_table().get(name_of(dataset, subset)) or DatasetEntry()
+        files = local_files(data_dir, dataset, subset, split)
+        return open_rows(files, limit, entry.rename, entry.derive, entry.texts)
     rows, entry = _open_on_hub(dataset, subset, split, streaming=False)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    return HubRows(rows, entry)
+    return TableRows(rows, entry.rename, entry.derive)
 
 
 def available_splits(
@@ -88,7 +105,8 @@ def available_splits(
 ) -> list[str]:
     """List the splits that can be used, in the table's order.
 
-    If the table has the dataset, only its splits count (a folder may hold other files).
+    If the table has the dataset, only its splits count, else files that are called like a split
+    (a folder may hold others, see :func:`stray_files`).
 
     Raises:
         DatasetUnavailable: the dataset is not available.
@@ -96,14 +114,16 @@ def available_splits(
     name = name_of(dataset, subset)
     entry = dataset_table().get(name)
     if data_dir is not None:
-        folder = _local_folder(Path(data_dir), dataset, subset)
-        found = sorted(path.stem for path in folder.glob("*.jsonl"))
-        wanted = entry.splits if entry and entry.splits else found
-        usable = [split for split in wanted if split in found]
+        found, folder = _local_splits(Path(data_dir), dataset, subset)
+        if entry and entry.splits:
+            usable = [split for split in entry.splits if find_split(found, split)]
+        else:
+            usable = [split for split in sorted(found) if is_split_name(split)]
         if not usable:
+            wanted = ", ".join(entry.splits if entry and entry.splits else SPLITS)
             raise DatasetUnavailable(
-                f"{folder} has none of the splits {', '.join(wanted)} of {name}: it has "
-                f"{', '.join(found)}"
+                f"{folder} has none of the splits {wanted} of {name}: it has "
+                f"{shortened(sorted(found))}"
             )
         return usable
     if entry and entry.splits:
@@ -116,65 +136,93 @@ def available_splits(
         raise _unavailable(name, dataset, [error]) from None
 
 
-def _local_folder(data_dir: Path, dataset: str, subset: str | None) -> Path:
-    """Find a dataset's folder, named by the subset, ``default``, or the hub's configuration."""
-    if not data_dir.is_dir():
-        raise DatasetUnavailable(f"--data-dir {data_dir} is not a folder")
-    root, entry = data_dir / dataset, dataset_table().get(name_of(dataset, subset))
-    names = [subset] if subset else ["default", *([entry.config] if entry and entry.config else [])]
-    for name in names:
-        if any((root / name).glob("*.jsonl")):
-            return root / name
-    others = [path.name for path in root.glob("*") if any(path.glob("*.jsonl"))]
-    if not subset and len(others) == 1:
-        return root / others[0]
-    raise DatasetUnavailable(
-        f"{name_of(dataset, subset)} is not in {data_dir}: write its rows as "
-        f"{root.relative_to(data_dir) / names[0]}/<split>.jsonl there, or leave --data-dir out to "
-        "take it from the hub"
-    )
-
-
-def local_file(data_dir: str | Path, dataset: str, subset: str | None, split: str) -> Path:
-    """Find the jsonl file of a split.
+def local_files(data_dir: str | Path, dataset: str, subset: str | None, split: str) -> list[Path]:
+    """Find the files of a split: one, its shards, or the folder that ``save_to_disk`` made.
 
     Raises:
         DatasetUnavailable: there is none.
     """
-    folder = _local_folder(Path(data_dir), dataset, subset)
-    file = folder / f"{split}.jsonl"
-    if not file.is_file():
-        found = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
+    splits, folder = _local_splits(Path(data_dir), dataset, subset)
+    found = find_split(splits, split)
+    if dataset == "mmlu" and found == "dev" != split:
+        found = None  # the five rows that MMLU has for few-shot prompts
+    if found is None:
         raise DatasetUnavailable(
-            f"{name_of(dataset, subset)} has no split {split!r} in {folder}: it has {found}"
+            f"{name_of(dataset, subset)} has no split {split!r} in {folder}: it has "
+            f"{shortened(sorted(splits))}"
         )
-    return file
+    return splits[found]
 
 
-class HubRows(Sequence):
-    """Rows of a split loaded by the package ``datasets``, with the templates' field names."""
+def stray_files(data_dir: str | Path, dataset: str, subset: str | None) -> list[Path]:
+    """List the files beside a dataset's splits that nothing reads.
 
-    def __init__(self, rows, entry: DatasetEntry):
-        self.rows, self.entry = rows, entry
+    Raises:
+        DatasetUnavailable: the dataset is not there.
+    """
+    splits, folder = _local_splits(Path(data_dir), dataset, subset)
+    entry = dataset_table().get(name_of(dataset, subset)) or DatasetEntry()
+    known = [paths for name, paths in splits.items() if name in entry.splits or is_split_name(name)]
+    quiet = (".", "readme", "license", "dataset_", "state.json")  # what comes with data
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.lower().startswith(quiet)
+        if not any(path in paths for paths in known)
+    ]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            columns = self.rows[index]
-            return [
-                self.with_names(dict(zip(columns, values, strict=True)))
-                for values in zip(*columns.values(), strict=True)
-            ]
-        return self.with_names(self.rows[index])
+def _local_splits(
+    data_dir: Path, dataset: str, subset: str | None
+) -> tuple[dict[str, list[Path]], Path]:
+    """Find a dataset's splits, and the folder they are in.
 
-    def with_names(self, row: dict) -> dict:
-        """Rename and derive fields, in place."""
-        for name, name_there in self.entry.rename.items():
-            if name_there in row and name not in row:
-                row[name] = row.pop(name_there)
-        return with_derived(row, self.entry.derive)
+    It is named by the subset, ``default`` or the hub's configuration; without a subset it may be
+    the dataset's own folder, as ``save_to_disk`` makes it, or ``data`` in there, as on the hub.
+    """
+    if not data_dir.is_dir():
+        raise DatasetUnavailable(f"--data-dir {data_dir} is not a folder")
+    root, entry = _inside(data_dir, dataset), dataset_table().get(name_of(dataset, subset))
+    config = [entry.config] if entry and entry.config else []
+    names = [subset] if subset else ["default", *config, "", "data"]
+    for name in names:
+        folder = _inside(root, name) if name else root
+        if splits := splits_in(folder):
+            return splits, folder
+    if not subset and root.is_dir():
+        others = [path for path in root.iterdir() if path.is_dir() and splits_in(path)]
+        if len(others) == 1:
+            return splits_in(others[0]), others[0]
+    if dataset == "mmlu" and subset and (found := _mmlu_splits(data_dir, subset)):
+        return found
+    place = f"{dataset}/{names[0]}"
+    folder = next((place for place in (root / names[0], root) if place.is_dir()), root)
+    raise DatasetUnavailable(
+        f"{name_of(dataset, subset)} is not in {data_dir} ({describe(folder)} in {folder}): write "
+        f"its rows as {place}/<split>.jsonl there (or {READABLE.removeprefix('.jsonl, ')}), or "
+        "leave --data-dir out to take it from the hub"
+    )
+
+
+def _mmlu_splits(data_dir: Path, subject: str) -> tuple[dict[str, list[Path]], Path] | None:
+    """Find a subject in the layout of MMLU's own archive: ``test/<subject>_test.csv``."""
+    for root in (data_dir, data_dir / "data", data_dir / "mmlu", data_dir / "mmlu" / "data"):
+        files = {split: root / split / f"{subject}_{split}.csv" for split in ("dev", "val", "test")}
+        if found := {split: [path] for split, path in files.items() if path.is_file()}:
+            return found, root
+    return None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a folder in ``folder`` by the name that a suite, mixture or template has for it.
+
+    Raises:
+        DatasetUnavailable: the name leads elsewhere.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DatasetUnavailable(f"{name!r} is not the name of a dataset in {folder}: it leads out")
+    return folder / path
 
 
 def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list[dict], int]:
@@ -188,14 +236,13 @@ def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list
     """
     rows, entry = _open_on_hub(dataset, subset, split, streaming=True)
     splits = rows.info.splits or {}
-    renamed = HubRows([], entry)
     try:
         taken = list(rows.take(count))
     except hub_errors(_datasets_package(name_of(dataset, subset))) as error:
         raise _unavailable(
             name_of(dataset, subset), entry.hub or dataset, [error], entry.unsure
         ) from None
-    first = [renamed.with_names(dict(row)) for row in taken]
+    first = [with_names(dict(row), entry.rename, entry.derive) for row in taken]
     if split in splits and splits[split].num_examples:
         return first, splits[split].num_examples
     return first, len(load_rows(dataset, subset, split))  # the size is not stated: download

@@ -59,7 +59,7 @@ class PreparePromptsSettings(Settings):
         None, "Default: fairseq if there is a --vocab.", choices=("fairseq", "jsonl")
     )
     data_dir: Path | None = option(
-        None, "Local rows, DIR/DATASET/SUBSET/SPLIT.jsonl, in place of the hub."
+        None, "Local rows, DIR/DATASET/SUBSET/SPLIT.jsonl (or csv, ...), not the hub's."
     )
     templates: Path | None = option(
         None, "promptsource tree; default: METRO_TEMPLATES, else the fetched one."

@@ -39,7 +39,7 @@ class EvaluationSettings(Settings):
     prompts: list[str] | None = option(None, "Only this prompt; may be repeated.", flag="--prompt")
     limit: int | None = option(None, "Rows of each task, evenly spread.", least=1)
     split: str | None = option(None, "Instead of the suite's split.")
-    data_dir: Path | None = option(None, "Local data: <dataset>/<subset or default>/<split>.jsonl.")
+    data_dir: Path | None = option(None, "Local rows: DATASET/SUBSET/SPLIT.jsonl (csv, ...).")
     templates: Path | None = option(None, "A promptsource tree; default: the one that was fetched.")
     bigbench_dir: Path | None = option(
         None, "<task>/task.json of BIG-bench; default: bigbench in --data-dir."

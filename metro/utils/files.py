@@ -186,6 +186,13 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
+def cache_folder() -> Path:
+    """``$METRO_CACHE``, else ``$XDG_CACHE_HOME/metro``, else ``~/.cache/metro``."""
+    if folder := os.environ.get("METRO_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metro"
+
+
 def flush(path: Path) -> None:
     """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

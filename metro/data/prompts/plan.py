@@ -13,7 +13,7 @@ from metro.data.prompts.templates import find_templates
 from metro.data.settings import PreparePromptsSettings
 from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import Vocabulary
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 
 PROMPTS_FORMAT_VERSION = 2
 """Counted up when equal settings give other examples."""
@@ -84,8 +84,10 @@ def make_plan(options: PreparePromptsSettings) -> PromptPlan:
 
 
 def ignored_options(plan: PromptPlan) -> list[str]:
-    """Word a warning for every option that was given and has no effect."""
+    """Word a warning for every option that was given and has no effect, and for unread files."""
     notes, vocabulary = [], plan.vocabulary
+    if strays := plan.sources.stray_files():
+        notes.append(f"not read, as no split is called so: {shortened(strays)}")
     if plan.format == "jsonl":
         if not plan.lower:
             notes.append("--cased changes nothing: jsonl keeps the text as it is")

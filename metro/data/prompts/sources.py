@@ -6,6 +6,7 @@ in some tasks ``answer_choices``.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -241,13 +242,26 @@ class PromptSources:
         for plan in self.plans():
             try:
                 for split in self.splits(plan):
-                    file = datasets.local_file(self.data_dir, *self._names(plan), split)
-                    stat = file.stat()
-                    name = file.relative_to(self.data_dir).as_posix()
-                    found.append([name, stat.st_size, stat.st_mtime_ns])
+                    for place in datasets.local_files(self.data_dir, *self._names(plan), split):
+                        files = [path for path in sorted(place.rglob("*")) if path.is_file()]
+                        for file in files or [place]:
+                            stat = file.stat()
+                            name = file.relative_to(self.data_dir).as_posix()
+                            found.append([name, stat.st_size, stat.st_mtime_ns])
             except DatasetUnavailable:
                 continue  # listed when it is loaded
         return found
+
+    def stray_files(self) -> list[str]:
+        """Return the names of local files beside the splits, which nothing reads."""
+        found: dict[str, None] = {}
+        if self.data_dir is None:
+            return []
+        for plan in self.plans():
+            with suppress(DatasetUnavailable):  # listed when it is loaded
+                for path in datasets.stray_files(self.data_dir, *self._names(plan)):
+                    found[path.relative_to(self.data_dir).as_posix()] = None
+        return list(found)
 
     def load(self, plan: PartPlan) -> Part:
         """Load the rows of a part.

@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+from metro.utils.files import cache_folder
 from metro.utils.messages import UserError
 
 PROMPTSOURCE_VERSION = "0.2.3"
@@ -35,13 +36,6 @@ class FetchedTemplates(NamedTuple):
     folder: Path
     num_files: int
     was_there: bool
-
-
-def cache_folder() -> Path:
-    """``$METRO_CACHE``, else ``$XDG_CACHE_HOME/metro``, else ``~/.cache/metro``."""
-    if folder := os.environ.get("METRO_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metro"
 
 
 def templates_folder() -> Path:

@@ -127,6 +127,8 @@ def open_sources(names: list[str]) -> list[TextSource]:
         raise UserError(f"input is a folder, name the files in it: {', '.join(folders)}")
     for path in paths:
         refuse_utf16(path)
+        if path.name.removesuffix(".gz").endswith((".parquet", ".arrow")):
+            raise UserError(f"{path} is not text: write it as .jsonl, with a field `text`")
     return sources
 
 

@@ -9,6 +9,7 @@ direct and channel.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import join_instruction
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.utils.messages import UserError
+
+_LETTERED = re.compile(r"(\([A-Z]\)) *(.*)")
 
 
 class BigBenchFile(NamedTuple):
@@ -49,7 +52,7 @@ def read_task_file(folder: Path) -> BigBenchFile:
             )
         path = others[0]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             content = {"examples": [json.loads(line) for line in text.split("\n") if line.strip()]}
         else:
@@ -70,7 +73,8 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchFile:
         raise UserError(
             f"{path} has no examples; a task with subtasks keeps them in <subtask>/task.json"
         )
-    examples = [_scored(example) for example in found]
+    answers = _two_answers(found)
+    examples = [_scored(example, answers) for example in found]
     without = [i for i, example in enumerate(examples) if not _has_choices(example)]
     if without:
         raise UserError(
@@ -96,18 +100,35 @@ def _has_choices(example: Any) -> bool:
     return isinstance(scores, dict) and 1 in scores.values() and all(map(str.strip, scores))
 
 
-def _scored(example: Any) -> Any:
-    """Convert an example of BIG-Bench Hard, whose input lists the choices, to BIG-bench's form."""
+def _scored(example: Any, answers: list[str]) -> Any:
+    """Convert an example of BIG-Bench Hard to BIG-bench's form.
+
+    Its input lists the choices behind ``Options:``, as ``- Yes`` or as ``(A) the text``, whose
+    target is ``(A)``: the text is the choice then. Where no example of the file lists any,
+    ``answers`` are the choices.
+    """
     if not isinstance(example, dict) or "target_scores" in example or "target" not in example:
         return example
-    text, mark, listed = str(example.get("input", "")).rpartition("\nOptions:\n")
-    names = [line.removeprefix("- ").strip() for line in listed.splitlines() if line.strip()]
-    if not mark or example["target"] not in names:
-        return example
-    return {
-        "input": text,
-        "target_scores": {name: int(name == example["target"]) for name in names},
-    }
+    text, _, listed = str(example.get("input", "")).rpartition("\nOptions:\n")
+    choices = {}  # as the target names it -> choice
+    for line in filter(str.strip, listed.split("\n") if text else ()):
+        lettered = _LETTERED.match(line.strip())
+        name, choice = lettered.groups() if lettered else (line.removeprefix("- ").strip(),) * 2
+        choices[name] = choice
+    if not text:
+        text, choices = str(example.get("input", "")), {answer: answer for answer in answers}
+    target = str(example["target"]).strip()
+    target = choices.get(target, target)  # some targets are the text itself
+    scores = {choice: int(choice == target) for choice in choices.values()}
+    return {"input": text, "target_scores": scores} if any(scores.values()) else example
+
+
+def _two_answers(examples: list) -> list[str]:
+    """Return the two targets of a file of yes-or-no questions, which lists no choices."""
+    if not all(isinstance(x, dict) and isinstance(x.get("target"), str) for x in examples):
+        return []
+    found = sorted({example["target"].strip() for example in examples})
+    return found if len(found) == 2 and len(examples) > 2 else []
 
 
 def make_question(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from metro.data.datasets import DatasetUnavailable, load_rows, name_of
-from metro.data.jsonl_rows import JsonlRows, UnusableRow
+from metro.data.jsonl_rows import UnusableRow
+from metro.data.local_files import find_split, kind_of, open_rows, splits_in
 from metro.data.prompts.examples import (
     ExampleSettings,
     LeftOut,
@@ -28,7 +29,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.utils.identity import digest
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 
 SUBTASK_STRIDE = 1_000_000
 """Row numbers of the subtasks of a BIG-bench task begin at multiples of this."""
@@ -155,9 +156,7 @@ class TemplateTask(Task):
         super().__init__(spec, sources)
         self.split = ""
         if spec.data is not None:
-            if not spec.data.is_file():
-                raise DatasetUnavailable(f"task {spec.name}: there is no file {spec.data}")
-            self.data: Sequence[dict] = JsonlRows(spec.data)
+            self.data: Sequence[dict] = own_rows(spec)
         else:
             self.split = sources.split or spec.split
             name = spec.dataset if sources.data_dir is not None else spec.hub or spec.dataset
@@ -223,6 +222,8 @@ class MmluTask(TemplateTask):
 
     def row(self, number: int) -> dict:
         row = self.data[number]
+        if "choices" not in row and all(letter in row for letter in "ABCD"):  # MMLU's own csv
+            row = {**row, "choices": [row[letter] for letter in "ABCD"]}
         for name in ("question", "choices", "answer"):
             if name not in row:
                 place = getattr(self.data, "path", f"subject {self.name}")
@@ -320,6 +321,27 @@ def load_task(spec: TaskSpec, sources: Sources) -> Task:
         UserError: they are there and wrong.
     """
     return CLASSES[spec.kind](spec, sources)
+
+
+def own_rows(spec: TaskSpec) -> Sequence[dict]:
+    """Open the rows of a task's own `data`: a file, or a folder of ``save_to_disk``.
+
+    Raises:
+        DatasetUnavailable: it is not there, or a folder of other things.
+    """
+    assert spec.data is not None
+    if spec.data.is_dir() and kind_of(spec.data) is None:
+        splits = splits_in(spec.data)
+        split = find_split(splits, spec.split) if spec.split else next(iter(splits), None)
+        if split is None or (len(splits) > 1 and not spec.split):
+            raise DatasetUnavailable(
+                f"task {spec.name}: {spec.data} has {shortened(sorted(splits)) or 'no rows'}: name "
+                "one of them as the task's `split`"
+            )
+        return open_rows(splits[split])
+    if not spec.data.exists():
+        raise DatasetUnavailable(f"task {spec.name}: there is no file {spec.data}")
+    return open_rows(spec.data)
 
 
 def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:

@@ -54,7 +54,8 @@ class TaskSpec:
     hub: str | None = None
     """Name of the dataset on the hub, if ``metro.data.datasets`` does not know it."""
     data: Path | None = None
-    """A jsonl file instead of a dataset; of kind ``prepared`` the prepared folder."""
+    """Rows instead of a dataset: a file or a folder of ``save_to_disk``; of kind ``prepared`` the
+    prepared folder."""
     inline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Templates written in the suite: ``{name: {"jinja", "answer_choices"}}``."""
     template: dict[str, Any] = field(default_factory=dict)
@@ -194,7 +195,10 @@ def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> Tas
     if "data" in entry:
         data = path.parent / _get(entry, "data", str, where)
         dataset = _get(entry, "dataset", str, where, name)
-        return TaskSpec(name, kind, tuple(prompts), dataset, subset, data=data, inline=inline)
+        split = _get(entry, "split", str, where, "")
+        return TaskSpec(
+            name, kind, tuple(prompts), dataset, subset, split, data=data, inline=inline
+        )
     dataset, split = (_get(entry, key, str, where) for key in ("dataset", "split"))
     return TaskSpec(name, kind, tuple(prompts), dataset, subset, split, inline=inline)
 

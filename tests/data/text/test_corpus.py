@@ -256,10 +256,14 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
     for name in ("empty.txt", "blank.txt"):
         (tmp_path / name).write_text("" if name == "empty.txt" else "\n \n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random_text(5, 50).encode())[:-20])
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "wide.txt").write_text("text", encoding="utf-16")
     out = tmp_path / "out"
     cases = [
         ([tmp_path / "nowhere.txt", text], {}, UserError, "no such input file: .*nowhere"),
         ([tmp_path], {}, ValueError, "is a folder"),
+        ([tmp_path / "rows.parquet"], {}, ValueError, "rows.parquet is not text"),
+        ([tmp_path / "wide.txt"], {}, ValueError, "wide.txt is UTF-16"),
         ([], {}, ValueError, "no input"),
         ([tmp_path / "empty.txt"], {}, ValueError, "no text in the input .*all files are empty"),
         ([tmp_path / "blank.txt"], {}, ValueError, "no text in the input"),

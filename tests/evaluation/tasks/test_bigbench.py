@@ -40,6 +40,24 @@ def test_all_local_tasks_are_read(testdata):
     assert "Options:" not in fallacies.examples[0]["input"]
 
 
+@pytest.mark.parametrize(
+    ("examples", "choices", "label"),
+    [
+        ([("Which?\nOptions:\n(A) red one\n(B) green one", "(B)")], ["red one", "green one"], 1),
+        ([("Which?\nOptions:\n(A) 1\n(B) 2", "1")], ["1", "2"], 0),
+        ([("So?\nOptions:\n- Yes\n- No", "No")], ["Yes", "No"], 1),
+        ([("True and False is", "False"), ("not True is", "False"), ("True is", "True")],
+         ["False", "True"], 0),
+    ],
+)  # fmt: skip
+def test_choices_of_big_bench_hard_are_read(examples, choices, label):
+    """Oracle: by hand, the forms of its files: lettered, listed, and none for two answers."""
+    content = {"canary": "", "examples": [{"input": i, "target": t} for i, t in examples]}
+    question = make_question(parse_task(content), 0, 0)
+    assert (question.choices, question.label) == (choices, label)
+    assert "Options" not in question.input
+
+
 def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
     """Oracle: the message names file and reason."""
     with pytest.raises(DatasetUnavailable, match="--bigbench-dir DIR"):
