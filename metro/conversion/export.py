@@ -35,7 +35,7 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.adapters import adapter_folder
-from metro.models.fairseq_checkpoint import untied
+from metro.models.fairseq_checkpoint import PRETRAINING_WEIGHTS, TRAINING, untied
 from metro.models.loading import load
 from metro.models.source import model_source
 from metro.utils.files import check_output, new_folder, read_json, write_json, write_text
@@ -56,8 +56,7 @@ AUTO_MAP = {
     "AutoModelForTextEncoding": "modeling_metro_t5.MetroT5EncoderModel",
 }
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_metro_t5.MetroT5Tokenizer", None]}
-WEIGHTS, PRETRAINING_WEIGHTS = "model.safetensors", "pretraining.safetensors"
-TRAINING = "training.json"
+WEIGHTS = "model.safetensors"
 MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path", "added_tokens_decoder")
 
 

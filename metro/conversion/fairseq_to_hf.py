@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from metro.conversion.export import PRETRAINING_WEIGHTS, write_folder
+from metro.conversion.export import write_folder
 from metro.conversion.model_card import model_card
 from metro.conversion.training_facts import summary, training_file, training_rows
 from metro.models.fairseq_checkpoint import (
+    PRETRAINING_WEIGHTS,
     generation_config,
     read_checkpoint,
     shared_with_main,

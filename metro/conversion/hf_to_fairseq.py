@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from metro.conversion.export import PRETRAINING_WEIGHTS, TRAINING
 from metro.conversion.fairseq_to_hf import cast
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
@@ -20,16 +19,16 @@ from metro.modeling.text_metro_t5 import VOCABULARY_FILES
 from metro.models.fairseq_checkpoint import (
     PRETRAINING_TASKS,
     TIED,
-    auxiliary_config,
+    TRAINING,
+    kept_pretraining_weights,
+    read_training,
     shared_with_main,
 )
 from metro.models.fairseq_names import MODEL_OPTIONS, original_state, plugin_state
 from metro.models.loading import read_config
-from metro.models.reading import check_weights, expected_shapes, read_folder, read_tensors
+from metro.models.reading import check_weights, expected_shapes, read_folder
 from metro.models.source import check_model_folder
 from metro.models.vocabulary_folder import build_tokenizer
-from metro.pretraining.configuration import MetroPretrainingConfig
-from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.files import check_output, new_file, read_json
 from metro.utils.messages import UserError
 
@@ -84,7 +83,7 @@ def to_fairseq(
         raise UserError(f"names is {names!r}; use one of {', '.join(NAMES)}")
     check_output(out, overwrite, (folder,))
     config = _read_metro_config(folder)
-    training = _read_training(folder)
+    training = read_training(folder)
     names = names or training.get("names") or "original"
     if names not in NAMES:
         raise UserError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
@@ -94,7 +93,7 @@ def to_fairseq(
         build_tokenizer(folder, config.vocab_size, num_sentinels)  # checks that it fits
     main = _main_weights(folder, config)
     settings = training.get("settings") or _settings(config, num_sentinels)
-    extra, auxiliary = _pretraining_weights(folder, settings, config, main)
+    extra, auxiliary = kept_pretraining_weights(folder, settings, config)
     if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
         settings = {**settings, "model": _model_settings(config)}  # the main model alone is T5
     if names == "metro" or auxiliary is None:  # the original states the auxiliary model's here
@@ -169,41 +168,6 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
     expected = {name: shape for name, shape in shapes.items() if name not in TIED[1:]}
     check_weights(tensors, expected, str(folder), "the model that its config.json describes")
     return {name: tensors[name] for name in expected}
-
-
-def _pretraining_weights(
-    folder: Path, settings: dict, config: MetroT5Config, main: dict
-) -> tuple[dict[str, torch.Tensor], MetroPretrainingConfig | None]:
-    """Read and check auxiliary model and RTD head, if the export has kept them."""
-    path = folder / PRETRAINING_WEIGHTS
-    if not path.is_file():
-        return {}, None
-    tensors = read_tensors(path)
-    auxiliary = auxiliary_config(settings, tensors, folder / TRAINING)
-    shapes = expected_shapes(MetroPretrainingModel, config, auxiliary)
-    shared = shared_with_main(auxiliary)
-    expected = {
-        name: shape
-        for name, shape in shapes.items()
-        if not name.startswith("main.") and name not in shared
-    }
-    check_weights(tensors, expected, str(path), "the auxiliary model that training.json describes")
-    return tensors, auxiliary
-
-
-def _read_training(folder: Path) -> dict[str, Any]:
-    path = folder / TRAINING
-    training = read_json(path)
-    if training is None:
-        return {}
-    settings = training.get("settings") if isinstance(training, dict) else None
-    if not isinstance(settings, dict) or not all(
-        isinstance(settings.get(name), dict) for name in ("model", "task")
-    ):
-        raise UserError(
-            f"{path} has no settings.model and settings.task; copy it again, or remove it"
-        )
-    return training
 
 
 def _num_sentinels(folder: Path) -> int:

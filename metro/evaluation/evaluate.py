@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metro.evaluation.settings import EvaluationSettings
+from metro.evaluation.settings import PAIR_METHODS, EvaluationSettings
 from metro.evaluation.tasks.suites import Suite, find_suite
+from metro.models.registry import METHODS
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
@@ -75,6 +76,9 @@ def evaluate(
         progress: show progress on stderr.
         options: fields of `EvaluationSettings`, such as ``suite``, ``data_dir``, ``limit``.
 
+    Returns:
+        Its results; of minimal pairs those of the decoder, where several methods apply.
+
     Raises:
         UserError: a setting is wrong, or the data of no task were found.
     """
@@ -85,7 +89,7 @@ def evaluate(
     if len(settings.models) != 1:
         raise UserError("metro.evaluate takes one model; call it once for each")
     with Progress.of(progress) as shown:
-        [evaluation] = evaluate_models(settings, shown)
+        evaluation, *_ = evaluate_models(settings, shown)
     if isinstance(evaluation, UserError):
         raise evaluation
     return evaluation
@@ -101,6 +105,7 @@ def evaluate_models(
     """
     suite = find_suite(settings.suite)
     chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
+    check_method(settings, suite)
     check_models(settings, suite)
     from metro.evaluation.tasks.loading import Sources, load_tasks
 
@@ -126,13 +131,52 @@ def evaluate_models(
     try:
         for model in settings.models:
             try:
-                yield _evaluate_model(
-                    model, settings, suite, tasks, missing, sources, processes, progress
-                )
+                for mine in by_method(model, settings, suite):
+                    yield _evaluate_model(
+                        model, mine, suite, tasks, missing, sources, processes, progress
+                    )
             except UserError as error:
                 yield error if model in str(error) else UserError(f"{model}: {error}")
     finally:
         processes.close()
+
+
+def by_method(
+    model: str, settings: EvaluationSettings, suite: Suite
+) -> Iterator[EvaluationSettings]:
+    """Yield the settings of each run of a model: of minimal pairs one per method that it allows."""
+    if not suite.is_of_pairs:
+        yield settings
+        return
+    if settings.method != "rtd":
+        yield replace(settings, method="decoder")
+    if settings.method != "decoder":
+        from metro.models.loading import load_rtd_head
+
+        if load_rtd_head(model) is not None:
+            name = settings.run_name
+            if settings.method is None and name is not None:
+                name = f"{name}-rtd"
+            yield replace(settings, method="rtd", run_name=name)
+        elif settings.method == "rtd":
+            raise UserError(
+                f"{model} has no head of replaced token detection: give the checkpoint (.pt) of "
+                "METRO pretraining, or export it with `metro convert to-hf --keep-auxiliary`"
+            )
+
+
+def check_method(settings: EvaluationSettings, suite: Suite) -> None:
+    """Refuse a method that is not one of the suite's kind."""
+    methods = PAIR_METHODS if suite.is_of_pairs else METHODS
+    if settings.method not in (None, *methods):
+        raise UserError(
+            f"method is {settings.method!r}; the methods of suite {suite.name} are "
+            f"{', '.join(methods)}"
+        )
+    if suite.is_of_pairs and settings.normalization != "sum":
+        raise UserError(
+            f"normalization is {settings.normalization!r}; minimal pairs are scored by their sum"
+        )
 
 
 def without_rendering(settings: EvaluationSettings, progress: Progress) -> EvaluationSettings:
@@ -175,12 +219,13 @@ def _evaluate_model(
     from metro.evaluation.runs.published import check_published
     from metro.evaluation.runs.run_folder import RunFolder, read_run, refuse_another_model
     from metro.evaluation.runs.summary import summarize, write_summary
+    from metro.evaluation.scoring.minimal_pairs import question_of
     from metro.evaluation.tasks.protocol import choose_protocol
     from metro.fusion import fuse
     from metro.modeling.configuration_metro_t5 import MetroT5Config
-    from metro.models.loading import load
+    from metro.models.loading import load, load_rtd_head
     from metro.models.registry import find_registered
-    from metro.utils.identity import model_identity
+    from metro.utils.identity import model_identity, weights_identity
 
     registered = find_registered(name)
     method = settings.method_of(name)
@@ -206,13 +251,18 @@ def _evaluate_model(
         )
         is_cuda = processes.device.type == "cuda"
         batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
-        scoring = runner.Scoring(method, settings.normalization, batch_tokens)
+        rtd_head = load_rtd_head(name) if method == "rtd" else None
+        question = question_of(model, tokenizer) if method == "decoder" else None
+        scoring = runner.Scoring(method, settings.normalization, batch_tokens, question)
 
         def open_folder() -> RunFolder:
+            content = model_identity(model, tokenizer)
+            if rtd_head is not None:
+                content["rtd_head"] = weights_identity(rtd_head)
             info = runner.run_info(
                 name,
                 registered.name if registered else None,
-                model_identity(model, tokenizer),
+                content,
                 str(model.dtype).removeprefix("torch."),
                 suite,
                 tasks,
@@ -225,7 +275,8 @@ def _evaluate_model(
             return RunFolder(path, info)
 
         folder = processes.on_first(open_folder)
-        progress.say(f"{name} on {suite.title}, method {method}, into {path}")
+        asked = f" ({scoring.question})" if scoring.question else ""
+        progress.say(f"{name} on {suite.title}, method {method}{asked}, into {path}")
         progress.say(f"protocol {protocol.describe()}")
         if is_cuda and isinstance(model.config, MetroT5Config):
             fuse(model)  # on the CPU packed_scoring.py does more
@@ -239,6 +290,7 @@ def _evaluate_model(
             scoring,
             processes,
             progress,
+            rtd_head,
         )
         if left_out and not processes.from_first(lambda: bool(folder and folder.results)):
             raise UserError(f"no prompt can be evaluated: {next(iter(left_out.values()))}")

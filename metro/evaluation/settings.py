@@ -13,6 +13,8 @@ from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
 NORMALIZATIONS = ("sum", "mean", "calibrated")
+PAIR_METHODS = ("decoder", "rtd")
+"""Of minimal pairs; see ``metro.evaluation.scoring.minimal_pairs``."""
 
 
 @dataclass(kw_only=True)
@@ -26,11 +28,13 @@ class EvaluationSettings(Settings):
     )
     suite: str = option(
         "t0",
-        "t0, flipped14, bigbench, label_generalization, mmlu, FILE.yaml or prepared prompts.",
+        "t0, flipped14, bigbench, label_generalization, mmlu, blimp, FILE.yaml, prepared prompts.",
     )
     out: Path = option("results", "A folder per run is made in it.")
     method: str | None = option(
-        None, "Default: the method the model was trained for.", choices=METHODS
+        None,
+        "Default: the method the model was trained for; of minimal pairs: all it can.",
+        choices=(*METHODS, *PAIR_METHODS),
     )
     protocol: str | None = option(
         None, "Special tokens and lengths; default: the model's.", choices=tuple(PROTOCOLS)

@@ -23,9 +23,15 @@ from metro.models.fairseq_names import (
     rename_fairseq_state,
     rename_plugin_state,
 )
-from metro.models.reading import check_weights, expected_shapes, load_tensors_and_settings
+from metro.models.reading import (
+    check_weights,
+    expected_shapes,
+    load_tensors_and_settings,
+    read_tensors,
+)
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
+from metro.utils.files import read_json
 from metro.utils.messages import UserError, shortened
 
 TIED = (
@@ -37,6 +43,8 @@ TIED = (
 """Names of the main model's single embedding matrix."""
 
 PRETRAINING_TASKS = ("t5", "t5_metro")
+PRETRAINING_WEIGHTS, TRAINING = "pretraining.safetensors", "training.json"
+"""Files of an export that has kept auxiliary model and RTD head, and how it was trained."""
 
 
 @dataclass
@@ -293,6 +301,42 @@ def shared_with_main(auxiliary: MetroPretrainingConfig) -> dict[str, str]:
         for part in shared
         for name in names.get(part, [])
     }
+
+
+def kept_pretraining_weights(
+    folder: Path, settings: dict, config: MetroT5Config
+) -> tuple[dict[str, torch.Tensor], MetroPretrainingConfig | None]:
+    """Read and check auxiliary model and RTD head, if the export has kept them."""
+    path = folder / PRETRAINING_WEIGHTS
+    if not path.is_file():
+        return {}, None
+    tensors = read_tensors(path)
+    auxiliary = auxiliary_config(settings, tensors, folder / TRAINING)
+    shapes = expected_shapes(MetroPretrainingModel, config, auxiliary)
+    shared = shared_with_main(auxiliary)
+    expected = {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.startswith("main.") and name not in shared
+    }
+    check_weights(tensors, expected, str(path), "the auxiliary model that training.json describes")
+    return tensors, auxiliary
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """Read how an export was trained; empty where it does not say."""
+    path = folder / TRAINING
+    training = read_json(path)
+    if training is None:
+        return {}
+    settings = training.get("settings") if isinstance(training, dict) else None
+    if not isinstance(settings, dict) or not all(
+        isinstance(settings.get(name), dict) for name in ("model", "task")
+    ):
+        raise UserError(
+            f"{path} has no settings.model and settings.task; copy it again, or remove it"
+        )
+    return training
 
 
 def _check(checkpoint: FairseqCheckpoint) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,10 +25,21 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.adapters import adapter_folder, has_tokenizer, merge_adapter
 from metro.models.auto_classes import register
-from metro.models.fairseq_checkpoint import generation_config, read_checkpoint, untied
+from metro.models.fairseq_checkpoint import (
+    PRETRAINING_WEIGHTS,
+    TIED,
+    generation_config,
+    kept_pretraining_weights,
+    read_checkpoint,
+    read_training,
+    shared_with_main,
+    untied,
+)
 from metro.models.reading import read_folder, refuse_weights
 from metro.models.source import adapter_base, model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
+from metro.pretraining.configuration import MetroPretrainingConfig
+from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError
 
 PADDED_ROWS = 128
@@ -111,6 +122,46 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> Loade
             "other models bring their own vocabulary; leave vocab out"
         )
     return _from_pretrained(source, dtype, options)
+
+
+def load_pretraining_model(path_or_name: str | os.PathLike) -> MetroPretrainingModel | None:
+    """Load auxiliary model, main model and RTD head, of what METRO pretraining has left.
+
+    Args:
+        path_or_name: a fairseq checkpoint ``.pt``, or an export made with ``--keep-auxiliary``.
+
+    Returns:
+        The model in evaluation mode; None for models that are, or have kept, nothing of the kind.
+
+    Raises:
+        UserError: the files are damaged or do not belong together.
+    """
+    path = Path(path_or_name)
+    pretraining: MetroPretrainingConfig | None = None
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        config, pretraining = checkpoint.config, checkpoint.auxiliary
+        main, extra = checkpoint.main, checkpoint.extra
+    elif (path / PRETRAINING_WEIGHTS).is_file():
+        config = cast(MetroT5Config, read_config(path))
+        settings = read_training(path).get("settings") or {"model": {}}
+        extra, pretraining = kept_pretraining_weights(path, settings, config)
+        main = read_folder(path)
+    if pretraining is None:
+        return None
+    model = MetroPretrainingModel(config, pretraining)
+    # Both readers have checked names and shapes; shared tensors may be there under one name only.
+    state = {f"main.{name}": tensor for name, tensor in main.items()}
+    found = model.load_state_dict({**state, **extra}, strict=False)
+    shared = {*(f"main.{name}" for name in TIED), *shared_with_main(pretraining)}
+    assert not found.unexpected_keys and {*found.missing_keys} <= shared
+    return model.eval()
+
+
+def load_rtd_head(path_or_name: str | os.PathLike) -> torch.nn.Module | None:
+    """Load the head of replaced token detection; None where there is none."""
+    model = load_pretraining_model(path_or_name)
+    return None if model is None else model.rtd_head
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 METHODS = ("direct", "channel", "flipped")
-SUITES = ("t0", "flipped14", "bigbench", "label_generalization", "mmlu")
+SUITES = ("t0", "flipped14", "bigbench", "label_generalization", "mmlu", "blimp")
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, then in a checkout.
 _FOLDERS = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")

@@ -28,6 +28,7 @@ SUITE_TITLES = {
     "bigbench": "BIG-bench",
     "label_generalization": "Label generalisation",
     "mmlu": "MMLU",
+    "blimp": "BLiMP",
 }
 EXAMPLE = (
     "Is this review positive or negative? Review: this is the best cast iron skillet you will ever "

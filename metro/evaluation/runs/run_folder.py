@@ -47,8 +47,13 @@ class ExampleScore:
 
     index: int
     """Row of the dataset: prompts of a task are compared by it."""
-    prediction: int
+    prediction: int | None
+    """None: a tie that counts half."""
     label: int
+
+    @property
+    def right(self) -> float:
+        return 0.5 if self.prediction is None else float(self.prediction == self.label)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import torch
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RUN_FORMAT, PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
+from metro.evaluation.scoring.minimal_pairs import PairRanker, RtdScorer, measure_pairs
 from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
+from metro.evaluation.settings import PAIR_METHODS
 from metro.evaluation.tasks.loading import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
@@ -27,11 +29,13 @@ class Scoring:
     """Scoring of a suite; method and normalization are recorded."""
 
     method: str = "direct"
-    """``direct``, ``channel`` or ``flipped``."""
+    """``direct``, ``channel`` or ``flipped``; of minimal pairs ``decoder`` or ``rtd``."""
     normalization: str = "sum"
     """``sum``, ``mean`` or ``calibrated``."""
     batch_tokens: int = 4096
     """Tokens of a batch; changes speed, not results."""
+    question: str | None = None
+    """What the decoder is asked about minimal pairs; decided by the model's pretraining."""
 
 
 def run_info(
@@ -73,6 +77,7 @@ def run_info(
             "label_words": sources.label_words,
             "seed": sources.seed,
             "dtype": dtype,
+            **({"question": scoring.question} if scoring.question else {}),
         },
         "data": {task.name: {p: task.content(p) for p in task.prompts} for task in tasks},
         "sources": {
@@ -98,6 +103,7 @@ def evaluate_prompts(
     scoring: Scoring,
     processes: Processes,
     progress: Progress = SILENT,
+    rtd_head: torch.nn.Module | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Evaluate the prompts that are not finished yet, and write each one.
 
@@ -113,6 +119,7 @@ def evaluate_prompts(
         scoring: method, normalization, size of batches.
         processes: share the batches; the results equal those of one process.
         progress: shows the work, each result, and remarks on rows.
+        rtd_head: the head that scores, of method ``rtd``.
 
     Returns:
         Number of prompts evaluated in this call, and those left out ("task / prompt" -> reason);
@@ -135,6 +142,7 @@ def evaluate_prompts(
         num_processes=processes.count,
         gather=processes.add_up if processes.count > 1 else None,
     )
+    classifier: RankClassifier | PairRanker
     current = None
     left_out: dict[str, str] = {}
     for (task, prompt), weight, is_done in zip(units, weights, done, strict=True):
@@ -154,7 +162,13 @@ def evaluate_prompts(
             asked = task.examples(prompt, flipped=scoring.method == "flipped")
             asked.examples = [protocol.prepare(example) for example in asked.examples]
             encoder = protocol.encoder(tokenizer, task.name)
-            classifier = RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
+            if rtd_head is not None:
+                rtd_scorer = RtdScorer(model, rtd_head, scoring.batch_tokens)
+                classifier = PairRanker(rtd_scorer, encoder, "rtd", model.config)
+            elif scoring.question:
+                classifier = PairRanker(scorer, encoder, scoring.question, model.config)
+            else:
+                classifier = RankClassifier(scorer, encoder, scoring.method, scoring.normalization)
             rankings = classifier.rank(asked.examples, progress=show)
         except NotFinite as error:
             raise NotFinite(error.score, f"an answer choice of {name}") from None
@@ -165,7 +179,7 @@ def evaluate_prompts(
         finally:
             show(1.0)
             position += weight
-        for text in describe_rows(asked, classifier):
+        for text in describe_rows(asked, classifier, rankings):
             progress.say(f"{name}: {text}")
         if folder is not None:
             seconds = time.perf_counter() - started
@@ -178,12 +192,19 @@ def evaluate_prompts(
     return len(done) - sum(done) - len(left_out), left_out
 
 
-def describe_rows(asked: Examples, classifier: RankClassifier) -> list[str]:
+def describe_rows(
+    asked: Examples, classifier: RankClassifier | PairRanker, rankings: Sequence[Ranking]
+) -> list[str]:
     """Remarks on the rows of a prompt that were left out or changed."""
     found = [
         f"{counted(left_out.num_rows, 'row')} left out: {why} (first: {left_out.first})"
         for why, left_out in asked.skipped.items()
     ]
+    if isinstance(classifier, PairRanker):
+        ties = sum(ranking.prediction is None for ranking in rankings)
+        return found + (
+            [f"{counted(ties, 'pair')} with equal scores: each counts half"] * bool(ties)
+        )
     duplicates = sum(e.num_distinct_choices < len(e.choices) for e in asked.examples)
     if duplicates:
         found.append(
@@ -216,7 +237,14 @@ def write_prompt(
     seconds: float,
 ) -> PromptResult:
     """Write a finished prompt into the run folder."""
-    metrics = measure(asked.examples, [ranking.prediction for ranking in rankings])
+    predictions = [
+        None if ranking.prediction is None else first_equal(example, ranking.prediction)
+        for example, ranking in zip(asked.examples, rankings, strict=True)
+    ]
+    if scoring.method in PAIR_METHODS:
+        metrics = measure_pairs(predictions)
+    else:
+        metrics = measure(asked.examples, [p for p in predictions if p is not None])
     result = PromptResult(
         suite=suite_name,
         task=task.name,
@@ -230,10 +258,10 @@ def write_prompt(
         {
             "index": example.index,
             "scores": [round(score, SCORE_DIGITS) for score in ranking.scores],
-            "prediction": first_equal(example, ranking.prediction),
+            "prediction": prediction,
             "label": true_choice(example),
         }
-        for example, ranking in zip(asked.examples, rankings, strict=True)
+        for example, ranking, prediction in zip(asked.examples, rankings, predictions, strict=True)
     )
     skipped = sum(left_out.num_rows for left_out in asked.skipped.values())
     return folder.write(result, scores, {"skipped": skipped})

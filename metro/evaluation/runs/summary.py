@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from metro.evaluation.runs.run_folder import PromptResult, Run
+from metro.evaluation.settings import PAIR_METHODS
 from metro.utils.files import write_json
-from metro.utils.messages import UserError, percent, shortened
+from metro.utils.messages import UserError, counted, percent, shortened
 from metro.utils.table import Table
 
 NUM_RESAMPLES = 1000
@@ -87,6 +88,14 @@ class Summary:
     """Examples per prompt that the run was limited to."""
     confidence: float = CONFIDENCE
     num_resamples: int = NUM_RESAMPLES
+    question: str | None = None
+    """What the decoder was asked, of minimal pairs."""
+
+    @property
+    def mean_over_prompts(self) -> float:
+        """Mean of all prompts, whatever their task; published averages of BLiMP are such."""
+        values = [a for task in self.tasks.values() for a in task.accuracies.values()]
+        return float(np.mean(values))
 
     @property
     def averaged(self) -> list[str]:
@@ -102,6 +111,13 @@ class Summary:
     def notes(self) -> list[str]:
         """Remarks that a reader needs before using the numbers."""
         found = []
+        if self.method in PAIR_METHODS and self.tasks:
+            number = sum(task.num_prompts for task in self.tasks.values())
+            asked = f" ({self.question})" if self.question else ""
+            found.append(
+                f"minimal pairs, scored by {self.method}{asked}; mean over "
+                f"{counted(number, 'paradigm')} {percent(self.mean_over_prompts)}"
+            )
         partial = [
             f"{task.task} ({task.num_prompts} of {task.num_listed} prompts)"
             for task in self.tasks.values()
@@ -175,6 +191,7 @@ def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) ->
         average_macro_f1=aggregate([tasks[name].macro_f1 for name in averaged]),
         seconds=aggregate([task.seconds for task in tasks.values()], np.sum),
         limit=run.options.get("limit"),
+        question=run.options.get("question"),
         num_resamples=num_resamples,
     )
 
@@ -213,7 +230,7 @@ def resample_means(
         scores = run.scores(result)
         if scores is None or result.scores_file is None:
             return None
-        right = {score.index: score.prediction == score.label for score in scores}
+        right = {score.index: score.right for score in scores}
         accuracy = sum(right.values()) / max(1, len(right))
         if len(right) != result.num_examples or abs(accuracy - result.accuracy) > 1e-3:
             raise UserError(
@@ -228,7 +245,7 @@ def resample_means(
     # Not every prompt has every example: some templates apply to a part of the dataset.
     present_NP = np.array([[n in right for right in right_PN] for n in indices], dtype=np.float32)
     right_NP = np.array(
-        [[right.get(n, False) for right in right_PN] for n in indices], dtype=np.float32
+        [[right.get(n, 0.0) for right in right_PN] for n in indices], dtype=np.float32
     )
     means: list[float] = []
     while len(means) < num_resamples:

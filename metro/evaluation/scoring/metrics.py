@@ -15,9 +15,9 @@ class Metrics(NamedTuple):
     """Metrics of one prompt; all but the last are fractions."""
 
     accuracy: float
-    macro_f1: float
+    macro_f1: float | None
     """Mean F1 over the classes present in labels or predictions; 0 where undefined (as
-    scikit-learn's ``zero_division=0``)."""
+    scikit-learn's ``zero_division=0``); None for minimal pairs, which have no classes."""
     chance: float
     """Expected accuracy of drawing one of the distinct answer choices."""
     median_choices: float

@@ -29,8 +29,8 @@ class Ranking(NamedTuple):
 
     scores: list[float]
     """One per answer choice, higher is better."""
-    prediction: int
-    """Index of the best answer choice; the first of equals."""
+    prediction: int | None
+    """Index of the best answer choice; the first of equals, or None for a minimal pair's tie."""
 
 
 class RankClassifier:

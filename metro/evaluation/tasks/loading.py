@@ -86,6 +86,8 @@ class Task:
     def __init__(self, spec: TaskSpec, sources: Sources):
         self.spec, self.sources, self.name = spec, sources, spec.name
         self.prompts = list(spec.prompts)
+        self.unavailable: dict[str, str] = {}
+        """Parts of it without data -> reason; the others are evaluated."""
 
     def rows(self, prompt: str) -> Sequence[int]:
         """Return the numbers of the rows that are asked."""
@@ -271,6 +273,45 @@ class BigBenchTask(Task):
         return bigbench.make_question(self.files[prompt], number, first + number, flipped=flipped)
 
 
+class MinimalPairsTask(Task):
+    """Pairs of sentences, the better one first; its prompts are the paradigms of a phenomenon."""
+
+    def __init__(self, spec: TaskSpec, sources: Sources):
+        super().__init__(spec, sources)
+        self.data: dict[str, Sequence[dict]] = {}
+        for paradigm in spec.prompts:
+            try:
+                self.data[paradigm] = self.open(paradigm)
+            except DatasetUnavailable as error:
+                self.unavailable[f"{spec.name} / {paradigm}"] = str(error)
+        if not self.data:
+            raise DatasetUnavailable(next(iter(self.unavailable.values())))
+        self.prompts = list(self.data)
+
+    def open(self, paradigm: str) -> Sequence[dict]:
+        spec, folder = self.spec, self.sources.data_dir
+        if folder is None:
+            name = spec.hub or spec.dataset
+        elif (file := Path(folder) / spec.dataset / f"{paradigm}.jsonl").is_file():
+            return JsonlRows(file)
+        else:
+            name = spec.dataset
+        return load_rows(name, paradigm, self.sources.split or spec.split, data_dir=folder)
+
+    def rows(self, prompt: str) -> Sequence[int]:
+        return choose_rows(len(self.data[prompt]), None, self.sources.limit)
+
+    def record(self, prompt: str, number: int) -> Any:
+        return self.data[prompt][number]
+
+    def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
+        row = self.data[prompt][number]
+        good, bad = row.get("sentence_good"), row.get("sentence_bad")
+        if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
+            raise UnusableRow("no texts sentence_good and sentence_bad", str(row)[:80])
+        return EvaluationExample(number, "", (good, bad), 0)
+
+
 class PreparedTask(Task):
     """The held-out examples of one dataset in a folder of ``metro prepare-prompts``."""
 
@@ -309,6 +350,7 @@ CLASSES: dict[str, type[Task]] = {
     "label_generalization": TemplateTask,
     "mmlu": MmluTask,
     "bigbench": BigBenchTask,
+    "minimal_pairs": MinimalPairsTask,
     "prepared": PreparedTask,
 }
 
@@ -346,10 +388,12 @@ def own_rows(spec: TaskSpec) -> Sequence[dict]:
 
 def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:
     """Load the tasks of a suite; return them, and the reasons why others are not available."""
-    tasks, missing = [], {}
+    tasks: list[Task] = []
+    missing: dict[str, str] = {}
     for spec in suite.tasks.values():
         try:
             tasks.append(load_task(spec, sources))
+            missing |= tasks[-1].unavailable
         except DatasetUnavailable as error:
             missing[spec.name] = str(error)
     return tasks, missing

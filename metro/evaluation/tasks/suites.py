@@ -29,7 +29,7 @@ from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent.parent / "suites"
-KINDS = ("templates", "bigbench", "mmlu", "label_generalization", "prepared")
+KINDS = ("templates", "bigbench", "mmlu", "label_generalization", "minimal_pairs", "prepared")
 WHOLE_TASK = "task.json"
 """Prompt of a BIG-bench task that has no subtasks."""
 _HELP = 'see "Own tasks" in docs/evaluation.md'
@@ -37,7 +37,7 @@ _KEYS = {
     "templates": ("dataset", "subset", "split", "data", "prompts"),
     "label_generalization": ("dataset", "subset", "split", "template", "replace"),
 }
-_SUITE_KEYS = tuple("title kind include tasks hub split template max_rows folder".split())
+_SUITE_KEYS = tuple("title kind include tasks dataset hub split template max_rows folder".split())
 _NAMES = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
 
 
@@ -71,6 +71,11 @@ class Suite:
     name: str
     title: str
     tasks: dict[str, TaskSpec]
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """True if its examples are minimal pairs, which have scoring methods of their own."""
+        return any(spec.kind == "minimal_pairs" for spec in self.tasks.values())
 
     def narrowed(self, tasks: Sequence[str] = (), prompts: Sequence[str] = ()) -> "Suite":
         """Return the suite with these tasks and prompts only.
@@ -159,6 +164,11 @@ def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> Tas
     if kind == "bigbench":
         prompts = _texts({"subtasks": entry or [WHOLE_TASK]}, "subtasks", where)
         return TaskSpec(name, kind, tuple(prompts))
+    if kind == "minimal_pairs":
+        dataset, split = (_get(suite, key, str, str(path)) for key in ("dataset", "split"))
+        hub = _get(suite, "hub", str, str(path), None)
+        prompts = _texts({"paradigms": entry}, "paradigms", where)
+        return TaskSpec(name, kind, tuple(prompts), dataset, split=split, hub=hub)
     if kind == "mmlu":
         template = _get(suite, "template", dict, str(path))
         split, hub = (_get(suite, key, str, str(path)) for key in ("split", "hub"))

@@ -40,7 +40,8 @@ def test_other_suites_have_the_papers_sizes(testdata):
     sizes = json.loads((testdata / "mixtures" / "mmlu_validation_sizes.json").read_text())
     assert set(find_suite("mmlu").tasks) == set(sizes)
     assert len(find_suite("label_generalization").tasks) == 5
-    assert suite_names() == ["bigbench", "flipped14", "label_generalization", "mmlu", "t0"]
+    names = ["bigbench", "blimp", "flipped14", "label_generalization", "mmlu", "t0"]
+    assert suite_names() == names
 
 
 def test_every_prompt_of_every_suite_is_a_template_with_options(testdata):
