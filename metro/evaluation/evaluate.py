@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from metro.evaluation.runs.processes import Processes
     from metro.evaluation.runs.published import PublishedCheck
     from metro.evaluation.runs.summary import Summary
-    from metro.evaluation.tasks.loading import Sources, Task
+    from metro.evaluation.tasks.task import Sources, Task
 
 
 RENDERING = "data_dir templates bigbench_dir instruction_text label_words seed".split()
@@ -107,7 +107,8 @@ def evaluate_models(
     chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
     check_method(settings, suite)
     check_models(settings, suite)
-    from metro.evaluation.tasks.loading import Sources, load_tasks
+    from metro.evaluation.tasks.loading import load_tasks
+    from metro.evaluation.tasks.task import Sources
 
     if all(spec.kind == "prepared" for spec in suite.tasks.values()):
         settings = without_rendering(settings, progress)

@@ -15,9 +15,9 @@ from metro.evaluation.scoring.minimal_pairs import PairRanker, RtdScorer, measur
 from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
 from metro.evaluation.settings import PAIR_METHODS
-from metro.evaluation.tasks.loading import Examples, Sources, Task
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
+from metro.evaluation.tasks.task import Examples, Sources, Task
 from metro.utils.messages import UserError, counted, percent
 from metro.utils.progress import SILENT, Progress
 

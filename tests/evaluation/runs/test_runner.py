@@ -15,8 +15,9 @@ from metro.evaluation.runs.processes import join_processes
 from metro.evaluation.runs.run_folder import read_run, refuse_another_model
 from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
-from metro.evaluation.tasks.loading import Sources, choose_rows, load_task
+from metro.evaluation.tasks.loading import load_task
 from metro.evaluation.tasks.suites import read_suite
+from metro.evaluation.tasks.task import Sources, choose_rows
 from metro.utils.identity import model_identity
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress

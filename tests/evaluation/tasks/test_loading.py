@@ -10,8 +10,9 @@ import pytest
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
-from metro.evaluation.tasks.loading import SUBTASK_STRIDE, Sources, load_task
+from metro.evaluation.tasks.loading import SUBTASK_STRIDE, load_task
 from metro.evaluation.tasks.suites import TaskSpec, find_suite
+from metro.evaluation.tasks.task import Sources
 
 
 @pytest.fixture(scope="module")

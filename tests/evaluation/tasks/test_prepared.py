@@ -18,8 +18,9 @@ from metro.evaluation.scoring.metrics import measure
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.evaluation.tasks.loading import Sources, load_task
+from metro.evaluation.tasks.loading import load_task
 from metro.evaluation.tasks.suites import find_suite, read_suite
+from metro.evaluation.tasks.task import Sources
 from metro.utils.messages import UserError
 from tests.data.prepared import Said
 from tests.data.prompts.toys import make_world, prepare, random_rows, write_rows, write_templates
