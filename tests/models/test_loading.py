@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import metro
+from metro.conversion.hf_to_fairseq import to_fairseq
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.loading import LoadedModel, resolve_dtype
+from metro.utils.messages import UserError
 from tests.conftest import RECORDED
 from tests.processes import run_python
 
@@ -216,6 +218,56 @@ def test_a_sharded_folder_loads(exported, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     again = metro.load(tmp_path).model
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_names_in_an_index_stay_in_the_folder(exported, tmp_path):
+    """Oracle: whole weights beside the folder, which its index names."""
+    shutil.copytree(exported("metro_tiny_a"), tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"shared.weight": "../model.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    for use in (metro.load, lambda folder: to_fairseq(folder, tmp_path / "x.pt")):
+        with pytest.raises(UserError, match="'../model.safetensors' leads out of"):
+            use(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["{ broken", "[]", '{"eos_token_id": "x"}', "\0\0\0"])
+def test_damaged_generation_settings_are_named(exported, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(exported("metro_tiny_a"), folder)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match="generation_config.json") as refused:
+        metro.load(folder)
+    assert "\n" not in str(refused.value)
+    (folder / "generation_config.json").unlink()
+    assert metro.load(folder).model.generation_config.eos_token_id == 2
+
+
+def test_a_resized_and_padded_vocabulary_generates_samples_and_converts(exported, tmp_path):
+    """Oracle: rows of no token, made the most probable, are never drawn; the rest is the same."""
+    model, tokenizer = metro.load(exported("t5_prompt_tiny_f"))
+    before = model.shared.weight.detach().clone()
+    tokenizer.add_tokens(["[ENT]"])
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    with torch.no_grad():
+        model.shared.weight[len(tokenizer) :] = 0
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    loaded = metro.load(tmp_path / "padded")
+    assert loaded.model.config.vocab_size > len(loaded.tokenizer) == len(before) + 1
+    options = {"max_new_tokens": 20, "sample": True, "temperature": 1e9, "num_answers": 8}
+    drawn: set[int] = set()
+    loaded.model.register_forward_pre_hook(
+        lambda _, args, kw: drawn.update(kw["decoder_input_ids"].flatten().tolist()),
+        with_kwargs=True,
+    )
+    [answers] = metro.generate(loaded, "a text", progress=False, **options)
+    assert len(answers) == 8 and len(drawn) > 100 and max(drawn) < len(loaded.tokenizer)
+    done = to_fairseq(tmp_path / "padded", tmp_path / "x.pt")
+    assert done.dropped == ["1 added tokens: [ENT]", "23 rows that pad the embedding"]
+    checkpoint = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert torch.equal(checkpoint["model"]["encoder.embed_tokens.weight"], before)
 
 
 @pytest.mark.parametrize(

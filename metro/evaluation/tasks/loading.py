@@ -21,6 +21,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.evaluation.tasks.task import Sources, Task, choose_rows
+from metro.utils.files import inside
 from metro.utils.messages import UserError, shortened
 
 SUBTASK_STRIDE = 1_000_000
@@ -130,7 +131,7 @@ class BigBenchTask(Task):
             )
         self.files = {
             prompt: bigbench.read_task_file(
-                Path(root) / spec.name / ("" if prompt == WHOLE_TASK else prompt)
+                inside(Path(root), f"{spec.name}/{'' if prompt == WHOLE_TASK else prompt}")
             )
             for prompt in self.prompts
         }
