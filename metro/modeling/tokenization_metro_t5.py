@@ -96,13 +96,14 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         return {**self._ids, **self.added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.vocabulary.processor.encode(normalize_text(text, self.lower), out_type=str)
+        pieces = self.vocabulary.processor.encode(normalize_text(text, self.lower), out_type=str)
+        return pieces or [""]  # of blanks alone; as in training it counts as one unknown token
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
         if kwargs or not self._is_plain(text):
-            return super().tokenize(text, **kwargs)
-        # A text of blanks alone counts as one unknown token, as in training.
-        return self._tokenize(text) or [""] if text else []
+            pieces = super().tokenize(text, **kwargs)
+            return [piece for piece in pieces if piece] or pieces  # blanks between added tokens
+        return self._tokenize(text) if text else []
 
     def _is_plain(self, text: str) -> bool:
         """Check that no token that is matched as a whole occurs: most texts, and the fast way."""

@@ -193,7 +193,10 @@ def test_decoded_text_reads_naturally(tokenizer, text, expected):
 class PlainWay(MetroT5Tokenizer):
     """The base class does everything: no way around strings of pieces."""
 
-    tokenize = PreTrainedTokenizer.tokenize
+    def tokenize(self, text, **kwargs):
+        pieces = PreTrainedTokenizer.tokenize(self, text, **kwargs)
+        return [piece for piece in pieces if piece] or pieces  # nothing between added tokens
+
     _encode_plus = PreTrainedTokenizer._encode_plus
     convert_tokens_to_ids = PreTrainedTokenizer.convert_tokens_to_ids
 
