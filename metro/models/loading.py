@@ -257,6 +257,7 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
         model="the model that its config.json describes",
     )
     if is_metro:
+        _check_one_embedding(source, model)
         check_vocabulary(source, config.vocab_size, len(tokenizer))
     return LoadedModel(model, tokenizer)
 
@@ -323,6 +324,16 @@ def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
         f"{tuple(needed[name].shape)}"
         for name in names
     ]
+
+
+def _check_one_embedding(source: str, model: PreTrainedModel) -> None:
+    """Refuse copies of the embedding matrix that differ, which transformers leaves apart."""
+    apart = [name for name in TIED if model.get_parameter(name) is not model.shared.weight]
+    if apart:
+        raise UserError(
+            f"{source}: {', '.join(apart)} differs from shared.weight, but METRO-T5 has one "
+            "embedding matrix: take out the copies that were not trained"
+        )
 
 
 def check_vocabulary(source: str, rows: int, entries: int) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import metro
 from metro.conversion.hf_to_fairseq import to_fairseq
-from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.fairseq_checkpoint import TIED
 from metro.models.loading import LoadedModel, resolve_dtype
 from metro.utils.messages import UserError
 from tests.conftest import RECORDED
@@ -142,20 +144,51 @@ def test_a_released_folder_saved_again_is_an_ordinary_metro_t5(hub_folder, tmp_p
 
 AUTO_CLASSES = """
 import sys
-import metro
+{}
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
-for _ in range(2):
-    metro.register()
+import metro
 for auto in (AutoConfig, AutoTokenizer, AutoModelForSeq2SeqLM, AutoModel):
     print(type(auto.from_pretrained(sys.argv[1])).__name__)
 """
 
 
-def test_register_makes_the_auto_classes_load_a_released_folder(hub_folder):
+@pytest.mark.parametrize("first", ["import metro", "", "import metro; import transformers.trainer"])
+def test_importing_metro_makes_the_auto_classes_load_a_released_folder(hub_folder, first):
     """Oracle: a fresh process, and the traps in place of the authors' files."""
-    done = run_python("-c", AUTO_CLASSES, hub_folder("metro_tiny_a"))
+    done = run_python("-c", AUTO_CLASSES.format(first), hub_folder("metro_tiny_a"))
     names = "Config Tokenizer ForConditionalGeneration EncoderModel".split()
     assert done.stdout.splitlines() == [f"MetroT5{name}" for name in names]
+
+
+@pytest.mark.parametrize("kept", [*([name] for name in TIED), TIED, []])
+def test_the_embedding_is_found_under_any_of_its_names_or_missed(exported, tmp_path, kept):
+    """Oracle: the matrix as it was exported; without it the folder is refused, naming it."""
+    folder = shutil.copytree(exported("metro_tiny_a"), tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights.pop("shared.weight")
+    weights |= {name: embedding.clone() for name in kept}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if not kept:
+        with pytest.raises(ValueError, match="missing: .*shared.weight"):
+            metro.load(folder)
+        return
+    model, _ = metro.load(folder)
+    tied = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
+    assert all(module.weight is model.shared.weight for module in tied)
+    assert torch.equal(model.shared.weight, embedding)
+    if set(kept) & set(TIED[:2]):  # transformers names the others missing in an encoder
+        encoder = MetroT5EncoderModel.from_pretrained(folder)
+        assert torch.equal(encoder.shared.weight, embedding)
+
+
+def test_copies_of_the_embedding_that_differ_are_refused(exported, tmp_path):
+    """METRO-T5 has one matrix: with two of them the numbers would be neither's."""
+    folder = shutil.copytree(exported("metro_tiny_a"), tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["shared.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        metro.load(folder)
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "t5_prompt_tiny_f"])
