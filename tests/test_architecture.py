@@ -23,7 +23,6 @@ from tests.conftest import ROOT
 MAY_IMPORT = {
     "utils": set(),
     "environment": {"utils"},
-    "registration": {"models"},
     "modeling": set(),
     "ops": set(),
     "fusion": {"modeling", "ops"},

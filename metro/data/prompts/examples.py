@@ -7,10 +7,12 @@ gives the same prompt in all of them, also where the template draws at random.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import NO_INSTRUCTION, Flipped, flip
+from metro.data.prompts.labels import NO_LABEL, OUT_OF_RANGE
 from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.templates import PromptTemplate, RenderedExample
 from metro.utils.characters import bad_character_in
@@ -28,9 +30,8 @@ class ExampleSettings(NamedTuple):
     """FLIPPED's instruction: ``published`` or ``rendered``, see ``instruction.py``."""
     fold_whitespace: bool = False
     """Fold white space to single blanks in prompt, answer and answer choices."""
-    min_choices: int = 0
-    """Leave out rows with fewer different answer choices, or with an answer that is not one of
-    them; 0: any text may be an answer."""
+    needs_choices: bool = False
+    """Leave out rows that ask for no choice (`check_choices`); else any text may be an answer."""
     with_instruction: bool = True
     """Fill in the fields of FLIPPED."""
 
@@ -70,10 +71,10 @@ def make_example(
     """
     seed = example_seed(settings.seed, template, split, index)
     try:
-        rendered = template.render_example(row, seed=seed)
+        rendered = template.render(row, seed=seed)
     except TemplateError as error:
         raise UnusableRow(error.reason, error.problem) from None
-    target = _check(rendered, settings.min_choices)
+    target = _check(rendered, settings.needs_choices)
     flipped = _flip(template, row, rendered, seed, settings)
     fold = _fold if settings.fold_whitespace else str
     choices = rendered.choices
@@ -104,39 +105,47 @@ def example_seed(seed: int, template: PromptTemplate, split: str, index: int) ->
     return int.from_bytes(hashlib.blake2b(repr(name).encode(), digest_size=8).digest(), "little")
 
 
-def _check(rendered: RenderedExample, min_choices: int) -> str:
+def _check(rendered: RenderedExample, needs_choices: bool) -> str:
     """Return the target of a complete rendering."""
     target, choices = rendered.target, rendered.choices
     if rendered.missing:
         fields = ", ".join(map(repr, rendered.missing))
         raise UnusableRow("missing field", f"the row has no {fields}")
+    if rendered.unlabelled:
+        raise UnusableRow(NO_LABEL, ", ".join(rendered.unlabelled))
     if target is None:
         raise UnusableRow("no answer part", "the template gives this row no `|||`")
+    if choices and rendered.label is None and target == "-1":
+        raise UnusableRow(NO_LABEL, "the answer is -1")
     if not target.strip():
         raise UnusableRow("empty target")
     if not rendered.input.strip():
         raise UnusableRow("empty input")
-    if min_choices:
-        check_choices(target, choices, rendered.label, min_choices)
+    if needs_choices:
+        check_choices(choices, rendered.label, target)
     return target
 
 
-def check_choices(
-    target: str, choices: list[str] | None, label: int | None, min_choices: int
-) -> None:
-    """Check that the target is one of at least ``min_choices`` different answer choices.
+def check_choices(choices: Sequence[str] | None, label: int | None, target: str = "") -> int:
+    """Check that there are different answer choices; return the number of the right one.
+
+    A row with one choice, once or repeated, asks nothing: every model would be right about it, and
+    FLIPPED has no wrong answer to learn from.
 
     Raises:
-        UnusableRow: it is not, or a choice is empty.
+        UnusableRow: a choice is empty, all are the same, or none is the right one.
     """
     if not choices:
         raise UnusableRow("no answer choices")
     if label is None:
-        raise UnusableRow("answer not among the choices", f"{target!r} is not in {choices}")
+        raise UnusableRow("answer not among the choices", f"{target!r} is not in {list(choices)}")
+    if not 0 <= label < len(choices):
+        raise UnusableRow(OUT_OF_RANGE, f"{label} of {list(choices)}")
     if not all(choice.strip() for choice in choices):
-        raise UnusableRow("empty answer choice", repr(choices))
-    if len(set(choices)) < min_choices:
-        raise UnusableRow("a single answer choice", repr(choices))
+        raise UnusableRow("empty answer choice", repr(list(choices)))
+    if len(set(choices)) < 2:
+        raise UnusableRow("a single answer choice", repr(list(choices)))
+    return label
 
 
 def _flip(
@@ -152,7 +161,7 @@ def _flip(
     try:
         return flip(template, row, instruction_text=settings.instruction_text, seed=seed)
     except (UnusableRow, TemplateError) as error:
-        if settings.min_choices:
+        if settings.needs_choices:
             detail = error.detail if isinstance(error, UnusableRow) else error.problem
             raise UnusableRow(NO_INSTRUCTION, detail) from None
         return None

@@ -6,6 +6,7 @@ counting) checks the size before it computes. ``charge`` adds up the work of a r
 
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
@@ -28,10 +29,11 @@ MAX_SECONDS = 10.0
 and calls."""
 _WORK_BETWEEN_LOOKS = 20_000
 
-LOOP, CONCAT, WEIGH = "\0loop", "\0concat", "\0weigh"  # filters that no template can name
-CUT = "cut_to_2048_characters"  # one that stands for `string | truncate(2048)`
-OUT_OF_RANGE = "label out of range of the answer choices"
+# filters that no template can name
+LOOP, CONCAT, WEIGH, PRINT = "\0loop", "\0concat", "\0weigh", "\0print"
 _CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
+_MAX_WIDTH = 100  # of a number that `format` writes
+_FORMAT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+)?)?")
 
 
 class TemplateError(UserError):
@@ -57,12 +59,14 @@ class TemplateError(UserError):
 class _Rendering(threading.local):
     """State of the rendering that runs now in this thread."""
 
-    def start(self, seed: int | None) -> None:
-        self.seed = seed
+    def start(self, seed: int | None, cuts: bool = False) -> None:
+        self.seed, self.cuts = seed, cuts
+        self.is_answer = False  # `|||` has been rendered
         self.generator: random.Random | None = None
         self.work, self.next_look = 0, _WORK_BETWEEN_LOOKS
         self.deadline = time.thread_time() + MAX_SECONDS
         self.missing: list[str] = []
+        self.unlabelled: list[str] = []
         self.used_choices: list[int] = []
 
     def charge(self, amount: int) -> None:
@@ -84,21 +88,6 @@ class _Rendering(threading.local):
 
 now = _Rendering()
 now.start(None)
-
-
-class AnswerChoices(list):
-    """Answer choices as a template sees them: a wrong index is an error, not a guess."""
-
-    def __getitem__(self, index):
-        if isinstance(index, int) and not isinstance(index, bool):
-            if not 0 <= index < len(self):
-                problem = f"answer_choices has {len(self)} entries and none at {index}"
-                raise TemplateError(problem, OUT_OF_RANGE)
-            now.used_choices.append(index)
-        elif index is None or isinstance(index, (str, float)):
-            problem = f"answer_choices is read at {index!r}, which is not a whole number"
-            raise TemplateError(problem, OUT_OF_RANGE)
-        return super().__getitem__(index)
 
 
 def weigh(value: Any) -> int:
@@ -146,9 +135,17 @@ def weigh(value: Any) -> int:
     return total
 
 
-def as_text(value: Any) -> str:
+def is_null(value: Any) -> bool:
+    """Tell null, and NaN, which tables hold where a value is missing."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def as_text(value: Any, name: str = "value (it is null)") -> str:
+    """Return a value as text; note by its name one that is null, which is no text."""
     if not isinstance(value, str):
         weigh(value)
+        if is_null(value):
+            now.missing.append(name)
         value = str(value)
     if len(value) > MAX_TEXT_CHARS:
         raise TemplateError(f"makes a text of more than {MAX_TEXT_CHARS:,} characters")
@@ -249,6 +246,17 @@ def _rounded(
     return do_round(value, max(-20, min(20, int(precision))), method)
 
 
+def _formatted(pattern, *args, **kwargs) -> str:
+    """Write numbers and texts as C's printf does: ``"%.1f" | format(score)``."""
+    pattern = as_text(pattern)
+    for sizes in _FORMAT.findall(pattern):
+        if any(size == "*" or len(size) > 3 or int(size or 0) > _MAX_WIDTH for size in sizes):
+            raise TemplateError(f"formats to a width of more than {_MAX_WIDTH}")
+    if kwargs:
+        return pattern % kwargs
+    return pattern % tuple(as_text(value) if is_null(value) else value for value in args)
+
+
 def _comparing(function):
     """Meter a sorting filter, which compares: its arguments count several times."""
 
@@ -294,12 +302,6 @@ def make_filters() -> dict:
         assert attribute is None
         return join_texts(as_text(d), value)
 
-    def cut(context, value):
-        text = value if type(value) is str else as_text(value)
-        if len(text) <= _CUT_CHARS + _CUT_LEEWAY:
-            return text
-        return jinja.do_truncate(context.environment, as_text(text), _CUT_CHARS)
-
     found = {
         name: simple(function)
         for name, function in {
@@ -310,6 +312,7 @@ def make_filters() -> dict:
             "d": jinja.do_default,
             "default": jinja.do_default,
             "float": jinja.do_float,
+            "format": _formatted,
             "int": jinja.do_int,
             "items": lambda value: list(value.items()),
             "join": join,
@@ -345,7 +348,15 @@ def make_filters() -> dict:
         found[name] = with_context(getattr(jinja, f"sync_do_{name}"))
     for name in ("sort", "min", "max", "unique"):
         found[name] = pass_context(_comparing(getattr(jinja, f"do_{name}")))
-    found[CUT] = pass_context(cut)
+
+    def printed(context, value, name):
+        text = as_text(value, name)
+        if now.cuts and len(text) > _CUT_CHARS + _CUT_LEEWAY:
+            text = jinja.do_truncate(context.environment, text, _CUT_CHARS)
+        now.charge(len(text))
+        return text
+
+    found[PRINT] = pass_context(printed)
     found[LOOP] = pass_context(lambda context, value, size: _metered_loop(value, size))
     found[CONCAT] = pass_context(lambda context, values: join_texts("", values))
     found[WEIGH] = pass_context(lambda context, value: _weighed(value))

@@ -15,7 +15,7 @@ from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.messages import UserError, shortened
 
-PROMPTS_FORMAT_VERSION = 2
+PROMPTS_FORMAT_VERSION = 3
 """Counted up when equal settings give other examples."""
 
 
@@ -76,7 +76,7 @@ def make_plan(options: PreparePromptsSettings) -> PromptPlan:
         options.seed,
         options.instruction_text,
         found.fold_whitespace,
-        min_choices=2 if found.needs_choices else 0,
+        needs_choices=found.needs_choices,
         with_instruction=format == "jsonl" and options.source == "templates",
     )
     vocabulary = read_vocabulary(options.vocab) if options.vocab else None

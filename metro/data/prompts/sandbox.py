@@ -14,15 +14,16 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from metro.data.prompts.labels import DECIDES, mark_deciding_values, note_deciding_value, spelling
 from metro.data.prompts.limits import (
     CONCAT,
     LOOP,
     MAX_DEPTH,
     MAX_LIST_ITEMS,
     MAX_SOURCE_CHARS,
+    PRINT,
     WEIGH,
     TemplateError,
-    as_text,
     bounded_range,
     bounded_zip,
     check_operation,
@@ -99,6 +100,13 @@ def _check_and_meter(tree):
                 setattr(node, field, _metered(nodes, value, compares))
             elif isinstance(value, list):
                 value[:] = [_metered(nodes, item, False) for item in value]
+        if isinstance(node, nodes.Output):
+            node.nodes = [
+                value
+                if isinstance(value, nodes.TemplateData)
+                else _as_filter(nodes, value, PRINT, [nodes.Const(spelling(value))])
+                for value in node.nodes
+            ]
         if isinstance(node, nodes.For):
             node.iter = _as_filter(nodes, node.iter, LOOP, [nodes.Const(size)])
         return size
@@ -143,6 +151,8 @@ def _environment():
                 name._note()
             elif isinstance(name, str):
                 now.missing.append(name)
+            else:  # beyond the end of a list; the first or last item of an empty one
+                now.missing.append("item" if name is None else f"item {name}")
 
         def __str__(self):
             self._note()
@@ -177,7 +187,9 @@ def _environment():
         intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
         def _parse(self, source, name, filename):
-            return _check_and_meter(super()._parse(source, name, filename))
+            tree = super()._parse(source, name, filename)
+            mark_deciding_values(tree)
+            return _check_and_meter(tree)
 
         def unsafe_undefined(self, obj, attribute):
             raise TemplateError(f"reads the attribute {attribute!r}")
@@ -215,17 +227,11 @@ def _environment():
     environment = Environment(undefined=Missing, optimized=False, cache_size=0)
     environment.filters.clear()
     environment.filters.update(make_filters())
+    environment.filters[DECIDES] = pass_context(lambda context, *args: note_deciding_value(*args))
     environment.tests = make_tests(environment.tests)
     environment.globals.clear()
     environment.globals.update(range=bounded_range, zip=bounded_zip, namespace=Namespace)
 
-    @pass_context
-    def finalize(context, value):
-        text = value if type(value) is str else as_text(value)
-        now.charge(len(text))
-        return text
-
-    environment.finalize = finalize
     return environment
 
 
@@ -264,7 +270,7 @@ class ProtectedRow(dict):
 
     def __init__(self, row: dict):
         super().__init__(protect(row))
-        self.choices: dict[tuple, list[str]] = {}
+        self.choices: dict[tuple, tuple[list[str], list[str]]] = {}
 
 
 def protect(value: Any) -> Any:
@@ -288,19 +294,24 @@ def unprotect(text: str) -> str:
 
 
 class RenderedSource:
-    """Text of one rendering (still protected), missing fields and answer choices read."""
+    """Text of one rendering (still protected), and what it read that an example must not have."""
 
-    __slots__ = ("text", "missing", "used_choices")
+    __slots__ = ("text", "missing", "unlabelled", "used_choices")
 
-    def __init__(self, text: str, missing: list[str], used_choices: list[int]):
-        self.text, self.missing, self.used_choices = text, missing, used_choices
+    def __init__(self, text: str):
+        self.text = text
+        self.missing, self.unlabelled = now.missing, now.unlabelled
+        self.used_choices = now.used_choices
 
 
-def render_source(source: str, values: dict, seed: int | None) -> RenderedSource:
+def render_source(
+    source: str, values: dict, seed: int | None, *, cuts: bool = True
+) -> RenderedSource:
     """Render Jinja text with the (protected) fields of ``values``.
 
     Args:
         seed: of the filter ``choice``; None takes the first item of every list.
+        cuts: cut every ``{{ ... }}`` at 2048 characters.
 
     Raises:
         TemplateError: the template exceeds a bound, or fails on this row; the message says how.
@@ -310,9 +321,13 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
     template = compile_source(source)
     if _changes_lists(source):
         values = copy.deepcopy(values)
-    now.start(seed)
+    now.start(seed, cuts)
     try:
-        text = template.render(values)
+        pieces = []
+        for piece in template.generate(values):  # each is rendered when it is asked for
+            pieces.append(piece)
+            now.is_answer = now.is_answer or _PIPE in piece
+        text = "".join(pieces)
     except TemplateError:
         raise
     except SecurityError as error:
@@ -322,4 +337,4 @@ def render_source(source: str, values: dict, seed: int | None) -> RenderedSource
     except Exception as error:  # untrusted code: whatever it raises is its own failure
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise TemplateError(f"fails on this row: {kind}{error}") from None
-    return RenderedSource(text, now.missing, now.used_choices)
+    return RenderedSource(text)

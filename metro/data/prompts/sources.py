@@ -28,7 +28,7 @@ SAMPLED_ROWS = 16
 class P3Task(PromptTemplate):
     """A task of P3 in place of a template: its rows are rendered already."""
 
-    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+    def render(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
         fields = {"inputs_pretokenized", "targets_pretokenized"}
         if missing := tuple(sorted(fields - set(row))):
             return RenderedExample("", "", None, None, missing)

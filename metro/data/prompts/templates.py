@@ -1,9 +1,9 @@
 """Prompt templates in promptsource's form: a tree of ``templates.yaml`` files, and their rendering.
 
 A template is Jinja text: prompt, ``|||``, answer. ``answer_choices`` is Jinja text too; it renders
-to the answer choices joined by ``|||`` and is a list inside the template. Every ``{{ ... }}`` is
-cut at 2048 characters, ``|||`` inside data splits nothing, and both parts are stripped: the same
-strings as promptsource's, from a sandbox (``sandbox.py``).
+to the answer choices joined by ``|||`` and is a list inside the template. Every value that a
+``{{ ... }}`` prints is cut at 2048 characters, ``|||`` inside data splits nothing, and both parts
+are stripped: the same strings as promptsource's, from a sandbox (``sandbox.py``).
 """
 
 import os
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.datasets import name_of
-from metro.data.prompts.limits import CUT, AnswerChoices, TemplateError
+from metro.data.prompts.labels import AnswerChoices
+from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.sandbox import (
     ProtectedRow,
     protect,
@@ -25,7 +26,6 @@ from metro.data.prompts.sandbox import (
 )
 from metro.utils.messages import UserError, did_you_mean
 
-_CUT = f" | {CUT} }}}}"
 _MAX_YAML_DEPTH = 20
 _HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
 _REMEDY = (
@@ -46,7 +46,9 @@ class RenderedExample(NamedTuple):
     label: int | None
     """Index of the target among the choices; None where it is not one of them."""
     missing: tuple[str, ...]
-    """Fields that the template printed and the row does not have."""
+    """Fields that the template printed or asked for and the row does not have, or that are null."""
+    unlabelled: tuple[str, ...] = ()
+    """Values that decide on the answer and are no label, such as ``label is -1``."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class PromptTemplate:
         parts = [self.dataset, *([self.subset] if self.subset else []), self.name]
         return re.sub(r"[^a-zA-Z0-9_.]+", "_", "_".join(parts))
 
-    def render_example(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
+    def render(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
         """Render prompt, answer and answer choices of a row.
 
         Args:
@@ -87,23 +89,24 @@ class PromptTemplate:
         """
         with self._named():
             fields = self._fields(row)
-            choices = self._choices(fields, seed)
+            choices, without = self._choices(fields, seed)
             values = self._with_choices(fields, choices)
-            rendered = render_source(_cut_values(self.jinja), values, seed)
+            rendered = render_source(self.jinja, values, seed)
         parts = [unprotect(part).strip() for part in rendered.text.split("|||")]
         target = parts[1] if len(parts) > 1 else None
         label = None
         if choices and target:
             label = _label_of(target, choices, rendered.used_choices)
-        missing = tuple(dict.fromkeys(rendered.missing))
-        return RenderedExample(parts[0], target, choices, label, missing)
+        missing = tuple(dict.fromkeys([*rendered.missing, *without]))
+        unlabelled = tuple(dict.fromkeys(rendered.unlabelled))
+        return RenderedExample(parts[0], target, choices, label, missing, unlabelled)
 
     def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str:
         """Render any Jinja text as if it were this template's; neither split nor stripped."""
         with self._named():
             fields = self._fields(row)
-            values = self._with_choices(fields, self._choices(fields, seed))
-            return unprotect(render_source(_cut_values(jinja_source), values, seed).text)
+            values = self._with_choices(fields, self._choices(fields, seed)[0])
+            return unprotect(render_source(jinja_source, values, seed).text)
 
     def _fields(self, row: dict) -> ProtectedRow:
         if isinstance(row, ProtectedRow):
@@ -115,15 +118,23 @@ class PromptTemplate:
             )
         return ProtectedRow(row)
 
-    def _choices(self, fields: ProtectedRow, seed: int | None) -> list[str] | None:
+    def _choices(
+        self, fields: ProtectedRow, seed: int | None
+    ) -> tuple[list[str] | None, list[str]]:
+        """Return the answer choices, and the fields that the row lacks for them."""
         source = self.answer_choices
         if not source:
-            return None
+            return None, []
         key = (source, seed)  # templates of a dataset mostly share their answer choices
         if key not in fields.choices:
-            text = source if "{" not in source else render_source(source, fields, seed).text
-            fields.choices[key] = [unprotect(part).strip() for part in text.split("|||")]
-        return list(fields.choices[key])
+            text, missing = source, []
+            if "{" in source:
+                rendered = render_source(source, fields, seed, cuts=False)
+                text, missing = rendered.text, rendered.missing
+            choices = [unprotect(part).strip() for part in text.split("|||")]
+            fields.choices[key] = choices, missing
+        choices, missing = fields.choices[key]
+        return list(choices), missing
 
     @staticmethod
     def _with_choices(fields: dict, choices: list[str] | None) -> dict:
@@ -143,20 +154,21 @@ class PromptTemplate:
 def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
     """Return the index of the answer choice that the target is.
 
-    Equal choices are told apart by the one that the template read last. A target that contains a
-    choice ("positive review.") is that choice if the template read it.
+    Equal choices are told apart by the one that the answer part read last. A target that has the
+    words of that choice among others ("positive review.") is that choice.
+
+    Args:
+        used: indices of the choices that the answer part read.
     """
     last = used[-1] if used else None
-    if last is not None and choices[last] and choices[last] in target:
-        if choices[last] == target or target not in choices:
-            return last
-    return choices.index(target) if target in choices else None
-
-
-@lru_cache(maxsize=8192)
-def _cut_values(source: str) -> str:
-    """Add promptsource's cut, textual as there: it binds to the last operand of an expression."""
-    return source.replace("}}", _CUT)
+    if last is not None and target == choices[last]:
+        return last
+    if target in choices:
+        return choices.index(target)
+    if last is not None and choices[last]:
+        words = rf"(?<!\w){re.escape(choices[last])}(?!\w)"
+        return last if re.search(words, target) else None
+    return None
 
 
 class TemplateTree:

@@ -33,7 +33,7 @@ from metro.utils.messages import UserError
 RUN_FORMAT = 3
 """Raised when the same settings give other examples or scores. 2: templates that draw at random
 have other seeds, and rows that lack a field of the template are left out. 3: digests of all rows
-and templates; rows without a label are left out."""
+and templates; rows without a label or with a single distinct answer choice are left out."""
 IDENTITY = "method suite protocol options content".split()
 """Keys of run.json that must be equal to resume a run; the model's content last, as another dtype
 changes its weights too. Versions may differ."""

@@ -159,8 +159,8 @@ def evaluate_prompts(
         show(0.0)
         started = time.perf_counter()
         try:
-            asked = task.examples(prompt, flipped=scoring.method == "flipped")
-            asked.examples = [protocol.prepare(example) for example in asked.examples]
+            flipped = scoring.method == "flipped"
+            asked = task.examples(prompt, flipped=flipped, prepare=protocol.prepare)
             encoder = protocol.encoder(tokenizer, task.name)
             if rtd_head is not None:
                 rtd_scorer = RtdScorer(model, rtd_head, scoring.batch_tokens)

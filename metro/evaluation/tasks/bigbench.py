@@ -10,16 +10,24 @@ direct and channel.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.datasets import DatasetUnavailable
+from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prompts.instruction import join_instruction
+from metro.data.prompts.labels import NO_LABEL
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.utils.messages import UserError
 
 _LETTERED = re.compile(r"(\([A-Z]\)) *(.*)")
+_TEXTS = {
+    "task_prefix": "",
+    "example_input_prefix": "\nQ: ",
+    "example_output_prefix": "\nA: ",
+    "choice_prefix": "\n choice: ",
+}
 
 
 class BigBenchFile(NamedTuple):
@@ -30,7 +38,7 @@ class BigBenchFile(NamedTuple):
     example_output_prefix: str
     choice_prefix: str
     append_choices_to_input: Any
-    examples: list[dict]
+    examples: list
 
 
 def read_task_file(folder: Path) -> BigBenchFile:
@@ -52,14 +60,22 @@ def read_task_file(folder: Path) -> BigBenchFile:
             )
         path = others[0]
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            content = {"examples": [json.loads(line) for line in text.split("\n") if line.strip()]}
+            content = {"examples": list(_lines(JsonlRows(path)))}
         else:
-            content = json.loads(text)
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     return parse_task(content, path)
+
+
+def _lines(rows: JsonlRows) -> Iterator[dict | UnusableRow]:
+    """Yield the examples of a file of lines; in the place of a broken one, what is wrong there."""
+    for number in range(len(rows)):
+        try:
+            yield rows[number]
+        except UnusableRow as error:
+            yield error
 
 
 def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchFile:
@@ -75,29 +91,20 @@ def parse_task(content: dict, path: Path | str = "task.json") -> BigBenchFile:
         )
     answers = _two_answers(found)
     examples = [_scored(example, answers) for example in found]
-    without = [i for i, example in enumerate(examples) if not _has_choices(example)]
-    if without:
+    if not any(isinstance(x, dict) and isinstance(x.get("target_scores"), dict) for x in examples):
         raise UserError(
-            f"{path}: example {without[0]} has no multiple-choice targets (target_scores of "
-            f"choices that are not empty, one with score 1), nor have {len(without) - 1} others; "
-            "only multiple-choice tasks can be evaluated by ranking choices"
+            f"{path} has no multiple-choice examples (target_scores of choices); only "
+            "multiple-choice tasks can be evaluated by ranking choices"
         )
-    without = [i for i, example in enumerate(examples) if "input" not in example]
-    if without:
-        raise UserError(f"{path}: example {without[0]} has no 'input', the text that is asked")
+    texts = {name: content.get(name, default) for name, default in _TEXTS.items()}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise UserError(f"{path}: {name} is {text!r}, and must be a text")
     return BigBenchFile(
-        content.get("task_prefix", ""),
-        content.get("example_input_prefix", "\nQ: "),
-        content.get("example_output_prefix", "\nA: "),
-        content.get("choice_prefix", "\n choice: "),
-        content.get("append_choices_to_input", True),
-        examples,
+        **texts,
+        append_choices_to_input=content.get("append_choices_to_input", True),
+        examples=examples,
     )
-
-
-def _has_choices(example: Any) -> bool:
-    scores = example.get("target_scores") if isinstance(example, dict) else None
-    return isinstance(scores, dict) and 1 in scores.values() and all(map(str.strip, scores))
 
 
 def _scored(example: Any, answers: list[str]) -> Any:
@@ -134,9 +141,21 @@ def _two_answers(examples: list) -> list[str]:
 def make_question(
     task: BigBenchFile, number: int, index: int, *, flipped: bool = False
 ) -> EvaluationExample:
-    """Make the question of an example; ``index`` keeps the subtasks of a task apart."""
+    """Make the question of an example; ``index`` keeps the subtasks of a task apart.
+
+    Raises:
+        UnusableRow: it has no input, no target scores of choices, or no score is 1.
+    """
     example = task.examples[number]
+    if isinstance(example, UnusableRow):
+        raise example
+    if not isinstance(example, dict) or not isinstance(example.get("target_scores"), dict):
+        raise UnusableRow("no multiple-choice targets", "the example has no target_scores")
+    if example.get("input") is None:
+        raise UnusableRow("missing field", "the example has no 'input'")
     scores, text = example["target_scores"], str(example["input"])
+    if 1 not in scores.values():
+        raise UnusableRow(NO_LABEL, f"no choice has score 1: {scores}")
     choices, label = list(scores), list(scores.values()).index(1)
     flipped_input, instruction = flip_example(task, text, choices) if flipped else (None, None)
     prompt = direct_prompt(task, text, choices)

@@ -13,8 +13,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
+from metro.data.jsonl_rows import UnusableRow
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.utils.messages import UserError
 
 LABEL_WORDS = ("words", "published", "original")
 
@@ -30,15 +30,15 @@ def replace_label_words(
     """Ask the example in other words.
 
     Raises:
-        UserError: an answer choice is not one of the words.
+        UnusableRow: an answer choice is not one of the words.
     """
     if how == "original":
         return example
     for choice in example.choices:
         if choice not in replace_words:
-            raise UserError(
-                f"answer choice {choice!r} of row {example.index} has no substitute; the suite "
-                f"replaces {', '.join(replace_words)}"
+            raise UnusableRow(
+                "answer choice without substitute",
+                f"{choice!r}; the suite replaces {', '.join(replace_words)}",
             )
     swap = whole_words(replace_words) if how == "words" else substrings(replace_words)
     instruction = example.instruction

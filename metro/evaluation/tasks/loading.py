@@ -10,10 +10,11 @@ from metro.data.jsonl_rows import UnusableRow
 from metro.data.local_files import find_split, kind_of, open_rows, splits_in
 from metro.data.prompts.examples import (
     ExampleSettings,
-    check_choices,
+    PromptedExample,
     make_example,
 )
 from metro.data.prompts.instruction import NO_INSTRUCTION
+from metro.data.prompts.labels import NO_LABEL
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.data.prompts.templates import PromptTemplate
 from metro.evaluation.tasks import bigbench
@@ -21,7 +22,6 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.evaluation.tasks.task import Sources, Task, choose_rows
-from metro.utils.files import inside
 from metro.utils.messages import UserError, shortened
 
 SUBTASK_STRIDE = 1_000_000
@@ -40,7 +40,7 @@ class TemplateTask(Task):
             self.split = sources.split or spec.split
             name = spec.dataset if sources.data_dir is not None else spec.hub or spec.dataset
             self.data = load_rows(name, spec.subset, self.split, data_dir=sources.data_dir)
-        self.templates = {prompt: self.find_template(prompt) for prompt in self.prompts}
+        self.templates = self.for_prompts(self.find_template)
         self.indices = choose_rows(len(self.data), spec.max_rows, sources.limit)
 
     def find_template(self, prompt: str) -> PromptTemplate:
@@ -85,7 +85,7 @@ class TemplateTask(Task):
         settings = ExampleSettings(
             self.sources.seed,
             self.sources.instruction_text,
-            min_choices=1,
+            needs_choices=True,
             with_instruction=flipped,
         )
         example = make_example(template, row, self.split, number, settings)
@@ -103,15 +103,19 @@ class MmluTask(TemplateTask):
         row = self.data[number]
         if "choices" not in row and all(letter in row for letter in "ABCD"):  # MMLU's own csv
             row = {**row, "choices": [row[letter] for letter in "ABCD"]}
-        for name in ("question", "choices", "answer"):
-            if name not in row:
-                place = getattr(self.data, "path", f"subject {self.name}")
-                raise UserError(f"{place}: row {number} has no {name!r}: it is not a row of MMLU")
-        letters = [chr(ord("A") + number) for number in range(len(row["choices"]))]
-        answer = row["answer"]
+        if missing := [name for name in ("question", "choices", "answer") if row.get(name) is None]:
+            raise UnusableRow("not a row of MMLU", f"it has no {', '.join(map(repr, missing))}")
+        choices, answer = row["choices"], row["answer"]
+        if not isinstance(choices, list | tuple):
+            raise UnusableRow("not a row of MMLU", f"choices is {choices!r}, and must be a list")
+        letters = [chr(ord("A") + number) for number in range(len(choices))]
+        if isinstance(answer, str) and answer.isdecimal():
+            answer = int(answer)
+        if not (answer in letters or (type(answer) is int and 0 <= answer < len(letters))):
+            raise UnusableRow(NO_LABEL, f"answer is {answer!r} of {len(letters)} choices")
         return {
             "question": row["question"],
-            "choices": {"text": row["choices"], "label": letters},
+            "choices": {"text": choices, "label": letters},
             "answerKey": letters[answer] if isinstance(answer, int) else answer,
         }
 
@@ -129,24 +133,25 @@ class BigBenchTask(Task):
                 f"task {spec.name}: BIG-bench's task.json files come with its repository; give "
                 "the folder benchmark_tasks with --bigbench-dir DIR"
             )
-        self.files = {
-            prompt: bigbench.read_task_file(
-                inside(Path(root), f"{spec.name}/{'' if prompt == WHOLE_TASK else prompt}")
+        folder = Path(root) / spec.name
+        self.files = self.for_prompts(
+            lambda prompt: bigbench.read_task_file(
+                folder if prompt == WHOLE_TASK else folder / prompt
             )
-            for prompt in self.prompts
-        }
+        )
 
     def rows(self, prompt: str) -> Sequence[int]:
         return choose_rows(len(self.files[prompt].examples), None, self.sources.limit)
 
     def record(self, prompt: str, number: int) -> Any:
-        return self.files[prompt].examples[number]
+        example = self.files[prompt].examples[number]
+        return str(example) if isinstance(example, UnusableRow) else example
 
     def recipe(self, prompt: str) -> Any:
         return self.files[prompt]._replace(examples=[])
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
-        first = self.prompts.index(prompt) * SUBTASK_STRIDE
+        first = self.spec.prompts.index(prompt) * SUBTASK_STRIDE
         return bigbench.make_question(self.files[prompt], number, first + number, flipped=flipped)
 
 
@@ -155,15 +160,7 @@ class MinimalPairsTask(Task):
 
     def __init__(self, spec: TaskSpec, sources: Sources):
         super().__init__(spec, sources)
-        self.data: dict[str, Sequence[dict]] = {}
-        for paradigm in spec.prompts:
-            try:
-                self.data[paradigm] = self.open(paradigm)
-            except DatasetUnavailable as error:
-                self.unavailable[f"{spec.name} / {paradigm}"] = str(error)
-        if not self.data:
-            raise DatasetUnavailable(next(iter(self.unavailable.values())))
-        self.prompts = list(self.data)
+        self.data = self.for_prompts(self.open)
 
     def open(self, paradigm: str) -> Sequence[dict]:
         spec, folder = self.spec, self.sources.data_dir
@@ -199,11 +196,13 @@ class PreparedTask(Task):
             for task, facts in tasks.items()
             if name_of(facts["dataset"], facts["subset"]) == spec.name
         }
-        if absent := [prompt for prompt in self.prompts if prompt not in files]:
-            raise DatasetUnavailable(
-                f"task {spec.name}: {folder} has no {side} examples of prompt {absent[0]!r}"
-            )
-        self.files = {prompt: PromptedExamples(files[prompt]) for prompt in self.prompts}
+
+        def read(prompt: str) -> PromptedExamples:
+            if prompt not in files:
+                raise DatasetUnavailable(f"{folder} has no {side} examples of it")
+            return PromptedExamples(files[prompt])
+
+        self.files = self.for_prompts(read)
 
     def rows(self, prompt: str) -> Sequence[int]:
         return choose_rows(len(self.files[prompt]), None, self.sources.limit)
@@ -213,7 +212,8 @@ class PreparedTask(Task):
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         example = self.files[prompt][number]
-        check_choices(example["target"], example["answer_choices"], example["label"], 2)
+        if missing := [name for name in PromptedExample.__annotations__ if name not in example]:
+            raise UnusableRow("missing field", f"the line has no {', '.join(map(repr, missing))}")
         if flipped and not example["instruction"]:
             raise UnusableRow(NO_INSTRUCTION)
         return EvaluationExample.of(example)
@@ -234,7 +234,7 @@ def load_task(spec: TaskSpec, sources: Sources) -> Task:
 
     Raises:
         DatasetUnavailable: they are not available here; the message says what to do.
-        UserError: they are there and wrong.
+        UserError: they are there and wrong, or no prompt can be used.
     """
     return CLASSES[spec.kind](spec, sources)
 
@@ -261,13 +261,19 @@ def own_rows(spec: TaskSpec) -> Sequence[dict]:
 
 
 def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:
-    """Load the tasks of a suite; return them, and the reasons why others are not available."""
+    """Load the tasks of a suite.
+
+    Returns:
+        The tasks, and why other ones ("task") or prompts ("task / prompt") cannot be used.
+    """
     tasks: list[Task] = []
     missing: dict[str, str] = {}
     for spec in suite.tasks.values():
         try:
-            tasks.append(load_task(spec, sources))
-            missing |= tasks[-1].unavailable
-        except DatasetUnavailable as error:
+            task = load_task(spec, sources)
+        except (UserError, OSError) as error:
             missing[spec.name] = str(error)
+            continue
+        tasks.append(task)
+        missing |= {f"{spec.name} / {prompt}": why for prompt, why in task.unusable.items()}
     return tasks, missing

@@ -1,15 +1,16 @@
 """A task of an evaluation: rows, chosen by number, that become questions.
 
-Rows of which no question can be made are left out, counted and named.
+What cannot be used is left out by name, and nothing else with it: rows of which no question can be
+made, which are counted, and prompts that no row can be asked with.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import LeftOut, count_row
@@ -20,6 +21,7 @@ from metro.utils.identity import digest
 from metro.utils.messages import UserError
 
 MAX_ROWS_SEED = 42
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,33 @@ class Task:
 
     Raises:
         DatasetUnavailable: its data are not available here.
+        UserError: none of its prompts can be used.
     """
 
     def __init__(self, spec: TaskSpec, sources: Sources):
         self.spec, self.sources, self.name = spec, sources, spec.name
         self.prompts = list(spec.prompts)
-        self.unavailable: dict[str, str] = {}
-        """Parts of it without data -> reason; the others are evaluated."""
+        """Those that can be used."""
+        self.unusable: dict[str, str] = {}
+        """The others, and why they cannot."""
+
+    def for_prompts(self, make: Callable[[str], Made]) -> dict[str, Made]:
+        """Make something for every prompt; one for which that fails is left out.
+
+        Raises:
+            UserError: none is left.
+        """
+        found, first = {}, None
+        for prompt in self.prompts:
+            try:
+                found[prompt] = make(prompt)
+            except UserError as error:
+                self.unusable[prompt] = str(error)
+                first = first or error
+        if first and not found:
+            raise first
+        self.prompts = list(found)
+        return found
 
     def rows(self, prompt: str) -> Sequence[int]:
         """Return the numbers of the rows that are asked."""
@@ -116,8 +138,19 @@ class Task:
 
         return digest(map(content, self.rows(prompt)))
 
-    def examples(self, prompt: str, *, flipped: bool = False) -> Examples:
+    def examples(
+        self,
+        prompt: str,
+        *,
+        flipped: bool = False,
+        prepare: Callable[[EvaluationExample], EvaluationExample] = lambda example: example,
+    ) -> Examples:
         """Make all questions of a prompt.
+
+        Args:
+            prompt: one of ``prompts``.
+            flipped: with the texts of FLIPPED.
+            prepare: makes of a question what the model reads.
 
         Raises:
             UserError: there is none; the message says why.
@@ -125,7 +158,7 @@ class Task:
         found = Examples()
         for number in self.rows(prompt):
             try:
-                found.examples.append(self.example(prompt, number, flipped=flipped))
+                found.examples.append(prepare(self.example(prompt, number, flipped=flipped)))
             except UnusableRow as error:
                 count_row(found.skipped, error, f"row {number}")
         if not found.examples:
@@ -133,7 +166,7 @@ class Task:
             if found.skipped:
                 reason, left_out = max(found.skipped.items(), key=lambda item: item[1].num_rows)
                 why = f"{reason} ({left_out.first})"
-            raise UserError(f"task {self.name}, prompt {prompt!r}: no row can be evaluated: {why}")
+            raise UserError(f"no row can be evaluated: {why}")
         return found
 
 

@@ -59,7 +59,8 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     result, _ = prepare(tmp_path, tmp_path / "out")
     counts = {reason: facts["count"] for reason, facts in result.manifest["dropped"].items()}
     assert counts == {
-        "label out of range of the answer choices": 2,
+        "label out of range of the answer choices": 1,
+        "no label": 1,
         "no answer part": 1,
         "empty target": 1,
         "rendering failed": 2,  # an empty list to draw from; None + 1

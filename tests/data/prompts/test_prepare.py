@@ -193,7 +193,7 @@ def test_flipped_mixture_on_real_rows(testdata, tmp_path):
                     lines[file] = file.read_text().split("\n")
                 row = json.loads(lines[file][example["row"]])
                 assert (example["flipped_input"], example["instruction"]) == flip(template, row)
-                rendered = template.render_example(row)
+                rendered = template.render(row)
                 assert (example["input"], example["target"]) == rendered[:2]
                 checked += 1
     assert checked > 300

@@ -56,7 +56,7 @@ def test_all_templates_equal_recorded_renderings(golden, tree):
         one = tree.template(case["dataset"], subset, case["template"])
         assert (one.metrics, one.original_task) == (tuple(case["metrics"]), case["original_task"])
         # The recorder pinned the random filter to the first item.
-        made = one.render_example(case["row"], seed=None)
+        made = one.render(case["row"], seed=None)
         assert made.choices == case["answer_choices"]
         if case["direct_input"] is not None:
             assert made[:2] == (case["direct_input"], case["direct_target"])
@@ -95,7 +95,7 @@ def test_every_template_renders_rows_of_every_dataset_at_hand(testdata, tree):
             rows = JsonlRows(file, limit=8)
             for one in tree.templates(dataset, subset):
                 for number, row in enumerate(rows):
-                    made = one.render_example(row, seed=number)
+                    made = one.render(row, seed=number)
                     assert made.input or made.target is None
                     missing |= {(dataset, field) for field in made.missing}
             seen.add((dataset, subset))
@@ -109,7 +109,7 @@ def test_tree_reads_names_tags_and_metadata(tmp_path):
     (one,) = tree.templates("toy", "small")
     assert one.task_name == "toy_small_is_it_good_"
     assert one.metrics == ("Accuracy",) and one.original_task and one.choices_in_prompt
-    assert one.render_example({"text": "Fine.", "label": 1})[:3] == (
+    assert one.render({"text": "Fine.", "label": 1})[:3] == (
         "Fine.\nIs it good?",
         "Yes",
         ["No", "Yes"],
@@ -117,14 +117,39 @@ def test_tree_reads_names_tags_and_metadata(tmp_path):
 
 
 def test_values_are_cut_at_2048_characters_at_a_word():
-    """Oracle: Jinja's own truncate, applied by hand to the last operand as promptsource does."""
-    long = "word " * 1000
-    made = template("{{ text }}|||{{ 'a ' ~ text }}").render_example({"text": long})
+    """Oracle: Jinja's own truncate, as promptsource appends it to every expression."""
+    row = {"text": "word " * 1000}
+    made = template("{{ text }}|||{{ 'a ' ~ text }}", "{{ text }} ||| b").render(row)
     assert made.input.endswith("...") and 2000 < len(made.input) <= 2048
-    assert made.target == ("a " + made.input)
-    assert (
-        template("{{ text }}").render_example({"text": "x" * 2050}).input == "x" * 2050
-    )  # Jinja's leeway
+    assert made.target == f"a {made.input.removesuffix(' word...')}..."
+    assert made.choices == [row["text"].strip(), "b"]  # not cut
+    assert template("{{ text }}").render({"text": "x" * 2050}).input == "x" * 2050  # the leeway
+
+
+def test_text_of_a_template_reaches_the_model_as_it_is_written():
+    """Oracle: plain Jinja. The cut of values concerns none of these."""
+    row = {"k": 1, "text": "t", "pair": [3, 4]}
+    for jinja, expected in {
+        'Reply {"a": {"b": 1}} or {"a": {}}: {{text}}': 'Reply {"a": {"b": 1}} or {"a": {}}: t',
+        "{{ k == 1 }} {{ not k }} {{ k + 1 }}": "True False 2",
+        "{{ text -}}   !": "t!",
+        "{{ {'a': {'b': text}}.a.b }}": "t",
+        "{{ text if k }} {{ 'no' if not k }}.": "t .",
+        "{{ '}}' }}{{ '{{' }}": "}}{{",
+        "{{ pair }}": "[3, 4]",
+        "{% set x %}{{ text }}}}{% endset %}{{ x }}": "t}}",
+    }.items():
+        assert template(jinja + " ||| x").render(row).input == expected, jinja
+
+
+def test_format_writes_numbers_as_printf_does():
+    """Oracle: Python's own operator."""
+    row = {"score": 0.4321, "word": "so", "n": 7}
+    jinja = "{{ '%.1f' | format(score) }} {{ '%s-%03d%%' | format(word, n) }} ||| {{n}}"
+    made = template(jinja).render(row)
+    assert made.input == "0.4 so-007%" and made.missing == ()
+    assert template("{{ '%(a)s' | format(a=word) }}").render(row).input == "so"
+    assert template("{{ '%s' | format(gone) }}").render(row).missing == ("gone",)
 
 
 def test_bars_inside_data_split_nothing():
@@ -132,15 +157,15 @@ def test_bars_inside_data_split_nothing():
     one = template(
         "{{text}} {{options[0]}}? ||| {{answer_choices[label]}}", '{{options | join("|||")}}'
     )
-    made = one.render_example(row)
+    made = one.render(row)
     assert made.input == "a ||| b x ||| y?"
     assert (made.target, made.choices, made.label) == ("x ||| y", ["x ||| y", "z"], 0)
 
 
 def test_no_answer_part_gives_no_target():
     one = template("{% if kind == 'a' %}{{text}} ||| yes{% endif %}")
-    assert one.render_example({"kind": "a", "text": "t"})[:2] == ("t", "yes")
-    assert one.render_example({"kind": "b", "text": "t"})[:2] == ("", None)
+    assert one.render({"kind": "a", "text": "t"})[:2] == ("t", "yes")
+    assert one.render({"kind": "b", "text": "t"})[:2] == ("", None)
 
 
 def test_choice_draws_by_seed_and_never_globally():
@@ -148,19 +173,19 @@ def test_choice_draws_by_seed_and_never_globally():
 
     one = template("{{ [1, 2, 3, 4, 5, 6, 7, 8] | choice }}{{ [1, 2, 3, 4] | choice }}|||x")
     state = random.getstate()
-    drawn = [one.render_example({}, seed=seed).input for seed in range(50)]
+    drawn = [one.render({}, seed=seed).input for seed in range(50)]
     assert random.getstate() == state
-    assert drawn == [one.render_example({}, seed=seed).input for seed in range(50)]
+    assert drawn == [one.render({}, seed=seed).input for seed in range(50)]
     assert len(set(drawn)) > 15
-    assert one.render_example({}, seed=None).input == "11"
+    assert one.render({}, seed=None).input == "11"
     # The same draws for the same seed in any other text of the template.
     assert one.render_text("{{ [1, 2, 3, 4, 5, 6, 7, 8] | choice }}", {}, seed=7) == drawn[7][0]
 
 
 def test_most_frequent_and_zip_are_promptsources():
     row = {"items": ["b", "a", "b", "a", "c"]}
-    assert template("{{ items | most_frequent | join(',') }}").render_example(row).input == "b,a"
-    assert template("{% for a, b in zip([1, 2], [3, 4]) %}{{a}}{{b}} {% endfor %}").render_example(
+    assert template("{{ items | most_frequent | join(',') }}").render(row).input == "b,a"
+    assert template("{% for a, b in zip([1, 2], [3, 4]) %}{{a}}{{b}} {% endfor %}").render(
         {}
     ).input == ("13 24")
 
@@ -168,40 +193,70 @@ def test_most_frequent_and_zip_are_promptsources():
 def test_label_beyond_the_options_is_an_error_not_the_last_option():
     one = template("{{text}} ||| {{answer_choices[label]}}", "no ||| yes")
     with pytest.raises(ValueError, match="'made' of toy answer_choices has 2 entries and none at"):
-        one.render_example({"text": "t", "label": -1})
-    with pytest.raises(ValueError, match="none at 2"):
-        one.render_example({"text": "t", "label": 2})
-    for label in ("1", 1.0, None):
+        one.render({"text": "t", "label": 2})
+    for label in (-1, None, ""):
+        with pytest.raises(ValueError, match=f"'made' of toy label is {label!r}"):
+            one.render({"text": "t", "label": label})
+    for label in ("1", 1.0):
         with pytest.raises(ValueError, match=f"is read at {label!r}, which is not a whole number"):
-            one.render_example({"text": "t", "label": label})
+            one.render({"text": "t", "label": label})
 
 
 def test_label_is_the_option_that_the_answer_came_from():
     same = template("{{t}} ||| {{answer_choices[label]}}", "a ||| b ||| a")
-    assert same.render_example({"t": "t", "label": 2}).label == 2
+    assert same.render({"t": "t", "label": 2}).label == 2
     longer = template("{{t}} ||| {{answer_choices[label]}} review.", "negative ||| positive")
-    assert longer.render_example({"t": "t", "label": 1}).label == 1
+    assert longer.render({"t": "t", "label": 1}).label == 1
     other = template("{{t}} ||| {{word}}", "a ||| b")
-    assert other.render_example({"t": "t", "word": "c"}).label is None
-    assert other.render_example({"t": "t", "word": "b"}).label == 1
+    assert other.render({"t": "t", "word": "c"}).label is None
+    assert other.render({"t": "t", "word": "b"}).label == 1
+
+
+@pytest.mark.parametrize("word", ["unknown", "not", "Nobody says no.", "no!"])
+def test_an_answer_that_is_no_option_is_not_the_option_whose_letters_it_has(word):
+    """Oracle: the options are "yes" and "no" alone."""
+    for jinja in (
+        "{{answer_choices[0]}} or {{answer_choices[1]}}? ||| {{word}}",
+        "{{t}} ||| {% if answer_choices[1] == word %}{{answer_choices[1]}}{% endif %}{{word}}",
+    ):
+        made = template(jinja, "yes ||| no").render({"t": "t", "word": word})
+        whole_word = "if" in jinja and "no" in word.replace("!", "").replace(".", "").split()
+        assert made.label == (1 if whole_word else None), jinja
 
 
 def test_a_template_that_changes_a_list_leaves_the_row_alone():
     row = {"words": ["a", "b"]}
     one = template("{% if words.append('c') %}{% endif %}{{ words | join(' ') }} ||| x")
-    assert [one.render_example(row).input for _ in range(2)] == ["a b c", "a b c"]
+    assert [one.render(row).input for _ in range(2)] == ["a b c", "a b c"]
     assert row == {"words": ["a", "b"]}
 
 
 def test_missing_fields_are_named():
-    made = template("{{text}} {{other}} ||| {{row.inner}}").render_example({"text": "t", "row": {}})
+    made = template("{{text}} {{other}} ||| {{row.inner}}").render({"text": "t", "row": {}})
     assert made.missing == ("other", "inner")
-    assert template("{% if other is defined %}x{% endif %}t").render_example({}).missing == ()
+    assert template("{% if other is defined %}x{% endif %}t").render({}).missing == ()
     for condition in ("label == 0", "label != 1", "1 == label", "label in [0, 1]", "label"):
         # Without the note the row would be given the other answer.
         one = template("t ||| {% if " + condition + " %}yes{% else %}no{% endif %}")
-        assert one.render_example({}).missing == ("label",), condition
-        assert one.render_example({"label": 1}).missing == ()
+        assert one.render({}).missing == ("label",), condition
+        assert one.render({"label": 1}).missing == ()
+
+
+def test_nulls_and_items_that_are_not_there_are_missing_as_well():
+    """Oracle: by hand. Where a template asks for null, it is no text that the prompt lacks."""
+    row = {"a": None, "nan": float("nan"), "text": "None", "words": [], "d": {"x": None}}
+    for jinja, missing in {
+        "{{a}} {{text}}": ("a",),
+        "{{nan}}{{d.x}}": ("nan", "d.x"),
+        "{{ words[0] }}": ("item 0",),
+        "{{ words | first }}": ("item",),
+        "{{ [text, a] | join(' ') }}": ("value (it is null)",),
+        "{{ a | upper }}{{ text ~ a }}": ("value (it is null)",),
+        "{{ '%s' | format(a) }}": ("value (it is null)",),
+        "{% if a is none %}x{% endif %}{{ a or text }}": (),
+    }.items():
+        assert template(jinja + "t ||| x").render(row).missing == missing, jinja
+    assert template("t ||| x", "{{a}} ||| b").render(row).missing == ("a",)
 
 
 GROW = "{% set a = ['x'] %}{% set b = ['x'] %}" + "{% set a = [a, a] %}{% set b = [b, b] %}" * 45
@@ -217,7 +272,12 @@ HOSTILE = {
     "globals of a function": "{{ range.__globals__ }}",
     "attribute filter": "{{ text | attr('__class__') }}",
     "map with attribute": "{{ [text] | map(attribute='__class__') | list }}",
-    "map to a forbidden filter": "{{ [text] | map('format') | list }}",
+    "map to a forbidden filter": "{{ [text] | map('pprint') | list }}",
+    "filter format of width": "{{ '%1000000000d' | format(1) }}",
+    "filter format of precision": "{{ '%.999999999f' | format(1) }}",
+    "filter format of a width in the row": "{{ '%*d' | format(1000000000, 1) }}",
+    "filter format of many": "{{ ('%100d' * 99999) | format(*range(99999)) }}",
+    "filter format of a name": "{{ '%(a)1000000000d' | format(a=1) }}",
     "format": "{{ '{0.__class__}'.format(text) }}",
     "format of width": "{{ '{:1000000000}'.format(1) }}",
     "percent": "{{ '%1000000000d' % 1 }}",
@@ -302,9 +362,7 @@ def test_hostile_template_is_refused_within_time_and_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     with pytest.raises(ValueError, match="template 'made' of toy") as caught:
-        template(HOSTILE[name]).render_example(
-            {"text": "some text", "items": [1], "d": {}, "e": {"a": 1}}
-        )
+        template(HOSTILE[name]).render({"text": "some text", "items": [1], "d": {}, "e": {"a": 1}})
     assert "TypeError" not in str(caught.value)  # refused, not written wrongly
     assert time.process_time() - start < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
@@ -316,14 +374,14 @@ def test_hostile_template_is_refused_within_time_and_memory(name):
 def test_hostile_answer_choices_are_refused_too(choices):
     """They are not cut at 2048 characters."""
     with pytest.raises(ValueError, match="template 'made' of toy"):
-        template("{{text}} ||| x", choices).render_example({"text": "t"})
+        template("{{text}} ||| x", choices).render({"text": "t"})
 
 
 def test_bounds_leave_room_for_large_rows():
     """A row like wiki_hop's largest: hundreds of kilobytes of passages."""
     passages = ["many words of a passage. " * 200] * 60
     jinja = "{% for s in supports %}{{ s }}\n{% endfor %}{{ supports | join(' ') }} ||| {{ a }}"
-    made = template(jinja).render_example({"supports": passages, "a": "answer"})
+    made = template(jinja).render({"supports": passages, "a": "answer"})
     assert made.target == "answer" and made.input.count("many words") > 60 * 70
 
 
@@ -375,4 +433,4 @@ def test_wrong_names_are_answered_with_similar_ones(tmp_path, monkeypatch):
 
 def test_row_with_a_field_answer_choices_is_refused():
     with pytest.raises(ValueError, match="rename it"):
-        template("{{text}}").render_example({"text": "t", "answer_choices": []})
+        template("{{text}}").render({"text": "t", "answer_choices": []})

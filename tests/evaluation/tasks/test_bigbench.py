@@ -4,12 +4,18 @@ Oracle: strings recorded from the original, up to five examples of each task.
 """
 
 import json
+from collections import Counter
 
 import pytest
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.tasks.bigbench import make_question, parse_task, read_task_file
+from metro.evaluation.tasks.loading import load_task
+from metro.evaluation.tasks.suites import WHOLE_TASK, TaskSpec
+from metro.evaluation.tasks.task import Sources
+
+GOOD = {"input": "a", "target_scores": {"x": 1, "y": 0}}
 
 
 def test_formats_equal_the_originals(golden):
@@ -58,19 +64,38 @@ def test_choices_of_big_bench_hard_are_read(examples, choices, label):
     assert "Options" not in question.input
 
 
+def test_examples_without_a_question_are_left_out_alone(tmp_path):
+    """Oracle: by hand, one example for each reason among two good ones; as JSON and as lines."""
+    bad = {
+        "no multiple-choice targets": {"input": "b", "target": "free text"},
+        "no label": {"input": "a", "target_scores": {"x": 0, "y": 0}},
+        "empty answer choice": {"input": "a", "target_scores": {"": 1, "y": 0}},
+        "missing field": {"target_scores": {"x": 1, "y": 0}},
+        "a single answer choice": {"input": "a", "target_scores": {"x": 1}},
+        "text with half a character (lone surrogate)": {**GOOD, "input": "\ud83d"},
+    }
+    examples = [GOOD, *bad.values(), GOOD]
+    for name in ("whole", "lines"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "whole/task.json").write_text(json.dumps({"examples": [*examples, 3]}))
+    lines = [json.dumps(example) for example in examples]
+    (tmp_path / "lines/all.jsonl").write_text("\n".join([*lines, "{not json"]))
+    for name, last in (("whole", "no multiple-choice targets"), ("lines", "unreadable row")):
+        task = load_task(TaskSpec(name, "bigbench", (WHOLE_TASK,)), Sources(bigbench_dir=tmp_path))
+        found = task.examples(WHOLE_TASK)
+        assert [example.index for example in found.examples] == [0, 7]
+        counts = {reason: left.num_rows for reason, left in found.skipped.items()}
+        assert counts == Counter([*bad, last]), name
+
+
 def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
     """Oracle: the message names file and reason."""
     with pytest.raises(DatasetUnavailable, match="--bigbench-dir DIR"):
         read_task_file(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="example 1 has no multiple-choice targets"):
-        good = {"input": "a", "target_scores": {"x": 1, "y": 0}}
-        parse_task({"examples": [good, {"input": "b", "target": "free text"}]})
-    with pytest.raises(ValueError, match="no multiple-choice targets"):
-        parse_task({"examples": [{"input": "a", "target_scores": {"x": 0, "y": 0}}]})
-    with pytest.raises(ValueError, match="choices that are not empty"):
-        parse_task({"examples": [{"input": "a", "target_scores": {"": 1, "y": 0}}]})
-    with pytest.raises(ValueError, match="task.json: example 1 has no 'input'"):
-        parse_task({"examples": [good, {"target_scores": {"x": 1, "y": 0}}]})
+    with pytest.raises(ValueError, match="task.json has no multiple-choice examples"):
+        parse_task({"examples": [{"input": "b", "target": "free text"}]})
+    with pytest.raises(ValueError, match="task.json: task_prefix is None, and must be a text"):
+        parse_task({"examples": [GOOD], "task_prefix": None})
     with pytest.raises(ValueError, match="has no examples; a task with subtasks"):
         parse_task({"name": "parent", "examples": []})
     (tmp_path / "task.json").write_text("{")

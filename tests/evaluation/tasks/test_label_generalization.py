@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from metro.data.jsonl_rows import UnusableRow
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 
@@ -47,5 +48,5 @@ def test_original_words_and_unknown_options():
     """Oracle: nothing changes; the message names the option."""
     example = EvaluationExample(7, "Yes or no?", ["Yes", "Maybe"], 0)
     assert replace_label_words(example, YES_NO, "original") is example
-    with pytest.raises(ValueError, match="answer choice 'Maybe' of row 7 has no substitute"):
+    with pytest.raises(UnusableRow, match="without substitute: 'Maybe'; the suite replaces Yes"):
         replace_label_words(example, YES_NO)

@@ -10,9 +10,10 @@ import pytest
 
 from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
-from metro.evaluation.tasks.loading import SUBTASK_STRIDE, load_task
+from metro.evaluation.tasks.loading import SUBTASK_STRIDE, load_task, load_tasks
 from metro.evaluation.tasks.suites import TaskSpec, find_suite
 from metro.evaluation.tasks.task import Sources
+from metro.utils.messages import UserError
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +101,82 @@ def test_mmlu_is_asked_like_arc(testdata):
         load_task(find_suite("mmlu").tasks["anatomy"], Sources(testdata / "data"))
 
 
-@pytest.mark.parametrize("field", ["question", "choices", "answer"])
-def test_a_row_that_is_none_of_mmlu_is_named(testdata, tmp_path, field):
-    """Oracle: file, row and field that is missing, in one line."""
+def test_rows_that_are_none_of_mmlu_are_left_out(testdata, tmp_path):
+    """Oracle: by hand, the rows whose answer is one of their choices."""
     row = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}
+    good = [row, {**row, "answer": "B"}, {**row, "answer": "1"}]
+    changes = [{"question": None}, {"choices": None}, {"choices": "1, 2"}, {"answer": -1}]
+    changes += [{"answer": 4}, {"answer": ""}, {"answer": None}, {"answer": True}]
     file = tmp_path / "mmlu" / "astronomy" / "test.jsonl"
     file.parent.mkdir(parents=True)
-    spoilt = {name: value for name, value in row.items() if name != field}
-    file.write_text(f"{json.dumps(row)}\n{json.dumps(spoilt)}\n")
+    rows = [*good, {"question": "1 + 1?"}, *({**row, **change} for change in changes)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = Sources(tmp_path, testdata / "prompts", split="test")
     task = load_task(find_suite("mmlu").tasks["astronomy"], sources)
-    for ask in (task.weight, task.examples):
-        with pytest.raises(ValueError) as error:
-            ask("heres_a_problem")
-        assert str(error.value) == f"{file}: row 1 has no {field!r}: it is not a row of MMLU"
+    assert task.weight("heres_a_problem") > 0
+    found = task.examples("heres_a_problem")
+    assert [(example.index, example.label) for example in found.examples] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]
+    counts = {reason: left.num_rows for reason, left in found.skipped.items()}
+    assert counts == {"not a row of MMLU": 5, "no label": 4}
+    assert found.skipped["not a row of MMLU"].first == "row 3: it has no 'choices', 'answer'"
+
+
+def test_a_bad_task_or_prompt_is_left_out_alone(testdata, tmp_path):
+    """Oracle: what can be used is there, and the reasons of what cannot are named."""
+    (tmp_path / "bb/good").mkdir(parents=True)
+    (tmp_path / "bb/mixed/right").mkdir(parents=True)
+    (tmp_path / "bb/mixed/wrong").mkdir()
+    (tmp_path / "bb/free").mkdir()
+    good = json.dumps({"examples": [{"input": "a", "target_scores": {"x": 1, "y": 0}}]})
+    for place, text in {
+        "good": good, "mixed/right": good, "mixed/wrong": "{", "free": '{"examples": [{}]}'
+    }.items():  # fmt: skip
+        (tmp_path / "bb" / place / "task.json").write_text(text)
+    (tmp_path / "bigbench.yaml").write_text(
+        "kind: bigbench\ntasks:\n  good:\n  mixed: [wrong, right]\n  free:\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "include: [" + str(tmp_path / "bigbench.yaml") + "]\n"
+        "tasks:\n  rte:\n    dataset: super_glue\n    subset: rte\n    split: validation\n"
+        "    prompts: [must be true, no such prompt]\n"
+    )
+    sources = Sources(testdata / "data", testdata / "prompts", tmp_path / "bb", limit=2)
+    tasks, missing = load_tasks(find_suite(str(tmp_path / "own.yaml")), sources)
+    assert {task.name: task.prompts for task in tasks} == {
+        "good": ["task.json"], "mixed": ["right"], "rte": ["must be true"]
+    }  # fmt: skip
+    assert [example.index for example in tasks[1].examples("right").examples] == [SUBTASK_STRIDE]
+    assert list(missing) == ["mixed / wrong", "free", "rte / no such prompt"]
+    for words, reason in zip(
+        ("wrong/task.json is not JSON", "no multiple-choice examples", "has no template 'no such"),
+        missing.values(),
+        strict=True,
+    ):
+        assert words in reason
+
+
+@pytest.mark.parametrize(("task", "label"), [("winogrande", "answer"), ("hellaswag", "label")])
+def test_rows_without_a_label_are_asked_by_no_prompt(testdata, tmp_path, task, label):
+    """Oracle: the published prompts on rows whose label is hidden; with it they are asked."""
+    spec = find_suite("t0").tasks[task]
+    folder = tmp_path / spec.dataset / (spec.subset or "default")
+    folder.mkdir(parents=True)
+    file = testdata / "data" / folder.relative_to(tmp_path) / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:3]]
+    for split, lines in (("validation", rows), ("test", [{**row, label: ""} for row in rows])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    for split in ("validation", "test"):
+        loaded = load_task(spec, Sources(tmp_path, testdata / "prompts", split=split))
+        for prompt in loaded.prompts:
+            if split == "validation":
+                assert len(loaded.examples(prompt).examples) == 3
+            else:
+                with pytest.raises(UserError, match=f"no label .row 0: {label} is ''"):
+                    loaded.examples(prompt)
 
 
 def test_subtasks_of_bigbench_keep_their_rows_apart(sources):
@@ -174,7 +237,8 @@ def test_rows_without_a_question_are_left_out_and_named(tmp_path):
     assert {reason: left.num_rows for reason, left in found.skipped.items()} == {
         "unreadable row": 1,
         "missing field": 1,
-        "label out of range of the answer choices": 2,
+        "label out of range of the answer choices": 1,
+        "no label": 1,
         "empty answer choice": 1,
         "text with half a character (lone surrogate)": 1,
     }
