@@ -41,7 +41,7 @@ def plain_bias(attention, length: int) -> torch.Tensor | None:
         length,
         table.weight.device,
     )
-    return table(pairs_TT).permute(2, 0, 1).contiguous()
+    return F.embedding(pairs_TT, table.weight).permute(2, 0, 1).contiguous()
 
 
 @cache

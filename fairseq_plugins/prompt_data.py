@@ -19,7 +19,7 @@ from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import BinarisedTasks, PromptData
 from metro.finetuning.losses import shift_targets
-from metro.utils.files import read_json
+from metro.utils.files import inside, read_json
 from metro.utils.messages import UserError
 
 TRAIN_CAPS, VALID_GROUPS = "data_cap.json", "valid_datasets.json"
@@ -185,7 +185,7 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
         if name not in caps:
             raise UserError(f"{where / TRAIN_CAPS} has no cap for {name!r} of the split {split!r}")
         for side in ("src", "tgt"):
-            check_files(str(where / name / f"{kind}.src-tgt.{side}"))
+            check_files(str(inside(where, name) / f"{kind}.src-tgt.{side}"))
     return names, [caps[name] for name in names]
 
 

@@ -11,10 +11,13 @@ The whole work as functions, each of which takes the options of its command as k
     evaluation = metro.evaluate("finetuned", suite="t0", limit=100)
     metro.report(evaluation.folder, out="report")
 
-`import metro` is instant: the public names below are imported on first use.
+`import metro` is instant: the public names below are imported on first use. It also makes METRO-T5
+known to the Auto classes of transformers, as soon as those are imported.
 """
 
 import importlib
+
+from metro.registration import register_on_import as _register_on_import
 
 __version__ = "0.1.0"
 
@@ -49,3 +52,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+_register_on_import()

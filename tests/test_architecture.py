@@ -23,6 +23,7 @@ from tests.conftest import ROOT
 MAY_IMPORT = {
     "utils": set(),
     "environment": {"utils"},
+    "registration": {"models"},
     "modeling": set(),
     "ops": set(),
     "fusion": {"modeling", "ops"},

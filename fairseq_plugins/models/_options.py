@@ -1,6 +1,6 @@
 """Model options under fairseq's names, and their one translation into `MetroT5Config`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Optional  # fairseq reads Optional[...], not X | None
 
 from fairseq.dataclass import FairseqDataclass
@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq_plugins.option import config_option
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.fairseq_names import MODEL_OPTIONS
+from metro.pretraining.initialization import Initialization
 from metro.utils.messages import UserError
 
 
@@ -35,6 +36,18 @@ class T5ModelConfig(FairseqDataclass):
     encoder_rp_bins: int = config_option(32, "relative position buckets")
     encoder_rp_max_dist: int = config_option(
         128, "distance from which all positions share one bucket"
+    )
+    init_token_std: Optional[float] = config_option(
+        None, "standard deviation of the initial token embeddings; default: as published"
+    )
+    init_position_std: Optional[float] = config_option(
+        None, "standard deviation of the initial position tables; default: as published"
+    )
+    init_neighbour_slope: float = config_option(
+        0.0, "each head starts by looking at one neighbour, with this slope of the relative bias"
+    )
+    init_copy_gain: float = config_option(
+        0.0, "cross-attention starts by copying the token at its position, with this gain"
     )
 
 
@@ -76,6 +89,13 @@ def metro_t5_config(cfg: T5ModelConfig, dictionary) -> MetroT5Config:
         eos_token_id=dictionary.eos(),
         decoder_start_token_id=dictionary.index("<sen000>"),
     )
+
+
+def initialization(cfg: T5ModelConfig) -> Initialization:
+    """Options of the initial weights as the library takes them."""
+    names = [field.name for field in fields(Initialization)]
+    given = {name: getattr(cfg, f"init_{name}", None) for name in names}
+    return Initialization(**{name: std for name, std in given.items() if std is not None})
 
 
 def check_vocabulary(state: dict, config: MetroT5Config) -> None:

@@ -1,6 +1,7 @@
 """Model `t5_metro` and its architectures: METRO's main model, auxiliary model and RTD head."""
 
 from dataclasses import dataclass, fields
+from typing import Optional  # fairseq reads Optional[...], not X | None
 
 from fairseq.models import BaseFairseqModel, register_model
 
@@ -8,12 +9,14 @@ from fairseq_plugins.models._options import (
     LargeSizes,
     T5ModelConfig,
     check_vocabulary,
+    initialization,
     metro_t5_config,
 )
 from fairseq_plugins.option import config_option
 from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
 from metro.pretraining.configuration import MetroPretrainingConfig
+from metro.pretraining.initialization import initialize
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError
@@ -39,6 +42,9 @@ class MetroModelConfig(T5ModelConfig):
         "token",
         "what the auxiliary model shares with the main encoder: none, token, token_pos "
         "or token_pos_norm",
+    )
+    init_auxiliary_std: Optional[float] = config_option(
+        None, "standard deviation of the auxiliary model's initial linear layers; default: 0.02"
     )
     no_generator: bool = config_option(
         False, "of the published code, kept so that its commands parse; true is refused"
@@ -74,7 +80,8 @@ class MetroT5Model(BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg: MetroModelConfig, task):
         config = metro_t5_config(cfg, task.source_dictionary)
-        return cls(fuse(MetroPretrainingModel(config, auxiliary_config(cfg))))
+        model = MetroPretrainingModel(config, auxiliary_config(cfg))
+        return cls(fuse(initialize(model, initialization(cfg))))
 
     def forward(
         self,

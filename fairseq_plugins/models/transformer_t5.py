@@ -8,12 +8,14 @@ from fairseq_plugins.models._options import (
     LargeSizes,
     T5ModelConfig,
     check_vocabulary,
+    initialization,
     metro_t5_config,
 )
 from metro.finetuning.losses import LossOptions, batch_loss
 from metro.fusion import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.pretraining.initialization import initialize
 
 
 @dataclass
@@ -36,7 +38,8 @@ class TransformerT5Model(BaseFairseqModel):
         config.decoder_start_token_id = getattr(
             task, "decoder_start", config.decoder_start_token_id
         )
-        return cls(fuse(MetroT5ForConditionalGeneration(config)))
+        model = MetroT5ForConditionalGeneration(config)
+        return cls(fuse(initialize(model, initialization(cfg))))
 
     def forward(
         self,

@@ -123,4 +123,6 @@ def convert_to_fairseq(
         )
     else:
         click.echo(f"vocabulary: {folder} has none; DATA needs the model's sp.model and dict.txt")
+    for part in done.dropped:
+        click.echo(f"left out, as fairseq has no place for them: {part}")
     click.echo(f"train it further: fairseq-train DATA --finetune-from-model {done.out} ...")

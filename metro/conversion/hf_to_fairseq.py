@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from metro.conversion.fairseq_to_hf import cast
+from metro.data.text.vocabulary import read_vocabulary
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
@@ -25,12 +26,12 @@ from metro.models.fairseq_checkpoint import (
     shared_with_main,
 )
 from metro.models.fairseq_names import MODEL_OPTIONS, original_state, plugin_state
-from metro.models.loading import read_config
+from metro.models.loading import check_vocabulary, read_config, read_tokenizer
 from metro.models.reading import check_weights, expected_shapes, read_folder
 from metro.models.source import check_model_folder
 from metro.models.vocabulary_folder import build_tokenizer
 from metro.utils.files import check_output, new_file, read_json
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 
 NAMES = ("original", "metro")
 NO_HISTORY = {  # fairseq requires an entry, and reads only its number of updates
@@ -55,6 +56,8 @@ class FairseqConversion:
     vocabulary: Path | None
     """Folder with ``sp.model`` and ``dict.txt``, which a checkpoint does not hold; ``None`` if the
     Hugging Face folder lacks them."""
+    dropped: list[str]
+    """Descriptions of what fairseq has no place for."""
 
 
 def to_fairseq(
@@ -89,9 +92,11 @@ def to_fairseq(
         raise UserError(f"{folder / TRAINING} says names {names!r}; use one of {', '.join(NAMES)}")
     num_sentinels = _num_sentinels(folder)
     has_vocabulary = all((folder / name).is_file() for name in VOCABULARY_FILES)
-    if has_vocabulary:
-        build_tokenizer(folder, config.vocab_size, num_sentinels)  # checks that it fits
     main = _main_weights(folder, config)
+    dropped: list[str] = []
+    if has_vocabulary:
+        dropped = _without_other_rows(folder, config, num_sentinels, main)
+        build_tokenizer(folder, config.vocab_size, num_sentinels)  # checks that it fits
     settings = training.get("settings") or _settings(config, num_sentinels)
     extra, auxiliary = kept_pretraining_weights(folder, settings, config)
     if auxiliary is None and str(settings["model"].get("_name")).startswith("t5_metro"):
@@ -136,6 +141,7 @@ def to_fairseq(
         has_auxiliary=auxiliary is not None,
         model=str(settings["model"].get("_name")),
         vocabulary=folder if has_vocabulary else None,
+        dropped=dropped,
     )
 
 
@@ -168,6 +174,28 @@ def _main_weights(folder: Path, config: MetroT5Config) -> dict[str, torch.Tensor
     expected = {name: shape for name, shape in shapes.items() if name not in TIED[1:]}
     check_weights(tensors, expected, str(folder), "the model that its config.json describes")
     return {name: tensors[name] for name in expected}
+
+
+def _without_other_rows(
+    folder: Path, config: MetroT5Config, num_sentinels: int, main: dict[str, torch.Tensor]
+) -> list[str]:
+    """Cut the embedding behind the sentinels, where fairseq's vocabulary ends; say what is lost."""
+    num_rows = len(read_vocabulary(folder)) + num_sentinels
+    tokenizer = read_tokenizer(str(folder))
+    check_vocabulary(str(folder), config.vocab_size, len(tokenizer))
+    added = [token for token, row in tokenizer.get_vocab().items() if row >= num_rows]
+    num_padded = config.vocab_size - num_rows - len(added)
+    if config.vocab_size > num_rows:
+        main["shared.weight"] = main["shared.weight"][:num_rows].clone()
+        config.vocab_size = num_rows
+    return [
+        f"{number} {what}{names}"
+        for number, what, names in (
+            (len(added), "added tokens", f": {shortened(added)}"),
+            (num_padded, "rows that pad the embedding", ""),
+        )
+        if number > 0
+    ]
 
 
 def _num_sentinels(folder: Path) -> int:

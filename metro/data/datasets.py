@@ -21,7 +21,7 @@ from metro.data.local_files import (
     open_rows,
     splits_in,
 )
-from metro.utils.files import read_yaml
+from metro.utils.files import inside, read_yaml
 from metro.utils.messages import MissingPackage, UserError, shortened
 
 _TABLE = Path(__file__).with_name("datasets.yaml")
@@ -182,11 +182,11 @@ def _local_splits(
     """
     if not data_dir.is_dir():
         raise DatasetUnavailable(f"--data-dir {data_dir} is not a folder")
-    root, entry = _inside(data_dir, dataset), dataset_table().get(name_of(dataset, subset))
+    root, entry = inside(data_dir, dataset), dataset_table().get(name_of(dataset, subset))
     config = [entry.config] if entry and entry.config else []
     names = [subset] if subset else ["default", *config, "", "data"]
     for name in names:
-        folder = _inside(root, name) if name else root
+        folder = inside(root, name) if name else root
         if splits := splits_in(folder):
             return splits, folder
     if not subset and root.is_dir():
@@ -211,18 +211,6 @@ def _mmlu_splits(data_dir: Path, subject: str) -> tuple[dict[str, list[Path]], P
         if found := {split: [path] for split, path in files.items() if path.is_file()}:
             return found, root
     return None
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return a folder in ``folder`` by the name that a suite, mixture or template has for it.
-
-    Raises:
-        DatasetUnavailable: the name leads elsewhere.
-    """
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise DatasetUnavailable(f"{name!r} is not the name of a dataset in {folder}: it leads out")
-    return folder / path
 
 
 def peek(dataset: str, subset: str | None, split: str, count: int) -> tuple[list[dict], int]:

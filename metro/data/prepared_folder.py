@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
-from metro.utils.files import read_json, write_json
+from metro.utils.files import inside, read_json, write_json
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
@@ -163,10 +163,17 @@ class PreparedFolder:
         if content is not None and not (
             isinstance(content, dict)
             and all(isinstance(content.get(name), dict) for name in needed)
+            and all(
+                isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
+                for facts in content.get("files", {}).values()
+            )
         ):
             raise UserError(
                 f"{path} is not what `{self.command}` writes: remove it or choose another --out"
             )
+        for name in (content or {}).get("files", ()):
+            if not inside(self.out, name).parent.resolve().is_relative_to(self.out):
+                raise UserError(f"{path} names {name}, which a link takes out of {self.out}")
         return content
 
     def _facts(self, name: str) -> dict:
@@ -182,7 +189,7 @@ class PreparedFolder:
         A stale split of text is deleted without a manifest too: fairseq would read it.
         """
         earlier = self.out / self.manifest_name
-        names = {*(read_json(earlier) or {"files": {}})["files"]}
+        names = {*(self._read(earlier) or {"files": {}})["files"]}
         if self.manifest_name == TEXT_MANIFEST:
             names |= {*TEXT_FILES} - {*manifest["files"]}
         paths = [self.out / name for name in names]
@@ -203,7 +210,7 @@ class PreparedFolder:
                 f"({', '.join(foreign)}): move them away or choose another --out"
             )
         for path in self.partial.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()

@@ -66,8 +66,8 @@ def flip_choices(settings: FlipSettings) -> FlipResult:
     encoder = protocol.encoder(tokenizer)
     sources = encoder.labelled_sources([encoder_text(text, choice) for choice in choices])
     check_distinct(sources, choices)
-    generated = generate(model, tokenizer, sources, settings.max_new_tokens)
     scorer = PairScorer(model)
+    generated = generate(model, tokenizer, sources, settings.max_new_tokens)
     if instruction is None:
         own = scorer.score([Pair(tuple(s), g) for s, g in zip(sources, generated, strict=True)])
         target = generated[own.index(max(own))]

@@ -147,6 +147,10 @@ class PromptData:
         chosen = (np.cumsum(has_row, 0) == wanted + 1).argmax(0)  # the first such template has it
         return EpochPlan(members[chosen], indices[chosen, np.arange(len(rows))])
 
+    def task_name(self, position: int, epoch: int = 0) -> str:
+        """Name of the task that an example of an epoch is of."""
+        return self.examples[self.plan(epoch).tasks[position]].path.parent.name
+
     def lengths(self, epoch: int) -> np.ndarray:
         """Estimate the tokens (N) of each example, source and target, from its bytes.
 

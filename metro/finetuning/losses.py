@@ -24,9 +24,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
-from metro.models.projection import ProjectionInput, projection_input, unwrap
+from metro.models.projection import (
+    ProjectionInput,
+    projection_input,
+    start_token,
+    unwrap,
+    with_states,
+)
 from metro.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from metro.utils.messages import UserError
 
@@ -119,22 +124,6 @@ def shift_targets(target_ids_BT: torch.Tensor, start: int, pad: int) -> torch.Te
     shifted = target_ids_BT.roll(1, dims=1)
     shifted[:, 0] = start
     return shifted.masked_fill(target_ids_BT.eq(pad), pad)
-
-
-def start_token(model: nn.Module) -> int:
-    """Return the decoder's first input.
-
-    Raises:
-        UserError: the model's configuration does not name it.
-    """
-    inner = unwrap(model)
-    start = getattr(inner.config, "decoder_start_token_id", None)
-    if start is None:
-        raise UserError(
-            f"the configuration of {type(inner).__name__} has no decoder_start_token_id; "
-            "set it in its config.json"
-        )
-    return start
 
 
 def stack_padded(first_BS: torch.Tensor, second_BS: torch.Tensor, pad: int) -> torch.Tensor:
@@ -232,8 +221,10 @@ def unlikelihood_loss(
     else:
         assert wrong_target_ids is not None
         mask, targets = source_ids.ne(pad), stack_padded(target_ids, wrong_target_ids, pad)
-        encoded = unwrap(model).get_encoder()(input_ids=source_ids, attention_mask=mask)[0]
-        encoder_input["encoder_outputs"] = BaseModelOutput(encoded.repeat(2, 1, 1))
+        encoded = unwrap(model).get_encoder()(
+            input_ids=source_ids, attention_mask=mask, return_dict=True
+        )
+        encoder_input["encoder_outputs"] = with_states(encoded, encoded[0].repeat(2, 1, 1))
         mask = mask.repeat(2, 1)
     projected = projection_input(
         model,

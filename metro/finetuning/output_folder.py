@@ -1,7 +1,8 @@
 """Output folder of a finetuning run: where to resume, when it is finished, saving the model.
 
-It holds ``checkpoint-N`` (to resume from), ``runs`` (TensorBoard), ``finetune.yaml`` (the settings)
-and at the end the model itself: ``config.json`` there means that the run is complete.
+It holds ``checkpoint-N`` (to resume from), ``runs`` (TensorBoard), ``finetune.yaml`` (the
+settings), ``inputs.json`` (digests of model and data) and at the end the model itself:
+``config.json`` there means that the run is complete.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import NamedTuple
 
 import yaml
 
+from metro.data.prompts.stored import read_manifest
 from metro.finetuning.settings import FinetuningSettings
-from metro.utils.files import read_json, read_yaml, write_text
+from metro.utils.files import read_json, read_yaml, write_json, write_text
+from metro.utils.identity import digest
 from metro.utils.locks import INSIDE
 from metro.utils.messages import UserError
 
-SETTINGS, TRAINER_STATE, PARTIAL_MODEL = "finetune.yaml", "trainer_state.json", ".model.partial"
+SETTINGS, INPUTS = "finetune.yaml", "inputs.json"
+TRAINER_STATE, PARTIAL_MODEL = "trainer_state.json", ".model.partial"
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),
@@ -125,6 +129,39 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
             f"{earlier.parent} holds a run with other settings: {'; '.join(changed)}. Use the same "
             "ones to continue it, or another --output-dir"
         )
+
+
+def rows_identity(folder: Path) -> str:
+    """Digest of a folder of prepared prompts: what its manifest says, and the sizes of its files.
+
+    Not of every byte, which would take minutes for a large mixture.
+    """
+    manifest = read_manifest(folder)
+    sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*/*/*.jsonl"))]
+    return digest([manifest.get("settings"), manifest["splits"], manifest.get("files"), sizes])
+
+
+def check_inputs(settings: FinetuningSettings, inputs: dict[str, str]) -> None:
+    """Refuse to continue a run, or to call it finished, on another model or other data.
+
+    Args:
+        settings: of the run.
+        inputs: digests of the model's parts and of the data.
+
+    Raises:
+        UserError: one differs from what the run in the output folder began with.
+    """
+    out = Path(settings.output_dir)
+    before = read_json(out / INPUTS)
+    if isinstance(before, dict) and (complete_checkpoints(out) or (out / TRAINER_STATE).is_file()):
+        for name, now in inputs.items():
+            if before.get(name) != now:
+                place = settings.data if name == "data" else settings.model
+                raise UserError(
+                    f"{out} holds a run on other {name} of {place}: changed or replaced since; use "
+                    "another --output-dir"
+                )
+    write_json(out / INPUTS, inputs)
 
 
 def save(model, tokenizer, settings: FinetuningSettings) -> None:

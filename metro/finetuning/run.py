@@ -16,15 +16,24 @@ from metro.finetuning.data import PromptData
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.output_folder import (
     FinetuneResult,
+    check_inputs,
     finished_run,
     last_metrics,
     open_output,
+    rows_identity,
     save,
 )
 from metro.finetuning.settings import FinetuningSettings, check_sources
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import load, without_progress_bars
+from metro.models.projection import (
+    position_limits,
+    projection_input,
+    refused_if_it_fails,
+    start_token,
+)
+from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.progress import Progress
@@ -68,21 +77,35 @@ def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress)
     """Finetune in an output folder that no other run writes into."""
     from transformers import set_seed
 
+    from metro.finetuning.trainer import DIVERGED
+
     is_main_process = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="output_dir"):
         checkpoint = open_output(settings, is_main_process)
+    set_seed(settings.seed)
+    progress.say(f"loading {settings.model}")
+    model, tokenizer = load(
+        settings.model,
+        dtype=torch.float32,
+        attn_implementation=settings.attn_implementation,
+        vocab=settings.vocab,
+    )
+    check_trainable(model, tokenizer)
+    with arguments.main_process_first(local=False, desc="data"):
+        folder = _data_folder(settings, progress)
+        if is_main_process:
+            inputs = model_identity(model, tokenizer)
+            check_inputs(settings, {**inputs, "data": rows_identity(folder)})
     done = finished_run(settings)
     if done is not None:
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
-    set_seed(settings.seed)
-    progress.say(f"loading {settings.model}")
-    model, tokenizer = load_for_training(settings)
-    with arguments.main_process_first(local=False, desc="data"):
-        folder = _data_folder(settings, progress)
+    set_up_for_training(model, settings)
     trainer = build_trainer(settings, arguments, model, tokenizer, folder, progress)
     trainer.train(resume_from_checkpoint=checkpoint)
     if is_main_process:
+        for name, weight in model.named_parameters():
+            refuse_not_finite(name, weight, DIVERGED)
         save(model, tokenizer, settings)
     trainer.save_state()
     state = trainer.state
@@ -99,11 +122,14 @@ def build_trainer(
 
     from metro.finetuning.trainer import FinetuningTrainer
 
-    longest = getattr(model.config, "max_positions", None)  # T5 has no such limit
-    lengths = [settings.max_input_length, settings.max_target_length]
-    if longest is not None and max(lengths) > longest:
-        logger.warning("the model has %d positions: longer inputs and targets are cut", longest)
-        lengths = [min(length, longest) for length in lengths]
+    limits = position_limits(model.config)
+    wanted = settings.max_input_length, settings.max_target_length
+    lengths = limits.lengths(*wanted)
+    if lengths != wanted:
+        progress.say(
+            f"the model has {limits.encoder} and {limits.decoder} positions: longer inputs and "
+            "targets are cut"
+        )
     encoder = PromptEncoder(tokenizer, max_source_length=lengths[0], max_target_length=lengths[1])
     train_data = PromptData(
         folder,
@@ -139,7 +165,7 @@ def build_trainer(
         train_data=train_data,
         valid_data=valid_data,
         batching=settings.batching,
-        max_width=longest,
+        max_width=min(filter(None, limits), default=None),
         processing_class=tokenizer,
         progress=progress,
     )
@@ -218,14 +244,26 @@ def training_arguments(settings: FinetuningSettings):
     return arguments
 
 
-def load_for_training(settings: FinetuningSettings):
-    """Load model (weights in float32) and tokenizer."""
-    model, tokenizer = load(
-        settings.model,
-        dtype=torch.float32,
-        attn_implementation=settings.attn_implementation,
-        vocab=settings.vocab,
-    )
+def check_trainable(model, tokenizer) -> None:
+    """Refuse models without the special tokens of the loss, or that fail on a short text.
+
+    Raises:
+        UserError: the model cannot be trained; the message says what it lacks.
+    """
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is None or pad == tokenizer.eos_token_id:
+        raise UserError(
+            f"{type(model).__name__} cannot be trained: its pad_token_id is {pad}, and must be a "
+            "token of its own, different from the end symbol; set it in config.json"
+        )
+    ids = torch.tensor([[3, 4, 5]], device=model.device)
+    start = torch.full_like(ids, start_token(model))
+    with refused_if_it_fails(model), torch.no_grad():
+        projection_input(model, input_ids=ids, decoder_input_ids=start)
+
+
+def set_up_for_training(model, settings: FinetuningSettings) -> None:
+    """Set start symbol, fused operations and dropout as finetuning wants them."""
     if isinstance(model.config, MetroT5Config):
         # after pretraining it is <sen000>; a prompt-finetuned METRO-T0 starts with </s>
         start = model.config.eos_token_id
@@ -236,7 +274,7 @@ def load_for_training(settings: FinetuningSettings):
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     model.config.use_cache = True
-    return model.train(), tokenizer
+    model.train()
 
 
 def set_dropout(model, dropout: float) -> None:
@@ -261,13 +299,13 @@ def _data_folder(settings: FinetuningSettings, progress: Progress) -> Path:
     folder = Path(settings.output_dir) / "data"
     if not (folder / PROMPTS_MANIFEST).is_file():
         progress.say(f"preparing the mixture {settings.data} in {folder}")
-        prepare_prompts(
-            mixture=settings.data,
-            out=folder,
-            format="jsonl",
-            templates=settings.templates,
-            data_dir=settings.data_dir,
-            datasets=settings.dataset,
-            progress=progress,
-        )
+    prepare_prompts(  # a finished folder is compared with what the settings name now
+        mixture=settings.data,
+        out=folder,
+        format="jsonl",
+        templates=settings.templates,
+        data_dir=settings.data_dir,
+        datasets=settings.dataset,
+        progress=progress,
+    )
     return folder

@@ -7,6 +7,7 @@ accumulation, checkpoints, resuming and logging are the Trainer's.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -19,7 +20,8 @@ from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
-from metro.utils.messages import UserError
+from metro.utils.identity import refuse_not_finite
+from metro.utils.messages import UserError, shortened
 from metro.utils.progress import SILENT, Progress
 
 # logged mean -> (sum, divisor)
@@ -40,6 +42,12 @@ SHOWN = (
     *("loss", "likelihood", "unlikelihood", "right_prob", "wrong_prob", "ranked_right"),
     *("exact_match", "grad_norm", "learning_rate", "padding_share", "skipped_examples"),
     *("eval_loss", "eval_ranked_right", "eval_exact_match", "eval_skipped_examples"),
+)
+
+
+DIVERGED = (
+    "the training diverged, or the model overflows; what was saved before stays: use a lower "
+    "learning_rate, or precision bf16 or fp32"
 )
 
 
@@ -180,7 +188,17 @@ class FinetuningTrainer(Trainer):
             if num_skipped := int(self._sum_over_processes(skipped)):
                 logs["skipped_examples"] = num_skipped
             self.sums = {}
-        super().log(logs, *args, **kwargs)
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise UserError(f"the loss is {loss} after update {self.state.global_step}: {DIVERGED}")
+        # A gradient that overflows in fp16 is skipped by the Trainer, and JSON has no infinity.
+        finite = {name: value for name, value in logs.items() if math.isfinite(value)}
+        super().log(finite, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Save, but never weights that are not finite in place of good ones."""
+        for name, weight in self.model.named_parameters():
+            refuse_not_finite(name, weight, f"after update {self.state.global_step}: {DIVERGED}")
+        super()._save_checkpoint(*args, **kwargs)
 
     def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Compute means over all processes with one transfer."""
@@ -206,6 +224,7 @@ class FinetuningTrainer(Trainer):
         assert isinstance(dataset, EncodedPrompts)
         started, skipped = time.time(), 0
         sums: dict[str, torch.Tensor] = {}
+        losses: list[tuple[torch.Tensor, list[int]]] = []
         self.progress.say(f"evaluating {len(dataset)} held-out examples")
         self.model.eval()
         longest_first = np.argsort(-dataset.data.lengths(0), kind="stable")
@@ -220,6 +239,7 @@ class FinetuningTrainer(Trainer):
             with self.compute_loss_context_manager():
                 loss = self._loss(self.model, inputs, None)
             items = loss.sums["items"]
+            losses.append((loss.total, positions))
             for name, value in {**loss.sums, "loss": loss.total * items}.items():
                 sums[name] = sums.get(name, 0) + value
         if world_size > 1:
@@ -233,6 +253,14 @@ class FinetuningTrainer(Trainer):
         metrics = self._means(sums)
         parts = torch.stack([sums["loss"], sums["items"], torch.full_like(sums["loss"], skipped)])
         total, num_items, num_skipped = self._sum_over_processes(parts).tolist()
+        if not math.isfinite(total):
+            bad = next((of for loss, of in losses if not bool(loss.isfinite())), [])
+            tasks = shortened(sorted({dataset.data.task_name(position) for position in bad}))
+            where = f", first in a batch of {tasks}" if tasks else ""
+            raise UserError(
+                f"the loss on held-out examples is {total} after update {self.state.global_step}"
+                f"{where}: {DIVERGED}"
+            )
         metrics |= {
             "loss": total / num_items,
             "skipped_examples": int(num_skipped),

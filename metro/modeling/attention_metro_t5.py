@@ -6,7 +6,6 @@ Shapes: B batch, T query tokens, S key tokens, H heads, K head width, D d_model,
 N distances, M positions that are asked for in a last layer.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ def relative_position_buckets(num_buckets: int, max_distance: int, length: int) 
     """
     half = num_buckets // 2
     exact = half // 2
-    distance = torch.arange(1 - length, length)
+    distance = torch.arange(1 - length, length, device="cpu")
     magnitude = distance.abs()
     # float32, as the original computes it: the ceiling sits on exact integers for some distances.
     far = torch.log(magnitude.clamp(min=1).float() / exact) / math.log((max_distance - 1) / exact)
@@ -37,20 +36,36 @@ def relative_position_buckets(num_buckets: int, max_distance: int, length: int) 
     return distance.sign() * bucket + half - 1
 
 
-@functools.lru_cache(maxsize=64)
-def buckets_on(
-    device: torch.device, num_buckets: int, max_distance: int, length: int
-) -> torch.Tensor:
-    """:func:`relative_position_buckets`, moved to a device once, because moving waits for it.
+class RelativePositionTable(nn.Embedding):
+    """Relative position bias of each bucket and head; starts at zero.
 
+    Called with a length, it returns H, 2 * length - 1: the bias of each distance.
+
+    ``buckets`` holds those of the distances up to ``max_distance``, behind which there is only one.
     Computed on the CPU everywhere, so that the ceilings are those of the original.
     """
-    with torch.inference_mode(False):
-        return relative_position_buckets(num_buckets, max_distance, length).to(device)
+
+    buckets: torch.Tensor
+
+    def __init__(self, config):
+        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        self.max_distance = config.relative_attention_max_distance
+        self.register_buffer("buckets", self.find_buckets(), persistent=False)
+
+    def find_buckets(self) -> torch.Tensor:
+        return relative_position_buckets(
+            self.num_embeddings, self.max_distance, self.max_distance + 1
+        )
+
+    def forward(self, length: int) -> torch.Tensor:  # type: ignore[override]
+        distance = torch.arange(1 - length, length, device=self.buckets.device)
+        distance = distance.clamp(-self.max_distance, self.max_distance)
+        return super().forward(self.buckets[distance + self.max_distance]).T
 
 
-class RelativePositionTable(nn.Embedding):
-    """Relative position bias of each bucket and head; starts at zero."""
+def is_captured() -> bool:
+    """Whether PyTorch records the graph, to run it with other lengths: ``if`` must not ask them."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class Visibility(NamedTuple):
@@ -66,7 +81,9 @@ class Visibility(NamedTuple):
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor | None:
         """True = attend, broadcastable to B,H,T,S; ``None`` where every query sees every key."""
         mask = None if self.key_mask is None else self.key_mask[:, None, None, :]
-        if not self.is_causal or (num_queries == 1 and self.query_positions is None):
+        if not self.is_causal:
+            return mask
+        if not is_captured() and num_queries == 1 and self.query_positions is None:
             return mask
         keys = torch.arange(num_keys, device=device)
         if self.query_positions is None:
@@ -109,7 +126,8 @@ def attend(
         mask = bias if mask is None else torch.where(mask, bias, torch.finfo(bias.dtype).min)
     if not return_weights:
         no_tensors = visibility.key_mask is None and visibility.query_positions is None
-        plainly_causal = visibility.is_causal and no_tensors and num_queries == num_keys > 1
+        plainly_causal = visibility.is_causal and no_tensors and not is_captured()
+        plainly_causal = plainly_causal and num_queries == num_keys > 1
         out_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
             k_BHSK,
@@ -139,7 +157,11 @@ def bias_of_pairs(
     Returns:
         1,H,T,T; B,H,M,T with ``query_positions`` B,M.
     """
-    bias_HTT = bias_HN.unfold(1, length, 1).flip(1)
+    if is_captured():  # a window's length would be fixed
+        keys = torch.arange(length, device=bias_HN.device)
+        bias_HTT = bias_HN[:, keys - keys.unsqueeze(1) + length - 1]
+    else:
+        bias_HTT = bias_HN.unfold(1, length, 1).flip(1)
     if query_positions is None:
         return bias_HTT.unsqueeze(0)
     return bias_HTT[:, query_positions].transpose(0, 1)
@@ -178,25 +200,17 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model)
         self.relative_attention_bias = None
         if has_relative_attention_bias:
-            self.relative_attention_bias = RelativePositionTable(
-                config.relative_attention_num_buckets, config.num_heads
-            )
+            self.relative_attention_bias = RelativePositionTable(config)
 
     def split_heads(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        return x_BTI.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
+        batch, length, _ = x_BTI.shape
+        return x_BTI.view(batch, length, self.config.num_heads, self.config.d_kv).transpose(1, 2)
 
     def bias_by_distance(self, length: int) -> torch.Tensor | None:
         """H, 2 * length - 1: the bias of each distance, ``None`` where there is no table."""
         if self.relative_attention_bias is None:
             return None
-        table_RH = self.relative_attention_bias.weight
-        buckets = buckets_on(
-            table_RH.device,
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-            length,
-        )
-        return table_RH[buckets].T
+        return self.relative_attention_bias(length)
 
     def forward(
         self,

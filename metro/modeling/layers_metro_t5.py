@@ -8,14 +8,20 @@ layer.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_metro_t5 import EVERYTHING, Attention, RelativePositionTable, Visibility
+from .attention_metro_t5 import (
+    EVERYTHING,
+    Attention,
+    RelativePositionTable,
+    Visibility,
+    is_captured,
+)
 
 
 class PositionTable(nn.Embedding):
@@ -81,7 +87,7 @@ class FeedForwardLayer(nn.Module):
         return self.add_and_norm(out_BTD, hidden_BTD, self.layer_norm, self.dropout, self.training)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """One encoder or decoder layer: self-attention, cross-attention (decoder), feed-forward.
 
     Args of ``forward``:
@@ -169,20 +175,15 @@ class MetroT5Stack(nn.Module):
 
     Args:
         config: the model's :class:`MetroT5Config`.
-        embed_tokens: the token embedding, shared with the rest of the model.
         is_decoder: decoder blocks (causal, cross-attention) instead of encoder blocks (relative
             bias).
     """
 
-    _gradient_checkpointing_func: Callable
-    """Set by transformers with ``gradient_checkpointing``."""
-
-    def __init__(self, config, embed_tokens: nn.Embedding, is_decoder: bool):
+    def __init__(self, config, is_decoder: bool):
         super().__init__()
         self.config = config
         self.is_decoder = is_decoder
-        self.gradient_checkpointing = False
-        self.embed_tokens = embed_tokens
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
         self.pos_embed = PositionTable(
             config.max_positions + config.pad_token_id + 1, config.d_model, config.pad_token_id
         )
@@ -196,20 +197,21 @@ class MetroT5Stack(nn.Module):
         length: int,
         past: int | torch.Tensor,
         static_length: int | None = None,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
         """Rows of the position table for the last ``length`` of ``past + length`` positions."""
         pad = self.config.pad_token_id
         # A static cache is measured as a whole: to look at the tensor `past` would wait for it.
         longest = past + length if static_length is None else static_length
-        if longest > self.config.max_positions:
+        if not is_captured() and longest > self.config.max_positions:
             raise ValueError(
                 f"a sequence of {longest} tokens is longer than max_positions "
                 f"({self.config.max_positions}); truncate the input"
             )
         if mask_BS is None:
-            positions = torch.arange(length, device=self.pos_embed.weight.device)
+            positions = torch.arange(length, device=device)
             return (positions + (pad + 1 + past)).unsqueeze(0)
-        return (mask_BS.cumsum(1) * mask_BS + pad)[:, -length:]
+        return (mask_BS.cumsum(1, dtype=torch.long) * mask_BS + pad)[:, -length:]
 
     def forward(
         self,
@@ -222,8 +224,8 @@ class MetroT5Stack(nn.Module):
         layer_caches: list | None = None,
         past_length: int | torch.Tensor = 0,
         static_length: int | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> StackOutput:
         """Run the stack.
 
@@ -237,13 +239,20 @@ class MetroT5Stack(nn.Module):
             past_length: tokens already in the caches.
             static_length: how many keys caches of a fixed size return, unwritten ones included;
                 ``None`` for caches that grow.
+            output_hidden_states, output_attentions: return them too; ``None`` means as ``config``
+                says.
         """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = embeds.shape[1]
         mask_BS = None if attention_mask is None else attention_mask.ne(0)
-        rows = self.position_ids(mask_BS, length, past_length, static_length)
+        rows = self.position_ids(mask_BS, length, past_length, static_length, embeds.device)
         hidden = self.first_layer_norm(embeds + self.pos_embed(rows))
-        hidden = F.dropout(hidden, self.config.dropout_rate, self.training)
+        hidden = F.dropout(hidden, config.dropout_rate, self.training)
         if mask_BS is not None and not self.is_decoder:
             hidden = hidden * mask_BS.unsqueeze(-1)
 
@@ -271,12 +280,7 @@ class MetroT5Stack(nn.Module):
                 cross_cache,
                 output_attentions,
             )
-            if self.gradient_checkpointing and self.training:
-                hidden, self_weights, cross_weights = self._gradient_checkpointing_func(
-                    block.__call__, *arguments
-                )
-            else:
-                hidden, self_weights, cross_weights = block(*arguments)
+            hidden, self_weights, cross_weights = block(*arguments)
             all_hidden.append(hidden)
             all_self.append(self_weights)
             all_cross.append(cross_weights)
@@ -306,6 +310,7 @@ def initialize_weights(module: nn.Module, factor: float = 1.0) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, RelativePositionTable):
         nn.init.zeros_(module.weight)
+        module.buckets.copy_(module.find_buckets())
     elif isinstance(module, PositionTable):
         bound = factor * math.sqrt(3.0) * (2 * module.embedding_dim) ** -0.5
         nn.init.uniform_(module.weight, -bound, bound)

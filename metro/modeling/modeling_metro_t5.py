@@ -15,9 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+)
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_metro_t5 import MetroT5Config
 from .layers_metro_t5 import MetroT5Stack, initialize_weights
@@ -64,18 +69,18 @@ class MetroT5Encoder(MetroT5Stack):
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: MetroT5Config, embed_tokens: nn.Embedding):
-        super().__init__(config, embed_tokens, is_decoder=False)
+    def __init__(self, config: MetroT5Config):
+        super().__init__(config, is_decoder=False)
 
+    @can_return_tuple
     def forward(  # type: ignore[override]  # fewer inputs than a decoder's
         self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        positions=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """Hidden states B,S,D of ``input_ids`` B,S; ``attention_mask`` B,S, nonzero = attend.
 
@@ -86,11 +91,74 @@ class MetroT5Encoder(MetroT5Stack):
             attention_mask,
             inputs_embeds=inputs_embeds,
             positions=positions,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=bool(output_hidden_states),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
-        result = BaseModelOutput(output.last_hidden_state, output.hidden_states, output.attentions)
-        return result if return_dict is not False else result.to_tuple()
+        return BaseModelOutput(output.last_hidden_state, output.hidden_states, output.attentions)
+
+
+class MetroT5Decoder(MetroT5Stack):
+    """The decoder stack, with caches of transformers for its keys and values."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: MetroT5Config):
+        super().__init__(config, is_decoder=True)
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]  # caches as transformers has them
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Hidden states B,T,D of ``input_ids`` B,T, which see ``encoder_hidden_states`` B,S,D.
+
+        Masks: nonzero = attend. ``positions`` B,M: hidden states B,M,D at these positions only.
+        """
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        caches = {}
+        if past_key_values is not None:
+            written, past_length = None, past_key_values.get_seq_length()
+            if past_key_values.is_compileable:
+                layer = past_key_values.self_attention_cache.layers[0]
+                caches["static_length"] = layer.max_cache_len
+                written = torch.arange(embeds.shape[1], device=embeds.device) + past_length
+            caches["past_length"] = past_length
+            caches["layer_caches"] = [
+                (
+                    SelfAttentionCache(past_key_values, i, written),
+                    CrossAttentionCache(past_key_values, i),
+                )
+                for i in range(len(self.block))
+            ]
+        output = super().forward(
+            None,
+            attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            inputs_embeds=embeds,
+            positions=positions,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **caches,
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+        )
 
 
 class MetroT5PreTrainedModel(PreTrainedModel):
@@ -125,12 +193,29 @@ class MetroT5EncoderModel(MetroT5PreTrainedModel):
     def __init__(self, config: MetroT5Config):
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.encoder = MetroT5Encoder(config, self.shared)
+        self.encoder = MetroT5Encoder(config)
         self.post_init()
 
-    def forward(self, *args, **kwargs) -> BaseModelOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
         """See :meth:`MetroT5Encoder.forward`."""
-        return self.encoder(*args, **kwargs)
+        return self.encoder(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
 
 
 class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
@@ -145,16 +230,15 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
     def __init__(self, config: MetroT5Config):
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.encoder = MetroT5Encoder(config, self.shared)
-        self.decoder = MetroT5Stack(config, self.shared, is_decoder=True)
+        self.encoder = MetroT5Encoder(config)
+        self.decoder = MetroT5Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.lm_head.weight = self.shared.weight
         self.post_init()
 
     def get_encoder(self, modality=None) -> MetroT5Encoder:
         return self.encoder
 
-    def get_decoder(self) -> MetroT5Stack:
+    def get_decoder(self) -> MetroT5Decoder:
         return self.decoder
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -174,21 +258,21 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         shifted[..., 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        decoder_input_ids=None,
-        decoder_attention_mask=None,
-        encoder_outputs=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        decoder_inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Logits B,T,V of the next token, and with ``labels`` B,T (-100 = ignored) the mean loss.
@@ -204,43 +288,28 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
+                return_dict=True,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        assert isinstance(encoder_outputs, BaseModelOutput)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and labels is None and not self.decoder.gradient_checkpointing
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        layer_caches, past_length, static_length, positions = None, 0, None, None
-        if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
-            if past_key_values.is_compileable:
-                static_length = past_key_values.self_attention_cache.layers[0].max_cache_len
-                steps = (
-                    decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-                )
-                positions = torch.arange(steps.shape[1], device=steps.device) + past_length
-            layer_caches = [
-                (
-                    SelfAttentionCache(past_key_values, i, positions),
-                    CrossAttentionCache(past_key_values, i),
-                )
-                for i in range(self.config.num_decoder_layers)
-            ]
+        checkpoints = self.decoder.block[0].gradient_checkpointing and self.training
+        use_cache = use_cache and labels is None and not checkpoints
         decoded = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
             encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
             inputs_embeds=decoder_inputs_embeds,
-            layer_caches=layer_caches,
-            past_length=past_length,
-            static_length=static_length,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=bool(output_hidden_states),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits_BTV = self.lm_head(decoded.last_hidden_state)
         loss = None
@@ -252,10 +321,10 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
                 reduction="mean" if num_items is None else "sum",
             )
             loss = loss if num_items is None else loss / num_items
-        result = Seq2SeqLMOutput(
+        return Seq2SeqLMOutput(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=past_key_values,
+            past_key_values=decoded.past_key_values,
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
@@ -263,7 +332,6 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
-        return result if return_dict is not False else result.to_tuple()
 
 
 __all__ = ["MetroT5EncoderModel", "MetroT5ForConditionalGeneration", "MetroT5PreTrainedModel"]

@@ -101,7 +101,8 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
         if kwargs or not self._is_plain(text):
-            return super().tokenize(text, **kwargs)
+            pieces = super().tokenize(text, **kwargs)
+            return [piece for piece in pieces if piece] or pieces  # blanks between added tokens
         return self._tokenize(text) if text else []
 
     def _is_plain(self, text: str) -> bool:
@@ -125,7 +126,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         if not isinstance(text, str) or not text or not self._is_plain(text):
             return text
         if len(self._added_tokens_encoder) > NUM_SPECIAL_IDS:
-            return self.convert_tokens_to_ids(self._tokenize(text))  # a piece may be an added token
+            return self.convert_tokens_to_ids(self.tokenize(text))  # a piece may be an added token
         return self.vocabulary.encode(text, self.lower)[:-1] or [UNK_ID]  # </s> is added later
 
     def convert_tokens_to_ids(self, tokens):
@@ -138,7 +139,9 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         return self._ids.get(token, UNK_ID)
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < len(self._tokens):
+        if index >= len(self._tokens):
+            return ""  # a row that pads the model's embedding
+        if index < 0:
             raise ValueError(
                 f"id {index} is not one of the {len(self._tokens)} in the vocabulary; replace -100 "
                 "in labels by the padding id first"
@@ -146,7 +149,11 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         return self._tokens[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens).replace("▁", " ").strip()
+        # A token that was added to the vocabulary has no mark of the blank before it.
+        added = self._added_tokens_encoder.keys() - self._ids.keys()
+        return "".join(
+            f" {token.lstrip()}" if token in added else token.replace("▁", " ") for token in tokens
+        ).strip()
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

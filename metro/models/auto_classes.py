@@ -44,8 +44,8 @@ class FairseqT5Tokenizer(MetroT5Tokenizer):
 def register() -> None:
     """Make METRO-T5 known to the Auto classes of transformers, in this process.
 
-    ``metro.load`` calls it. Call it yourself to open METRO's folders with ``AutoModel...`` and
-    ``AutoTokenizer`` without ``trust_remote_code=True``. PEFT, where it is installed, learns which
+    ``import metro`` and ``metro.load`` call it, so that ``AutoModel...`` and ``AutoTokenizer`` open
+    METRO's folders without ``trust_remote_code=True``. PEFT, where it is installed, learns which
     modules an adapter of METRO-T5 changes by default. Calling it again does nothing.
     """
     for config in (MetroT5Config, FairseqT5Config):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from metro.models.generation_settings import GenerationSettings
 from metro.models.loading import LoadedModel, load
+from metro.models.projection import position_limits
 from metro.utils.characters import usable_texts
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
@@ -104,7 +106,7 @@ def load_for_generation(name: str | Path, settings: GenerationSettings) -> Loade
 
 def remark_on_cut(num_cut: int, model, settings: GenerationSettings) -> str:
     """Say that texts were longer than the settings or the model allow."""
-    positions = getattr(model.config, "max_positions", None)
+    positions = position_limits(model.config).encoder
     limit = f"max_input_tokens is {settings.max_input_tokens}"
     if positions and positions < settings.max_input_tokens:
         limit += f", and the model has {positions} positions"
@@ -122,7 +124,7 @@ def answer_texts(
     settings = settings or GenerationSettings()
     options = settings.options(model)
     longest = settings.max_input_tokens
-    positions = getattr(model.config, "max_positions", None)
+    positions = position_limits(model.config).encoder
     longest = min(longest, positions) if positions else longest
     texts = usable_texts(texts)
     reader = with_sentinels(tokenizer) if settings.sentinels else tokenizer
@@ -154,6 +156,27 @@ def with_sentinels(tokenizer):
     return tokenizer
 
 
+class RefuseNaN(LogitsProcessor):
+    """Ends generation where the model's scores are NaN, of which any token could be made.
+
+    Args:
+        texts: of the batch; each has the same number of rows.
+    """
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor):
+        if bool((bad := scores.isnan().any(-1)).any()):
+            row = int(bad.nonzero()[0]) * len(self.texts) // len(scores)
+            raise UserError(
+                f"the model's scores for the text {self.texts[row][:60]!r} are NaN: its weights or "
+                "activations are not finite; use another dtype (bfloat16 or float32 instead of "
+                "float16), or another checkpoint"
+            )
+        return scores
+
+
 def _answer_window(model, reader, tokenizer, texts, longest, options, settings) -> list[Answered]:
     answered = [Answered(text, [""] * settings.num_answers, was_cut=False) for text in texts]
     asked = [index for index, text in enumerate(texts) if text.strip()]
@@ -168,9 +191,13 @@ def _answer_window(model, reader, tokenizer, texts, longest, options, settings) 
             max_length=longest,
             return_tensors="pt",
         ).to(model.device)
+        refuse = LogitsProcessorList([RefuseNaN([texts[index] for index in batch])])
         with torch.inference_mode():
             sequences = model.generate(
-                inputs["input_ids"], attention_mask=inputs["attention_mask"], **options
+                inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_processor=refuse,
+                **options,
             )
         decoded = tokenizer.batch_decode(
             [without_start_and_end(ids, model.generation_config) for ids in sequences.tolist()],

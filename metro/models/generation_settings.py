@@ -70,7 +70,9 @@ class GenerationSettings(Settings):
         return options
 
     def _longest_answer(self, model: Any) -> int:
-        positions = getattr(model.config, "max_positions", None)  # T5 has no such limit
+        from metro.models.projection import position_limits
+
+        positions = position_limits(model.config).decoder
         if self.max_new_tokens is None:
             return min(MOST_NEW_TOKENS, positions) if positions else MOST_NEW_TOKENS
         if positions and self.max_new_tokens > positions:

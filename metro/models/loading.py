@@ -1,6 +1,7 @@
 """``metro.load``: a model and its tokenizer from a name, a folder, or a fairseq checkpoint."""
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
@@ -35,7 +37,7 @@ from metro.models.fairseq_checkpoint import (
     shared_with_main,
     untied,
 )
-from metro.models.reading import read_folder, refuse_weights
+from metro.models.reading import read_folder, refuse_weights, shards
 from metro.models.source import adapter_base, model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.pretraining.configuration import MetroPretrainingConfig
@@ -98,6 +100,9 @@ def load(
     with _quiet():
         loaded = _load(path_or_name, vocab, dtype, options)
     model = loaded.model.eval()
+    if padding := [*range(len(loaded.tokenizer), getattr(model.config, "vocab_size", 0))]:
+        known = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*known, *padding})  # rows of no token
     if device is not None:
         model = model.to(device)
     return LoadedModel(model, loaded.tokenizer)
@@ -112,7 +117,7 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> Loade
         folder = adapter_folder(source)
     if folder is not None:
         loaded = _load(adapter_base(folder), vocab, dtype, options)
-        tokenizer = _tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
+        tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
         with _explained(source):
             model = merge_adapter(loaded.model, folder)
         return LoadedModel(_named(model, source), tokenizer)
@@ -230,6 +235,8 @@ def _named(model: PreTrainedModel, source: str) -> PreTrainedModel:
 def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
     config = read_config(source)
     with _explained(source):
+        for index in sorted(Path(source).glob("*.index.json")):
+            shards(index)
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             source,
             config=config,
@@ -240,7 +247,7 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
             trust_remote_code=False,
             **options,
         )
-    tokenizer = _tokenizer(source)
+    tokenizer = read_tokenizer(source)
     is_metro = isinstance(config, MetroT5Config)
     refuse_weights(
         missing=sorted(info["missing_keys"]),
@@ -250,11 +257,12 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
         model="the model that its config.json describes",
     )
     if is_metro:
-        _check_vocabulary(source, config.vocab_size, len(tokenizer))
+        _check_one_embedding(source, model)
+        check_vocabulary(source, config.vocab_size, len(tokenizer))
     return LoadedModel(model, tokenizer)
 
 
-def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     with _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -285,10 +293,23 @@ def _generation_config(source: str, config) -> GenerationConfig:
 
     Versions before 5 run a folder's ``custom_generate/generate.py`` unasked while doing so.
     """
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:  # no such file: the start and end ids are in config.json
+    path = cached_file(
+        source, "generation_config.json", _raise_exceptions_for_missing_entries=False
+    )
+    if path is None:  # the start and end ids are in config.json
         generation = GenerationConfig.from_model_config(config)
+    else:
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            generation = GenerationConfig.from_dict(fields)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+                value = fields.get(name)
+                for index in value if isinstance(value, list) else [value]:
+                    if index is not None and not 0 <= index < getattr(config, "vocab_size", 2**31):
+                        raise ValueError(f"{name} {index} is not in the vocabulary")
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{path} is damaged ({reason}): copy it again") from None
     generation._from_model_config = False  # version 4 compares it with the config otherwise
     return generation
 
@@ -305,7 +326,17 @@ def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
     ]
 
 
-def _check_vocabulary(source: str, rows: int, entries: int) -> None:
+def _check_one_embedding(source: str, model: PreTrainedModel) -> None:
+    """Refuse copies of the embedding matrix that differ, which transformers leaves apart."""
+    apart = [name for name in TIED if model.get_parameter(name) is not model.shared.weight]
+    if apart:
+        raise UserError(
+            f"{source}: {', '.join(apart)} differs from shared.weight, but METRO-T5 has one "
+            "embedding matrix: take out the copies that were not trained"
+        )
+
+
+def check_vocabulary(source: str, rows: int, entries: int) -> None:
     """Allow one embedding per entry, or a few more that pad the vocabulary to a multiple of 8."""
     padded = rows % 8 == 0 and 0 < rows - entries < PADDED_ROWS
     if rows != entries and not padded:

@@ -1,4 +1,4 @@
-"""Input of the output embedding of any sequence-to-sequence model.
+"""What losses and scores need of any sequence-to-sequence model: above all, its projection's input.
 
 Losses and scores need the probability of one token per position. With the hidden states and the
 projection's weight they can be computed in pieces; the model's own logits (B, T, V) never exist.
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from metro.utils.messages import UserError
 
@@ -27,6 +29,17 @@ class ProjectionInput(NamedTuple):
     """(V, D) output embedding, in the dtype of the hidden states."""
     bias_V: torch.Tensor | None
     """(V) bias of the output embedding and `final_logits_bias`, where the model has one."""
+
+
+class PositionLimits(NamedTuple):
+    """Longest sequences of a model; None where positions are relative (T5)."""
+
+    encoder: int | None
+    decoder: int | None
+
+    def lengths(self, source: int, target: int) -> tuple[int, int]:
+        """Return these lengths, or the model's where they are less."""
+        return min(source, self.encoder or source), min(target, self.decoder or target)
 
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -84,6 +97,65 @@ def unwrap(model: nn.Module) -> Any:
         if isinstance(inner, nn.Module):
             return unwrap(inner)
     return model
+
+
+def start_token(model: nn.Module) -> int:
+    """Return the decoder's first input.
+
+    Raises:
+        UserError: the model does not name it.
+    """
+    inner = unwrap(model)
+    for settings in (inner.config, getattr(inner, "generation_config", None)):
+        start = getattr(settings, "decoder_start_token_id", None)
+        if start is not None:
+            return start
+    raise UserError(
+        f"the configuration of {type(inner).__name__} has no decoder_start_token_id; set it in its "
+        "config.json"
+    )
+
+
+def padding(model: nn.Module) -> int:
+    """Return an id to fill up sequences with: the model's padding, or any, as it is never seen."""
+    return getattr(unwrap(model).config, "pad_token_id", None) or 0
+
+
+def position_limits(config) -> PositionLimits:
+    """Return the lengths of a model's position tables."""
+    found = []
+    for side in ("encoder", "decoder"):
+        own = getattr(config, side, None)
+        names = ("max_positions", f"max_{side}_position_embeddings", "max_position_embeddings")
+        values = [getattr(each, name, None) for each in (config, own) if each for name in names]
+        tables = [value for value in values if isinstance(value, int) and value > 0]
+        found.append(tables[0] if tables else None)
+    return PositionLimits(*found)
+
+
+def with_states(encoded, states: torch.Tensor):
+    """Return an encoder's output with other hidden states (B, S, D) and nothing else in it.
+
+    Of the model's own type, as decoders look for more than hidden states: mixtures of experts for
+    the router's decisions.
+    """
+    kind = type(encoded) if isinstance(encoded, ModelOutput) else BaseModelOutput
+    return kind(last_hidden_state=states)
+
+
+@contextlib.contextmanager
+def refused_if_it_fails(model: nn.Module):
+    """Turn what a model of another kind raises on its first, short text into a ``UserError``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{type(unwrap(model)).__name__} cannot be used here, it does not read and write text "
+            f"as sequence-to-sequence models do ({reason}); use another model"
+        ) from error
 
 
 @contextlib.contextmanager

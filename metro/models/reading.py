@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from metro.models.source import check_file
+from metro.utils.files import inside
 from metro.utils.messages import UserError, install_command, shortened
 
 WEIGHT_FILES = (
@@ -138,18 +139,30 @@ def read_folder(folder: str | Path) -> dict[str, torch.Tensor]:
             continue
         if not name.endswith(".index.json"):
             return read_tensors(path)
-        try:
-            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); copy it again") from None
-        missing = [part for part in parts if not (folder / part).is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which {name} names")
         tensors: dict[str, torch.Tensor] = {}
-        for part in parts:
-            tensors |= read_tensors(folder / part)
+        for part in shards(path):
+            tensors |= read_tensors(part)
         return tensors
     raise UserError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+
+
+def shards(index: Path) -> list[Path]:
+    """List the weight files that an index names, which all are in its folder.
+
+    Raises:
+        UserError: it is damaged, or names a file that is missing or elsewhere.
+    """
+    folder = index.parent
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = [inside(folder, name) for name in names]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error}); copy it again") from None
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    return parts
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -70,30 +70,25 @@ class AuxiliaryModel(nn.Module):
             config.dropout_rate = config.attention_dropout_rate = 0.0
             config.activation_dropout_rate = 0.0
         shared = pretraining.share.split("_")
-        embed_tokens = (
-            main_encoder.embed_tokens
-            if "token" in shared
-            else nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        )
         self.sample_mode = pretraining.sample_mode
-        self.encoder = MetroT5Stack(config, embed_tokens, is_decoder=False)
+        self.encoder = MetroT5Stack(config, is_decoder=False)
         self.lm_head = PredictionHead(config, config.vocab_size, tied=True)
-        self.initialize_weights(own_tokens="token" not in shared)
+        self.initialize_weights()
+        if "token" in shared:
+            self.encoder.embed_tokens = main_encoder.embed_tokens
         if "pos" in shared:
             self.encoder.pos_embed = main_encoder.pos_embed
         if "norm" in shared:
             self.encoder.first_layer_norm = main_encoder.first_layer_norm
 
     @torch.no_grad()
-    def initialize_weights(self, own_tokens: bool) -> None:
+    def initialize_weights(self) -> None:
         """Initialise as BERT: normal with standard deviation 0.02; biases and padding zero."""
         for module in self.encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding) and (
-                own_tokens or module is not self.encoder.embed_tokens
-            ):
+            elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.padding_idx is not None:
                     nn.init.zeros_(module.weight[module.padding_idx])

@@ -193,6 +193,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metro"
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of what a manifest, an index or a suite names in a folder.
+
+    Raises:
+        UserError: the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise UserError(
+            f"the name {name!r} leads out of {folder}: nothing there is read or changed"
+        )
+    return folder / name
+
+
 def flush(path: Path) -> None:
     """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -57,18 +57,24 @@ def weights_identity(model) -> str:
 
     def content(named: tuple[str, Any]) -> str:
         name, tensor = named
-        tensor = tensor.detach()
-        extremes = torch.aminmax(tensor) if name in parameters and tensor.numel() else ()
-        if not all(extreme.isfinite() for extreme in extremes):
-            raise UserError(
-                f"the weight {name} of the model has numbers that are not finite (NaN or infinity):"
-                " the model is damaged; use another checkpoint"
-            )
-        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        if name in parameters:
+            refuse_not_finite(name, tensor, "the model is damaged; use another checkpoint")
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return digest([name, list(tensor.shape), str(tensor.dtype), memoryview(raw.numpy())])
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return digest(pool.map(content, sorted(model.state_dict().items())))
+
+
+def refuse_not_finite(name: str, weight, remedy: str) -> None:
+    """Raise a ``UserError`` if a weight has a number that is NaN or infinite."""
+    import torch
+
+    if weight.numel() and not all(one.isfinite() for one in torch.aminmax(weight.detach())):
+        raise UserError(
+            f"the weight {name} of the model has numbers that are not finite (NaN or infinity): "
+            f"{remedy}"
+        )
 
 
 def tokenizer_identity(tokenizer) -> str:

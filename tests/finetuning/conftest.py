@@ -44,7 +44,12 @@ def small_model(kind: str) -> torch.nn.Module:
     if kind == "m2m":
         config = transformers.M2M100Config(**sizes, **bart, max_position_embeddings=64)
         return transformers.M2M100ForConditionalGeneration(config).eval()
+    if kind == "switch":  # experts that drop tokens; the encoder's output is more than a tensor
+        experts = dict(num_experts=3, expert_capacity=2)
+        experts |= dict(num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+        config = transformers.SwitchTransformersConfig(**{**sizes, **t5, **experts})
+        return transformers.SwitchTransformersForConditionalGeneration(config).eval()
     raise AssertionError(kind)
 
 
-KINDS = ["metro", "t5", "t5 untied", "bart", "m2m"]
+KINDS = ["metro", "t5", "t5 untied", "bart", "m2m", "switch"]

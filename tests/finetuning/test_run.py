@@ -272,3 +272,83 @@ def test_evaluation_without_an_example_of_use_says_so(settings, tmp_path):
     folder = write_prepared(tmp_path / "data", 60, change=no_options)
     with pytest.raises(ValueError, match="no validation example of"):
         finetune(settings(data=str(folder), objective="flipped", eval_steps=2, sampling="capped"))
+
+
+def change_model(source, place, change):
+    model, tokenizer = metro.load(source)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return str(place)
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_data(settings, folder, tmp_path):
+    """Oracle: by hand: one number of a weight, one example; unfinished and finished runs alike."""
+    places = [shutil.copytree(place, tmp_path / f"in{number}") for number, place in
+              enumerate((settings().model, folder))]  # fmt: skip
+    chosen = dict(model=str(places[0]), data=str(places[1]), save_steps=1, max_steps=1)
+    finetune(settings(**chosen))
+
+    def nudge(model):
+        model.shared.weight[20, 3] += 0.5
+
+    for max_steps in (1, 2):
+        now = {**chosen, "max_steps": max_steps}
+        change_model(settings().model, places[0], nudge)
+        with pytest.raises(UserError, match="run on other weights of .*in0: changed or replaced"):
+            finetune(settings(**now))
+        shutil.copytree(settings().model, places[0], dirs_exist_ok=True)
+        with next(places[1].glob("train/*/train.jsonl")).open("a") as file:
+            file.write("\n")
+        with pytest.raises(UserError, match="run on other data of .*in1: changed or replaced"):
+            finetune(settings(**now))
+        shutil.copytree(folder, places[1], dirs_exist_ok=True)
+    assert finetune(settings(**chosen)).num_updates == 1
+    moved = places[0].rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="model was .*in0"):
+        finetune(settings(**{**chosen, "model": str(moved)}))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("loss", "the loss is (nan|inf) after update 4: the training diverged"),
+        ("weights", "the weight .* of the model has numbers that are not finite"),
+        ("held-out", "the loss on held-out examples is (nan|inf) after update 2, first in a batch"),
+    ],
+)
+def test_a_training_that_diverges_stops_and_writes_no_nan(settings, what, message):
+    """Oracle: a learning rate of 1e30; the message, and what lies in the folder."""
+    options = {"loss": {}, "weights": {"logging_steps": 50, "save_steps": 2}}
+    options["held-out"] = {"logging_steps": 50, "eval_steps": 1}
+    huge = dict(optimizer="sgd", learning_rate=1e30, max_grad_norm=0.0, max_steps=6)
+    with pytest.raises(UserError, match=message):
+        finetune(settings(**huge, **options[what]))
+    out = Path(settings().output_dir)
+    assert {path.name for path in out.iterdir()} <= {"finetune.yaml", "inputs.json", "runs"}
+
+
+def test_models_with_short_position_tables_are_cut_and_padding_must_be_a_token(
+    settings, t5_folder, tmp_path
+):
+    """Oracle: it trains, with inputs of up to 20 tokens and 10 positions; the message."""
+    import transformers
+
+    _, tokenizer = metro.load(t5_folder)
+    sides = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers",)}
+    sides |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    config = transformers.BartConfig(
+        vocab_size=len(tokenizer), d_model=16, max_position_embeddings=10, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, decoder_start_token_id=1, **sides,
+        encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    for pad in (0, 1):
+        model.config.pad_token_id = pad
+        model.save_pretrained(tmp_path / f"bart{pad}")
+        tokenizer.save_pretrained(tmp_path / f"bart{pad}")
+    chosen = dict(max_steps=2, eval_steps=2, learning_rate=1e-3)
+    assert finetune(settings(model=str(tmp_path / "bart0"), **chosen)).num_updates == 2
+    with pytest.raises(UserError, match="its pad_token_id is 1, and must be a token of its own"):
+        finetune(settings("other", model=str(tmp_path / "bart1"), **chosen))

@@ -6,7 +6,6 @@ eager attention, float32, one process, one file).
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from tests.modeling.conftest import IDS, LABELS, MASK, PAD, answers, tiny
 
 
@@ -63,6 +62,59 @@ def test_attention_weights_are_returned_and_sum_to_one():
     assert output.decoder_attentions[0].triu(1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", [MetroT5ForConditionalGeneration, MetroT5EncoderModel])
+def test_flags_of_the_configuration_count_and_arguments_come_first(kind):
+    """Oracle: the same call with the flag as an argument."""
+    model = kind(tiny().config).eval()
+    model.set_attn_implementation("eager")
+    labels = {"labels": LABELS} if kind is MetroT5ForConditionalGeneration else {}
+    for flag in ("output_hidden_states", "output_attentions"):
+        plain, asked = model(IDS, MASK, **labels), model(IDS, MASK, **labels, **{flag: True})
+        setattr(model.config, flag, True)
+        found = model(IDS, MASK, **labels)
+        refused = model(IDS, MASK, **labels, **{flag: False})
+        setattr(model.config, flag, False)
+        assert found.keys() == asked.keys() > plain.keys() == refused.keys()
+    model.config.return_dict = False
+    as_tuple, as_dict = model(IDS, MASK, **labels), model(IDS, MASK, **labels, return_dict=True)
+    assert isinstance(as_tuple, tuple) and not isinstance(as_dict, tuple)
+    assert all(
+        torch.equal(found, kept) for found, kept in zip(as_tuple, as_dict.to_tuple(), strict=True)
+    )
+    assert isinstance(model.get_encoder()(IDS, MASK), tuple)
+
+
+SOME = dict.fromkeys(
+    ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", "decoder.block"], "disk"
+)
+SOME |= {f"{stack}.{part}": "cpu" for stack in ("encoder", "decoder")
+         for part in ("pos_embed", "first_layer_norm")}  # fmt: skip
+SOME["encoder.block"] = "cpu"
+
+
+@pytest.mark.parametrize("device_map", ["auto", SOME])
+def test_offloaded_weights_answer_as_those_in_memory(tmp_path, device_map):
+    """On the disk all of them, or some."""
+    pytest.importorskip("accelerate")
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    offloaded = MetroT5ForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map, max_memory={"cpu": "0MB"}, offload_folder=tmp_path / "disk"
+    )
+    assert "disk" in offloaded.hf_device_map.values()
+    weights = (offloaded.decoder.block[0].layer[0].SelfAttention.q.weight, offloaded.shared.weight)
+    assert any(weight.device.type == "meta" for weight in weights)
+    assert torch.equal(answers(offloaded, IDS, MASK), answers(model, IDS, MASK))
+    expected = model(IDS, MASK, labels=LABELS)
+    found = offloaded(IDS, MASK, labels=LABELS)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    encoder = MetroT5EncoderModel.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": "0MB"}, offload_folder=tmp_path / "disk"
+    )
+    states = encoder(IDS, MASK).last_hidden_state
+    assert torch.equal(states, expected.encoder_last_hidden_state)
+
+
 def test_bf16_stays_close_to_fp32_and_generates(model_and_inputs, tmp_path):
     """Oracle: float32; bfloat16 keeps 8 bits, a few layers lose some of them."""
     model, ids, mask = model_and_inputs
@@ -96,8 +148,8 @@ def switch_checkpointing(model, how: str, *arguments) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, dropout):
     model = tiny(dropout_rate=dropout).train()
     gradients, calls = [], []
-    block = model.encoder.block[0]
-    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    layer = model.encoder.block[0].layer[0]
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             switch_checkpointing(model, "enable", {"use_reentrant": use_reentrant})
@@ -115,11 +167,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, dropout)
 def run_compiled(backend: str, num_layers: int):
     model = tiny(num_layers=num_layers)
     torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dynamo tells of the remembered table of buckets
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        output = compiled(IDS, MASK, labels=LABELS)
-        output.loss.backward()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    output = compiled(IDS, MASK, labels=LABELS)
+    output.loss.backward()
     gradients = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
     expected = model(IDS, MASK, labels=LABELS)

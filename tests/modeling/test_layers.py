@@ -74,7 +74,7 @@ def test_attention_of_two_tokens_by_hand():
 @pytest.mark.parametrize("padded", [False, True])
 def test_eager_and_sdpa_agree(is_decoder, padded):
     config = tiny_config()
-    stack = randomized(stack_of(config, is_decoder)).eval()
+    stack = randomized(MetroT5Stack(config, is_decoder)).eval()
     inputs = stack_inputs(is_decoder, padded)
     config._attn_implementation = "sdpa"
     sdpa = stack(**inputs).last_hidden_state
@@ -88,7 +88,7 @@ def test_eager_and_sdpa_agree(is_decoder, padded):
 @pytest.mark.parametrize("padded", [False, True])
 def test_last_layer_at_positions_equals_picking_from_all(is_decoder, padded):
     """The oracle computes every position; values and all parameter gradients agree."""
-    stack = randomized(stack_of(tiny_config(), is_decoder))
+    stack = randomized(MetroT5Stack(tiny_config(), is_decoder))
     inputs = stack_inputs(is_decoder, padded)
     positions = torch.tensor([[0, 3, 4], [5, 1, 2], [2, 0, 1]])
     full = gather_positions(stack(**inputs).last_hidden_state, positions)
@@ -107,7 +107,7 @@ def test_last_layer_at_positions_equals_picking_from_all(is_decoder, padded):
 @pytest.mark.parametrize("is_decoder", [False, True])
 def test_padding_does_not_change_the_tokens(is_decoder):
     """Row 1 of the padded batch equals the same row alone, without padding."""
-    stack = randomized(stack_of(tiny_config(), is_decoder)).eval()
+    stack = randomized(MetroT5Stack(tiny_config(), is_decoder)).eval()
     inputs = stack_inputs(is_decoder, padded=True)
     together = stack(**inputs).last_hidden_state[1, :4]
     alone = {k: None if v is None else v[1:2] for k, v in inputs.items()}
@@ -134,11 +134,6 @@ def test_the_configuration_keeps_its_ids_through_json(tmp_path):
     for config in (MetroT5Config(), MetroT5Config.from_pretrained(tmp_path)):
         assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
     assert config.decoder_start_token_id == 1000 and config.tie_word_embeddings
-
-
-def stack_of(config, is_decoder):
-    embedding = torch.nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-    return MetroT5Stack(config, embedding, is_decoder)
 
 
 def stack_inputs(is_decoder, padded):

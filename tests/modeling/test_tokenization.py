@@ -1,5 +1,6 @@
 """The Hugging Face tokenizer gives the ids, tokens and texts of the published one."""
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -138,9 +139,25 @@ def test_sentinels_are_entries_that_no_text_gives(tokenizer):
     assert first not in tokenizer("<sen000>")["input_ids"]
     assert tokenizer.decode([0, A, first, A, 2], skip_special_tokens=True) == "a<sen000> a"
     assert tokenizer.convert_tokens_to_ids(["<sen001>", "▁a"]) == [first + 1, A]
-    for index in (-100, len(tokenizer)):
-        with pytest.raises(ValueError, match=f"id {index} is not one of the {len(tokenizer)}"):
-            tokenizer.decode([0, index])
+    with pytest.raises(ValueError, match=f"id -100 is not one of the {len(tokenizer)}"):
+        tokenizer.decode([0, -100])
+    assert tokenizer.decode([0, A, len(tokenizer), A]) == "<s> a a"  # of a padded embedding
+
+
+def test_added_tokens_keep_the_blanks_around_them(tokenizer):
+    """Oracle: the texts; what stands without a blank is a word of its own, as in training."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["Größe", "[ENT]"])
+    for text, back in (
+        ("a Größe b", None),
+        ("[ENT] a", None),
+        ("a [ENT]", None),
+        ("a [ENT] [ENT] b", None),
+        ("a[ENT]b", "a [ENT] b"),
+    ):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == (back or text)
+        assert tokenizer.unk_token_id not in ids
 
 
 def test_sentinels_of_t5_are_no_entries_until_they_are_added(golden):
@@ -176,7 +193,10 @@ def test_decoded_text_reads_naturally(tokenizer, text, expected):
 class PlainWay(MetroT5Tokenizer):
     """The base class does everything: no way around strings of pieces."""
 
-    tokenize = PreTrainedTokenizer.tokenize
+    def tokenize(self, text, **kwargs):
+        pieces = PreTrainedTokenizer.tokenize(self, text, **kwargs)
+        return [piece for piece in pieces if piece] or pieces  # nothing between added tokens
+
     _encode_plus = PreTrainedTokenizer._encode_plus
     convert_tokens_to_ids = PreTrainedTokenizer.convert_tokens_to_ids
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import metro
-from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.conversion.hf_to_fairseq import to_fairseq
+from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
+from metro.models.fairseq_checkpoint import TIED
 from metro.models.loading import LoadedModel, resolve_dtype
+from metro.utils.messages import UserError
 from tests.conftest import RECORDED
 from tests.processes import run_python
 
@@ -140,20 +144,51 @@ def test_a_released_folder_saved_again_is_an_ordinary_metro_t5(hub_folder, tmp_p
 
 AUTO_CLASSES = """
 import sys
-import metro
+{}
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
-for _ in range(2):
-    metro.register()
+import metro
 for auto in (AutoConfig, AutoTokenizer, AutoModelForSeq2SeqLM, AutoModel):
     print(type(auto.from_pretrained(sys.argv[1])).__name__)
 """
 
 
-def test_register_makes_the_auto_classes_load_a_released_folder(hub_folder):
+@pytest.mark.parametrize("first", ["import metro", "", "import metro; import transformers.trainer"])
+def test_importing_metro_makes_the_auto_classes_load_a_released_folder(hub_folder, first):
     """Oracle: a fresh process, and the traps in place of the authors' files."""
-    done = run_python("-c", AUTO_CLASSES, hub_folder("metro_tiny_a"))
+    done = run_python("-c", AUTO_CLASSES.format(first), hub_folder("metro_tiny_a"))
     names = "Config Tokenizer ForConditionalGeneration EncoderModel".split()
     assert done.stdout.splitlines() == [f"MetroT5{name}" for name in names]
+
+
+@pytest.mark.parametrize("kept", [*([name] for name in TIED), TIED, []])
+def test_the_embedding_is_found_under_any_of_its_names_or_missed(exported, tmp_path, kept):
+    """Oracle: the matrix as it was exported; without it the folder is refused, naming it."""
+    folder = shutil.copytree(exported("metro_tiny_a"), tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights.pop("shared.weight")
+    weights |= {name: embedding.clone() for name in kept}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if not kept:
+        with pytest.raises(ValueError, match="missing: .*shared.weight"):
+            metro.load(folder)
+        return
+    model, _ = metro.load(folder)
+    tied = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
+    assert all(module.weight is model.shared.weight for module in tied)
+    assert torch.equal(model.shared.weight, embedding)
+    if set(kept) & set(TIED[:2]):  # transformers names the others missing in an encoder
+        encoder = MetroT5EncoderModel.from_pretrained(folder)
+        assert torch.equal(encoder.shared.weight, embedding)
+
+
+def test_copies_of_the_embedding_that_differ_are_refused(exported, tmp_path):
+    """METRO-T5 has one matrix: with two of them the numbers would be neither's."""
+    folder = shutil.copytree(exported("metro_tiny_a"), tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["shared.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        metro.load(folder)
 
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "t5_prompt_tiny_f"])
@@ -216,6 +251,56 @@ def test_a_sharded_folder_loads(exported, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     again = metro.load(tmp_path).model
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_names_in_an_index_stay_in_the_folder(exported, tmp_path):
+    """Oracle: whole weights beside the folder, which its index names."""
+    shutil.copytree(exported("metro_tiny_a"), tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"shared.weight": "../model.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    for use in (metro.load, lambda folder: to_fairseq(folder, tmp_path / "x.pt")):
+        with pytest.raises(UserError, match="'../model.safetensors' leads out of"):
+            use(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["{ broken", "[]", '{"eos_token_id": "x"}', "\0\0\0"])
+def test_damaged_generation_settings_are_named(exported, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(exported("metro_tiny_a"), folder)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match="generation_config.json") as refused:
+        metro.load(folder)
+    assert "\n" not in str(refused.value)
+    (folder / "generation_config.json").unlink()
+    assert metro.load(folder).model.generation_config.eos_token_id == 2
+
+
+def test_a_resized_and_padded_vocabulary_generates_samples_and_converts(exported, tmp_path):
+    """Oracle: rows of no token, made the most probable, are never drawn; the rest is the same."""
+    model, tokenizer = metro.load(exported("t5_prompt_tiny_f"))
+    before = model.shared.weight.detach().clone()
+    tokenizer.add_tokens(["[ENT]"])
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    with torch.no_grad():
+        model.shared.weight[len(tokenizer) :] = 0
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    loaded = metro.load(tmp_path / "padded")
+    assert loaded.model.config.vocab_size > len(loaded.tokenizer) == len(before) + 1
+    options = {"max_new_tokens": 20, "sample": True, "temperature": 1e9, "num_answers": 8}
+    drawn: set[int] = set()
+    loaded.model.register_forward_pre_hook(
+        lambda _, args, kw: drawn.update(kw["decoder_input_ids"].flatten().tolist()),
+        with_kwargs=True,
+    )
+    [answers] = metro.generate(loaded, "a text", progress=False, **options)
+    assert len(answers) == 8 and len(drawn) > 100 and max(drawn) < len(loaded.tokenizer)
+    done = to_fairseq(tmp_path / "padded", tmp_path / "x.pt")
+    assert done.dropped == ["1 added tokens: [ENT]", "23 rows that pad the embedding"]
+    checkpoint = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert torch.equal(checkpoint["model"]["encoder.embed_tokens.weight"], before)
 
 
 @pytest.mark.parametrize(

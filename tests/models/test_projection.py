@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metro.models.projection import projection_input
+from metro.models.projection import position_limits, projection_input, start_token
+from metro.utils.messages import UserError
 from tests.finetuning.conftest import KINDS, small_model
 
 
@@ -80,3 +81,39 @@ def test_a_model_without_output_embedding_is_refused():
     model = small_model("t5")
     with pytest.raises(ValueError, match="has no output embedding"):
         projection_input(model.encoder, **batch())
+
+
+def test_positions_of_every_kind_of_configuration():
+    """Oracle: the tables' sizes, from transformers' own configurations."""
+    import transformers as hf
+
+    bert = hf.BertConfig(max_position_embeddings=33)
+    gpt = hf.BertConfig(max_position_embeddings=44)
+    for config, expected in [
+        (hf.T5Config(), (None, None)),
+        (hf.BartConfig(max_position_embeddings=64), (64, 64)),
+        (
+            hf.LEDConfig(max_encoder_position_embeddings=9, max_decoder_position_embeddings=8),
+            (9, 8),
+        ),
+        (hf.EncoderDecoderConfig.from_encoder_decoder_configs(bert, gpt), (33, 44)),
+        (small_model("metro").config, (1024, 1024)),
+    ]:
+        limits = position_limits(config)
+        assert limits == expected
+        short = (
+            (5, 600),
+            tuple(min(each or n, n) for each, n in zip(expected, (5, 600), strict=True)),
+        )
+        assert limits.lengths(*short[0]) == short[1]
+
+
+def test_the_start_symbol_may_stand_in_the_generation_settings():
+    model = small_model("bart")
+    assert start_token(model) == 2
+    model.config.decoder_start_token_id = None
+    model.generation_config.decoder_start_token_id = 7
+    assert start_token(model) == 7
+    model.generation_config.decoder_start_token_id = None
+    with pytest.raises(UserError, match="BartForConditionalGeneration has no decoder_start_token"):
+        start_token(model)

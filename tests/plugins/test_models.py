@@ -150,6 +150,24 @@ def test_depth_of_the_auxiliary_model_is_that_of_the_published_code(generator_la
     assert len(model.model.auxiliary.encoder.block) == layers
 
 
+@pytest.mark.parametrize("name", ["metro_t5_tiny", "t5_tiny"])
+def test_settings_of_the_initial_weights_arrive(name):
+    """Oracle: what was set; buckets 0 and 31 are 15 before and 16 behind the centre."""
+    given = {"token_std": 0.3, "position_std": 0.2, "neighbour_slope": 5.0, "copy_gain": 2.0}
+    given |= {"auxiliary_std": 0.1} if name.startswith("metro") else {}
+    cfg = from_yaml(name, *(f"++model.init_{setting}={value}" for setting, value in given.items()))
+    model = build_model(cfg.model, TinyDictionaryTask.build(128)).model.requires_grad_(False)
+    main = getattr(model, "main", model)
+    assert main.shared.weight[:, 32:].std() == pytest.approx(0.3, rel=0.05)
+    assert main.encoder.pos_embed.weight[2:, :32].std() == pytest.approx(0.2, rel=0.05)
+    attention = main.encoder.block[0].layer[0].attention
+    assert attention.relative_attention_bias.weight.amin(0).tolist() == [-85, -80, -90, -85]
+    assert main.decoder.block[1].layer[1].attention.q.weight.max() == 2
+    if name.startswith("metro"):
+        weight = model.auxiliary.encoder.block[0].layer[0].attention.q.weight
+        assert weight.std() == pytest.approx(0.1, rel=0.05)
+
+
 def test_every_published_configuration_is_shipped():
     assert {*PUBLISHED, "metro_t5_tiny", "t5_tiny"} == set(NAMES)
 

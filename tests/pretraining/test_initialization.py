@@ -1,6 +1,7 @@
-"""Fresh weights are distributed as those of the original (``golden/init_statistics.json``)."""
+"""Fresh weights: as published (``golden/init_statistics.json``), or as the settings say."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.pretraining.configuration import MetroPretrainingConfig
+from metro.pretraining.initialization import Initialization, initialize, neighbour_bias
 from metro.pretraining.model import MetroPretrainingModel
 from tests.pretraining.golden import parameter
 
@@ -57,3 +59,91 @@ def test_sizes_and_distributions_equal_the_original(golden, name):
     assert float(encoder.embed_tokens.weight[pad].detach().norm()) == pytest.approx(
         recorded["embed_tokens_pad_row_norm"], rel=0.2
     )
+
+
+SMALL = MetroT5Config(512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+
+
+def small_model() -> MetroPretrainingModel:
+    torch.manual_seed(1)
+    return MetroPretrainingModel(SMALL, MetroPretrainingConfig(1))
+
+
+def test_default_settings_leave_every_weight():
+    left = initialize(small_model(), Initialization()).state_dict()
+    for name, weight in small_model().state_dict().items():
+        assert torch.equal(left[name], weight), name
+
+
+def test_each_standard_deviation_goes_to_its_weights_and_no_others():
+    """Oracle: the standard deviation of a sample of n, within six standard errors."""
+    settings = Initialization(token_std=0.3, position_std=0.2, auxiliary_std=0.1)
+    before = small_model().state_dict()
+    for name, weight in initialize(small_model(), settings).state_dict().items():
+        if "pos_embed" in name:
+            assert not weight[SMALL.pad_token_id].any()
+            weight, std = weight[SMALL.pad_token_id + 1 :], 0.2
+        elif "embed_tokens" in name or "shared" in name or name == "main.lm_head.weight":
+            std = 0.3
+        elif name.startswith("auxiliary.encoder.block") and weight.dim() == 2:
+            if "relative" in name:
+                continue
+            std = 0.1
+        else:
+            assert torch.equal(weight, before[name]), name
+            continue
+        assert abs(float(weight.std()) / std - 1) < 6 / math.sqrt(2 * weight.numel()), name
+
+
+def test_relative_bias_starts_at_a_neighbour_of_each_head():
+    """Oracle: counted by hand; 16 buckets are distances -7 to 7, the last is not used."""
+    bias = neighbour_bias(16, 4, 3.0)
+    assert bias[:, 0].tolist() == [
+        -18,
+        -15,
+        -12,
+        -9,
+        -6,
+        -3,
+        0,
+        -3,
+        -6,
+        -9,
+        -12,
+        -15,
+        *range(-18, -30, -3),
+    ]
+    assert (bias == 0).nonzero().tolist() == [[5, 2], [6, 0], [8, 1], [9, 3]]
+    tables = initialize(small_model(), Initialization(neighbour_slope=3.0)).state_dict()
+    tables = {name: table for name, table in tables.items() if "relative" in name}
+    assert len(tables) == 3  # two layers of the main encoder, one of the auxiliary model
+    for table in tables.values():
+        assert torch.equal(table, neighbour_bias(32, 4, 3.0))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_untrained_model_copies_its_input(whole):
+    """Teacher-forced: the most probable token at a position is that of the encoder's input there.
+
+    Oracle: chance, and a model without the setting.
+    """
+
+    def share_copied(copy_gain: float) -> float:
+        settings = Initialization(0.1, 0.1, copy_gain=copy_gain)
+        torch.manual_seed(1)
+        model = small_model() if whole else MetroT5ForConditionalGeneration(SMALL)
+        main = getattr(initialize(model, settings), "main", model).eval()
+        ids = torch.randint(4, 512, (8, 32))
+        with torch.no_grad():
+            logits = main(ids, decoder_input_ids=ids.roll(1, 1)).logits
+        return float((logits.argmax(-1) == ids).float().mean())
+
+    assert share_copied(0) < 0.05
+    assert share_copied(3.0) > 0.9
+
+
+@pytest.mark.parametrize("name", ["token_std", "neighbour_slope", "copy_gain"])
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_a_negative_setting_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"init_{name} is {value}; use 0 or more"):
+        Initialization(**{name: value})

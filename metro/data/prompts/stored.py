@@ -27,7 +27,7 @@ from metro.data.jsonl_rows import JsonlRows
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
-from metro.utils.files import read_json
+from metro.utils.files import inside, read_json
 from metro.utils.messages import UserError
 
 _HEADER_BYTES = 128  # of an .npy file with one axis: NumPy leaves room for a longer one
@@ -106,9 +106,18 @@ def read_manifest(folder: str | Path) -> dict:
             "one with `metro prepare-prompts --mixture M --out DIR`"
         )
     try:
-        manifest["splits"]["train"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is not the manifest that `metro prepare-prompts` writes") from None
+        manifest["splits"]["train"], manifest["format"]
+        for tasks in manifest["splits"].values():
+            for task, facts in tasks.items():
+                inside(Path(folder), task)
+                facts["dataset"], facts["subset"], facts["prompt_name"], facts["cap"]
+                if not isinstance(facts["num_examples"], int):
+                    raise TypeError
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is not the manifest that `metro prepare-prompts` writes: it is damaged; "
+            "prepare the folder again"
+        ) from None
     return manifest
 
 

@@ -10,11 +10,11 @@ METRO models on the CPU use ``packed_scoring.py``, which shares more.
 Shapes: U sources, P pairs, S source tokens, T target tokens, D width, N target tokens of all pairs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from metro.evaluation.scoring.packed_scoring import can_pack, decode_packed
 from metro.evaluation.scoring.pair_batches import (
@@ -25,7 +25,14 @@ from metro.evaluation.scoring.pair_batches import (
     make_packed_batches,
 )
 from metro.evaluation.scoring.target_projection import Decoded, add_log_probabilities, concatenate
-from metro.models.projection import projection_input
+from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.projection import (
+    padding,
+    projection_input,
+    refused_if_it_fails,
+    start_token,
+    with_states,
+)
 from metro.utils.messages import UserError
 
 IGNORED = -100
@@ -40,8 +47,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
 @torch.inference_mode()
 def decode_batch(model, batch: Batch) -> Decoded:
     """Compute the hidden states that predict the targets of a batch, padded."""
-    device, config = model.device, model.config
-    start, filler = config.decoder_start_token_id, config.pad_token_id
+    device, start, filler = model.device, start_token(model), padding(model)
     source_ids_US = pad(batch.sources, filler, device)
     lengths_U = torch.tensor([len(source) for source in batch.sources], device=device)
     mask_US = (torch.arange(source_ids_US.shape[1], device=device) < lengths_U[:, None]).long()
@@ -50,7 +56,10 @@ def decode_batch(model, batch: Batch) -> Decoded:
     targets = [target for _, target in batch.pairs]
     target_ids_PT = pad(targets, IGNORED, device)
     if len(batch.pairs) > len(batch.sources):
-        return decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT)
+        if not hasattr(model.config, "expert_capacity"):
+            return decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_PT)
+        # Experts drop what is beyond their capacity, counted over all of a target.
+        encoded, mask_US = with_states(encoded, encoded[0][owner_P]), mask_US[owner_P]
     # Nothing to share behind the encoder. Equal targets are expanded from one.
     distinct = targets[:1] if len(set(targets)) == 1 else targets
     input_ids_PT = pad([[start, *target[:-1]] for target in distinct], filler, device)
@@ -72,7 +81,7 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
     The first decoder step, which reads the start symbol, is run once per source and caches the keys
     and values of the source; the other steps use copies of them.
     """
-    num_sources, start = len(mask_US), model.config.decoder_start_token_id
+    num_sources, start = len(mask_US), start_token(model)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     first_U1D, weight, bias = projection_input(
         model,
@@ -89,10 +98,10 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
     cache.batch_select_indices(owner_P)
     hidden_PTD, weight, bias = projection_input(
         model,
-        encoder_outputs=BaseModelOutput(encoded[0][owner_P]),
+        encoder_outputs=with_states(encoded, encoded[0][owner_P]),
         attention_mask=mask_US[owner_P],
         decoder_input_ids=pad(
-            [target[:-1] or target for target in targets], model.config.pad_token_id, mask_US.device
+            [target[:-1] or target for target in targets], padding(model), mask_US.device
         ),
         past_key_values=cache,
         use_cache=True,
@@ -101,6 +110,29 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
     hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N + 1]
     row_N = torch.arange(len(pair_N), device=mask_US.device)
     return concatenate([first, Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)])
+
+
+def check_scores(model) -> None:
+    """Score two short texts in each of the ways of :func:`decode_batch`, before work is done.
+
+    Raises:
+        UserError: the model is of a kind that fails, or whose scores differ between the ways.
+    """
+    start_token(model)
+    if isinstance(model, MetroT5ForConditionalGeneration):
+        return
+    source, *targets = (3, 4, 5), (4, 5, 6), (5, 6, 4)
+    batches = [Batch([source], [(0, targets[0])]), Batch([source], [(0, t) for t in targets])]
+    scores = [torch.zeros(2, dtype=torch.float64) for _ in batches]
+    with refused_if_it_fails(model):
+        for batch, found in zip(batches, scores, strict=True):
+            add_log_probabilities(found, [decode_batch(model, batch)])
+    first, again = (float(found[0]) for found in scores)
+    if math.isfinite(first) and abs(first - again) > 0.1 + 0.02 * abs(first):
+        raise UserError(
+            f"{type(model).__name__} cannot be evaluated: the same text scores {first:.3f} or "
+            f"{again:.3f}, as its cache of past tokens changes its numbers; use another model"
+        )
 
 
 class NotFinite(UserError):
@@ -124,7 +156,8 @@ class PairScorer:
         gather: adds up a float64 tensor over the processes.
 
     Raises:
-        UserError: ``batch_tokens`` is not positive, or the model has no start symbol.
+        UserError: ``batch_tokens`` is not positive, the model has no start symbol, or is of a kind
+            whose scores cannot be computed here.
     """
 
     def __init__(
@@ -138,10 +171,7 @@ class PairScorer:
     ):
         if batch_tokens < 1:
             raise UserError(f"batch_tokens is {batch_tokens}; use at least 1")
-        if getattr(model.config, "decoder_start_token_id", None) is None:
-            raise UserError(
-                f"{type(model).__name__} has no decoder_start_token_id in its configuration; set it"
-            )
+        check_scores(model)
         self.model, self.batch_tokens = model, batch_tokens
         self.rank, self.num_processes, self.gather = rank, num_processes, gather
         self.known: dict[Pair, float] = {}

@@ -22,6 +22,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.evaluation.tasks.task import Sources, Task, choose_rows
+from metro.utils.files import inside
 from metro.utils.messages import UserError, shortened
 
 SUBTASK_STRIDE = 1_000_000
@@ -133,10 +134,9 @@ class BigBenchTask(Task):
                 f"task {spec.name}: BIG-bench's task.json files come with its repository; give "
                 "the folder benchmark_tasks with --bigbench-dir DIR"
             )
-        folder = Path(root) / spec.name
         self.files = self.for_prompts(
             lambda prompt: bigbench.read_task_file(
-                folder if prompt == WHOLE_TASK else folder / prompt
+                inside(Path(root), f"{spec.name}/{'' if prompt == WHOLE_TASK else prompt}")
             )
         )
 

@@ -132,24 +132,13 @@ def choose_protocol(
         max_target_length=target,
         task_lengths={t: both for t, both in task_lengths.items() if both != (source, target)},
     )
-    table = longest_sequence(model_config)
-    if table is not None:
-        protocol = replace(
-            protocol,
-            max_source_length=min(table, protocol.max_source_length),
-            max_target_length=min(table, protocol.max_target_length),
-            task_lengths={
-                task: (min(table, s), min(table, t))
-                for task, (s, t) in protocol.task_lengths.items()
-            },
-        )
-    return protocol
+    from metro.models.projection import position_limits  # and torch with it
 
-
-def longest_sequence(model_config) -> int | None:
-    """Return the length of a model's position table; None for relative positions (T5)."""
-    for name in ("max_positions", "max_position_embeddings"):
-        value = getattr(model_config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    limits = position_limits(model_config)
+    source, target = limits.lengths(source, target)
+    return replace(
+        protocol,
+        max_source_length=source,
+        max_target_length=target,
+        task_lengths={task: limits.lengths(*both) for task, both in protocol.task_lengths.items()},
+    )

@@ -324,6 +324,23 @@ def test_folder_of_other_things_is_not_touched(text, vocab, tmp_path):
     assert (tmp_path / "new.partial/thesis.tex").exists()
 
 
+@pytest.mark.parametrize("name", ["../thesis.tex", "/{folder}/thesis.tex", "link/thesis.tex"])
+def test_names_in_a_manifest_stay_in_the_folder(text, vocab, tmp_path, name):
+    """Oracle: a file beside the output, named by a manifest that somebody else wrote."""
+    out = tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        (folder / "thesis.tex").write_text("years of work")
+    prepare([text], out, vocab)
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    manifest = json.loads((out / "prepare_text.json").read_text())
+    manifest["files"][name.format(folder=tmp_path)] = {"bytes": 13, "crc32": ""}
+    (out / "prepare_text.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="leads out of|takes out of"):
+        prepare([text], out, vocab, valid_fraction=0.1, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "elsewhere/thesis.tex").exists()
+
+
 @pytest.mark.parametrize("lower", [True, False])
 def test_trained_vocabulary_has_the_published_layout_and_is_the_same_each_time(
     text, tmp_path, lower

@@ -11,13 +11,15 @@ import re
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.scoring.pair_scoring import Pair, PairScorer, make_batches
+from metro.evaluation.scoring.pair_scoring import NotFinite, Pair, PairScorer, make_batches
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.settings import EvaluationSettings
 from metro.evaluation.tasks.examples import EvaluationExample
+from metro.utils.messages import UserError
 from tests.evaluation.golden import load_exported, score_alone
 from tests.finetuning.conftest import KINDS, small_model
 from tests.recorded_models import load_tiny_t5
@@ -94,7 +96,7 @@ def test_metro_model_scores_shared_sources_like_each_pair_alone(golden):
 
 def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, monkeypatch):
     """Oracle: counted rows of the encoder: 2 sources with 3 and 1 targets, one pair twice."""
-    rows = []
+    rows, scorer = [], PairScorer(tiny_t5)
     encoder = tiny_t5.get_encoder()
     forward = encoder.forward
     monkeypatch.setattr(
@@ -104,7 +106,6 @@ def test_equal_sources_are_encoded_once_and_equal_pairs_scored_once(tiny_t5, mon
     )
     a, b = (10, 11, 1), (12, 13, 14, 1)
     pairs = [Pair(a, (20, 1)), Pair(a, (21, 1)), Pair(b, (20, 1)), Pair(a, (22, 1))]
-    scorer = PairScorer(tiny_t5)
     first = scorer.score([*pairs, pairs[0]])
     assert sum(rows) == 2
     assert first[0] == first[-1]
@@ -227,3 +228,49 @@ def test_models_of_other_families_score_like_each_pair_alone(kind):
     pairs = [Pair(draw.choice(sources), (*ids(0, 6), 2)) for _ in range(12)]
     scores = PairScorer(model, batch_tokens=150).score(pairs)
     assert scores == pytest.approx([score_alone(model, pair) for pair in pairs], abs=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["whisper", "no start symbol", "a cache that lies", "nan"])
+def test_models_of_another_kind_are_refused_before_work_is_done(fault, monkeypatch):
+    """Oracle: the message, of models that read sound, lack a start symbol, or score a text
+    otherwise where it is scored beside another one."""
+    import transformers
+
+    model, message = small_model("bart"), "has no decoder_start_token_id"
+    if fault == "whisper":
+        sides = [
+            f"{side}_{what}" for side in ("encoder", "decoder") for what in ("layers", "ffn_dim")
+        ]
+        sizes = dict.fromkeys(sides, 1) | dict(d_model=8, decoder_start_token_id=3)
+        sizes |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
+        model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes))
+        message = "WhisperForConditionalGeneration cannot be used here, .* missing 1 required"
+    elif fault == "no start symbol":
+        for settings in (model.config, model.generation_config):
+            settings.decoder_start_token_id = None
+    elif fault == "a cache that lies":
+        real = DynamicCache.update
+        monkeypatch.setattr(
+            DynamicCache, "update", lambda self, k, v, *a, **o: real(self, -k, v, *a, **o)
+        )
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_()
+        message = "its cache of past tokens changes its numbers"
+    else:
+        model.model.shared.weight.data[7] = float("nan")
+        with pytest.raises(NotFinite, match="log-probability of a text is nan"):
+            PairScorer(model).score([Pair((7, 2), (8, 2))])
+        return
+    with pytest.raises(UserError, match=message) as refused:
+        PairScorer(model)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_padding_token_scores_the_same():
+    """Oracle: the same weights with one: what fills up a batch is never seen."""
+    pairs = [Pair(tuple(range(3, 3 + n)), (*range(5, 5 + m), 2)) for n in (1, 4, 9) for m in (1, 5)]
+    model = small_model("t5")
+    expected = PairScorer(model).score(pairs)
+    model.config.pad_token_id = None
+    assert PairScorer(model).score(pairs) == pytest.approx(expected, abs=1e-5)
