@@ -176,13 +176,28 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file; only plain data is built.
 
     Raises:
-        UserError: it is not YAML.
+        UserError: it is not YAML, or a key is there twice.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses the second of equal keys, which would silently replace the first."""
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                name = self.construct_object(key, deep=True)
+                if repr(name) in seen:
+                    line = key.start_mark.line + 1
+                    raise UserError(f"{path}, line {line}: the key {name!r} is there twice")
+                seen.add(repr(name))
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 

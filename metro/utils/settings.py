@@ -211,14 +211,17 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
             return int(float(value))
         if kind is bool and isinstance(value, bool):
             return value
-        if kind in (str, Path) and not isinstance(value, list | dict | bool):
+        if kind in (str, Path) and isinstance(value, str | Path):
             return kind(str(value))
     except UserError:
         raise
     except (TypeError, ValueError, OverflowError):
         pass
     word = getattr(kind, "__name__", str(kind))
-    raise UserError(f"{name} is {value!r}; it must be of type {word}")
+    hint = (
+        ", in YAML in quotes" if kind in (str, Path) and not isinstance(value, list | dict) else ""
+    )
+    raise UserError(f"{name} is {value!r}; it must be of type {word}{hint}")
 
 
 def _check(part: Field, value: Any) -> None:

@@ -107,7 +107,7 @@ def test_a_wrong_value_is_refused_in_the_same_words_in_all_three_ways(
     [(name, value)] = values.items()
     needed = {"model": "m", "inputs": ["a"]}
     flags = value if isinstance(value, list) else [value]
-    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\n{name}: {value}\n")
+    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\n{name}: {value!r}\n")
     for way in (
         lambda: CountSettings(**needed, **values),
         lambda: CountSettings.of(**needed, **values),
@@ -153,6 +153,17 @@ def test_yes_and_no_of_yaml_are_neither_numbers_nor_text(call, tmp_path, field, 
     ):
         with pytest.raises(UserError, match=f"{field} is True; it must be of type {kind}"):
             way()
+
+
+@pytest.mark.parametrize("field", ["unit", "out"])
+@pytest.mark.parametrize("value", ["007", "1.10", "12:30", "1_000", "2020-01-01", "5"])
+def test_texts_that_yaml_reads_as_numbers_or_dates_are_refused(call, tmp_path, field, value):
+    """Oracle: 007 would become 7, and 12:30 the minutes 750; in quotes both are texts."""
+    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\n{field}: {value}\n")
+    with pytest.raises(UserError, match=f"{field} is .*; it must be of type .*, in YAML in quotes"):
+        call("--config", tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(f"model: m\ninputs: a\nout: '{value}'\n")
+    assert str(call("--config", tmp_path / "c.yaml")[0].out) == value
 
 
 @pytest.mark.parametrize("inputs", ["input", "inputs"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metro.utils.files import _exchange, new_file, new_folder, read_json, write_json
+from metro.utils.files import _exchange, new_file, new_folder, read_json, read_yaml, write_json
 from metro.utils.messages import UserError
 
 
@@ -100,3 +100,18 @@ def test_json_without_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"accuracy": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_yaml_with_a_key_twice_is_refused_and_merged_keys_are_not(tmp_path):
+    """Oracle: by hand; also below the top, and for keys that are no texts."""
+    path = tmp_path / "a.yaml"
+    for text, line, key in [
+        ("a: 1\nb: 2\na: 3", 3, "'a'"),
+        ("x:\n  yes: 1\n  on: 2", 3, "True"),
+        ("[{a: 1, b: {c: 1, 'c': 2}}]", 1, "'c'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"a.yaml, line {line}: the key {key} is there twice"):
+            read_yaml(path)
+    path.write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\n1: {}\n'1': {}\n")
+    assert read_yaml(path) == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, 1: {}, "1": {}}

@@ -39,6 +39,7 @@ _KEYS = {
 }
 _SUITE_KEYS = tuple("title kind include tasks dataset hub split template max_rows folder".split())
 _NAMES = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
+_NAMES |= {float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,18 @@ def suite_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def find_suite(name: str) -> Suite:
+def find_suite(name: str, included_by: tuple[Path, ...] = ()) -> Suite:
     """Find a suite by its name, by the path of its YAML file, or by that of a prepared folder.
+
+    Args:
+        name: of the suite.
+        included_by: files of the suites that include it, from the outermost on.
 
     Raises:
         UserError: no such suite; the message has similar names.
     """
     if name in suite_names():
-        return read_suite(FOLDER / f"{name}.yaml")
+        return read_suite(FOLDER / f"{name}.yaml", included_by)
     path = Path(name)
     if path.is_dir():
         return prepared_suite(path)
@@ -124,10 +129,10 @@ def find_suite(name: str) -> Suite:
         )
     if not path.is_file():
         raise UserError(f"no suite file {name}")
-    return read_suite(path)
+    return read_suite(path, included_by)
 
 
-def read_suite(path: Path) -> Suite:
+def read_suite(path: Path, included_by: tuple[Path, ...] = ()) -> Suite:
     """Read a suite file; its form is at the top of the module.
 
     Raises:
@@ -141,18 +146,23 @@ def read_suite(path: Path) -> Suite:
     kind = _get(content, "kind", str, where, "templates")
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}; use one of {', '.join(KINDS)}")
-    title = str(content.get("title", path.stem))
+    title = str(_get(content, "title", (str, int, float), where, path.stem))
     if kind == "prepared":
         folder = path.parent / _get(content, "folder", str, where)
         suite = prepared_suite(folder).narrowed(_texts(content, "tasks", where, []))
         return replace(suite, name=path.stem, title=title)
     tasks: dict[str, TaskSpec] = {}
+    chain = (*included_by, path.resolve())
+    if chain[-1] in included_by:
+        raise UserError(f"{' includes '.join(each.name for each in chain)}: a suite in itself")
     for included in _texts(content, "include", where, []):
-        tasks |= find_suite(included).tasks
+        tasks |= find_suite(included, chain).tasks
     named = content.get("tasks")
     if not named or not isinstance(named, dict | list):
         raise UserError(f"{path} has no `tasks:`; {_HELP}")
-    for name, entry in named.items() if isinstance(named, dict) else ((n, None) for n in named):
+    if isinstance(named, list):
+        named = dict.fromkeys(_texts(content, "tasks", where))
+    for name, entry in named.items():
         tasks[name] = _read_task(name, kind, entry, content, path)
     return Suite(path.stem, title, tasks)
 
@@ -188,6 +198,8 @@ def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> Tas
             _get(entry, key, str, where) for key in ("dataset", "split", "template")
         )
         max_rows = _get(suite, "max_rows", int, str(path), None)
+        if max_rows is not None and max_rows < 1:
+            raise UserError(f"{path}: max_rows is {max_rows}; use 1 or more")
         return TaskSpec(
             name, kind, (prompt,), dataset, subset, split, replace_words=words, max_rows=max_rows
         )
@@ -197,9 +209,10 @@ def _read_task(name: Any, kind: str, entry: Any, suite: dict, path: Path) -> Tas
         raise UserError(f"{where} has no prompts")
     inline = inline if isinstance(inline, dict) else {}
     for prompt, texts in inline.items():
+        if not isinstance(texts, dict):
+            raise UserError(f"{where}: prompt {prompt!r} is {texts!r}, and must be a mapping")
         for part in ("jinja", "answer_choices"):
-            if not isinstance(texts, dict) or not isinstance(texts.get(part), str):
-                raise UserError(f"{where}: prompt {prompt!r} has no text `{part}`")
+            _get(texts, part, str, f"{where}: prompt {prompt!r}")
         if "|||" not in texts["jinja"]:
             raise UserError(f"{where}: prompt {prompt!r} has no answer: write it behind |||")
     if "data" in entry:
@@ -273,6 +286,8 @@ def _texts(entry: dict, key: str, where: str, default: Any = _REQUIRED) -> list[
     for value in found:
         if not isinstance(value, str):
             raise UserError(f"{where}: {key} has {value!r}, and must be a list of texts; quote it")
+        if found.count(value) > 1:
+            raise UserError(f"{where}: {key} names {value!r} twice")
     return found
 
 

@@ -89,7 +89,7 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
         ("tasks: {a: {dataset: d, split: 1, prompts: [p]}}", "split is 1, and must be a text"),
         ("tasks: {a: {dataset: d, split: s, prompts: [1]}}", "prompts has 1, and must be a"),
         ("tasks: {a: }", "task a is None, and must be a mapping"),
-        ("tasks: {a: {data: d.jsonl, prompts: {p: 3}}}", "'p' has no text `jinja`"),
+        ("tasks: {a: {data: d.jsonl, prompts: {p: 3}}}", "prompt 'p' is 3, and must be a mapping"),
         ("kind: mmlu\ntasks: [a]", "mine.yaml: missing key 'template'"),
         ("kind: bigbench\ntasks: {a: 7}", "subtasks is 7, and must be a list"),
         (
@@ -98,12 +98,25 @@ def test_narrowing_keeps_the_named_and_refuses_the_unknown():
             "replace is {True: 'Agree'}, and must map texts to texts",
         ),
         ("kind: prepared", "missing key 'folder'"),
-        ("tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x'}}}}", "'p' has no text `answer_"),
+        (
+            "tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x'}}}}",
+            "prompt 'p': missing key 'answer_choices'",
+        ),
         (
             "tasks: {a: {data: d.jsonl, prompts: {p: {jinja: 'x', answer_choices: 'y'}}}}",
             "'p' has no answer: write it behind",
         ),
         ("tasks: {a: {data: d.jsonl, prompts: []}}", "task a has no prompts"),
+        (
+            "tasks: {a: {data: d, prompts: {p: {jinja: x, answer_choices: no}}}}",
+            "is False, and mus",
+        ),
+        ("tasks: {a: {dataset: d, split: s, prompts: [p, p]}}", "task a: prompts names 'p' twice"),
+        ("kind: mmlu\ntasks: [a, b, a]", "tasks names 'a' twice"),
+        ("kind: mmlu\ntasks: [a, 2020-01-01]", "tasks has datetime.date"),
+        ("tasks: {a: {}, b: {}, a: {}}", "line 1: the key 'a' is there twice"),
+        ("title: [a]\ntasks: {a: {}}", "title is .'a'., and must be a text"),
+        ("include: t0\ntasks: {a: {}}", "include is 't0', and must be a list"),
     ],
 )
 def test_bad_suite_files_are_refused(tmp_path, text, message):
@@ -113,3 +126,18 @@ def test_bad_suite_files_are_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         read_suite(path)
     assert "mine.yaml" in str(error.value)
+
+
+def test_a_suite_does_not_include_itself(tmp_path, monkeypatch):
+    """Oracle: by hand: itself, through another one, and twice the same, which is no circle."""
+    monkeypatch.chdir(tmp_path)
+    own = "tasks: {%s: {dataset: d, split: s, prompts: [p]}}"
+    for name, includes in [("a", "a"), ("b", "c"), ("c", "b"), ("d", ""), ("e", "d"), ("f", "d")]:
+        line = f"include: [{includes}.yaml]\n" if includes else ""
+        (tmp_path / f"{name}.yaml").write_text(line + own % name)
+    with pytest.raises(UserError, match="a.yaml includes a.yaml: a suite in itself"):
+        find_suite("a.yaml")
+    with pytest.raises(UserError, match="b.yaml includes c.yaml includes b.yaml: a suite in"):
+        find_suite("./b.yaml")
+    (tmp_path / "g.yaml").write_text("include: [e.yaml, f.yaml]\n" + own % "g")
+    assert list(find_suite("g.yaml").tasks) == ["d", "e", "f", "g"]
