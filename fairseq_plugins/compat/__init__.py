@@ -3,4 +3,4 @@
 Importing this package makes them. Each calls the original function wherever that is possible.
 """
 
-from fairseq_plugins.compat import loading, processes, running, writing  # noqa: F401
+from fairseq_plugins.compat import errors, life, loading, processes, running, writing  # noqa: F401

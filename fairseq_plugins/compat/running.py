@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
 import signal
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import fairseq_cli.train as fairseq_train
 import torch
@@ -17,59 +16,47 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.trainer import Trainer
 
+from fairseq_plugins.compat.life import show
 from fairseq_plugins.replaced import replaces
 from metro.utils.messages import UserError
+from metro.utils.stopping import Stop
 
 logger = logging.getLogger(__name__)
 
 
-class Stop:
-    """A request to stop the run: of this process by a signal, or of any process."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self.agreed = False
-
-    @property
-    def requested_here(self) -> bool:
-        return self.signal is not None
-
-    def listen(self) -> Callable[[], None]:
-        """Let SIGTERM and Ctrl-C ask to stop after the current update; returns how to undo that.
-
-        A second Ctrl-C stops at once.
-        """
-        self.signal, self.agreed = None, False
-        owner = os.getpid()
-
-        def request(signum, frame):
-            if os.getpid() != owner:  # a data loader's process that inherited this handler
-                if signum == signal.SIGTERM:
-                    os._exit(128 + signum)
-                return  # a terminal sends Ctrl-C to all processes; the training still needs it
-            if signum == signal.SIGINT and self.signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = signal.Signals(signum)
-            again = "" if signum == signal.SIGTERM else " (Ctrl-C again: at once, without saving)"
-            said = f"{self.signal.name}: saving after the current update, then stopping{again}\n"
-            # Not logged: a logger may be writing just now, and cannot be entered twice.
-            os.write(2, said.encode())
-
-        try:
-            before = {
-                signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)
-            }
-        except ValueError:  # not the main thread
-            return lambda: None
-
-        def unlisten() -> None:
-            for signum, handler in before.items():
-                signal.signal(signum, handler or signal.SIG_DFL)
-
-        return unlisten
-
-
 stop = Stop()
+unfinished = 0
+"""Micro-batches of the update within which the run stops: it is done again when the run resumes."""
+
+
+class Stopped(Exception):
+    """The run stops between two micro-batches or validation batches."""
+
+
+class MicroBatches(list):
+    """The micro-batches of an update; between two of them the run may stop."""
+
+    def __init__(self, samples: list, trainer: Trainer):
+        super().__init__(samples)
+        self.trainer = trainer
+
+    def __iter__(self):
+        for number, sample in enumerate(super().__iter__()):
+            is_last = number == len(self) - 1
+            if number and (is_last or stop.requested_here) and any_process_stops():
+                raise Stopped
+            show(self.trainer, number, len(self))
+            yield sample
+
+
+def any_process_stops() -> bool:
+    """Ask all processes; each asks once in an update, before the gradients are exchanged."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return stop.requested_here
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    requests = torch.tensor(int(stop.requested_here), device=device)
+    dist.all_reduce(requests, group=distributed_utils.get_data_parallel_group())
+    return bool(requests)
 
 
 @replaces(options, "parse_args_and_arch")
@@ -91,30 +78,39 @@ def parse_without_tpu_and_with_arch(original, parser, *args, **kwargs):
     return result
 
 
-@replaces(Trainer, "__init__")
-def refuse_fp16_on_cpu(original, self, cfg, *args, **kwargs):
-    """Refuse fp16 without a GPU; fairseq fails with an assertion deep in torch.cuda."""
+@replaces(fairseq_train, "add_defaults")
+def refuse_fp16_on_cpu(original, cfg):
+    """Refuse fp16 without a GPU before the model is built.
+
+    fairseq fails with an assertion deep in torch.cuda.
+    """
+    original(cfg)
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and cfg.common.fp16 and not cfg.common.memory_efficient_fp16:
         raise UserError(
             "common.fp16 is true but the run is on CPU; set common.fp16=false (bf16 works on CPU "
             "too, but is slower there than fp32)"
         )
-    original(self, cfg, *args, **kwargs)
 
 
 @replaces(Trainer, "train_step")
 def name_the_batch(original, self, samples, raise_oom=False):
-    """Say which update and examples made a loss NaN; see `loss_guard`."""
+    """Say which update and examples made a loss NaN (see `loss_guard`); stop within an update."""
     guard = getattr(self.task, "loss_guard", None)
     if guard is None:
         return original(self, samples, raise_oom)
+    if not self.is_fsdp:  # whose processes exchange weights in every micro-batch
+        samples = MicroBatches(samples, self)
     guard.clear()
     before = self.get_num_updates()
     try:
         result = original(self, samples, raise_oom)
     except FloatingPointError as error:
         raise guard.explain(error, before) from error
+    except Stopped:
+        global unfinished
+        unfinished, stop.agreed = len(samples), True
+        return None
     guard.check(before)  # where the optimizer step was skipped (overflow in fp16)
     return result
 
@@ -129,11 +125,18 @@ def listen_and_know_the_end(original, cfg, trainer, task, epoch_itr):
     if limit and done >= limit:
         logger.info("nothing to do: %d of %d updates are already done", done, limit)
         return [None], True
-    unlisten = stop.listen()
-    try:
+    global unfinished
+    unfinished = 0
+    with stop.listen("saving after the current batch, then stopping"):
         return original(cfg, trainer, task, epoch_itr)
-    finally:
-        unlisten()
+
+
+@replaces(Trainer, "valid_step")
+def stop_validation(original, self, sample, raise_oom=False):
+    """Let a process that runs alone stop within a long validation."""
+    if stop.requested_here and self.data_parallel_world_size == 1:
+        raise Stopped
+    return original(self, sample, raise_oom)
 
 
 @replaces(fairseq_train, "validate_and_save")
@@ -142,12 +145,30 @@ def save_and_stop(original, cfg, trainer, task, epoch_itr, valid_subsets, end_of
     done, limit = trainer.get_num_updates(), cfg.optimization.max_update
     alone = trainer.data_parallel_world_size == 1
     if not (stop.agreed or (alone and stop.requested_here)) or (limit and done >= limit):
-        return original(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
-    checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        try:
+            return original(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
+        except Stopped:
+            pass
+    if done:
+        place = before_the_update(epoch_itr) if unfinished else epoch_itr
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, place, None)
     if dist.is_available() and dist.is_initialized():
         # A node that is done first must not make the launcher end the one that writes.
         dist.barrier(distributed_utils.get_global_group())
     logger.warning("stopped after update %d; the same command resumes here", done)
     if stop.signal == signal.SIGINT:
-        raise SystemExit(128 + signal.SIGINT)  # a shell script must stop too
+        raise SystemExit(stop.status)  # a shell script must stop too
     return [None], True
+
+
+def before_the_update(epoch_itr) -> SimpleNamespace:
+    """Place in the data before the update that is unfinished, as `save_checkpoint` asks for it."""
+    state = {
+        "version": 2,
+        "epoch": epoch_itr.epoch,
+        "iterations_in_epoch": epoch_itr.n - unfinished,
+        "shuffle": epoch_itr.shuffle,
+    }
+    return SimpleNamespace(
+        epoch=epoch_itr.epoch, end_of_epoch=lambda: False, state_dict=lambda: state
+    )

@@ -3,15 +3,15 @@
 import atexit
 import logging
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from fairseq_plugins.replaced import replaces
-from metro.utils.files import flush
+from metro.utils.files import flush, link, naming
 from metro.utils.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,9 @@ def link_or_copy(source: str, target: str) -> None:
     has no links, a copy is completed under another name first.
     """
     temporary = f"{target}.tmp"
-    if os.path.lexists(temporary):
-        os.remove(temporary)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        flush(Path(temporary))
-    os.replace(temporary, target)
+    with naming(Path(target), Path(temporary)):
+        link(Path(source), Path(temporary))
+        os.replace(temporary, target)
     flush(Path(target).absolute().parent)
 
 
@@ -58,6 +53,27 @@ def rename_durably(original, src, dst):
     flush(Path(src))
     original(src, dst)
     flush(Path(dst).absolute().parent)
+
+
+@replaces(checkpoint_utils, "torch_persistent_save")
+def save_or_leave_nothing(original, obj, filename, async_write=False):
+    """Name the checkpoint that cannot be written, and remove what there is of it."""
+    try:
+        with naming(Path(filename), Path(f"{filename}.tmp")):
+            original(obj, filename, async_write)
+    except Exception:
+        Path(f"{filename}.tmp").unlink(missing_ok=True)
+        raise
+
+
+@replaces(checkpoint_utils, "_torch_persistent_save")
+def save_once(original, obj, f):
+    """Write a checkpoint once.
+
+    fairseq writes it three times into the same open file, one behind the other, waiting 5 seconds
+    in all, and logs a traceback; what the second time writes cannot be read.
+    """
+    torch.save(obj, f)
 
 
 @replaces(checkpoint_utils, "verify_checkpoint_directory")

@@ -4,17 +4,18 @@ A sub-command is one line of COMMANDS and a `click.Command` in a module of this 
 imported only when it is called, so that `metro --help` stays instant.
 """
 
-import errno
 import importlib
 import os
 import platform
+import signal
 import sys
 from importlib import metadata
 
 import click
 
 import metro
-from metro.utils.messages import UserError
+from metro.utils.messages import one_line
+from metro.utils.progress import LIFE
 
 # name -> (its module here and the name there, the line that `metro --help` shows), in the order
 # text -> model -> numbers
@@ -73,23 +74,6 @@ COMMANDS = {
     ),
 }
 
-REMEDIES = {
-    errno.ENOENT: "does not exist: correct the path",
-    errno.EACCES: "may not be read or written by you: change its permissions or use another path",
-    errno.EPERM: "may not be changed by you: use another path",
-    errno.EISDIR: "is a folder: name a file",
-    errno.ENOTDIR: "is not a folder: name a folder",
-    errno.EEXIST: "exists already: use another path",
-    errno.ENOSPC: "cannot be written, the disk is full: make room or use another disk",
-    errno.EDQUOT: "cannot be written, your quota is used up: make room or use another disk",
-    errno.EFBIG: "cannot be written, it is larger than the file system or `ulimit -f` allows",
-    errno.EROFS: "is on a read-only file system: use another path",
-    errno.ENAMETOOLONG: "has too long a name: use a shorter one",
-    errno.ENOTEMPTY: "is not empty: use another path",
-    errno.EXDEV: "is on another file system: keep inputs and outputs on one",
-}
-"""Remedy for a path by the error number of the operating system."""
-
 
 class LazyGroup(click.Group):
     """Group that lists the sub-commands of COMMANDS without importing them."""
@@ -130,14 +114,16 @@ def app() -> None:
 
 def main() -> None:
     """Run the command line; an error that a user can correct is one line, not a traceback."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        status = app.main(standalone_mode=False)
+        with LIFE:
+            status = app.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     except click.Abort:
         click.echo("interrupted", err=True)
-        status = 130
+        status = 128 + signal.SIGINT
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get("METRO_DEBUG"):
@@ -149,19 +135,10 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def one_line(error: Exception) -> str | None:
-    """Word an error that the user can correct; None for a fault of METRO's."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        path = error.filename2 or error.filename
-        if isinstance(path, bytes):
-            path = os.fsdecode(path)
-        return f"{path if isinstance(path, str) else 'an output file'} {REMEDIES[error.errno]}"
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError):
-        return "out of memory: use smaller batches, or fewer processes"
-    return None
+def interrupt(signum: int, frame: object) -> None:
+    """Handle SIGTERM like Ctrl-C: temporary files are removed. A second one ends the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def fault() -> str:

@@ -5,6 +5,7 @@ int64 byte offset of every item. The index needs all sizes, so they are kept in 
 beside the data: memory use does not grow with the number of items.
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -92,8 +93,10 @@ class IndexedFileWriter:
             file.seek(size)
 
     def close(self) -> None:
-        self._bin.close()
-        self._sizes.close()
+        """Close; what was not flushed may be lost, as where the disk is full."""
+        for file in (self._bin, self._sizes):
+            with contextlib.suppress(OSError):
+                file.close()
 
     def finish(self) -> None:
         """Write the index and close. The ``.sizes`` file stays, so this step can be repeated."""

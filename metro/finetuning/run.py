@@ -33,6 +33,7 @@ from metro.models.projection import (
     refused_if_it_fails,
     start_token,
 )
+from metro.utils.files import naming
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
 from metro.utils.messages import MissingPackage, UserError
@@ -102,13 +103,20 @@ def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress)
         return done
     set_up_for_training(model, settings)
     trainer = build_trainer(settings, arguments, model, tokenizer, folder, progress)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if is_main_process:
-        for name, weight in model.named_parameters():
-            refuse_not_finite(name, weight, DIVERGED)
-        save(model, tokenizer, settings)
-    trainer.save_state()
-    state = trainer.state
+    with (
+        naming(Path(settings.output_dir)),
+        trainer.stop.listen("saving after the current batch, then stopping"),
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.state
+        if state.global_step < state.max_steps:
+            progress.say(f"stopped after update {state.global_step} of {state.max_steps}")
+            raise KeyboardInterrupt
+        if is_main_process:
+            for name, weight in model.named_parameters():
+                refuse_not_finite(name, weight, DIVERGED)
+            save(model, tokenizer, settings)
+        trainer.save_state()
     return FinetuneResult(
         Path(settings.output_dir), state.global_step, last_metrics(state.log_history)
     )

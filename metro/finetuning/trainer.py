@@ -20,9 +20,11 @@ from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
+from metro.finetuning.stopping import StopCallback
 from metro.utils.identity import refuse_not_finite
 from metro.utils.messages import UserError, shortened
 from metro.utils.progress import SILENT, Progress
+from metro.utils.stopping import Stop
 
 # logged mean -> (sum, divisor)
 MEANS = {
@@ -75,17 +77,20 @@ class FinetuningTrainer(Trainer):
         batching: str = "length",
         max_width: int | None = None,
         progress: Progress = SILENT,
+        stop: Stop | None = None,
         **kwargs,
     ):
         self.loss_options, self.batching, self.max_width = loss_options, batching, max_width
         self.progress = progress
+        self.stop = stop or Stop()
+        self.stopping = StopCallback(self.stop)
         super().__init__(
             model,
             args,
             train_dataset=None if train_data is None else EncodedPrompts(train_data),
             eval_dataset=None if valid_data is None else EncodedPrompts(valid_data),
             data_collator=self.collate,
-            callbacks=[ConsoleCallback(progress)],
+            callbacks=[ConsoleCallback(progress), self.stopping],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is divided by all items of an update
@@ -135,8 +140,11 @@ class FinetuningTrainer(Trainer):
                 break
             batches.append(batch)
         name = "num_target_tokens" if self.loss_options.mean == "tokens" else "num_examples"
-        num_items = torch.tensor(float(sum(batch[name] for batch in batches)))
-        return batches, self._sum_over_processes(num_items.to(self.args.device))
+        num_items = float(sum(batch[name] for batch in batches))
+        both = torch.tensor([num_items, float(self.stop.requested_here)], device=self.args.device)
+        num_items, num_requests = self._sum_over_processes(both)
+        self.stop.agreed = self.args.world_size > 1 and bool(num_requests)
+        return batches, num_items
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         if dist.is_available() and dist.is_initialized():
@@ -215,7 +223,7 @@ class FinetuningTrainer(Trainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Compute loss and means over the validation examples, each once.
+        """Compute loss and means over the validation examples, each once; none where it stops.
 
         Raises:
             UserError: not a single example can be used.
@@ -230,6 +238,10 @@ class FinetuningTrainer(Trainer):
         longest_first = np.argsort(-dataset.data.lengths(0), kind="stable")
         size, world_size = self.args.per_device_eval_batch_size, self.args.world_size
         for start in range(self.args.process_index * size, len(dataset), world_size * size):
+            self.progress.show("evaluating", start, len(dataset))
+            if world_size == 1 and self.stop.requested_here:
+                self.stopping.save_and_stop(self.args, self.state, self.control)
+                return {}
             positions = longest_first[start : start + size].tolist()
             batch = self.collate([dataset[0, position] for position in positions])
             inputs = self._prepare_inputs(batch)
@@ -291,6 +303,16 @@ class ConsoleCallback(TrainerCallback):
         place = f"from update {state.global_step} " if state.global_step else ""
         self.progress.say(f"training {place}to update {state.max_steps}")
         self.progress.show("training", state.global_step, state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.micro_batches = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.micro_batches += 1
+        total = args.gradient_accumulation_steps
+        done = state.global_step + self.micro_batches / total
+        note = f"update {state.global_step + 1}, micro-batch {self.micro_batches + 1} of {total}"
+        self.progress.show("training", done, state.max_steps, note)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.show("training", state.global_step, state.max_steps)

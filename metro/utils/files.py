@@ -52,6 +52,48 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> N
         raise UserError(f"{out} is an input of this command: choose another name")
 
 
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors that a write to an open file ends in: they say nothing of the file."""
+WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|iostream error")
+"""torch's words for them, which lack the reason."""
+
+
+@contextlib.contextmanager
+def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Let the error of a failed write name a file or folder, whichever library raises it.
+
+    Args:
+        path: what is written in the block.
+        instead_of: the temporary place of ``path``, by which a user does not know it.
+
+    Raises:
+        OSError: the disk is full, or another limit was reached.
+        UserError: a library does not say which one.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or "")
+        if not name and error.errno in WRITE_ERRORS:
+            error.filename = str(path)
+        elif instead_of is not None and name.startswith(str(instead_of)):
+            error.filename = str(path) + name[len(str(instead_of)) :]
+        raise
+    except Exception as error:
+        safetensors = re.search(r"\(os error (\d+)\)", str(error))
+        if safetensors and (number := int(safetensors[1])) in {*WRITE_ERRORS, errno.EROFS}:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        cause = error.__context__
+        if isinstance(cause, OSError) and cause.errno in WRITE_ERRORS and not cause.filename:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        if isinstance(error, RuntimeError) and WRITE_FAILED.search(str(error)):
+            raise UserError(
+                f"{path} cannot be written whole: the disk is full, your quota is used up or "
+                "`ulimit -f` is reached: make room or use another disk"
+            ) from error
+        raise
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``out`` when the block ends without an error.
@@ -65,7 +107,7 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
     if out.is_file():
         raise UserError(f"{out} is a file: choose another name for the folder")
     out = out.resolve()  # a link stays; its target is replaced
-    with _locked_temporary(out, tempfile.mkdtemp) as temporary:
+    with _locked_temporary(out, tempfile.mkdtemp) as temporary, naming(out, temporary):
         yield temporary
         for path in temporary.rglob("*"):
             os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
@@ -96,7 +138,7 @@ def new_file(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) 
         os.close(descriptor)
         return name
 
-    with _locked_temporary(out, make_file) as temporary:
+    with _locked_temporary(out, make_file) as temporary, naming(out, temporary):
         yield temporary
         flush(temporary)
         os.replace(temporary, out)
@@ -145,11 +187,15 @@ def file_name(name: str, *, keep_case: bool = False) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: a crash leaves the old or the new one, complete."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
@@ -219,6 +265,16 @@ def inside(folder: Path, name: str) -> Path:
             f"the name {name!r} leads out of {folder}: nothing there is read or changed"
         )
     return folder / name
+
+
+def link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, or a copy where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        flush(target)
 
 
 def flush(path: Path) -> None:

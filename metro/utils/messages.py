@@ -1,6 +1,9 @@
 """Messages for users: the one error class, and the phrases that several messages share."""
 
 import difflib
+import errno
+import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,6 +24,39 @@ class MissingPackage(UserError, ImportError):
 
     def __init__(self, purpose: str, package: str, extra: str):
         super().__init__(f"{purpose} needs the package {package}: {install_command(extra)}")
+
+
+REMEDIES = {
+    errno.ENOENT: "does not exist: correct the path",
+    errno.EACCES: "may not be read or written by you: change its permissions or use another path",
+    errno.EPERM: "may not be changed by you: use another path",
+    errno.EISDIR: "is a folder: name a file",
+    errno.ENOTDIR: "is not a folder: name a folder",
+    errno.EEXIST: "exists already: use another path",
+    errno.ENOSPC: "cannot be written, the disk is full: make room or use another disk",
+    errno.EDQUOT: "cannot be written, your quota is used up: make room or use another disk",
+    errno.EFBIG: "cannot be written, it is larger than the file system or `ulimit -f` allows",
+    errno.EROFS: "is on a read-only file system: use another path",
+    errno.ENAMETOOLONG: "has too long a name: use a shorter one",
+    errno.ENOTEMPTY: "is not empty: use another path",
+    errno.EXDEV: "is on another file system: keep inputs and outputs on one",
+}
+"""Remedy for a path by the error number of the operating system."""
+
+
+def one_line(error: Exception) -> str | None:
+    """Word an error that the user can correct; None for a fault of METRO's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        path = error.filename2 or error.filename
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        return f"{path if isinstance(path, str) else 'an output file'} {REMEDIES[error.errno]}"
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError):
+        return "out of memory: use smaller batches, or fewer processes"
+    return None
 
 
 def install_command(extra: str) -> str:

@@ -1,19 +1,82 @@
-"""Progress of a long command, on stderr: bars on a terminal, a line now and then elsewhere."""
+"""Progress of a long command, on stderr: bars on a terminal, a line now and then elsewhere.
+
+Whatever takes long without a word (imports, loading, one large batch) is named while it lasts.
+"""
 
 import datetime
 import os
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 SECONDS_OF_SILENCE = 20.0
 """Elsewhere than on a terminal a line follows the last one after this time."""
+SECONDS_TO_FIRST_SIGN = 5.0
 SECONDS_BETWEEN_REFRESHES = 0.1
 
 
 def is_first_process() -> bool:
     """True in the first of the processes that ``torchrun`` started, and without it."""
     return os.environ.get("RANK", "0") == "0"
+
+
+class SignsOfLife:
+    """Says what is being done whenever nothing has been shown for a while; one for the process.
+
+    A context, which may be entered again within itself. It writes from a thread, past Python's
+    files and their locks, so that processes may be forked meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.silence = SECONDS_OF_SILENCE
+        self.refresh: Callable[[], None] | None = None
+        """Draws the bars of a terminal again, if there are any."""
+        self._depth = 0
+        self._ended = threading.Event()
+        self.do("starting")
+
+    def do(self, what: str) -> None:
+        """Note what is being done from now on."""
+        self._doing, self._since = what, time.monotonic()
+
+    def heard(self) -> None:
+        """Note that something has been shown just now."""
+        self._last_shown = time.monotonic()
+
+    def is_due(self, seconds: float | None = None) -> bool:
+        """Tell whether nothing has been shown for so long, by default ``silence``."""
+        return time.monotonic() - self._last_shown >= (seconds or self.silence)
+
+    def __enter__(self) -> Self:
+        self._depth += 1
+        if self._depth == 1 and is_first_process():
+            self._ended = threading.Event()
+            self.do("starting")
+            self.heard()
+            threading.Thread(target=self._watch, args=(self._ended,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._ended.set()
+
+    def _watch(self, ended: threading.Event) -> None:
+        due = min(SECONDS_TO_FIRST_SIGN, self.silence)
+        while not ended.wait(min(1.0, due)):
+            if self.is_due(due):
+                due = self.silence
+                self.heard()
+                if self.refresh is not None:
+                    self.refresh()
+                else:
+                    seconds = time.monotonic() - self._since
+                    os.write(2, f"{self._doing} ({seconds:.0f} s so far)\n".encode())
+
+
+LIFE = SignsOfLife()
 
 
 @dataclass
@@ -32,13 +95,14 @@ class Progress:
 
     Args:
         enabled: False shows nothing, nor do processes of ``torchrun`` other than the first.
+        bars: show them on a terminal.
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: bool = True, bars: bool = True):
         self.enabled = enabled and is_first_process()
+        self._may_have_bars = bars
         self._bars: Any = None
         self._steps: dict[str, _Step] = {}
-        self._last_shown = time.monotonic()
         if self.enabled:
             from rich.console import Console
 
@@ -55,7 +119,8 @@ class Progress:
         """Print a line that a user should read."""
         if self.enabled:
             self._console.print(line, markup=False)
-            self._last_shown = time.monotonic()
+            LIFE.do(line)
+            LIFE.heard()
 
     def show(self, step: str, done: float, total: float | None = None, note: str = "") -> None:
         """Show how far a step is.
@@ -80,16 +145,16 @@ class Progress:
         bar = known.bar
         if left := self.time_left(step, done, total):
             note = f"{left} left  {note}".rstrip()
+        share = f" {done / total:.0%}" if total else ""
+        line = f"{step}{share}  {note}".rstrip()
+        LIFE.do(line)
         if bar is not None:
-            is_due = now - self._last_shown >= SECONDS_BETWEEN_REFRESHES
+            is_due = LIFE.is_due(SECONDS_BETWEEN_REFRESHES)
             self._bars.update(bar, completed=done, total=total, note=note, refresh=is_due)
-        else:
-            is_due = now - self._last_shown >= SECONDS_OF_SILENCE
             if is_due:
-                share = f" {done / total:.0%}" if total else ""
-                self.say(f"{step}{share}  {note}".rstrip())
-        if is_due:
-            self._last_shown = now
+                LIFE.heard()
+        elif LIFE.is_due():
+            self.say(line)
 
     def time_left(self, step: str, done: float, total: float | None) -> str:
         """Time that the rest of a step takes at its speed so far, empty where it is unknown."""
@@ -100,7 +165,7 @@ class Progress:
         return str(datetime.timedelta(seconds=round(seconds)))
 
     def _new_bar(self, step: str) -> int | None:
-        if not self._console.is_terminal:
+        if not self._may_have_bars or not self._console.is_terminal:
             return None
         if self._bars is None:
             from rich import progress
@@ -116,15 +181,21 @@ class Progress:
                 auto_refresh=False,
             )
             self._bars.start()
+            LIFE.refresh = self._bars.refresh
         return self._bars.add_task(step, total=None, note="")
 
     def __enter__(self) -> Self:
+        if self.enabled:
+            LIFE.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
+            LIFE.refresh = None
             self._bars.stop()
             self._bars = None
+        if self.enabled:
+            LIFE.__exit__()
         self._steps.clear()
 
 

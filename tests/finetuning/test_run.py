@@ -1,6 +1,8 @@
 """Whole finetuning runs of tiny models."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import metro
-from metro.finetuning.output_folder import complete_checkpoints
+from metro.finetuning.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
+from metro.finetuning.trainer import FinetuningTrainer
+from metro.utils.files import read_json
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
@@ -352,3 +356,42 @@ def test_models_with_short_position_tables_are_cut_and_padding_must_be_a_token(
     assert finetune(settings(model=str(tmp_path / "bart0"), **chosen)).num_updates == 2
     with pytest.raises(UserError, match="its pad_token_id is 1, and must be a token of its own"):
         finetune(settings("other", model=str(tmp_path / "bart1"), **chosen))
+
+
+@pytest.mark.parametrize(
+    ("training", "batch", "before"),
+    [(True, 2, 0), (True, 22, 5), (False, 2, 4)],
+    ids=["in the first update", "between micro-batches", "in an evaluation"],
+)
+def test_a_stop_is_at_once_and_the_resumed_run_is_bit_exact(
+    settings, monkeypatch, training, batch, before
+):
+    """SIGTERM; four micro-batches, dropout. Oracle: a run left alone; the batches counted."""
+    common = dict(gradient_accumulation_steps=4, batch_size=4, dropout=0.1, max_steps=8)
+    common |= dict(eval_steps=4, eval_batch_size=2, logging_steps=1, save_steps=100)
+    whole = finetune(settings("whole", **common))
+    seen = []
+    loss = FinetuningTrainer._loss
+
+    def count_and_stop(self, *args):
+        seen.append(self.model.training)
+        if seen.count(training) == batch and seen[-1] == training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args)
+
+    stopped = settings("stopped", **common)
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuningTrainer, "_loss", count_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(stopped)
+    assert seen.count(training) == batch
+    checkpoints = [path.name for path in complete_checkpoints(Path(stopped.output_dir))]
+    assert checkpoints == ([f"checkpoint-{before}"] if before else [])
+    resumed = finetune(stopped)
+    assert_same(whole.folder, resumed.folder)
+    losses = [
+        [line["loss"] for line in read_json(run.folder / TRAINER_STATE)["log_history"][:-1]
+         if "loss" in line]
+        for run in (whole, resumed)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] and len(losses[0]) == 8

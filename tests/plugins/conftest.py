@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -128,16 +129,23 @@ def environment(folder: Path = ROOT) -> dict:
 
 
 def start(
-    name: str, *options: str, processes: int = 0, session: bool = False, folder: Path = ROOT
+    name: str,
+    *options: str,
+    processes: int = 0,
+    session: bool = False,
+    folder: Path = ROOT,
+    most_bytes: int | None = None,
 ) -> subprocess.Popen:
     """Start one of fairseq's commands, under torchrun where `processes` is given.
 
-    It runs in `folder` and imports from there. With `session` it leads a process group of its own.
+    It runs in `folder` and imports from there. With `session` it leads a process group of its own;
+    its files cannot become larger than `most_bytes`.
     """
     program = [sys.executable, str(Path(sys.executable).parent / name)]
     if processes:
         torchrun = "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint localhost:0"
         program = [sys.executable, *torchrun.split(), f"--nproc_per_node={processes}", program[1]]
+    limits = (most_bytes, most_bytes)
     return subprocess.Popen(
         program + [part for option in options for part in option.split()],
         cwd=folder,
@@ -146,6 +154,7 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=session,
+        preexec_fn=most_bytes and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)),
     )
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
+from fairseq_plugins.tasks.t5_metro import T5MetroTask
 from tests.plugins.conftest import (
     METRO,
     NO_DROPOUT,
@@ -244,32 +246,77 @@ def test_ctrl_c_saves_and_ends_with_an_error_code(corpus, tmp_path, num_workers)
     assert f"stopped after update {updates};" in seen and "Traceback" not in seen
 
 
-def test_a_second_ctrl_c_stops_at_once(train, tmp_path, monkeypatch):
-    step = Trainer.train_step
+@pytest.mark.parametrize("place", ["first", "later"])
+def test_a_stop_within_an_update_is_at_once_and_the_resumed_run_is_bit_exact(
+    train, tmp_path, monkeypatch, place
+):
+    """Between two of four micro-batches. Oracle: a run that was left alone; the steps counted."""
+    options = ["--max-update 6 --update-freq 4 --max-tokens 128 --tokens-per-sample 16"]
+    whole = train(tmp_path / "whole", *options)
+    before, seen = 0 if place == "first" else 2, []
+    step = T5MetroTask.train_step
 
-    def interrupt(self, samples, raise_oom=False):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(self, samples, raise_oom)
+    def step_and_terminate(self, sample, model, criterion, optimizer, update_num, *rest, **more):
+        seen.append(update_num)
+        if seen.count(before) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, sample, model, criterion, optimizer, update_num, *rest, **more)
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, "--max-update 3")
-    assert signal.getsignal(signal.SIGINT) == before
-    assert not (tmp_path / LAST).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(T5MetroTask, "train_step", step_and_terminate)
+        stopped = train(tmp_path / "stopped", *options)
+    assert f"stopped after update {before}" in stopped.text and seen.count(before) == 2
+    assert (tmp_path / "stopped" / LAST).exists() == (before > 0)
+    resumed = train(tmp_path / "stopped", *options)
+    assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
+    losses = [line["loss"] for run in (stopped, resumed) for line in run.logged("train_inner")]
+    assert losses == [line["loss"] for line in whole.logged("train_inner")]
 
 
-def test_sigterm_to_torchrun_saves_one_checkpoint_of_all_processes(corpus, tmp_path):
-    options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000"]
+@pytest.mark.parametrize("asked", ["torchrun", "one worker"])
+def test_sigterm_saves_one_checkpoint_of_all_processes(corpus, tmp_path, asked):
+    """Within an update of three micro-batches, whoever gets the signal."""
+    options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000 --update-freq 3"]
     process = start("fairseq-train", str(corpus), *options, processes=2)
-    seen = output_of_stopped(process, process.terminate)
+
+    def stop():
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid if asked == "torchrun" else int(workers[-1]), signal.SIGTERM)
+
+    seen = output_of_stopped(process, stop)
     assert "stopped after update" in seen, seen[-4000:]
     updates = load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"]
     assert f"stopped after update {updates};" in seen
 
 
 # --- crashing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fairseq-train", "fairseq-hydra-train"])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_keeps_the_one_before(
+    corpus, tmp_path, command
+):
+    """A limit on file sizes stands for a full disk. Oracle: a run with room."""
+    options = [str(corpus), *TINY, *METRO, f"--save-dir {tmp_path} --save-interval-updates 2"]
+    if command == "fairseq-hydra-train":
+        options = [
+            f"--config-dir {ROOT}/fairseq_plugins/configs/pretraining --config-name metro_t5_tiny",
+            f"common.user_dir={ROOT}/fairseq_plugins task.data={corpus} common.fp16=false",
+            f"checkpoint.save_dir={tmp_path} checkpoint.save_interval_updates=2",
+            "task.tokens_per_sample=32 dataset.max_tokens=256",
+        ]
+    limits = {"--max-update 2": None, "--max-update 4": 20_000}
+    for limit, most in limits.items():
+        if command == "fairseq-hydra-train":
+            limit = limit.replace("--max-update ", "optimization.max_update=")
+        done = run(command, *options, limit, code=None, most_bytes=most)
+    assert done.code == 1 and "Traceback" not in done.text
+    assert done.text.splitlines()[-1].startswith(f"error: {tmp_path}/checkpoint_1_4.pt ")
+    assert "ulimit -f" in done.text.splitlines()[-1]
+    assert load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"] == 2
+    assert not list(tmp_path.glob("*.tmp"))
+    run(command, *options, limit)
+    assert load(tmp_path / LAST)["optimizer_history"][-1]["num_updates"] == 4
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_a_loadable_last_checkpoint(tmp_path):
@@ -390,6 +437,8 @@ def test_bf16_on_the_command_line_trains(train, tmp_path):
     assert len(lines) == 2
 
 
-def test_fp16_without_gpu_is_refused(train, tmp_path):
+def test_fp16_without_gpu_is_refused(train, tmp_path, monkeypatch):
+    """Before the model is built, which takes a minute."""
+    monkeypatch.setattr(T5MetroTask, "build_model", lambda *_: pytest.fail("built"))
     with pytest.raises(ValueError, match="fp16 is true but the run is on CPU"):
         train(tmp_path, "--max-update 1 --fp16")

@@ -1,9 +1,12 @@
 """Folders and files are complete or absent, and what exists is kept."""
 
+import re
+
 import pytest
 
 from metro.utils.files import _exchange, new_file, new_folder, read_json, read_yaml, write_json
 from metro.utils.messages import UserError
+from tests.processes import run_python
 
 
 def write_folder(out, text, **options):
@@ -115,3 +118,40 @@ def test_yaml_with_a_key_twice_is_refused_and_merged_keys_are_not(tmp_path):
             read_yaml(path)
     path.write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\n1: {}\n'1': {}\n")
     assert read_yaml(path) == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, 1: {}, "1": {}}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from metro.utils.files import new_file, new_folder, write_text
+from metro.utils.messages import one_line
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+import torch
+from safetensors.torch import save_file
+out, big = Path(sys.argv[1]), {{"a": torch.zeros(100_000)}}
+try:
+    {statement}
+except Exception as error:
+    print(one_line(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("write_text(out / 'a.txt', 'a' * 100_000)", "a.txt"),
+        ("with new_file(out / 'a') as path: path.write_text('a' * 100_000)", "a"),
+        ("with new_folder(out / 'a') as path: save_file(big, path / 'b')", "a"),
+        ("with new_folder(out / 'a') as path: torch.save(big, path / 'b')", "a"),
+        ("with new_folder(out / 'a') as path: torch.save(big, (path / 'b').open('wb'))", "a"),
+        ("with new_file(out / 'no' / 'a' / ('n' * 250)) as path: pass", "no/a/"),
+    ],
+)
+def test_a_write_that_fails_names_the_output_and_leaves_the_earlier_one(tmp_path, statement, named):
+    """Oracle: a limit on the size of files, which acts as a full disk does, in each library."""
+    (tmp_path / "a.txt").write_text("old")
+    done = run_python("-c", FULL.format(statement=statement), tmp_path)
+    assert done.stdout.startswith(f"{tmp_path / named}"), done.stdout
+    assert done.stdout.count("\n") == 1 and re.search("ulimit|too long", done.stdout)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"

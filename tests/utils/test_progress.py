@@ -7,6 +7,7 @@ from rich.console import Console
 
 from metro.utils import progress as module
 from metro.utils.progress import SILENT, Progress
+from tests.processes import run_python
 
 
 @pytest.fixture
@@ -68,3 +69,26 @@ def test_nothing_is_shown_where_nobody_wants_it(capsys, terminal):
             progress.show("all", 1, 2)
     assert capsys.readouterr() == ("", "")
     assert Progress.of(progress) is progress and Progress.of(True).enabled
+
+
+LONG_WORK = """
+import time
+from metro.utils import progress as module
+module.SECONDS_TO_FIRST_SIGN, module.LIFE.silence = 0.3, 1.0
+with module.Progress() as progress:
+    time.sleep(0.8)
+    progress.say("loading a model")
+    time.sleep(1.5)
+    progress.show("evaluation", 1, 4, "rte")
+    time.sleep(1.5)
+time.sleep(1.5)
+"""
+
+
+def test_long_work_without_a_word_is_named_while_it_lasts():
+    """Oracle: the pauses, by hand: one sign in each, none after the end."""
+    lines = run_python("-c", LONG_WORK).stderr.splitlines()
+    named = [re.sub(r"\(\d+ s so far\)$", "(...)", line) for line in lines]
+    assert named == ["starting (...)", "loading a model", "loading a model (...)"] + [
+        "evaluation 25%  rte (...)"
+    ]

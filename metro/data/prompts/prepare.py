@@ -32,6 +32,7 @@ from metro.data.prompts.stored import (
     encode_jsonl,
 )
 from metro.data.settings import PreparePromptsSettings
+from metro.utils.files import naming
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
@@ -80,7 +81,8 @@ def _prepare(options: PreparePromptsSettings, progress: Progress) -> Prepared:
         progress.say(f"warning: {note}")
     num_workers = options.num_workers or available_cores()
     work = _Preparation(plan, folder, earlier or {}, num_workers, progress)
-    return Prepared(folder.out, work.run(), False)
+    with naming(folder.partial):
+        return Prepared(folder.out, work.run(), False)
 
 
 class EncodedTask(NamedTuple):

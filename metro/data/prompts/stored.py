@@ -13,6 +13,7 @@ For each format an encoder makes examples into a payload (in worker processes), 
 payloads to the files of a task.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from metro.data.jsonl_rows import JsonlRows
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
-from metro.utils.files import inside, read_json
+from metro.utils.files import inside, link, read_json
 from metro.utils.messages import UserError
 
 _HEADER_BYTES = 128  # of an .npy file with one axis: NumPy leaves room for a longer one
@@ -168,8 +169,10 @@ class JsonlTaskWriter:
             os.fsync(file.fileno())
 
     def close(self) -> None:
+        """Close; what was not flushed may be lost, as where the disk is full."""
         for file in self._files:
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
 
     def finish(self) -> None:
         _, offsets, rows = self._files
@@ -264,17 +267,9 @@ class PromptFolder(PreparedFolder):
             (self.partial / side).mkdir(exist_ok=True)
             caps = {task: facts["cap"] for task, facts in tasks.items()}
             (self.partial / side / "data_cap.json").write_text(json.dumps(caps, indent=4))
-            _link(self.partial / "dict.txt", self.partial / side / "dict.txt")
+            link(self.partial / "dict.txt", self.partial / side / "dict.txt")
             for task in tasks:
                 for end in ("src", "tgt"):
                     target = self.partial / side / task / f"dict.{end}.txt"
-                    _link(self.partial / "dict.txt", target)
+                    link(self.partial / "dict.txt", target)
         (self.partial / "valid" / "valid_datasets.json").write_text(json.dumps(groups, indent=4))
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

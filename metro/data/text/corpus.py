@@ -22,6 +22,7 @@ from metro.data.text.ngrams import reference_bits
 from metro.data.text.reading import Chunk, ReadPosition, TextSource
 from metro.data.text.vocabulary import count_words, read_vocabulary, train_vocabulary
 from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
+from metro.utils.files import naming
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from metro.utils.seeds import draws
@@ -73,6 +74,19 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> Prepared:
     earlier = folder.open(overwrite)
     if earlier and "files" in earlier:  # killed while the finished files were being moved
         return Prepared(folder.out, folder.complete(), False)
+    with naming(folder.partial):
+        return _prepare_files(settings, sources, vocabulary, folder, earlier, progress)
+
+
+def _prepare_files(
+    settings: PrepareTextSettings,
+    sources: list[TextSource],
+    vocabulary: Vocabulary | None,
+    folder: PreparedFolder,
+    earlier: dict | None,
+    progress: Progress,
+) -> Prepared:
+    lower = not settings.cased
     num_workers = settings.num_workers or available_cores()
     if earlier:
         state = CorpusState.from_json(earlier)
@@ -99,8 +113,12 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> Prepared:
                 raise
         folder.save_state(asdict(state))
     writer = CorpusWriter(folder, sources, state, settings.valid_fraction)
-    writer.encode_all(lower, num_workers, progress)
-    return Prepared(folder.out, folder.complete(writer.finish(progress)), False)
+    try:
+        writer.encode_all(lower, num_workers, progress)
+        facts = writer.finish(progress)
+    finally:
+        writer.close()
+    return Prepared(folder.out, folder.complete(facts), False)
 
 
 def _digest(vocabulary: Vocabulary) -> str:
@@ -220,6 +238,10 @@ class CorpusWriter:
             "skip_examples": state.skip_examples,
             "notes": state.notes,
         }
+
+    def close(self) -> None:
+        self.train.close()
+        self.valid.close()
 
     def _add(self, chunk: Chunk, encoded: EncodedChunk) -> None:
         state, name = self.state, self.sources[chunk.end.source].name

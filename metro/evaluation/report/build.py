@@ -14,7 +14,7 @@ from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.run_folder import read_run
 from metro.evaluation.settings import ReportSettings
 from metro.models.registry import registered_models
-from metro.utils.files import write_text
+from metro.utils.files import link, new_folder
 from metro.utils.locks import locked
 from metro.utils.messages import UserError, counted, percent
 from metro.utils.table import Table
@@ -157,9 +157,13 @@ def listing(names: Sequence[str]) -> str:
 def write_report(
     sections: Sequence[Section], out: str | Path, title: str | None = None
 ) -> list[Path]:
-    """Write every format into `out`, each file completely or not at all; return the paths.
+    """Write every format into `out` and return the paths; the folder is the old one or the new one.
 
-    Figures of an earlier report in the same folder are deleted if this one has none of their suite.
+    Other files in it stay. Figures of an earlier report are deleted if this one has none of their
+    suite.
+
+    Raises:
+        UserError: `out` has folders in it or is the working directory, which cannot be replaced.
     """
     title = title or default_title(sections)
     files = {
@@ -172,11 +176,12 @@ def write_report(
         files[f"{slug(section.suite)}.svg"] = standalone(section)
     files = {"report.html": page(title, sections, list(files)), **files}
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in figures_of(out) - files.keys():
-        (out / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        write_text(out / name, content)
+    with new_folder(out, overwrite=True) as folder:
+        for path in out.iterdir() if out.is_dir() else ():
+            if path.name not in {*files, *figures_of(out)}:
+                link(path, folder / path.name)
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
     return [out / name for name in files]
 
 
