@@ -110,7 +110,8 @@ def new_folder(out: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()
     with _locked_temporary(out, tempfile.mkdtemp) as temporary, naming(out, temporary):
         yield temporary
         for path in temporary.rglob("*"):
-            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+            if path.is_dir() or path.stat().st_nlink == 1:  # else a file that is elsewhere too
+                os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
             flush(path)
         flush(temporary)
         if out.exists():

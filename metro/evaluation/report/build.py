@@ -15,7 +15,6 @@ from metro.evaluation.runs.run_folder import read_run
 from metro.evaluation.settings import ReportSettings
 from metro.models.registry import registered_models
 from metro.utils.files import link, new_folder
-from metro.utils.locks import locked
 from metro.utils.messages import UserError, counted, percent
 from metro.utils.table import Table
 
@@ -69,8 +68,7 @@ def report(runs: ReportSettings | str | Path | Sequence[str | Path], **options: 
         settings = ReportSettings.of(runs=runs, **options)
     found = find_runs(settings.runs, settings.out)
     sections = build_sections(found, settings.published, settings.suite)
-    with locked(settings.out):
-        return Report(write_report(sections, settings.out, settings.title), sections)
+    return Report(write_report(sections, settings.out, settings.title), sections)
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
