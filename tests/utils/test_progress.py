@@ -72,8 +72,9 @@ def test_nothing_is_shown_where_nobody_wants_it(capsys, terminal):
 
 
 LONG_WORK = """
-import time
+import os, time
 from metro.utils import progress as module
+os.dup2(1, 2)
 module.SECONDS_TO_FIRST_SIGN, module.LIFE.silence = 0.3, 1.0
 with module.Progress() as progress:
     time.sleep(0.8)
@@ -87,7 +88,7 @@ time.sleep(1.5)
 
 def test_long_work_without_a_word_is_named_while_it_lasts():
     """Oracle: the pauses, by hand: one sign in each, none after the end."""
-    lines = run_python("-c", LONG_WORK).stderr.splitlines()
+    lines = run_python("-c", LONG_WORK).stdout.splitlines()
     named = [re.sub(r"\(\d+ s so far\)$", "(...)", line) for line in lines]
     assert named == ["starting (...)", "loading a model", "loading a model (...)"] + [
         "evaluation 25%  rte (...)"
