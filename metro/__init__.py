@@ -8,6 +8,7 @@ The whole work as functions, each of which takes the options of its command as k
     metro.prepare_prompts(mixture="t0", out="prompts")
     metro.finetune(model="metro_t0_base", data="prompts", output_dir="finetuned")
     metro.generate("finetuned", ["Is the sky blue?"])
+    metro.rank(model="finetuned", input="mails.csv", text="body", options=["bill", "other"])
     evaluation = metro.evaluate("finetuned", suite="t0", limit=100)
     metro.report(evaluation.folder, out="report")
 
@@ -30,6 +31,8 @@ _PUBLIC: dict[str, str] = {
     "finetune": "metro.finetuning.run",
     "evaluate": "metro.evaluation.evaluate",
     "report": "metro.evaluation.report.build",
+    "rank": "metro.ranking.run",
+    "Ranker": "metro.ranking.ranker",
     "fuse": "metro.fusion",
     "LoadedModel": "metro.models.loading",
     "MetroT5Config": "metro.modeling.configuration_metro_t5",

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "conversion": {"utils", "modeling", "data", "pretraining", "models"},
     "finetuning": {"utils", "modeling", "ops", "fusion", "data", "models", "conversion"},
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
+    "ranking": {"utils", "data", "models", "evaluation"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

@@ -1,9 +1,9 @@
-"""`metro evaluate`: zero-shot evaluation of models on a suite of tasks."""
+"""`metro evaluate`: zero-shot evaluation on a suite of tasks; `metro report`: its tables."""
 
 import click
 
 from metro.cli.options import settings_command
-from metro.evaluation.settings import EvaluationSettings
+from metro.evaluation.settings import EvaluationSettings, ReportSettings
 from metro.utils.messages import UserError, counted
 from metro.utils.progress import Progress, is_first_process
 
@@ -58,4 +58,22 @@ command = settings_command(
             help="Succeed although tasks or prompts could not be evaluated.",
         )
     ],
+)
+
+
+def report(settings: ReportSettings) -> None:
+    """Make tables and plots of evaluations, beside the published numbers.
+
+    Writes report.html (everything on one page), report.md, report.tex, tasks.csv, prompts.csv, and
+    the figure of each suite as SVG.
+    """
+    from metro.evaluation.report.build import report as write
+
+    done = write(settings)
+    click.echo(done)
+    click.echo("wrote " + ", ".join(str(path) for path in done.paths))
+
+
+report_command = settings_command(
+    report, ReportSettings, example="metro report results --out report --published metro_t0_base"
 )

@@ -44,6 +44,10 @@ COMMANDS = {
         "generate:command",
         "Let a model answer a text: a released model, a folder or a hub id.",
     ),
+    "rank": (
+        "rank:command",
+        "Choose a label for each of your texts, with probabilities.",
+    ),
     "templates": (
         "prompts:templates",
         "Fetch the prompt templates of promptsource.",
@@ -69,7 +73,7 @@ COMMANDS = {
         "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
     ),
     "report": (
-        "report:command",
+        "evaluate:report_command",
         "Make tables and plots of evaluations, beside the published numbers.",
     ),
 }

@@ -1,5 +1,6 @@
 """Commands from settings classes: every field is an option, typed once."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -33,15 +34,12 @@ def settings_command(
     own_names = [parameter.name for parameter in extra]
     kinds = get_type_hints(settings)
     parameters: list[click.Parameter] = []
-    for part in fields(settings):
+    own_fields = settings.__annotations__
+    for part in sorted(fields(settings), key=lambda part: part.name not in own_fields):
         parameters += parameters_of(part, kinds[part.name])
 
     def callback(config: str | None, **given: Any) -> object:
         own = {name: given.pop(name) for name in own_names}
-        for part in fields(settings):
-            if part.metadata["rest"]:
-                more = given.pop(f"more_{part.name}")
-                given[part.name] = (*given[part.name], *more)
         given = {name: None if value == () else value for name, value in given.items()}
         try:
             return run(settings.combine(config, given), **own)
@@ -51,7 +49,7 @@ def settings_command(
             click.echo("interrupted: run the same command again to resume", err=True)
             raise click.exceptions.Exit(130) from None
 
-    return click.Command(
+    return _Command(
         None,
         callback=callback,
         params=sorted(
@@ -85,14 +83,48 @@ def parameters_of(part: Field, kind: Any) -> list[click.Parameter]:
         names = about["flag"] or f"{flag}/--no-{flag.removeprefix('--')}"
         return [click.Option([names, part.name], default=None, help=text)]
     names = [*(about["flag"] or flag).split(","), part.name]
-    made: list[click.Parameter] = [
-        click.Option(names, multiple=is_list, metavar=metavar, help=text, type=str)
-    ]
-    if about["rest"]:
-        made.append(
-            click.Argument([f"more_{part.name}"], nargs=-1, required=False, metavar=about["rest"])
-        )
-    return made
+    kind_of_option = _ManyOption if about["many"] else click.Option
+    return [kind_of_option(names, multiple=is_list, metavar=metavar, help=text, type=str)]
+
+
+class _ManyOption(click.Option):
+    """Option of a list that takes more values than one: ``--input *.txt``."""
+
+
+class _Command(click.Command):
+    """Command with options of the kind above.
+
+    They take all words up to the next option; in a command without a list of arguments, also the
+    words behind other options. The single arguments, such as MODEL, come first.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = {
+            name: part for part in self.params for name in (*part.opts, *part.secondary_opts)
+        }
+        many = [part for part in self.params if isinstance(part, _ManyOption)]
+        arguments = [part for part in self.params if isinstance(part, click.Argument)]
+        is_open = all(part.nargs == 1 for part in arguments)
+        always = many[0].opts[0] if len(many) == 1 and is_open else None
+        current, num_open = always, sum(part.nargs == 1 for part in arguments)
+        parsed: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                parsed += [word, *words]
+            elif word.startswith("-") and word != "-":
+                name, is_joined, _ = word.partition("=")
+                option = options.get(name)
+                current = name if isinstance(option, _ManyOption) else always
+                parsed.append(word)
+                if isinstance(option, click.Option) and not option.is_flag and not is_joined:
+                    parsed += itertools.islice(words, option.nargs)
+            elif num_open or current is None:
+                num_open = max(0, num_open - 1)
+                parsed.append(word)
+            else:
+                parsed += [current, word]
+        return super().parse_args(ctx, parsed)
 
 
 def shown_default(part: Field) -> str:

@@ -19,7 +19,7 @@ class PrepareTextSettings(Settings):
         help="Text (empty line = new document), .jsonl with a `text` field, .gz of both, or "
         "hf:DATASET[:CONFIG]. Repeat for several; a document ends where an input ends.",
         flag="--input,-i",
-        rest="[FILE]...",
+        many=True,
     )
     out: Path = option(help="Folder to make, for fairseq-train. It appears when it is complete.")
     vocab: Path | None = option(None, "Folder with sp.model and dict.txt.")

@@ -216,59 +216,40 @@ def _evaluate_model(
     progress: Progress,
 ) -> Evaluation:
     """Evaluate a model in its run folder, which no other process writes meanwhile."""
+    from metro.evaluation.model import open_model
     from metro.evaluation.runs import runner
     from metro.evaluation.runs.published import check_published
     from metro.evaluation.runs.run_folder import RunFolder, read_run, refuse_another_model
     from metro.evaluation.runs.summary import summarize, write_summary
     from metro.evaluation.scoring.minimal_pairs import question_of
-    from metro.evaluation.tasks.protocol import choose_protocol
-    from metro.fusion import fuse
-    from metro.modeling.configuration_metro_t5 import MetroT5Config
-    from metro.models.loading import load, load_rtd_head
-    from metro.models.registry import find_registered
-    from metro.utils.identity import model_identity, weights_identity
+    from metro.models.loading import load_rtd_head
+    from metro.utils.identity import weights_identity
 
-    registered = find_registered(name)
-    method = settings.method_of(name)
     path = settings.out / settings.folder_name(name, suite.name)
     with ExitStack() as lock:
         processes.on_first(lambda: lock.enter_context(locked(path)))
         if not settings.overwrite:
             processes.on_first(lambda: refuse_another_model(path, name))
         progress.say(f"loading {name}")
-        model, tokenizer = load(
-            name,
-            dtype=settings.dtype,
-            device=processes.device,
-            attn_implementation=settings.attention,
-            vocab=settings.vocab,
-        )
-        protocol = choose_protocol(
-            settings.protocol or (registered.family if registered else None),
-            model.config,
-            method,
-            max_source_length=settings.max_source_length,
-            max_target_length=settings.max_target_length,
-        )
-        is_cuda = processes.device.type == "cuda"
-        batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
+        scored = open_model(name, settings, processes.device)
+        model, method, registered = scored.model, scored.method, scored.registered
         rtd_head = load_rtd_head(name) if method == "rtd" else None
-        question = question_of(model, tokenizer) if method == "decoder" else None
-        scoring = runner.Scoring(method, settings.normalization, batch_tokens, question)
+        question = question_of(model, scored.tokenizer) if method == "decoder" else None
+        scoring = runner.Scoring(method, settings.normalization, scored.batch_tokens, question)
 
         def open_folder() -> RunFolder:
-            content = model_identity(model, tokenizer)
+            content = dict(scored.identity)
             if rtd_head is not None:
                 content["rtd_head"] = weights_identity(rtd_head)
             info = runner.run_info(
                 name,
                 registered.name if registered else None,
                 content,
-                str(model.dtype).removeprefix("torch."),
+                scored.dtype,
                 suite,
                 tasks,
                 sources,
-                protocol,
+                scored.protocol,
                 scoring,
             )
             if settings.overwrite and (path / "run.json").is_file():
@@ -278,16 +259,14 @@ def _evaluate_model(
         folder = processes.on_first(open_folder)
         asked = f" ({scoring.question})" if scoring.question else ""
         progress.say(f"{name} on {suite.title}, method {method}{asked}, into {path}")
-        progress.say(f"protocol {protocol.describe()}")
-        if is_cuda and isinstance(model.config, MetroT5Config):
-            fuse(model)  # on the CPU packed_scoring.py does more
+        progress.say(f"protocol {scored.protocol.describe()}")
         num_new, left_out = runner.evaluate_prompts(
             model,
-            tokenizer,
+            scored.tokenizer,
             tasks,
             folder,
             suite.name,
-            protocol,
+            scored.protocol,
             scoring,
             processes,
             progress,

@@ -18,7 +18,51 @@ PAIR_METHODS = ("decoder", "rtd")
 
 
 @dataclass(kw_only=True)
-class EvaluationSettings(Settings):
+class ScoringSettings(Settings):
+    """Options of scoring answer choices with a model."""
+
+    method: str | None = option(
+        None, "Default: the method the model was trained for.", choices=METHODS
+    )
+    normalization: str = option(
+        "sum", "sum (published), mean (per token), or calibrated.", choices=NORMALIZATIONS
+    )
+    protocol: str | None = option(
+        None, "Special tokens and lengths; default: the model's.", choices=tuple(PROTOCOLS)
+    )
+    templates: Path | None = option(None, "A promptsource tree; default: the one that was fetched.")
+    instruction_text: str = option("published", "For method flipped.", choices=INSTRUCTION_TEXTS)
+    max_source_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
+    max_target_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
+    vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
+    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    attention: str | None = option(
+        None, "Implementation; default: the model's.", choices=("sdpa", "eager")
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1; default: a GPU.")
+    batch_tokens: int | None = option(
+        None, "Tokens of a batch; changes speed and memory only.", least=1
+    )
+    seed: int = option(0, "Of templates that draw at random.")
+
+    def method_of(self, model: str) -> str:
+        """The method that a model's answer choices are scored with.
+
+        Raises:
+            UserError: the normalization does not suit it.
+        """
+        registered = find_registered(model)
+        method = self.method or (registered.method if registered else "direct")
+        if self.normalization == "calibrated" and method == "channel":
+            raise UserError(
+                "calibrated scores compare an answer choice with and without the input; "
+                "channel scores are probabilities of the input: use sum or mean"
+            )
+        return method
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings(ScoringSettings):
     """Options of an evaluation."""
 
     models: list[str] = option(
@@ -36,35 +80,15 @@ class EvaluationSettings(Settings):
         "Default: the method the model was trained for; of minimal pairs: all it can.",
         choices=(*METHODS, *PAIR_METHODS),
     )
-    protocol: str | None = option(
-        None, "Special tokens and lengths; default: the model's.", choices=tuple(PROTOCOLS)
-    )
     tasks: list[str] | None = option(None, "Only this task; may be repeated.", flag="--task")
     prompts: list[str] | None = option(None, "Only this prompt; may be repeated.", flag="--prompt")
     limit: int | None = option(None, "Rows of each task, evenly spread.", least=1)
     split: str | None = option(None, "Instead of the suite's split.")
     data_dir: Path | None = option(None, "Local rows: DATASET/SUBSET/SPLIT.jsonl (csv, ...).")
-    templates: Path | None = option(None, "A promptsource tree; default: the one that was fetched.")
     bigbench_dir: Path | None = option(
         None, "<task>/task.json of BIG-bench; default: bigbench in --data-dir."
     )
-    normalization: str = option(
-        "sum", "sum (published), mean (per token), or calibrated.", choices=NORMALIZATIONS
-    )
-    instruction_text: str = option("published", "For method flipped.", choices=INSTRUCTION_TEXTS)
     label_words: str = option("words", "For label_generalization.", choices=LABEL_WORDS)
-    max_source_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
-    max_target_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
-    vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
-    dtype: str = option("float32", "float32, bfloat16 or float16.")
-    attention: str | None = option(
-        None, "Implementation; default: the model's.", choices=("sdpa", "eager")
-    )
-    device: str | None = option(None, "cpu, cuda, cuda:1; default: a GPU.")
-    batch_tokens: int | None = option(
-        None, "Tokens of a batch; changes speed and memory only.", least=1
-    )
-    seed: int = option(0, "Of templates that draw at random.")
     run_name: str | None = option(None, "The run's folder in --out; default: MODEL-METHOD-SUITE.")
     check_published: bool = option(
         False, "Fail if a registered model misses its published accuracy."
@@ -84,11 +108,6 @@ class EvaluationSettings(Settings):
             raise UserError("check_published needs all rows: leave limit out")
         folders: dict[str, str] = {}
         for name in self.models:
-            if self.normalization == "calibrated" and self.method_of(name) == "channel":
-                raise UserError(
-                    "calibrated scores compare an answer choice with and without the input; "
-                    "channel scores are probabilities of the input: use sum or mean"
-                )
             folder = self.folder_name(name, "SUITE")
             if folder in folders:
                 raise UserError(
@@ -96,11 +115,6 @@ class EvaluationSettings(Settings):
                     "evaluate them one at a time, each with a run_name of its own"
                 )
             folders[folder] = name
-
-    def method_of(self, model: str) -> str:
-        """The method that a model is evaluated with."""
-        registered = find_registered(model)
-        return self.method or (registered.method if registered else "direct")
 
     def folder_name(self, model: str, suite: str) -> str:
         """Name of a run's folder on the suite of this name."""
@@ -148,7 +162,7 @@ class FlipSettings(Settings):
     )
     options: list[str] = option(
         help='Answer choices; --options "Positive" "Negative", or --options twice.',
-        rest="[OPTION]...",
+        many=True,
     )
     instruction: str | None = option(
         None,

@@ -33,7 +33,7 @@ def option(
     flag: str | None = None,
     positional: bool = False,
     metavar: str | None = None,
-    rest: str | None = None,
+    many: bool = False,
 ) -> Any:
     """Declare a field of a settings class.
 
@@ -47,8 +47,8 @@ def option(
             several are separated by commas.
         positional: an argument of the command line instead of an option.
         metavar: placeholder in ``--help``.
-        rest: placeholder of trailing arguments that are appended to this list, so that a shell's
-            ``--input *.txt`` works.
+        many: on the command line this list takes every value up to the next option, so that a
+            shell's ``--input *.txt`` works.
     """
     about = {
         "help": help,
@@ -58,7 +58,7 @@ def option(
         "flag": flag,
         "positional": positional,
         "metavar": metavar,
-        "rest": rest,
+        "many": many,
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)

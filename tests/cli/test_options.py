@@ -25,7 +25,7 @@ class CountSettings(Settings):
     """Options of a command that does not exist."""
 
     model: str = option(help="Model.", positional=True)
-    inputs: list[str] = option(help="Files.", flag="--input,-i", rest="[FILE]...")
+    inputs: list[str] = option(help="Files.", flag="--input,-i", many=True)
     unit: str = option("lines", "Unit of the count.", choices=("lines", "tokens"))
     betas: list[float] = option([0.9, 0.99], "Two numbers.", most=1)
     limit: int | None = option(None, "At most so many.", least=1)
@@ -206,7 +206,7 @@ def test_every_option_of_a_command_is_a_key_of_its_files_or_named_as_not(name, s
 
 def test_help_explains_every_option(call):
     text = " ".join(call("--help").output.split())
-    for part in ("Usage: root [OPTIONS] MODEL [FILE]...", "-i, --input TEXT Files. [required]",
+    for part in ("Usage: root [OPTIONS] MODEL", "-i, --input TEXT Files. [required]",
                  "--unit [lines|tokens] Unit of the count. [default: lines]",
                  "--betas FLOAT Two numbers. [default: 0.9, 0.99]", "--cased / --uncased",
                  "--save / --no-save", "--config FILE", "Example: metro count m"):  # fmt: skip

@@ -123,6 +123,7 @@ def write_inputs(folder: Path) -> None:
     documents = random_text(2, 100).split("\n\n")
     with gzip.open(folder / "web.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    (folder / "mails.csv").write_text("id,body\n1,My parcel never came.\n2,How are you?\n")
     (folder / "questions.txt").write_text("what sat on the mat?\nwho went home?\n")
 
     sentences = random_text(3, 20).split("\n")

@@ -18,8 +18,25 @@ pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
 DOCS = [
     ROOT / "docs" / f"{name}.md"
     for name in (
-        *("installation", "text", "pretraining", "models", "prompts", "finetuning", "flipped"),
-        *("evaluation", "report", "operations", "python_api", "architecture", "troubleshooting"),
+        *(
+            "installation",
+            "text",
+            "pretraining",
+            "models",
+            "prompts",
+            "finetuning",
+            "flipped",
+            "rank",
+        ),
+        *(
+            "rank",
+            "evaluation",
+            "report",
+            "operations",
+            "python_api",
+            "architecture",
+            "troubleshooting",
+        ),
     )
 ]
 SAVED_AS = {"my_mixture.yaml": "datasets:", "my_templates/my_reviews/templates.yaml": "dataset:",

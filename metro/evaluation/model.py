@@ -1,0 +1,68 @@
+"""A model as it is scored: loaded as the settings say, with all that decides its numbers."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from metro.evaluation.settings import ScoringSettings
+from metro.evaluation.tasks.protocol import Protocol, choose_protocol
+from metro.fusion import fuse
+from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.models.loading import LoadedModel, load
+from metro.models.registry import RegisteredModel, find_registered
+from metro.utils.identity import model_identity
+
+
+class ScoredModel(NamedTuple):
+    """A model and how its answer choices are scored."""
+
+    name: str
+    """As the user gave it."""
+    registered: RegisteredModel | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, str]
+    """Digests of weights, configuration and tokenizer."""
+    dtype: str
+    """Of the weights."""
+    method: str
+    protocol: Protocol
+    batch_tokens: int
+
+
+def open_model(
+    name: str | LoadedModel, settings: ScoringSettings, device: torch.device
+) -> ScoredModel:
+    """Load a model, unless it is loaded already, and choose its method and protocol.
+
+    Raises:
+        UserError: there is no such model, or its weights are not finite.
+    """
+    if isinstance(name, LoadedModel):
+        model, tokenizer = name
+        name = str(model.name_or_path)
+    else:
+        model, tokenizer = load(
+            name,
+            dtype=settings.dtype,
+            device=device,
+            attn_implementation=settings.attention,
+            vocab=settings.vocab,
+        )
+    registered, method = find_registered(name), settings.method_of(name)
+    protocol = choose_protocol(
+        settings.protocol or (registered.family if registered else None),
+        model.config,
+        method,
+        max_source_length=settings.max_source_length,
+        max_target_length=settings.max_target_length,
+    )
+    identity, dtype = model_identity(model, tokenizer), str(model.dtype).removeprefix("torch.")
+    is_cuda = model.device.type == "cuda"
+    if is_cuda and isinstance(model.config, MetroT5Config):
+        fuse(model)  # on the CPU packed_scoring.py does more
+    batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
+    return ScoredModel(
+        name, registered, model, tokenizer, identity, dtype, method, protocol, batch_tokens
+    )
