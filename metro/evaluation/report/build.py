@@ -8,13 +8,13 @@ from typing import Any
 
 from metro.evaluation.report.comparison import Row, Section, compare
 from metro.evaluation.report.figure import standalone
-from metro.evaluation.report.page import page, slug
+from metro.evaluation.report.page import page
 from metro.evaluation.report.tables import grid, latex, markdown, prompts_csv, tasks_csv
 from metro.evaluation.runs.published import published_rows
 from metro.evaluation.runs.run_folder import read_run
 from metro.evaluation.settings import ReportSettings
 from metro.models.registry import registered_models
-from metro.utils.files import link, new_folder
+from metro.utils.files import file_name, link, new_folder
 from metro.utils.messages import UserError, counted, percent
 from metro.utils.table import Table
 
@@ -27,6 +27,8 @@ class Report:
     """report.html first, then the other files."""
     sections: list[Section]
     """Numbers of every suite, as fractions."""
+    left_out: list[Path]
+    """Run folders without a result yet."""
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -46,6 +48,7 @@ class Report:
                     name = row.label if row.says_method else f"{row.label} ({row.detail})"
                     lines.append(f"{section.title}: {name} {average(section, row)}")
             lines += [f"note: {note}" for note in section.notes]
+        lines += [f"note: {folder} is left out: no prompt is finished" for folder in self.left_out]
         return "\n".join(lines)
 
 
@@ -67,8 +70,10 @@ def report(runs: ReportSettings | str | Path | Sequence[str | Path], **options: 
     else:
         settings = ReportSettings.of(runs=runs, **options)
     found = find_runs(settings.runs, settings.out)
-    sections = build_sections(found, settings.published, settings.suite)
-    return Report(write_report(sections, settings.out, settings.title), sections)
+    empty = [folder for folder in found if not read_run(folder).results]
+    finished = [folder for folder in found if folder not in empty] or found
+    sections = build_sections(finished, settings.published, settings.suite)
+    return Report(write_report(sections, settings.out, settings.title), sections, empty)
 
 
 def find_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
@@ -171,7 +176,7 @@ def write_report(
         "prompts.csv": prompts_csv(sections),
     }
     for section in sections:
-        files[f"{slug(section.suite)}.svg"] = standalone(section)
+        files[f"{file_name(section.suite)}.svg"] = standalone(section)
     files = {"report.html": page(title, sections, list(files)), **files}
     out = Path(out)
     with new_folder(out, overwrite=True) as folder:
@@ -188,4 +193,5 @@ def figures_of(folder: Path) -> set[str]:
     if not is_report(folder):
         return set()
     with (folder / "tasks.csv").open(encoding="utf-8", newline="") as file:
-        return {f"{slug(row['suite'])}.svg" for row in csv.DictReader(file) if row.get("suite")}
+        suites = {row.get("suite") for row in csv.DictReader(file)}
+        return {f"{file_name(suite)}.svg" for suite in suites if suite}

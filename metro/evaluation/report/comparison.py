@@ -194,7 +194,10 @@ def make_rows(section: Section) -> list[Row]:
         rows.append(row)
         if report_run.published is not None:
             rows.append(difference_row(row, report_run.published))
-    mark_best([row for row in rows if row.kind == "run"])
+    limits = [report_run.summary.limit for report_run in section.runs]
+    most = None if None in limits else max(limits, default=None)
+    own = [row for row in rows if row.kind == "run"]
+    mark_best([row for row, limit in zip(own, limits, strict=True) if limit == most])
     for published in section.published:
         values = {task: value for task, value in published.values.items() if task in section.tasks}
         if values:
@@ -255,7 +258,11 @@ def difference_row(row: Row, published: PublishedRow) -> Row:
 
 
 def mark_best(rows: list[Row]) -> None:
-    """Mark the highest of several runs per task, and of averages if all are over as many tasks."""
+    """Mark the highest of several runs per task, and of averages if all are over as many tasks.
+
+    Args:
+        rows: of the runs over the most examples; those limited further are never the best.
+    """
     if len(rows) < 2:
         return
     complete = [

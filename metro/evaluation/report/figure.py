@@ -9,6 +9,7 @@ that light, dark and paper share a drawing; shapes tell runs apart in grey. Leng
 import io
 import math
 import re
+import warnings
 from html import escape
 from textwrap import shorten
 from typing import Any
@@ -19,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from metro.evaluation.report.comparison import ReportRun, Section
-from metro.evaluation.report.naming import asset, grouped, task_title
+from metro.evaluation.report.naming import asset, span, task_title
 from metro.evaluation.report.tables import is_wide
 from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.summary import interval_text
-from metro.utils.messages import counted, percent
+from metro.utils.messages import percent
 
 Look = dict[str, Any]  # arguments of matplotlib
 SHAPES = {"o": "●", "s": "■", "^": "▲", "v": "▼", ">": "►"}
@@ -78,9 +79,8 @@ class Drawing:
             self.axes.text(left, y + 15, title, color=INK, size=12, weight="bold")
             found = [run.summary.tasks[task] for run in section.runs if task in run.summary.tasks]
             if len(title) < 28 and not section.one_prompt:
-                prompts = counted(max(each.num_prompts for each in found), "prompt")
-                examples = counted(max(each.num_examples for each in found), "example", grouped)
-                text = f"{prompts} · {examples}"
+                prompts = span((each.num_prompts for each in found), "prompt")
+                text = f"{prompts} · {span((each.num_examples for each in found), 'example')}"
                 self.axes.text(left + COLUMN, y + 15, text, ha="right", **SMALL)
             if (chance := section.chances.get(task)) is not None:
                 self.mark(left, chance, ends, f"guessing {percent(chance)}", **CHANCE)
@@ -122,7 +122,9 @@ class Drawing:
     def svg(self, head: str = "") -> str:
         """Write the figure as one `<svg>` element without ids, styles or fonts of its own."""
         file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():  # a reader's fonts show the text, whatever its script
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
         text = file.getvalue().partition("<svg ")[2].replace("'DejaVu Sans'", FONTS)
         own = r'<defs>\s*<style.*?</defs>|(?<=<g|xt) id="(?!hint)[\w.]+"|(?<=\d)pt(?=" )'
         text = re.sub(own, "", text, flags=re.S).replace(">", f">{head}", 1)

@@ -1,12 +1,13 @@
 """Titles of suites, tasks and runs in the report, and the files of its page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from metro.evaluation.runs.run_folder import Run
 from metro.models.registry_cards import SUITE_TITLES, TASK_TITLES
+from metro.utils.messages import counted
 
 SHORT_TITLES = {
     "winogrande": "Winogrande",
@@ -40,7 +41,7 @@ def model_name(run: Run, titles: Mapping[str, str]) -> str:
 
 
 def labels(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -> list[str]:
-    """Unique labels: the model, plus the method or the folder if needed to tell runs apart.
+    """Unique labels: the model, plus method, limit or folder if needed to tell runs apart.
 
     Args:
         runs: of the whole report.
@@ -54,6 +55,12 @@ def labels(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -
         f"{models[n]}, {runs[n].method}" if len(methods[models[n]]) > 1 else models[n]
         for n in members
     ]
+    limits = [runs[number].options.get("limit") for number in members]
+    if len({*limits}) > 1:
+        names = [
+            name if limit is None else f"{name}, limit {limit}"
+            for name, limit in zip(names, limits, strict=True)
+        ]
     for extra in (lambda run: run.folder.name, lambda run: run.folder):
         twice = {name for name in names if names.count(name) > 1}
         names = [
@@ -86,6 +93,13 @@ def path_title(model: str) -> str:
 def grouped(number: float) -> str:
     """12 345, with narrow spaces."""
     return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def span(numbers: Iterable[int], noun: str) -> str:
+    """``1 prompt``, ``5–20 examples``: the least and the most of some counts."""
+    low, high = min(found := [*numbers]), max(found)
+    text = counted(high, noun, grouped)
+    return text if low == high else f"{grouped(low)}–{text}"
 
 
 def asset(name: str) -> str:

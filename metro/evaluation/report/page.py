@@ -3,7 +3,6 @@
 `assets/page.html` is the template, rendered with autoescape: texts of run folders stay texts.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from metro.evaluation.report.comparison import ReportRun, Row, Section
 from metro.evaluation.report.naming import asset, grouped, task_title
 from metro.evaluation.runs.run_folder import PromptResult
 from metro.evaluation.runs.summary import interval_text
+from metro.utils.files import file_name
 from metro.utils.messages import counted, percent
 
 LONG = 20
@@ -35,7 +35,7 @@ class PromptLine(NamedTuple):
 def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = ()) -> str:
     """Render the page. `other_files` are named at its foot."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"slug": slug, "counted": counted}
+    environment.filters |= {"file_name": file_name, "counted": counted}
     for function in (
         average, cell_class, colour, differences, drawings, legend, percent, prompt_lines,
         row_groups, row_name, run_facts, run_key, sign, task_title, under_average, tables.cell,
@@ -52,10 +52,6 @@ def page(title: str, sections: Sequence[Section], other_files: Sequence[str] = (
         partial=tables.PARTIAL,
         long=LONG,
     )
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "suite"
 
 
 def drawings(section: Section) -> list[Markup]:

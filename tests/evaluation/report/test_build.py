@@ -8,6 +8,7 @@ import csv
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -208,6 +209,53 @@ def test_figures_of_an_earlier_report_do_not_stay(tmp_path):
     (mixed / "bigbench.svg").write_text("<svg/>")
     write_report(build_sections([one]), mixed)
     assert {path.name for path in mixed.glob("*.svg")} == {"t0.svg", "bigbench.svg"}
+
+
+def test_a_report_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    """Oracle: every file before and after, where the writing of the third one fails."""
+    out, one = tmp_path / "report", write_run(tmp_path / "one", PROMPTS)
+    two = write_run(tmp_path / "two", {"winowhy": {"p": 0.5}}, suite="bigbench")
+    report([one], out=out)
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    count, real = iter(range(100)), Path.write_text
+
+    def fail(path, *args, **kwargs):
+        if next(count) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", fail)
+        report([two], out=out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+    report([two], out=out)
+    assert {path.name for path in out.glob("*.svg")} == {"bigbench.svg"}
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_suites_never_share_a_figure(tmp_path):
+    """Oracle: as many figures as suites, whose names fold alike without a mark."""
+    suites = ["评估", "测试", "my suite", "my-suite", "My-suite", "épreuve"]
+    runs = [
+        write_run(tmp_path / str(number), {"a": {"p": 0.5}}, suite=suite)
+        for number, suite in enumerate(suites)
+    ]
+    done = report(runs, out=tmp_path / "report")
+    figures = {path.name.lower() for path in done.paths if path.suffix == ".svg"}
+    assert len(figures) == len(suites)
+    text = done.paths[0].read_text()
+    assert len(set(re.findall(r'<section id="([^"]+)"', text))) == len(suites)
+
+
+def test_a_run_without_a_result_is_left_out_and_named(tmp_path):
+    """Oracle: the report of the other one, and the note; alone it is an error."""
+    one, empty = write_run(tmp_path / "one", PROMPTS), write_run(tmp_path / "empty", PROMPTS)
+    (empty / "results.jsonl").unlink()
+    done = report([one, empty], out=tmp_path / "report")
+    assert f"note: {empty} is left out: no prompt is finished" in str(done)
+    assert [run.run.folder for run in done.sections[0].runs] == [one]
+    with pytest.raises(ValueError, match="empty has no finished prompt yet"):
+        report([empty], out=tmp_path / "report")
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path):

@@ -3,9 +3,12 @@
 Oracles: numbers worked out by hand from the runs written here and from `checkpoints/registry.yaml`.
 """
 
+import dataclasses
+
 import pytest
 
 from metro.evaluation.report.comparison import compare
+from metro.evaluation.report.figure import drawings
 from metro.evaluation.report.naming import path_title
 from metro.evaluation.report.page import page
 from metro.evaluation.runs.published import published_rows
@@ -160,3 +163,27 @@ def test_options_that_runs_differ_in_are_named(tmp_path):
     ]
     (section,) = compare(runs)
     assert [n for n in section.notes if "differ" in n] == ["runs differ in --split: default, test"]
+
+
+def test_runs_of_other_limits_are_marked_and_never_the_best(tmp_path):
+    """Oracle: by hand: 0.9 of 5 examples beside 0.5 and 0.6 of all, then beside 0.5 of 20."""
+    options = [{"limit": 5}, {"limit": None}, {}, {"limit": 20}]
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / str(number), {"rte": {"a": value, "b": value}}, model=f"m{number}",
+                options=options[number], num_examples=options[number].get("limit") or 277,
+            )
+        )
+        for number, value in enumerate((0.9, 0.5, 0.6, 0.5))
+    ]  # fmt: skip
+    (section,) = compare(runs[:3])
+    assert [run.label for run in section.runs] == ["m0, limit 5", "m1", "m2"]
+    assert [row.best for row in section.rows[:3]] == [set(), set(), {"rte", "average"}]
+    assert "2 prompts · 5–277 examples" in "".join(drawings(section))
+    (section,) = compare([runs[0], runs[3]])
+    assert [run.label for run in section.runs] == ["m0, limit 5", "m3, limit 20"]
+    assert not any(row.best for row in section.rows)
+    (section,) = compare([runs[0], dataclasses.replace(runs[3], options={"limit": 5})])
+    assert [run.label for run in section.runs] == ["m0", "m3"]
+    assert section.rows[0].best == {"rte", "average"}
