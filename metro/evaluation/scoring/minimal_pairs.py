@@ -5,7 +5,7 @@ decoder answers a question that the encoder reads. Each kind of model is therefo
 question that it was pretrained on, with x the sentence in tokens:
 
     blanks   sum over words w of x:  log P(<s1> w <end> | x with w replaced by the sentinel <s1>)
-    restore  sum over sentences x' of the pair:  log P(x | x')
+    restore  log P(x | x) + log P(x | x'), x' the other sentence if it has as many tokens
     rtd      sum_t log P(token t of x was not replaced | x)
 
 ``blanks`` is for models of span corruption (T5, also finetuned). It is the pseudo-log-likelihood of
@@ -15,11 +15,13 @@ one at a time would let the others give it away, and rare words look likely (Kau
 within words, in one pass. The end sentinel counts: else a piece could begin a longer span.
 
 ``restore`` is for denoising models (METRO, BART). METRO's decoder writes the original of a text, of
-which the encoder sees a version with some tokens replaced. log P(x | x) alone would mix how
-probable x is with how readily its words are copied; in the sum both sentences are judged in the
-light of the same two inputs. For a denoiser with P(x | x') ~ P(x) Q(x' | x) the difference of a
-pair is twice that of log P(x), if the noise Q is as likely to turn one into the other as back.
-Within its own training METRO decodes with ``<s>`` first; finetuned models without.
+which the encoder sees a version with some tokens replaced. log P(x | x) alone mixes how probable x
+is with how readily its words are copied; in the sum both sentences are judged in the light of the
+same two inputs. For a denoiser with P(x | x') ~ P(x) Q(x' | x) the difference of a pair is twice
+that of log P(x), if the noise Q is as likely to turn one into the other as back. Noise of this kind
+keeps the number of tokens: where the sentences differ in it, the positions behind the difference
+would not match and the shorter one would win, so that each is judged by itself. METRO's
+pretraining decodes ``<s>`` first; finetuned models do not.
 
 ``rtd`` asks METRO's head of replaced token detection, where the checkpoint kept it: no decoder.
 
@@ -108,7 +110,11 @@ class PairRanker:
             and self.config.decoder_start_token_id == self.config.eos_token_id
         )
         skipped = len(self.encoder.begin) if is_finetuned else 0
-        return [[Pair(seen, source[skipped:]) for seen in sources] for source in sources]
+        is_replacement = len({*map(len, sources)}) == 1
+        return [
+            [Pair(seen, source[skipped:]) for seen in (sources if is_replacement else [source])]
+            for source in sources
+        ]
 
     def blanks(self, sentence: str) -> list[Pair]:
         """Hide one word after the other."""
