@@ -111,12 +111,12 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
 
 
 def reference_lines(curves: dict[str, dict[str, Curve]], name: str) -> dict[str, Curve]:
-    """Label -> dashed line of a loss's panel. A weighted language modelling loss has none."""
+    """Label -> dashed line of a loss's panel. The main model sees most tokens, and has none."""
     train, valid = curves["train"], curves["valid"]
     if name == "rtd_loss":
         entropy = train.get("rtd_label_entropy")
         return {"guessing by frequency": entropy} if entropy else {}
-    if name == "discriminator_loss" and train[name] != train.get("nll_loss"):
+    if name != "generator_loss":
         return {}
     ends = [train[name].updates[0], train[name].updates[-1]]
     found = {each.removesuffix("_bits"): valid[each] for each in REFERENCES if each in valid}

@@ -1,0 +1,259 @@
+"""Statistics, table, page and figure of scripts/evidence.py, from its JSON files alone.
+
+The unit is the seed of pretraining, to which everything after it is tied. Two arms are compared by
+the paired difference of each seed; its interval is a hierarchical percentile bootstrap of 95 %:
+seeds are drawn with replacement, then examples within each seed and dataset, the same ones for
+both arms. Of minimal pairs the examples are the paradigms.
+
+Shapes: R resamples, S seeds, N examples.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metro.utils.files import read_json, write_text
+from metro.utils.messages import UserError, counted
+
+RESAMPLES = 2000
+
+
+class Difference(NamedTuple):
+    """Difference of two arms, in percentage points."""
+
+    mean: float
+    low: float
+    high: float
+    per_seed: list[float]
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Read every run's file.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        raise UserError(f"{folder} has no results: let scripts/evidence.py make runs first")
+    return found
+
+
+def outcomes(result: Mapping) -> dict[str, np.ndarray]:
+    """What a run got right: dataset -> (N,) of 0 and 1; ``blimp`` -> accuracy of each paradigm."""
+    found = {name: np.array([*map(int, right)], float) for name, right in result["right"].items()}
+    if "decoder" in result["blimp"]:
+        found["blimp"] = np.array([*result["blimp"]["decoder"]["paradigms"].values()])
+    return found
+
+
+def by_seed(results: Sequence[Mapping], arm: str) -> dict[int, dict[str, np.ndarray]]:
+    return {each["seed"]: outcomes(each) for each in results if each["arm"] == arm}
+
+
+def difference(
+    first: Mapping[int, Mapping[str, np.ndarray]],
+    second: Mapping[int, Mapping[str, np.ndarray]],
+    tasks: Sequence[str],
+    resamples: int = RESAMPLES,
+) -> Difference | None:
+    """Compare two arms by the mean over tasks, on the seeds that both have; None if there is none.
+
+    Args:
+        first, second: seed -> task -> (N,) outcomes of the same examples.
+        tasks: to average over.
+        resamples: R.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds or not tasks:
+        return None
+    random = np.random.default_rng(0)
+    drawn_RS = random.integers(len(seeds), size=(resamples, len(seeds)))
+    means_R, means_S = np.zeros(resamples), np.zeros(len(seeds))
+    for task in tasks:
+        paired_SN = np.stack([first[seed][task] - second[seed][task] for seed in seeds])
+        num = paired_SN.shape[1]
+        for place in range(len(seeds)):
+            counts_RN = random.multinomial(num, np.full(num, 1 / num), size=resamples)
+            means_R += np.einsum("rn,rn->r", counts_RN, paired_SN[drawn_RS[:, place]]) / num
+        means_S += paired_SN.mean(1)
+    means_R /= len(tasks) * len(seeds)
+    low, high = 100 * np.percentile(means_R, [2.5, 97.5])
+    per_seed = [float(each) for each in 100 * means_S / len(tasks)]
+    return Difference(float(np.mean(per_seed)), float(low), float(high), per_seed)
+
+
+def write_report(plan: Mapping, results: Sequence[Mapping], page: Path) -> None:
+    """Write the page, and its figure into the folder ``images`` beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    figure = page.parent / "images" / f"{page.stem}.svg"
+    figure.parent.mkdir(exist_ok=True)
+    draw(plan, results, figure)
+    write_text(page, text_of(plan, results, os.path.relpath(figure, page.parent)))
+
+
+def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
+    """The page as Markdown."""
+    arms = [name for name in plan["arms"] if by_seed(results, name)]
+    datasets = list(plan["datasets"])
+    seeds = {name: sorted(by_seed(results, name)) for name in arms}
+    title = {name: plan["arms"][name]["title"] for name in arms}
+    sizes = [f"{name} {len(results[0]['right'][name])}" for name in datasets]
+    lines = [
+        "# Evidence",
+        f"{plan['about'].strip()}",
+        f"Endpoint, fixed before the first run: {plan['endpoint'].strip()}",
+        f"![Validation loss over time, and accuracy of each seed]({figure})",
+        "## Arms",
+        "Means over seeds. Bits are the arm's own validation loss at the end: METRO's of original "
+        "tokens, given a corrupted text; T5's of the tokens of its spans. They are not comparable "
+        "between the two. BLiMP is the mean over paradigms, by the decoder, and by METRO's head of "
+        "replaced token detection.",
+        table(
+            [
+                "arm",
+                "seeds",
+                "rates",
+                "updates",
+                "M tokens",
+                "minutes",
+                "bits",
+                "BLiMP",
+                "RTD head",
+            ],
+            [arm_row(title[name], [r for r in results if r["arm"] == name]) for name in arms],
+        ),
+        "## Accuracy after finetuning",
+        f"Percent of the test rows ({', '.join(sizes)}), mean over seeds.",
+        table(
+            ["arm", *datasets, "mean"],
+            [
+                [title[name], *(f"{value:.1f}" for value in accuracies(results, name, datasets))]
+                for name in arms
+            ],
+        ),
+        "## Differences",
+        "Paired by seed, in points; in brackets the 95 % interval of a hierarchical bootstrap "
+        f"(seeds, then examples; {RESAMPLES:,} resamples). The first {plan['primary']} rows are "
+        "the endpoint.",
+        table(
+            ["", "mean of the datasets", "of each seed", *datasets, "BLiMP"],
+            [
+                difference_row(results, title, first, second, datasets)
+                for first, second in plan["compare"]
+                if first in arms and second in arms
+            ],
+        ),
+        "## What this does not show",
+        plan["limits"].strip(),
+        f"Made by `scripts/evidence.py` from {counted(len(results), 'run')}; seeds "
+        + "; ".join(f"{title[name]}: {', '.join(map(str, seeds[name]))}" for name in arms)
+        + ".",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def arm_row(title: str, runs: Sequence[Mapping]) -> list[str]:
+    """Numbers of an arm's pretraining, means over its runs."""
+
+    def mean(values) -> str:
+        found = [value for value in values if value is not None]
+        return f"{np.mean(found):.2f}" if found else ""
+
+    def last(run: Mapping, *names: str):
+        return next((run["valid"][name][1][-1] for name in names if name in run["valid"]), None)
+
+    def pairs(run: Mapping, method: str):
+        found = run["blimp"].get(method)
+        return 100 * np.mean([*found["paradigms"].values()]) if found else None
+
+    first = runs[0]
+    tokens = first["updates"] * first["tokens_per_update"] / 1e6
+    minutes = first["updates"] * first["seconds_per_update"] / 60
+    return [
+        title,
+        str(len(runs)),
+        f"{first['rate']:g}, {first['finetuning_rate']:g}",
+        f"{first['updates']:,}",
+        f"{tokens:.2f}",
+        f"{minutes:.1f}",
+        mean(last(run, "nll_loss", "loss") for run in runs),
+        mean(pairs(run, "decoder") for run in runs),
+        mean(pairs(run, "rtd") for run in runs),
+    ]
+
+
+def accuracies(results: Sequence[Mapping], arm: str, datasets: Sequence[str]) -> list[float]:
+    """Percent of each dataset, mean over seeds, and their mean."""
+    runs = by_seed(results, arm).values()
+    found = [100 * float(np.mean([run[name].mean() for run in runs])) for name in datasets]
+    return [*found, float(np.mean(found))]
+
+
+def difference_row(results, title, first: str, second: str, datasets: Sequence[str]) -> list[str]:
+    pair = by_seed(results, first), by_seed(results, second)
+    with_pairs = all("blimp" in run for arm in pair for run in arm.values())
+    whole = difference(*pair, datasets)
+    cells = [difference(*pair, [name]) for name in [*datasets, *["blimp"] * with_pairs]]
+    seeds = " ".join(f"{value:+.1f}" for value in whole.per_seed) if whole else ""
+    return [
+        f"{title[first]} − {title[second]}",
+        interval(whole),
+        seeds,
+        *map(interval, cells),
+        *[""] * (not with_pairs),
+    ]
+
+
+def interval(found: Difference | None) -> str:
+    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]" if found else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = "|".join(["---"] + ["---:"] * (len(header) - 1))
+    return "\n".join(
+        [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
+
+
+def draw(plan: Mapping, results: Sequence[Mapping], path: Path) -> None:
+    """Left the validation loss of every run over its time, right the accuracy of every seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same results
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    arms = [name for name in plan["arms"] if by_seed(results, name)]
+    for number, arm in enumerate(arms):
+        runs = [run for run in results if run["arm"] == arm]
+        colour, label = f"C{number}", plan["arms"][arm]["title"]
+        for run in runs:
+            valid = run["valid"].get("nll_loss") or run["valid"].get("loss")
+            if valid and not plan["arms"][arm].get("untrained"):
+                minutes = np.array(valid[0]) * run["seconds_per_update"] / 60
+                left.plot(minutes, valid[1], color=colour, linewidth=0.9, label=label)
+                label = None
+            for name in ("unigram_bits", "bigram_bits", "trigram_bits"):
+                if name in run["valid"]:
+                    left.axhline(
+                        run["valid"][name][1][-1], color="grey", linestyle="--", linewidth=0.6
+                    )
+        means = [
+            100 * float(np.mean([seed[name].mean() for name in plan["datasets"]]))
+            for seed in by_seed(results, arm).values()
+        ]
+        right.plot([number] * len(means), means, "o", color=colour, alpha=0.6)
+        right.plot([number - 0.2, number + 0.2], [np.mean(means)] * 2, color=colour)
+    left.set(xlabel="minutes of one core", ylabel="bits per target token (own validation loss)")
+    left.set_title("dashed: unigram, bigram, trigram of the text", fontsize=8)
+    left.legend(fontsize=8)
+    right.set(ylabel="accuracy, mean of the datasets (%)")
+    right.set_xticks(range(len(arms)), [plan["arms"][arm]["title"] for arm in arms], fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,185 @@
+"""The comparison of pretraining objectives: statistics by hand, the committed plan, a whole run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from metro.utils.files import read_json, read_yaml
+from tests.conftest import ROOT
+from tests.data.prepared import random_text
+
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from evidence_report import difference, read_results, write_report  # noqa: E402
+
+PLAN = ROOT / "benchmarks/evidence/cpu.yaml"
+
+
+def arm(rows: dict[int, str]) -> dict:
+    return {seed: {"task": np.array([*map(int, right)], float)} for seed, right in rows.items()}
+
+
+def test_difference_is_the_mean_of_seeds_that_both_arms_have():
+    """Oracle: by hand: +50 and 0 points; seed 3 has no partner."""
+    first = arm({1: "1111", 2: "1010", 3: "0000"})
+    found = difference(first, arm({1: "1010", 2: "0101"}), ["task"])
+    assert (found.mean, found.per_seed) == (25.0, [50.0, 0.0])
+    assert found.low < 25 < found.high
+    assert difference(first, arm({4: "1111"}), ["task"]) is None
+
+
+def test_interval_is_that_of_drawing_seeds_then_examples_one_by_one():
+    """Oracle: the same bootstrap in plain loops; 2,000 resamples leave about 1.5 points."""
+    random = np.random.default_rng(5)
+    firsts, seconds = random.random((3, 40)) < 0.8, random.random((3, 40)) < 0.6
+    arms = [
+        {seed: {"task": rows[seed].astype(float)} for seed in range(3)}
+        for rows in (firsts, seconds)
+    ]
+    means = []
+    for _ in range(2000):
+        drawn = []
+        for seed in random.integers(3, size=3):
+            for example in random.integers(40, size=40):
+                drawn.append(int(firsts[seed, example]) - int(seconds[seed, example]))
+        means.append(100 * np.mean(drawn))
+    found = difference(*arms, ["task"])
+    assert [found.low, found.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=2)
+
+
+def test_pairing_takes_out_what_examples_have_in_common():
+    """Oracle: arms that differ in one example of 100 in every seed differ by at most a few."""
+    easy = "1" * 60 + "0" * 39
+    found = difference(
+        arm({1: easy + "1", 2: easy + "1"}), arm({1: easy + "0", 2: easy + "0"}), ["task"]
+    )
+    assert found.mean == pytest.approx(1) and 0 <= found.low and found.high <= 4
+    same = difference(arm({1: easy}), arm({1: easy}), ["task"])
+    assert same[:3] == (0, 0, 0)
+
+
+def test_committed_plan_names_configurations_and_arms_that_exist():
+    plan = read_yaml(PLAN)
+    configs = ROOT / "fairseq_plugins/configs/pretraining"
+    for options in plan["arms"].values():
+        configuration = read_yaml(configs / f"{options['configuration']}.yaml")
+        for name in {**plan["pretraining"], **options.get("set", {})}:
+            assert name.split(".")[0] in configuration
+        assert options.get("untrained") or len(options["rates"]) == 3
+        assert options.get("time_of", "metro") in plan["arms"]
+    assert {name for pair in plan["compare"] for name in pair} <= plan["arms"].keys()
+    assert len(plan["seeds"]) >= 5 and plan["tuning_seed"] not in plan["seeds"]
+    assert len(plan["datasets"]) >= 6 and plan["endpoint"] and plan["primary"] >= 1
+
+
+def result(name: str, seed: int, right: str, blimp: float) -> dict:
+    pairs = {"decoder": {"question": "blanks", "paradigms": {"a": blimp, "b": blimp}}}
+    return {
+        "arm": name, "seed": seed, "rate": 0.001, "finetuning_rate": 0.0005,
+        "seconds_per_update": 0.6, "updates": 100, "tokens_per_update": 1000.0,
+        "valid": {"nll_loss": [[50, 100], [8.0, 7.25]], "bigram_bits": [[100], [6.75]]},
+        "blimp": pairs, "right": {"colours": right},
+    }  # fmt: skip
+
+
+def test_page_has_the_numbers_of_the_results(tmp_path):
+    """Oracle: by hand."""
+    plan = {
+        "about": "Toys.", "endpoint": "colours.", "limits": "All.", "primary": 1,
+        "arms": {"a": {"title": "A"}, "b": {"title": "B"}, "c": {"title": "not run"}},
+        "compare": [["a", "b"], ["a", "c"]], "datasets": {"colours": {}},
+    }  # fmt: skip
+    made = [
+        ("a", 1, "1110", 0.6),
+        ("a", 2, "1111", 0.7),
+        ("b", 1, "0110", 0.5),
+        ("b", 2, "1111", 0.5),
+    ]
+    for name, seed, right, blimp in made:
+        path = tmp_path / f"{name}{seed}.json"
+        path.write_text(json.dumps(result(name, seed, right, blimp)))
+    write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
+    page = (tmp_path / "docs/evidence.md").read_text()
+    assert "| A | 2 | 0.001, 0.0005 | 100 | 0.10 | 1.0 | 7.25 | 65.00 |  |" in page
+    assert "| A | 87.5 | 87.5 |" in page and "| B | 75.0 | 75.0 |" in page
+    assert "| A − B | +12.5 [" in page and "+25.0 +0.0" in page and "not run" not in page
+    first = (tmp_path / "docs/images/evidence.svg").read_bytes()
+    write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
+    assert (tmp_path / "docs/images/evidence.svg").read_bytes() == first
+
+
+TINY = """
+about: Toys.
+endpoint: colours.
+limits: All.
+cpu: true
+vocab_size: 200
+valid_fraction: 0.1
+updates: 4
+tuning_updates: 2
+validate_every: 2
+seeds: [1]
+tuning_seed: 9
+blimp_limit: 3
+pretraining:
+  task.tokens_per_sample: 32
+  dataset.max_tokens: 256
+  lr_scheduler.warmup_updates: 1
+  model.encoder_embed_dim: 16
+  model.encoder_ffn_embed_dim: 16
+  model.encoder_layers: 1
+  model.encoder_attention_heads: 2
+  model.max_positions: 32
+arms:
+  metro: {title: METRO, configuration: metro_t5_tiny, rtd: true, rates: [0.001]}
+  t5: {title: T5, configuration: t5_tiny, time_of: metro, rates: [0.001]}
+  none: {title: nothing, configuration: metro_t5_tiny, untrained: true}
+compare: [[metro, t5], [metro, none]]
+primary: 1
+finetuning: {rates: [0.001], max_steps: 2, max_input_length: 32, max_target_length: 8}
+datasets:
+  colours:
+    dataset: colours
+    train: train
+    test: test
+    prompt: "{{thing}} ||| {{answer_choices[label]}}"
+    answer_choices: red ||| green
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
+    """Oracle: what is published at the end, and that a second call makes nothing anew."""
+    pytest.importorskip("fairseq")
+    rows = tmp_path / "rows"
+    (rows / "colours/default").mkdir(parents=True)
+    (rows / "blimp").mkdir()
+    for split, number in (("train", 20), ("test", 6)):
+        lines = [json.dumps({"thing": f"thing {n}", "label": n % 2}) for n in range(number)]
+        (rows / f"colours/default/{split}.jsonl").write_text("\n".join(lines) + "\n")
+    pair = json.dumps({"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."})
+    (rows / "blimp/causative.jsonl").write_text(f"{pair}\n" * 4)
+    (tmp_path / "plan.yaml").write_text(TINY)
+    (tmp_path / "text.txt").write_text(random_text(3, 600))
+    argv = [
+        sys.executable, SCRIPTS / "evidence.py", tmp_path / "plan.yaml",
+        "--text", tmp_path / "text.txt", "--data-dir", rows, "--out", tmp_path / "out",
+        "--results", tmp_path / "results", "--page", tmp_path / "page.md",
+    ]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = {
+        path.stem.split("-")[0]: read_json(path) for path in (tmp_path / "results").iterdir()
+    }
+    assert results.keys() == {"metro", "t5", "none"}
+    assert all(len(run["right"]["colours"]) == 6 for run in results.values())
+    assert results["metro"]["blimp"].keys() == {"decoder", "rtd"}
+    assert results["t5"]["blimp"]["decoder"]["question"] == "blanks"
+    seconds = {name: run["seconds_per_update"] for name, run in results.items()}
+    assert results["t5"]["updates"] == round(4 * seconds["metro"] / seconds["t5"])
+    assert "| METRO − T5 |" in (tmp_path / "page.md").read_text()
+    again = subprocess.run(argv, capture_output=True, text=True)
+    assert again.returncode == 0 and "finetuning on" not in again.stdout
