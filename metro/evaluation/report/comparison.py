@@ -195,7 +195,7 @@ def make_rows(section: Section) -> list[Row]:
         if report_run.published is not None:
             rows.append(difference_row(row, report_run.published))
     limits = [report_run.summary.limit for report_run in section.runs]
-    most = None if None in limits else max(limits, default=None)
+    most = None if None in limits else max(filter(None, limits), default=None)
     own = [row for row in rows if row.kind == "run"]
     mark_best([row for row, limit in zip(own, limits, strict=True) if limit == most])
     for published in section.published:
