@@ -103,7 +103,7 @@ def our_backward(model, examples) -> float:
         some = examples[first : first + MICRO_BATCH]
         right, wrong, target = (padded(list(column)) for column in zip(*some, strict=True))
         options = LossOptions("flipped", PAD, mean="examples")
-        loss = unlikelihood_loss(model, options, right, target, wrong_source_ids=wrong)
+        loss = unlikelihood_loss(model, options, right, target, wrong)
         loss = loss.total * (len(some) / len(examples))
         loss.backward()
         total += float(loss.detach())

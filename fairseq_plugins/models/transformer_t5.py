@@ -61,7 +61,7 @@ class TransformerT5Model(BaseFairseqModel):
                 loss_options,
                 src_tokens,
                 target_ids,
-                wrong_source_ids=wrong_source_ids,
+                wrong_source_ids,
                 num_items=1.0,
             )
         mask = None if has_padding is False else src_tokens.ne(self.model.config.pad_token_id)

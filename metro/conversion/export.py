@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import metro.modeling
@@ -117,6 +118,8 @@ def export_model(
 ) -> None:
     """Write a model in memory as a Hugging Face folder.
 
+    Of a model that is sharded over processes (FSDP), all of them call this and the first writes.
+
     Args:
         model: a METRO-T5; its weights are written with the types they have.
         tokenizer: of the model.
@@ -132,10 +135,21 @@ def export_model(
         raise UserError(
             f"{type(model).__name__} is not METRO-T5: save it with its own save_pretrained"
         )
-    state = {name: tensor.detach().cpu() for name, tensor in untied(model.state_dict()).items()}
     out = Path(out)
-    card = model_card(out.name, summary, model.config, state, training or {})
-    write_folder(out, model.config, model.generation_config, state, tokenizer, card, overwrite)
+    check_output(out, overwrite)
+    state = untied(model.state_dict())
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+    state = {name: whole(tensor).detach().cpu() for name, tensor in state.items()}
+    if not is_sharded or torch.distributed.get_rank() == 0:
+        card = model_card(out.name, summary, model.config, state, training or {})
+        write_folder(out, model.config, model.generation_config, state, tokenizer, card, overwrite)
+    if is_sharded:
+        torch.distributed.barrier()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor, in all processes at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_folder(

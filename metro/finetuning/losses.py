@@ -19,6 +19,7 @@ Shapes: B batch, S encoder tokens, T target tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 
 from metro.models.projection import (
     ProjectionInput,
-    projection_input,
+    at_projection,
     start_token,
     unwrap,
     with_states,
@@ -145,9 +146,8 @@ def batch_loss(
     options: LossOptions,
     source_ids: torch.Tensor,
     target_ids: torch.Tensor,
+    wrong_ids: torch.Tensor | None = None,
     *,
-    wrong_source_ids: torch.Tensor | None = None,
-    wrong_target_ids: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
 ) -> BatchLoss:
     """Compute the loss of one (micro-)batch under any objective.
@@ -157,22 +157,17 @@ def batch_loss(
         options: objective and settings.
         source_ids: (B, S) encoder ids, padded.
         target_ids: (B, T) target ids, end token included.
-        wrong_source_ids: (B, S') encoder ids with a wrong label, for flipped.
-        wrong_target_ids: (B, T') target ids of a wrong label, for direct+ul.
+        wrong_ids: what holds a wrong label: encoder ids (B, S') for flipped, target ids (B, T') for
+            direct+ul.
         num_items: tokens (or examples, see `options.mean`) that the sum is divided by, where this
             batch is one part of a larger one.
     """
     pad, is_target = options.pad_token_id, target_ids.ne(options.pad_token_id)
     sums = {"tokens": is_target.sum().float(), "examples": is_target.any(1).sum().float()}
     if options.objective in ("flipped", "direct+ul"):
+        assert wrong_ids is not None
         loss = unlikelihood_loss(
-            model,
-            options,
-            source_ids,
-            target_ids,
-            wrong_source_ids=wrong_source_ids,
-            wrong_target_ids=wrong_target_ids,
-            num_items=num_items,
+            model, options, source_ids, target_ids, wrong_ids, num_items=num_items
         )
         items = sums[options.mean] if num_items is None else num_items
         sums |= {
@@ -185,17 +180,45 @@ def batch_loss(
             "ranked_right": (loss.right_log_prob_B > loss.wrong_log_prob_B).float().sum(),
         }
         return BatchLoss(loss.total, sums)
-    projected = projection_input(
+    loss_BT, correct_BT = at_projection(
         model,
+        lambda projected: token_losses(projected, target_ids, pad, options.label_smoothing),
         input_ids=source_ids,
         attention_mask=source_ids.ne(pad),
         decoder_input_ids=shift_targets(target_ids, start_token(model), pad),
     )
-    loss_BT, correct_BT = token_losses(projected, target_ids, pad, options.label_smoothing)
     weight_BT = mean_weights(is_target.to(loss_BT.dtype), options.mean, num_items)
     exact = (correct_BT | ~is_target).all(1).float()
     sums |= {"nll": loss_BT.detach().sum(), "exact": exact.sum()}
     return BatchLoss((loss_BT * weight_BT).sum(), sums)
+
+
+@contextlib.contextmanager
+def encoding_equal_halves(model: nn.Module):
+    """Let the encoder compute the first half of its batch, and repeat it for the second.
+
+    By hooks, as sharded weights are there in the call of the whole model alone.
+    """
+
+    def half(value):
+        return value.chunk(2)[0] if torch.is_tensor(value) else value
+
+    def take_half(_, args, kwargs):
+        return tuple(map(half, args)), {name: half(value) for name, value in kwargs.items()}
+
+    def repeat(_, args, encoded):
+        return with_states(encoded, encoded[0].repeat(2, 1, 1))
+
+    encoder = unwrap(model).get_encoder()
+    hooks = (
+        encoder.register_forward_pre_hook(take_half, with_kwargs=True),
+        encoder.register_forward_hook(repeat),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unlikelihood_loss(
@@ -203,9 +226,8 @@ def unlikelihood_loss(
     options: LossOptions,
     source_ids: torch.Tensor,
     target_ids: torch.Tensor,
+    wrong_ids: torch.Tensor,
     *,
-    wrong_source_ids: torch.Tensor | None = None,
-    wrong_target_ids: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
 ) -> UnlikelihoodLoss:
     """Compute the loss of flipped or direct+ul; arguments as for :func:`batch_loss`.
@@ -213,26 +235,21 @@ def unlikelihood_loss(
     Right and wrong labels go through the model in one batch; direct+ul encodes x once.
     """
     check_unlikelihood_weight(options.unlikelihood_weight)
-    pad, encoder_input = options.pad_token_id, {}
+    pad = options.pad_token_id
     if options.objective == "flipped":
-        assert wrong_source_ids is not None
-        encoder_input["input_ids"] = stack_padded(source_ids, wrong_source_ids, pad)
-        mask, targets = encoder_input["input_ids"].ne(pad), target_ids.repeat(2, 1)
+        sources, targets = stack_padded(source_ids, wrong_ids, pad), target_ids.repeat(2, 1)
     else:
-        assert wrong_target_ids is not None
-        mask, targets = source_ids.ne(pad), stack_padded(target_ids, wrong_target_ids, pad)
-        encoded = unwrap(model).get_encoder()(
-            input_ids=source_ids, attention_mask=mask, return_dict=True
-        )
-        encoder_input["encoder_outputs"] = with_states(encoded, encoded[0].repeat(2, 1, 1))
-        mask = mask.repeat(2, 1)
-    projected = projection_input(
-        model,
-        **encoder_input,
-        attention_mask=mask,
-        decoder_input_ids=shift_targets(targets, start_token(model), pad),
-    )
-    nll = token_losses(projected, targets, pad).loss
+        sources, targets = source_ids.repeat(2, 1), stack_padded(target_ids, wrong_ids, pad)
+    with contextlib.ExitStack() as stack:
+        if options.objective != "flipped":
+            stack.enter_context(encoding_equal_halves(model))
+        nll = at_projection(
+            model,
+            lambda projected: token_losses(projected, targets, pad),
+            input_ids=sources,
+            attention_mask=sources.ne(pad),
+            decoder_input_ids=shift_targets(targets, start_token(model), pad),
+        ).loss
     right_BT, wrong_BT = nll.chunk(2)
     is_right, is_wrong = targets.ne(pad).to(nll.dtype).chunk(2)
     likelihood = (right_BT * mean_weights(is_right, options.mean, num_items)).sum()

@@ -163,13 +163,13 @@ class FinetuningTrainer(Trainer):
         return (total, None) if return_outputs else total
 
     def _loss(self, model, inputs: dict[str, Any], num_items) -> BatchLoss:
+        objective = self.loss_options.objective
         loss = batch_loss(
             model,
             self.loss_options,
             inputs["source_ids"],
             inputs["target_ids"],
-            wrong_source_ids=inputs["wrong_source_ids"],
-            wrong_target_ids=inputs["wrong_target_ids"],
+            inputs["wrong_source_ids" if objective == "flipped" else "wrong_target_ids"],
             num_items=num_items,
         )
         items = loss.sums[self.loss_options.mean]

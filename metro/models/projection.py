@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from metro.utils.messages import UserError
+
+Result = TypeVar("Result", bound=tuple)
 
 
 class ProjectionInput(NamedTuple):
@@ -46,7 +49,18 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
-    """Run `model(**forward_kwargs)` without its output projection.
+    """Run `model(**forward_kwargs)` without its output projection; see :func:`at_projection`."""
+    return at_projection(model, lambda projected: projected, **forward_kwargs)
+
+
+def at_projection(
+    model: nn.Module, compute: Callable[[ProjectionInput], Result], **forward_kwargs
+) -> Result:
+    """Run `model(**forward_kwargs)` and compute something else in place of its output projection.
+
+    `compute` runs where the projection would, so that its weight is there, also where it is sharded
+    over processes or offloaded. The first of the tensors that it returns, (B, T, ...), takes the
+    place of the logits: gradients of a sharded model go through it.
 
     Works for any sequence-to-sequence model of Hugging Face, METRO's included, also wrapped for
     several processes; `encoder_outputs=` may be given as usual. The output embedding is put back
@@ -62,32 +76,34 @@ def projection_input(model: nn.Module, **forward_kwargs) -> ProjectionInput:
             f"{type(inner).__name__} has no output embedding; use a sequence-to-sequence model for "
             "generation (…ForConditionalGeneration)"
         )
-    caught: list[torch.Tensor] = []
+    results: list[Result] = []
 
-    def pass_through(hidden):
-        caught.append(hidden)
-        return hidden
+    def compute_here(hidden_BTD: torch.Tensor) -> torch.Tensor:
+        bias_V = getattr(head, "bias", None)
+        if final_bias is not None:
+            bias_V = final_bias if bias_V is None else bias_V + final_bias
+        # The model's forward may be in autocast, which is not for what takes its place.
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            weight_VD = head.weight.to(hidden_BTD.dtype)
+            results.append(compute(ProjectionInput(hidden_BTD, weight_VD, bias_V)))
+        return results[-1][0]
 
-    with _replaced_forward(head, pass_through), _without_final_bias(inner) as final_bias:
+    with _replaced_forward(head, compute_here), _without_final_bias(inner) as final_bias:
         output = model(**{"use_cache": False, "return_dict": True, **forward_kwargs})
-    if len(caught) != 1:
+    if len(results) != 1:
         raise UserError(
-            f"{type(inner).__name__} called its output embedding {len(caught)} times instead of "
+            f"{type(inner).__name__} called its output embedding {len(results)} times instead of "
             "once; it cannot be used here"
         )
-    hidden_BTD = caught[0]
     if inner not in _checked:  # once per model: comparing synchronises with the GPU
-        if not torch.equal(output.logits.to(hidden_BTD.dtype), hidden_BTD):
+        first = results[0][0]
+        if not torch.equal(output.logits.to(first.dtype), first):
             raise UserError(
                 f"{type(inner).__name__} changes its logits after the output embedding (soft "
                 "capping?), which this computation would miss; use another model"
             )
         _checked.add(inner)
-    bias_V = getattr(head, "bias", None)
-    if final_bias is not None:
-        bias_V = final_bias if bias_V is None else bias_V + final_bias
-    weight_VD = head.weight.to(hidden_BTD.dtype)
-    return ProjectionInput(hidden_BTD, weight_VD, bias_V)
+    return results[0]
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -160,16 +176,17 @@ def refused_if_it_fails(model: nn.Module):
 
 @contextlib.contextmanager
 def _replaced_forward(module: nn.Module, forward):
-    """Let `module(x)` be `forward(x)`; whatever accelerate has put there is restored."""
-    before = vars(module).get("forward")
-    module.forward = forward
+    """Let `module(x)` be `forward(x)`, inside of what accelerate has wrapped it in."""
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    before = vars(module).get(name)
+    setattr(module, name, forward)
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = before
+            setattr(module, name, before)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from metro.finetuning.losses import LossOptions, batch_loss, unlikelihood, unlikelihood_loss
 from tests.finetuning.conftest import small_model
+from tests.processes import run_python
 
 
 def recorded(golden) -> dict:
@@ -26,7 +29,7 @@ def ids(examples: list[dict], width=None):
 
 
 def flipped_loss(model, right, wrong, target, options):
-    return unlikelihood_loss(model, options, right, target, wrong_source_ids=wrong)
+    return unlikelihood_loss(model, options, right, target, wrong)
 
 
 @pytest.fixture
@@ -112,9 +115,9 @@ def average(values, target, mean):
     return sum(rows) / len(rows)
 
 
-def check(model, options, want, *batch, **wrong):
+def check(model, options, want, *batch):
     """`batch_loss` and its gradients are those of `want`."""
-    loss = batch_loss(model, options, *batch, **wrong)
+    loss = batch_loss(model, options, *batch)
     loss.total.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -162,16 +165,16 @@ def test_both_terms_equal_the_formula(objective, kind, mean, weight):
     source, wrong, target = random_batch()
     right_log_p = of_target(log_probs(model, source, target), target)
     if objective == "flipped":
-        wrongs, wrong_target = {"wrong_source_ids": wrong}, target
+        wrong_target = target
         wrong_log_p = of_target(log_probs(model, wrong, target), target)
     else:
-        wrongs, wrong_target = {"wrong_target_ids": wrong}, wrong
+        wrong_target = wrong
         wrong_log_p = of_target(log_probs(model, source, wrong), wrong)
     want = average(-right_log_p, target, mean) + weight * average(
         -(1 - wrong_log_p.exp() + 0.01).log(), wrong_target, mean
     )
     options = LossOptions(objective, 1, mean, weight)
-    loss = check(model, options, want, source, target, **wrongs)
+    loss = check(model, options, want, source, target, wrong)
     right = (right_log_p * target.ne(1)).sum(1)
     other = (wrong_log_p * wrong_target.ne(1)).sum(1)
     assert float(loss.sums["ranked_right"]) == int((right > other).sum())
@@ -185,13 +188,11 @@ def test_parts_of_a_batch_add_up_to_its_loss(objective, mean):
     model, (source, wrong, target) = small_model("metro"), random_batch()
     if objective == "direct+ul":  # of as many tokens as the right label
         wrong = torch.where(target.eq(1), 1, target.flip(0).clamp(min=3))
-    name = {"flipped": "wrong_source_ids", "direct+ul": "wrong_target_ids"}.get(objective)
 
     def loss(rows, num_items=None) -> float:
-        wrongs = {name: wrong[rows]} if name else {}
         options = LossOptions(objective, 1, mean)
         total = batch_loss(
-            model, options, source[rows], target[rows], num_items=num_items, **wrongs
+            model, options, source[rows], target[rows], wrong[rows], num_items=num_items
         ).total
         return float(total.detach())
 
@@ -227,3 +228,13 @@ def test_a_lambda_that_makes_no_sense_is_refused(weight):
     options = LossOptions("flipped", 1, unlikelihood_weight=weight)
     with pytest.raises(ValueError, match="use 0 or more"):
         flipped_loss(small_model("metro"), *random_batch(), options)
+
+
+@pytest.mark.parametrize("what", [pytest.param("blocks", marks=pytest.mark.slow), "everything"])
+def test_losses_of_a_sharded_model_are_those_of_the_whole_one(golden, tmp_path, what):
+    """Two processes compare losses and gradients; the export holds the whole weights."""
+    script = Path(__file__).with_name("sharded_training.py")
+    run = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    run_python(*run, script, what, golden / "tiny_vocab", tmp_path / "out")
+    found, whole = load_file(tmp_path / "out/model.safetensors"), small_model("metro").state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())

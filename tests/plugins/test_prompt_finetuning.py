@@ -260,7 +260,7 @@ def test_the_flipped_criterion_is_the_librarys_loss(prompts, golden, mean):
         LossOptions("flipped", 1, mean),
         batch["net_input"]["src_tokens"],
         batch["target"],
-        wrong_source_ids=batch["net_input"]["wrong_source_ids"],
+        batch["net_input"]["wrong_source_ids"],
     )
     assert float(loss.detach()) / sample_size == pytest.approx(float(want.total.detach()), rel=1e-5)
 
