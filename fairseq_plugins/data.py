@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from fairseq.data.indexed_dataset import data_file_path, index_file_path
 
 from metro.data.blocks import batch_by_size, build_blocks, order_by_length
 from metro.data.collation import crop, join_block
+from metro.data.indexed_file import check_indexed_file
 from metro.pretraining.masking import item_random
 from metro.utils.messages import UserError
 
@@ -50,7 +52,7 @@ Corruption = Callable[[np.ndarray, np.random.RandomState, int, int], NamedTuple]
 
 
 def check_files(path: str) -> None:
-    """Refuse a missing, half missing or empty split."""
+    """Refuse a missing, half missing, empty, cut or damaged split."""
     if not os.path.exists(index_file_path(path)):
         is_train = os.path.basename(path).startswith("train")
         without = (
@@ -71,6 +73,7 @@ def check_files(path: str) -> None:
             f"{path}.bin is empty (0 bytes); leave this shard out of task.data or binarise its "
             "text again"
         )
+    check_indexed_file(Path(path))
 
 
 class PretrainingDataset(FairseqDataset):

@@ -16,6 +16,7 @@ import omegaconf
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
@@ -136,6 +137,37 @@ def broadcast_without_arbitrary_pickle(original, obj, src_rank, group, dist_devi
         return obj
     received = io.BytesIO(data.cpu().numpy().tobytes())
     return torch.load(received, map_location="cpu", weights_only=True)
+
+
+@replaces(EpochBatchIterator, "state_dict")
+def note_length_of_epoch(original, self) -> dict:
+    """Save how many batches this process has in the epoch, for a resume with another number."""
+    return {**original(self), "num_batches": len(self)}
+
+
+@replaces(EpochBatchIterator, "load_state_dict")
+def resume_at_the_proportional_place(original, self, state_dict: dict) -> None:
+    """Resume behind the same share of the epoch where the number of batches is another.
+
+    It is where the number of processes or the batch size is. fairseq would skip the same number
+    of batches, and end where there are fewer.
+    """
+    done, before, now = state_dict["iterations_in_epoch"], state_dict.get("num_batches"), len(self)
+    if before and before != now and done:
+        place = done * now // before
+        logger.warning(
+            "resuming epoch %d behind batch %d of %d of each process: the checkpoint was behind %d "
+            "of %d, with another number of processes or batch size",
+            state_dict["epoch"], place, now, done, before,
+        )  # fmt: skip
+        state_dict = {**state_dict, "iterations_in_epoch": place, "num_batches": now}
+    elif done >= now > 0:
+        raise UserError(
+            f"the checkpoint is behind batch {done} of epoch {state_dict['epoch']}, and each "
+            f"process has {now} now: use the earlier number of processes and batch size, or begin "
+            "the epoch again with checkpoint.reset_dataloader=true (--reset-dataloader)"
+        )
+    original(self, state_dict)
 
 
 def is_damage(path: str, error: Exception) -> bool:

@@ -9,13 +9,24 @@ import click
 from metro.utils.messages import UserError
 
 
-@click.command(epilog="\b\nExample:\n  metro doctor")
+@click.command(epilog="\b\nExamples:\n  metro doctor\n  metro doctor data/books")
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(as_json: bool) -> None:
+def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show versions, devices and what is missing, with the command that installs it.
+
+    With FOLDERs of prepare-text or prepare-prompts, check their files instead: sizes, and the
+    checksums of token files, for which every byte is read.
 
     Exit status 1: something that METRO cannot do without is missing or broken.
     """
+    if folders:
+        from metro.data.prepared_folder import damaged_files
+
+        damage = {str(folder): damaged_files(folder) for folder in folders}
+        lines = [line for name, bad in damage.items() for line in bad or [f"{name}: ok"]]
+        click.echo(json.dumps(damage, indent=2) if as_json else "\n".join(lines))
+        raise click.exceptions.Exit(1 if any(damage.values()) else 0)
     from metro.environment import inspect_environment
 
     environment = inspect_environment()

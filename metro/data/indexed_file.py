@@ -18,6 +18,10 @@ from metro.utils.messages import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+OTHER_FORMATS = (b"TNTIDX", b"HUFFIDX")
+"""How the indices of fairseq's other formats begin, which are left to it."""
+_ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8}
+"""Bytes of an id by fairseq's codes of dtypes."""
 _DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
 _SIZE_DTYPE, _POINTER_DTYPE = np.dtype("<i4"), np.dtype("<i8")
 _ITEMS_AT_ONCE = 1 << 20
@@ -117,6 +121,44 @@ class IndexedFileWriter:
                 start = int(ends[-1])
             index.flush()
             os.fsync(index.fileno())
+
+
+def check_indexed_file(prefix: Path) -> None:
+    """Check that ``<prefix>.idx`` is whole and describes ``<prefix>.bin``, without reading that.
+
+    Raises:
+        UserError: one of them was cut or damaged.
+    """
+    index, tokens = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    remedy = "copy it again or binarise the text again"
+    header = struct.Struct("<QBQ")
+    with index.open("rb") as file:
+        magic = file.read(len(MAGIC))
+        if magic.startswith(OTHER_FORMATS):
+            return
+        start = file.read(header.size)
+        version, code, num_items = header.unpack(start) if len(start) == header.size else (0, 0, 0)
+        itemsize = _ITEM_SIZES.get(code, 0)
+        before = len(MAGIC) + header.size
+        size = before + num_items * (_SIZE_DTYPE.itemsize + _POINTER_DTYPE.itemsize)
+        if magic != MAGIC or version != VERSION or not itemsize or size != index.stat().st_size:
+            raise UserError(f"{index} is cut or damaged: {remedy}")
+        end = 0
+        for first in range(0, num_items, _ITEMS_AT_ONCE):
+            count = min(_ITEMS_AT_ONCE, num_items - first)
+            file.seek(before + first * _SIZE_DTYPE.itemsize)
+            sizes = np.fromfile(file, _SIZE_DTYPE, count).astype(np.int64) * itemsize
+            place = num_items * _SIZE_DTYPE.itemsize + first * _POINTER_DTYPE.itemsize
+            file.seek(before + place)
+            starts = np.fromfile(file, _POINTER_DTYPE, count)
+            ends = end + np.cumsum(sizes)
+            if sizes.min() < 0 or not np.array_equal(starts, ends - sizes):
+                raise UserError(f"{index} is damaged: its offsets do not fit its sizes; {remedy}")
+            end = int(ends[-1])
+    if end != tokens.stat().st_size:
+        raise UserError(
+            f"{tokens} has {tokens.stat().st_size} bytes where {index.name} says {end}: {remedy}"
+        )
 
 
 def open_at(path: Path, num_bytes: int) -> BinaryIO:

@@ -74,6 +74,8 @@ class JsonlRows(Sequence):
         if self._file is None or self._process != os.getpid():  # a forked worker opens its own
             self._file, self._process = self.path.open("rb"), os.getpid()
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        if not 0 <= start < end <= int(self.offsets[-1]):
+            raise UserError(f"the offsets of {self.path} are damaged at row {index}: make it again")
         self._file.seek(start)  # stays within the buffer if rows are read in order
         where = f"{self.path}, row {index}"
         content = self._file.read(end - start)

@@ -63,7 +63,7 @@ class PreparedFolder:
             UserError: files of it are missing or changed, or it was made with other settings;
                 with ``overwrite`` the answer is None then.
         """
-        manifest = self._read(self.out / self.manifest_name)
+        manifest = self.read_manifest()
         if manifest is None:
             return None
         problem = None
@@ -85,6 +85,10 @@ class PreparedFolder:
         if not overwrite:
             raise UserError(problem)
         return None
+
+    def read_manifest(self) -> dict | None:
+        """Return the manifest of a complete output, None where there is none."""
+        return self._read(self.out / self.manifest_name)
 
     def open(self, overwrite: bool) -> dict | None:
         """Lock the output; return the state (or manifest) of an interrupted run, if any.
@@ -214,6 +218,35 @@ class PreparedFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """List the files of a prepared folder that are not as they were written: size and checksum.
+
+    Every byte is read, which takes minutes for a large corpus; ``metro doctor FOLDER`` does it.
+
+    Raises:
+        UserError: no prepared folder, or its manifest is damaged.
+    """
+    for name, command in ((TEXT_MANIFEST, "prepare-text"), (PROMPTS_MANIFEST, "prepare-prompts")):
+        if (folder / name).is_file():
+            prepared = PreparedFolder(folder, {}, name, f"metro {command}")
+            break
+    else:
+        raise UserError(
+            f"{folder} has neither {TEXT_MANIFEST} nor {PROMPTS_MANIFEST}: name a folder that "
+            "`metro prepare-text` or `metro prepare-prompts` made"
+        )
+    found = []
+    for name, facts in (prepared.read_manifest() or {})["files"].items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            found.append(f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}")
+        elif facts.get("crc32") not in (None, _crc32(path)):
+            found.append(f"{path} was damaged: its content is not what was written")
+    return found
 
 
 def describe_differences(earlier: dict, now: dict) -> str:

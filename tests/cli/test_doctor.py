@@ -5,10 +5,12 @@ import os
 import re
 
 import pytest
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from metro import environment
 from metro.cli.main import load_command
+from metro.data.text.corpus import prepare_text
 from metro.environment import (
     PACKAGES,
     UsedPackage,
@@ -16,7 +18,25 @@ from metro.environment import (
     inspect_environment,
     satisfies,
 )
+from metro.utils.messages import UserError
 from tests.processes import run_python
+
+
+def test_doctor_checks_the_files_of_a_prepared_folder(text, vocab, tmp_path):
+    """Oracle: one bit of the token file changed; then the file cut."""
+    folder = prepare_text(
+        inputs=[text], out=tmp_path / "data", vocab=vocab, num_workers=1, progress=False
+    ).folder
+    assert CliRunner().invoke(load_command("doctor"), [str(folder)]).exit_code == 0
+    tokens = bytearray((folder / "train.bin").read_bytes())
+    tokens[100] ^= 4
+    for content, said in ((tokens, "train.bin was damaged"), (tokens[:-2], "bytes instead of")):
+        (folder / "train.bin").write_bytes(content)
+        done = CliRunner().invoke(load_command("doctor"), [str(folder)])
+        assert done.exit_code == 1 and said in done.output
+    with pytest.raises(UserError, match="neither prepare_text.json nor prompts.json"):
+        load_command("doctor")([str(tmp_path)], standalone_mode=False)
+
 
 # Runs doctor where no shared library of torch loads.
 DOCTOR_WITH_BROKEN_TORCH = """

@@ -6,6 +6,7 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
+from fairseq_plugins.data import check_files
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.plugins.conftest import TINY, configure, write_corpus
@@ -47,6 +48,27 @@ def test_index_without_its_data(corpus, tmp_path):
     task = build_task("t5_metro", tmp_path, 32)
     with pytest.raises(ValueError, match="train.idx is there but .*train.bin is missing; .* copy"):
         task.load_dataset("train")
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_cut_and_damaged_splits_are_named(corpus, tmp_path, suffix):
+    """Oracle: every bit of the header and of some sizes and offsets changed, one by one."""
+    for name in ("train.idx", "train.bin"):
+        shutil.copyfile(corpus / name, tmp_path / name)
+    path = tmp_path / f"train{suffix}"
+    content = path.read_bytes()
+    check_files(str(tmp_path / "train"))
+    bits = [] if suffix == ".bin" else [*range(26 * 8), *range(26 * 8, len(content) * 8, 997)]
+    for bit in bits:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train\.(idx|bin) (is cut or|is dam|has)"):
+            check_files(str(tmp_path / "train"))
+    for cut in (content[:-1], content + b"x", content[:20]):
+        path.write_bytes(cut)
+        with pytest.raises(UserError, match=r"train\.(idx|bin) (is cut or|is dam|has)"):
+            check_files(str(tmp_path / "train"))
 
 
 def test_empty_shard(corpus, tmp_path):

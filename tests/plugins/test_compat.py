@@ -7,12 +7,15 @@ import pickle
 
 import pytest
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
+from torch.utils.data import Subset
 
 from fairseq_plugins.compat.loading import correct_depth, is_damage, newest_checkpoints
 from fairseq_plugins.compat.writing import link_or_copy
 from metro.models.reading import load_tensors_and_settings
+from metro.utils.messages import UserError
 from tests.plugins.conftest import METRO, TINY, configure
 
 TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
@@ -191,3 +194,29 @@ def test_crash_files_are_never_resumed_from(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = newest_checkpoints(str(tmp_path), besides="checkpoint_last.pt")
     assert [os.path.basename(path) for path in found] == ["checkpoint_1_2.pt"]
+
+
+def test_another_number_of_processes_resumes_at_the_proportional_place(caplog):
+    """Oracle: by hand, 15 of 20 batches are 7 of 10 on each of two processes."""
+
+    def iterator(num_shards: int) -> EpochBatchIterator:
+        batches = [[number] for number in range(20)]
+        return EpochBatchIterator(
+            Subset(range(20), range(20)), lambda items: items, batches, num_shards=num_shards
+        )
+
+    one = iterator(1)
+    epoch = one.next_epoch_itr(shuffle=False)
+    for _ in range(15):
+        next(epoch)
+    state = one.state_dict()
+    two = iterator(2)
+    two.load_state_dict(state)
+    assert [item for [item] in two.next_epoch_itr(shuffle=False)] == [14, 16, 18]
+    assert "behind batch 7 of 10 of each process" in caplog.text
+    same = iterator(1)
+    same.load_state_dict(state)
+    assert [item for [item] in same.next_epoch_itr(shuffle=False)] == [15, 16, 17, 18, 19]
+    del state["num_batches"]  # a checkpoint of an earlier version
+    with pytest.raises(UserError, match="behind batch 15 of epoch 1, .*reset_dataloader"):
+        iterator(2).load_state_dict(state)

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import shutil
+import tokenize
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype, open_at
-from metro.data.jsonl_rows import JsonlRows
+from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
@@ -61,6 +62,15 @@ class PromptedExamples(JsonlRows):
                 f"{path} does not end where {self._beside('offsets').name} says: prepare it again"
             )
 
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        if isinstance(row, dict):
+            for name in ("input", "target"):
+                if not isinstance(row.get(name), str):
+                    detail = f"no text {name!r}: prepare it again"
+                    raise UnusableRow("unreadable row", detail, f"{self.path}, row {index}")
+        return row
+
     def _find_offsets(self):
         offsets = self._beside("offsets")
         if offsets.is_file():
@@ -88,7 +98,7 @@ def _numbers(path: Path) -> np.ndarray:
         numbers = np.load(path, mmap_mode="r")
         if numbers.ndim == 1 and numbers.dtype.kind == "i":
             return numbers
-    except (ValueError, EOFError):  # of another kind, or cut
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError):  # of another kind, or cut
         pass
     raise UserError(f"{path} is damaged: prepare the folder again with `metro prepare-prompts`")
 
@@ -107,12 +117,16 @@ def read_manifest(folder: str | Path) -> dict:
             "one with `metro prepare-prompts --mixture M --out DIR`"
         )
     try:
-        manifest["splits"]["train"], manifest["format"]
+        manifest["splits"]["train"], manifest["format"], manifest["mixture"]
         for tasks in manifest["splits"].values():
             for task, facts in tasks.items():
                 inside(Path(folder), task)
-                facts["dataset"], facts["subset"], facts["prompt_name"], facts["cap"]
-                if not isinstance(facts["num_examples"], int):
+                texts = [facts["dataset"], facts["prompt_name"]]
+                texts += [] if facts["subset"] is None else [facts["subset"]]
+                numbers = facts["cap"], facts["num_examples"]
+                if not all(isinstance(text, str) for text in texts) or not all(
+                    isinstance(number, int) and number > 0 for number in numbers
+                ):
                     raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise UserError(

@@ -1,11 +1,12 @@
 """Prompted examples on disk are read as a sequence, by several processes."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 
-from metro.data.prompts.stored import PromptedExamples
+from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.utils.messages import UserError
 from tests.data.prompts.toys import prepare, random_rows, write_rows
 
@@ -47,6 +48,32 @@ def test_damaged_numbers_beside_the_examples_are_named(world, tmp_path, what, da
         path.write_bytes({"empty": b"", "cut": data[:-3], "text": b"nothing"}[damage])
     with pytest.raises(UserError, match=f"{path} is damaged: prepare the folder again"):
         _ = PromptedExamples(path.parent).rows
+
+
+def test_every_bit_of_the_numbers_beside_the_examples_may_be_damaged(world, tmp_path):
+    """Oracle: the error names the file or one of its rows; nothing else is raised."""
+    result, _ = prepare(world, tmp_path / "out", limit=3)
+    path = result.folder / "train/one_ask/train.offsets.npy"
+    data = path.read_bytes()
+    for bit in [*range(0, 128 * 8, 3), *range(128 * 8, len(data) * 8)]:
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            list(PromptedExamples(path.parent))
+        except UserError as error:
+            assert "train." in str(error)
+
+
+@pytest.mark.parametrize("change", [{"subset": []}, {"cap": "x"}, {"num_examples": None}])
+def test_damaged_manifests_are_named(world, tmp_path, change):
+    result, _ = prepare(world, tmp_path / "out", limit=3)
+    path = result.folder / "prompts.json"
+    content = json.loads(path.read_text())
+    content["splits"]["train"]["one_ask"] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="prompts.json is not the manifest .* damaged"):
+        read_manifest(result.folder)
 
 
 def test_prepared_rows_are_int32_and_offsets_int64(world, tmp_path):
