@@ -123,7 +123,7 @@ def read_manifest(folder: str | Path) -> dict:
                 inside(Path(folder), task)
                 texts = [facts["dataset"], facts["prompt_name"]]
                 texts += [] if facts["subset"] is None else [facts["subset"]]
-                numbers = facts["cap"], facts["num_examples"]
+                numbers = facts["cap"], facts["num_examples"] + 1
                 if not all(isinstance(text, str) for text in texts) or not all(
                     isinstance(number, int) and number > 0 for number in numbers
                 ):
