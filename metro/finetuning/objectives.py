@@ -52,6 +52,9 @@ def encode_example(
     """
     if found := bad_character_in(example.values()):
         raise Unusable(f"text with {found}")
+    for name in ("input", "target"):
+        if not isinstance(example.get(name), str):
+            raise Unusable(f"no text {name!r}: the file is damaged")
     if objective in ("direct", "channel"):
         texts = model_texts(objective, example["input"], example["target"], None, None)
         source, target = encoder.sources([texts[0]])[0], encoder.targets([texts[1]])[0]

@@ -100,6 +100,7 @@ def test_answer_choices_with_identical_ids_are_skipped():
         ({"flipped_input": None, "instruction": None}, "no instruction"),
         ({"instruction": "<extra_id_0>  <extra_id_1> \n"}, "instruction without text"),
         ({"answer_choices": ["Yes", "No \ud83d"]}, "half a character"),
+        ({"target": None}, "no text 'target'"),
     ],
 )
 def test_examples_without_use_are_refused(changes, reason):

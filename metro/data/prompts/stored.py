@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype, open_at
-from metro.data.jsonl_rows import JsonlRows, UnusableRow
+from metro.data.jsonl_rows import JsonlRows
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
@@ -61,15 +61,6 @@ class PromptedExamples(JsonlRows):
             raise UserError(
                 f"{path} does not end where {self._beside('offsets').name} says: prepare it again"
             )
-
-    def __getitem__(self, index):
-        row = super().__getitem__(index)
-        if isinstance(row, dict):
-            for name in ("input", "target"):
-                if not isinstance(row.get(name), str):
-                    detail = f"no text {name!r}: prepare it again"
-                    raise UnusableRow("unreadable row", detail, f"{self.path}, row {index}")
-        return row
 
     def _find_offsets(self):
         offsets = self._beside("offsets")
