@@ -37,6 +37,7 @@ _PUBLIC: dict[str, str] = {
     "LoadedModel": "metro.models.loading",
     "MetroT5Config": "metro.modeling.configuration_metro_t5",
     "MetroT5EncoderModel": "metro.modeling.modeling_metro_t5",
+    "MetroT5ForSequenceClassification": "metro.modeling.classification_metro_t5",
     "MetroT5ForConditionalGeneration": "metro.modeling.modeling_metro_t5",
     "MetroT5Tokenizer": "metro.modeling.tokenization_metro_t5",
     "MetroPretrainingModel": "metro.pretraining.model",

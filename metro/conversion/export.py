@@ -47,6 +47,7 @@ EXPORTED_CODE = (
     "attention_metro_t5.py",
     "layers_metro_t5.py",
     "modeling_metro_t5.py",
+    "classification_metro_t5.py",
     "text_metro_t5.py",
     "tokenization_metro_t5.py",
 )
@@ -54,6 +55,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_metro_t5.MetroT5Config",
     "AutoModel": "modeling_metro_t5.MetroT5EncoderModel",
     "AutoModelForSeq2SeqLM": "modeling_metro_t5.MetroT5ForConditionalGeneration",
+    "AutoModelForSequenceClassification": (
+        "classification_metro_t5.MetroT5ForSequenceClassification"
+    ),
     "AutoModelForTextEncoding": "modeling_metro_t5.MetroT5EncoderModel",
 }
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_metro_t5.MetroT5Tokenizer", None]}

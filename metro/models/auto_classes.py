@@ -10,10 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoTokenizer,
 )
 
+from metro.modeling.classification_metro_t5 import MetroT5ForSequenceClassification
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
@@ -53,6 +55,9 @@ def register() -> None:
     AutoTokenizer.register(MetroT5Config, slow_tokenizer_class=MetroT5Tokenizer, exist_ok=True)
     AutoTokenizer.register(FairseqT5Config, slow_tokenizer_class=FairseqT5Tokenizer, exist_ok=True)
     AutoModelForSeq2SeqLM.register(MetroT5Config, MetroT5ForConditionalGeneration, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        MetroT5Config, MetroT5ForSequenceClassification, exist_ok=True
+    )
     AutoModel.register(MetroT5Config, MetroT5EncoderModel, exist_ok=True)
     AutoModelForTextEncoding.register(MetroT5Config, MetroT5EncoderModel, exist_ok=True)
     register_default_targets(MetroT5Config.model_type)

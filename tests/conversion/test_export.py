@@ -33,18 +33,24 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+)
 
 folder, text, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
 encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "MetroT5Config"
+classifier = AutoModelForSequenceClassification.from_pretrained(
+    folder, trust_remote_code=True, num_labels=3
+)
 inputs = tokenizer(text.split("|"), padding=True, return_tensors="pt")
 labels = tokenizer(["yes , it is"] * len(inputs["input_ids"]), return_tensors="pt")["input_ids"]
 with torch.no_grad():
     output = model(**inputs, labels=labels)
     states = encoder(**inputs).last_hidden_state
+    assert classifier(**inputs).logits.shape == (len(inputs["input_ids"]), 3)
 sequences = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 try:
     import metro
