@@ -57,6 +57,7 @@ def open_model(
         method,
         max_source_length=settings.max_source_length,
         max_target_length=settings.max_target_length,
+        truncation_side=settings.truncation_side,
     )
     identity, dtype = model_identity(model, tokenizer), str(model.dtype).removeprefix("torch.")
     is_cuda = model.device.type == "cuda"

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
@@ -34,6 +35,9 @@ class ScoringSettings(Settings):
     instruction_text: str = option("published", "For method flipped.", choices=INSTRUCTION_TEXTS)
     max_source_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
     max_target_length: int | None = option(None, "Tokens; default: the model family's.", least=3)
+    truncation_side: str = option(
+        "right", "right: longer sources lose their end; left: beginning.", choices=TRUNCATION_SIDES
+    )
     vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     attention: str | None = option(

@@ -29,6 +29,10 @@ class EncodedPrompt(NamedTuple):
     """Target ids of a wrong label (direct+ul)."""
     num_skipped: int = 0
     """Examples without a usable wrong label that were skipped in favour of this one."""
+    cut_source_of: int | None = None
+    """Number of its task, if its source was cut."""
+    cut_target_of: int | None = None
+    """Number of its task, if its target was cut."""
 
 
 class PromptBatch(NamedTuple):
@@ -54,6 +58,10 @@ class PromptBatch(NamedTuple):
     """The same with padding."""
     num_skipped: int
     """Examples skipped in favour of those of this batch."""
+    cut_sources: list[int]
+    """Number of the task of every example whose source was cut."""
+    cut_targets: list[int]
+    """The same of targets."""
 
     @property
     def has_padding(self) -> bool:
@@ -95,4 +103,6 @@ def collate_prompts(
         num_tokens=sum(len(ids) for column in columns for ids in column),
         num_positions=sum(batch.numel() for batch in batches),
         num_skipped=sum(example.num_skipped for example in examples),
+        cut_sources=[e.cut_source_of for e in examples if e.cut_source_of is not None],
+        cut_targets=[e.cut_target_of for e in examples if e.cut_target_of is not None],
     )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metro.data.capped_mixture import CappedMixture
+from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.finetuning.collation import EncodedPrompt, truncate
@@ -209,12 +210,20 @@ class PromptData:
             place = int(drawn % np.uint64(len(self)))
 
     def _encode(self, task: int, index: int, epoch: int) -> EncodedPrompt | Unusable:
-        example = self.examples[task][index]
-        label = draws(self.seed, _LABEL, epoch, self.task_keys[task], example["row"])
+        encoder = self.encoder
+        num_cut = encoder.num_cut_sources, encoder.num_cut_targets
         try:
-            return encode_example(example, index, self.objective, self.encoder, int(label))
+            example = self.examples[task][index]
+            label = draws(self.seed, _LABEL, epoch, self.task_keys[task], example["row"])
+            encoded = encode_example(example, index, self.objective, encoder, int(label))
+        except UnusableRow as error:
+            return Unusable(error.reason)
         except Unusable as reason:
             return reason
+        return encoded._replace(
+            cut_source_of=task if encoder.num_cut_sources > num_cut[0] else None,
+            cut_target_of=task if encoder.num_cut_targets > num_cut[1] else None,
+        )
 
 
 def default_sampling(manifest: dict) -> str:

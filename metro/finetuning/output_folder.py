@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,6 +120,9 @@ def _refuse_other_settings(settings: FinetuningSettings, earlier: Path) -> None:
         raise UserError(
             f"{earlier} does not hold the settings of the run there; choose another --output-dir"
         )
+    for part in fields(settings):  # options that are newer than the run
+        if part.default is not MISSING:
+            before.setdefault(part.name, part.default)
     changed = [
         f"{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

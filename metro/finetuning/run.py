@@ -108,6 +108,7 @@ def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress)
         trainer.stop.listen("saving after the current batch, then stopping"),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.say_what_was_cut()
         state = trainer.state
         if state.global_step < state.max_steps:
             progress.say(f"stopped after update {state.global_step} of {state.max_steps}")
@@ -138,7 +139,12 @@ def build_trainer(
             f"the model has {limits.encoder} and {limits.decoder} positions: longer inputs and "
             "targets are cut"
         )
-    encoder = PromptEncoder(tokenizer, max_source_length=lengths[0], max_target_length=lengths[1])
+    encoder = PromptEncoder(
+        tokenizer,
+        max_source_length=lengths[0],
+        max_target_length=lengths[1],
+        truncation_side=settings.truncation_side,
+    )
     train_data = PromptData(
         folder,
         "train",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 
@@ -29,6 +30,9 @@ class FinetuningSettings(Settings):
 
     max_input_length: int = option(512, "Encoder tokens; longer inputs are cut.", least=3)
     max_target_length: int = option(256, "Decoder tokens; longer targets are cut.", least=3)
+    truncation_side: str = option(
+        "right", "right: longer inputs lose their end; left: beginning.", choices=TRUNCATION_SIDES
+    )
     sampling: str | None = option(
         None,
         "How tasks are weighted; default: proportional for the mixture flipped.",

@@ -39,10 +39,11 @@ MEANS = {
     "ranked_right": ("ranked_right", "examples"),
     "padding_share": ("padding", "positions"),
 }
+CUT = ("cut_sources", "cut_targets")
 # shown on the console, in this order
 SHOWN = (
     *("loss", "likelihood", "unlikelihood", "right_prob", "wrong_prob", "ranked_right"),
-    *("exact_match", "grad_norm", "learning_rate", "padding_share", "skipped_examples"),
+    *("exact_match", "grad_norm", "learning_rate", "padding_share", "skipped_examples", *CUT),
     *("eval_loss", "eval_ranked_right", "eval_exact_match", "eval_skipped_examples"),
 )
 
@@ -60,8 +61,8 @@ class FinetuningTrainer(Trainer):
     target's mean probability with the right and with the wrong label (`right_prob`, `wrong_prob`
     and their logarithms) and the share of examples where the right one is greater
     (`ranked_right`); for direct and channel the share of examples with every target token most
-    probable (`exact_match`); the share of padding, and the number of examples skipped because they
-    have no wrong label.
+    probable (`exact_match`); the share of padding, and the numbers of examples skipped because they
+    have no wrong label (`skipped_examples`), and of cut texts (`cut_sources`, `cut_targets`).
     """
 
     control: TrainerControl
@@ -96,6 +97,8 @@ class FinetuningTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is divided by all items of an update
         self.sums: dict[str, torch.Tensor] = {}
         self.num_skipped = 0
+        num_tasks = 0 if train_data is None else len(train_data.examples)
+        self.num_cut = torch.zeros(2, num_tasks)  # sources and targets of every task
 
     # --- data ---
 
@@ -158,6 +161,9 @@ class FinetuningTrainer(Trainer):
         for name, value in loss.sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.num_skipped += inputs["num_skipped"]
+        for row, name in enumerate(CUT):
+            for task in inputs[name]:
+                self.num_cut[row, task] += 1
         # The gradients of the processes are averaged, and num_items_in_batch is of all of them.
         total = loss.total * self.args.world_size
         return (total, None) if return_outputs else total
@@ -192,15 +198,34 @@ class FinetuningTrainer(Trainer):
         """Log, with means over everything since the last line of training."""
         if "loss" in logs and self.sums:
             logs = {**logs, **self._means(self.sums)}
-            skipped = torch.tensor(float(self.num_skipped), device=self.args.device)
-            if num_skipped := int(self._sum_over_processes(skipped)):
-                logs["skipped_examples"] = num_skipped
+            counts = torch.tensor([float(self.num_skipped), *self.num_cut.sum(1).tolist()])
+            totals = self._sum_over_processes(counts.to(self.args.device)).tolist()
+            named = zip(("skipped_examples", *CUT), totals, strict=True)
+            logs |= {name: int(number) for name, number in named if number}
             self.sums = {}
         if not math.isfinite(loss := logs.get("loss", 0.0)):
             raise UserError(f"the loss is {loss} after update {self.state.global_step}: {DIVERGED}")
         # A gradient that overflows in fp16 is skipped by the Trainer, and JSON has no infinity.
         finite = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log(finite, *args, **kwargs)
+
+    def say_what_was_cut(self) -> None:
+        """Say how many sources and targets of each task were cut since this start."""
+        if not isinstance(self.train_dataset, EncodedPrompts):
+            return
+        data = self.train_dataset.data
+        encoder, names = data.encoder, [examples.path.parent.name for examples in data.examples]
+        lost = "end" if encoder.truncation_side == "right" else "beginning"
+        remarks = (
+            f"sources cut at {encoder.max_source_length} tokens, losing the {lost} "
+            "(max_input_length and truncation_side change it)",
+            f"targets cut at {encoder.max_target_length} tokens (max_target_length changes it)",
+        )
+        counts = self._sum_over_processes(self.num_cut.to(self.args.device)).int().tolist()
+        for remark, numbers in zip(remarks, counts, strict=True):
+            cut = [f"{n} of {name}" for name, n in zip(names, numbers, strict=True) if n]
+            if cut:
+                self.progress.say(f"{remark}: {', '.join(cut)}")
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """Save, but never weights that are not finite in place of good ones."""

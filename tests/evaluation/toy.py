@@ -67,6 +67,7 @@ def run(
     progress=SILENT,
     missing_tasks=None,
     content=None,
+    truncation_side: str = "right",
     **sources,
 ):
     """Evaluate a suite (its file or folder) in this process; return the number of new prompts."""
@@ -75,7 +76,7 @@ def run(
     tasks, missing = load_tasks(suite, data)
     assert list(missing) in ([name for name in suite.tasks if name == "gone"], missing_tasks or [])
     scoring = Scoring(method, batch_tokens=300)
-    protocol = choose_protocol(None, model.config, method)
+    protocol = choose_protocol(None, model.config, method, truncation_side=truncation_side)
     dtype = str(model.dtype).removeprefix("torch.")
     content = content or model_identity(model, tokenizer)
     info = run_info("toy", None, content, dtype, suite, tasks, data, protocol, scoring)

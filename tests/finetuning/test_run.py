@@ -1,6 +1,8 @@
 """Whole finetuning runs of tiny models."""
 
+import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -96,6 +98,32 @@ def test_a_resumed_run_is_bit_exact(settings, objective):
     assert whole.metrics["likelihood" if objective == "flipped" else "token_nll"] == pytest.approx(
         resumed.metrics["likelihood" if objective == "flipped" else "token_nll"], abs=1e-6
     )
+
+
+def test_cut_inputs_are_counted_for_each_task(settings, capsys):
+    """Oracle: the tokenizer's own lengths of the examples of one epoch; the setting is kept."""
+    options = dict(max_input_length=12, logging_steps=5, num_workers=1)
+    chosen = settings(**options, max_steps=15, truncation_side="left")
+    result = finetune(chosen)
+    tokenizer = metro.load(result.folder)[1]
+    expected = {}
+    for path in sorted(Path(chosen.data).glob("train/*/train.jsonl")):
+        lengths = [len(tokenizer(json.loads(line)["input"]).input_ids) for line in path.open()]
+        expected[path.parent.name] = sum(length > 12 for length in lengths)
+    said = capsys.readouterr().err
+    [line] = [line for line in said.splitlines() if "sources cut at 12 tokens" in line]
+    assert "losing the beginning" in line
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) of (\w+)", line)}
+    assert counts and set(counts) <= set(expected)
+    assert all(counts[name] <= expected[name] for name in counts)
+    assert sum(counts.values()) == result.metrics["cut_sources"] > 0
+    with pytest.raises(ValueError, match="truncation_side was 'left' and is 'right'"):
+        finetune(settings(**options, max_steps=16))
+    earlier = Path(chosen.output_dir) / "finetune.yaml"  # as of a version without the option
+    text = earlier.read_text().replace("truncation_side: left\n", "")
+    earlier.write_text(text)
+    with pytest.raises(ValueError, match="truncation_side was 'right' and is 'left'"):
+        finetune(chosen)
 
 
 def test_a_run_that_was_cut_off_while_saving_goes_on_from_the_checkpoint_before(settings):

@@ -19,6 +19,10 @@ from collections.abc import Sequence
 from metro.data.prompts.instruction import SENTINEL, sentinels_for
 from metro.utils.messages import UserError
 
+MAX_SOURCE_LENGTH = 512
+"""Of all published protocols but one task's; special tokens included."""
+TRUNCATION_SIDES = ("right", "left")
+
 
 class PromptEncoder:
     """Encodes sources and targets with one tokenizer and its special tokens.
@@ -28,6 +32,8 @@ class PromptEncoder:
         source_special_tokens: whether sources get begin and end symbols (False: as T0's published
             evaluation).
         max_source_length, max_target_length: tokens kept, special ones included.
+        truncation_side: the side on which longer sources are cut: ``right`` loses their end,
+            ``left`` their beginning. Targets always lose their end.
     """
 
     def __init__(
@@ -35,9 +41,11 @@ class PromptEncoder:
         tokenizer,
         *,
         source_special_tokens: bool = True,
-        max_source_length: int = 512,
+        max_source_length: int = MAX_SOURCE_LENGTH,
         max_target_length: int = 256,
+        truncation_side: str = "right",
     ):
+        assert truncation_side in TRUNCATION_SIDES
         for name, value in (
             ("max_source_length", max_source_length),
             ("max_target_length", max_target_length),
@@ -53,15 +61,28 @@ class PromptEncoder:
         self.end = [eos] if source_special_tokens else []
         self.eos_token_id = eos
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.num_cut_targets = 0
+        self.truncation_side = truncation_side
+        self.num_cut_sources = self.num_cut_targets = 0
         self._knows_extra_ids = "<extra_id_0>" in tokenizer.get_vocab()
         self._sentinel_ids: list[int] | None = None
 
     def sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Encoder ids."""
-        room = self.max_source_length - len(self.begin) - len(self.end)
-        ids = [[*self.begin, *ids[:room], *self.end] for ids in self.plain(texts)]
+        ids = [[*self.begin, *self.cut(ids), *self.end] for ids in self.plain(texts)]
         return [i or [self.eos_token_id] for i in ids]  # an empty source cannot be encoded
+
+    def cut(self, ids: list[int], num_added: int = 0) -> list[int]:
+        """Cut the ids of a source, and count it.
+
+        Args:
+            ids: without special tokens.
+            num_added: tokens that will be added beside the special ones.
+        """
+        room = self.max_source_length - len(self.begin) - len(self.end) - num_added
+        if len(ids) <= room:
+            return ids
+        self.num_cut_sources += 1
+        return ids[:room] if self.truncation_side == "right" else ids[len(ids) - room :]
 
     def labelled_sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Encoder ids of FLIPPED's encoder texts.
@@ -73,8 +94,10 @@ class PromptEncoder:
         encoded = self.plain(texts)
         for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
             if len(ids) > room:
-                tail = self.plain(["output:" + text.rpartition("\n output:")[2]])[0]
-                encoded[number] = [*ids[: max(0, room - len(tail))], *tail[-room:]]
+                tail = self.plain(["output:" + text.rpartition("\n output:")[2]])[0][-room:]
+                # On the left the label is at the end of what is kept anyway.
+                num_tail = len(tail) if self.truncation_side == "right" else 0
+                encoded[number] = [*self.cut(ids, num_tail), *tail[len(tail) - num_tail :]]
         return [[*self.begin, *ids, *self.end] for ids in encoded]
 
     def targets(self, texts: Sequence[str]) -> list[list[int]]:

@@ -8,15 +8,16 @@ gives the same prompt in all of them, also where the template draws at random.
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import NO_INSTRUCTION, Flipped, flip
 from metro.data.prompts.labels import NO_LABEL, OUT_OF_RANGE
-from metro.data.prompts.limits import TemplateError
+from metro.data.prompts.limits import CUT_CHARS, TemplateError
 from metro.data.prompts.templates import PromptTemplate, RenderedExample
 from metro.utils.characters import bad_character_in
 
+VALUE_CUT = f"value cut at {CUT_CHARS} characters, as published"
 _MAX_DETAIL_CHARS = 160
 _DRAWS = re.compile(r"\|\s*(?:choice|random)\b")
 
@@ -52,6 +53,8 @@ class PromptedExample(TypedDict):
     """Index of the target among the answer choices."""
     flipped_input: str | None
     instruction: str | None
+    cut: NotRequired[bool]
+    """True where a value of the row was cut, see ``VALUE_CUT``; else not there."""
 
 
 def make_example(
@@ -92,6 +95,8 @@ def make_example(
         flipped_input=flipped.input if flipped else None,
         instruction=flipped.instruction if flipped else None,
     )
+    if rendered.is_cut:
+        example["cut"] = True
     if found := bad_character_in(example.values()):
         raise UnusableRow(f"text with {found}", f"prompt {rendered.input!r}")
     return example

@@ -31,7 +31,7 @@ _WORK_BETWEEN_LOOKS = 20_000
 
 # filters that no template can name
 LOOP, CONCAT, WEIGH, PRINT = "\0loop", "\0concat", "\0weigh", "\0print"
-_CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
+CUT_CHARS, _CUT_LEEWAY = 2048, 5  # of Jinja's truncate, which spares a text a bit too long
 _MAX_WIDTH = 100  # of a number that `format` writes
 _FORMAT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+)?)?")
 
@@ -62,6 +62,7 @@ class _Rendering(threading.local):
     def start(self, seed: int | None, cuts: bool = False) -> None:
         self.seed, self.cuts = seed, cuts
         self.is_answer = False  # `|||` has been rendered
+        self.is_cut = False  # a printed value was longer than CUT_CHARS
         self.generator: random.Random | None = None
         self.work, self.next_look = 0, _WORK_BETWEEN_LOOKS
         self.deadline = time.thread_time() + MAX_SECONDS
@@ -351,8 +352,9 @@ def make_filters() -> dict:
 
     def printed(context, value, name):
         text = as_text(value, name)
-        if now.cuts and len(text) > _CUT_CHARS + _CUT_LEEWAY:
-            text = jinja.do_truncate(context.environment, text, _CUT_CHARS)
+        if now.cuts and len(text) > CUT_CHARS + _CUT_LEEWAY:
+            text = jinja.do_truncate(context.environment, text, CUT_CHARS)
+            now.is_cut = True
         now.charge(len(text))
         return text
 

@@ -14,7 +14,9 @@ from metro.data.datasets import DatasetUnavailable, name_of
 from metro.data.indexed_file import best_dtype
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prepared_folder import Prepared
+from metro.data.prompts.encoding import MAX_SOURCE_LENGTH
 from metro.data.prompts.examples import (
+    VALUE_CUT,
     ExampleSettings,
     LeftOut,
     PromptedExample,
@@ -38,6 +40,7 @@ from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
 CHUNK_EXAMPLES = 2000
+TOO_LONG = f"source longer than {MAX_SOURCE_LENGTH} tokens (kept; training cuts or refuses it)"
 CHECKPOINT_SECONDS = 5.0
 _SYNC_THREADS = 32
 
@@ -123,12 +126,20 @@ class ChunkRenderer:
                     detail = f"{example['target']!r} is not in {example['answer_choices']}"
                     flaw = UnusableRow("answer not among the choices (kept)", detail)
                     count_row(noted[i], flaw, where)
+                if "cut" in example:
+                    count_row(noted[i], UnusableRow(f"{VALUE_CUT} (kept)"), where)
                 example["row"] = number
                 examples[i].append(example)
-        return [
-            EncodedTask(self.encoder(found), dropped[i], noted[i])
-            for i, found in enumerate(examples)
-        ]
+        encoded = []
+        for i, (template, found) in enumerate(zip(templates, examples, strict=True)):
+            payload = self.encoder(found)
+            if isinstance(self.encoder, FairseqEncoder):
+                for example, size in zip(found, payload[1], strict=True):
+                    if size + 1 > MAX_SOURCE_LENGTH:  # with <s>
+                        where = f"{name}, {template.name!r}, row {example['row']}"
+                        count_row(noted[i], UnusableRow(TOO_LONG, f"{size + 1} tokens"), where)
+            encoded.append(EncodedTask(payload, dropped[i], noted[i]))
+        return encoded
 
 
 class _Preparation:
@@ -258,6 +269,9 @@ class _Preparation:
                     "num_examples": task["num_examples"],
                     "cap": plan.cap,
                 }
+                if task["noted"]:
+                    counts = {reason: count for reason, (count, _) in task["noted"].items()}
+                    splits[plan.side][template.task_name]["noted"] = counts
                 if plan.side == "valid":
                     group = "_".join(filter(None, (plan.dataset, plan.subset)))
                     for key in (group, "valid"):

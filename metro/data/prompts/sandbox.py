@@ -296,12 +296,12 @@ def unprotect(text: str) -> str:
 class RenderedSource:
     """Text of one rendering (still protected), and what it read that an example must not have."""
 
-    __slots__ = ("text", "missing", "unlabelled", "used_choices")
+    __slots__ = ("text", "missing", "unlabelled", "used_choices", "is_cut")
 
     def __init__(self, text: str):
         self.text = text
         self.missing, self.unlabelled = now.missing, now.unlabelled
-        self.used_choices = now.used_choices
+        self.used_choices, self.is_cut = now.used_choices, now.is_cut
 
 
 def render_source(

@@ -49,6 +49,8 @@ class RenderedExample(NamedTuple):
     """Fields that the template printed or asked for and the row does not have, or that are null."""
     unlabelled: tuple[str, ...] = ()
     """Values that decide on the answer and are no label, such as ``label is -1``."""
+    is_cut: bool = False
+    """A value was cut at 2048 characters."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class PromptTemplate:
             label = _label_of(target, choices, rendered.used_choices)
         missing = tuple(dict.fromkeys([*rendered.missing, *without]))
         unlabelled = tuple(dict.fromkeys(rendered.unlabelled))
-        return RenderedExample(parts[0], target, choices, label, missing, unlabelled)
+        return RenderedExample(
+            parts[0], target, choices, label, missing, unlabelled, rendered.is_cut
+        )
 
     def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str:
         """Render any Jinja text as if it were this template's; neither split nor stripped."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.examples import VALUE_CUT
 from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RUN_FORMAT, PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
@@ -184,7 +186,7 @@ def evaluate_prompts(
         if folder is not None:
             seconds = time.perf_counter() - started
             result = write_prompt(
-                folder, suite_name, task, prompt, scoring, asked, rankings, seconds
+                folder, suite_name, task, prompt, scoring, asked, encoder, rankings, seconds
             )
             progress.say(
                 f"{name}: {percent(result.accuracy)} % of {result.num_examples}, {seconds:.1f} s"
@@ -200,6 +202,15 @@ def describe_rows(
         f"{counted(left_out.num_rows, 'row')} left out: {why} (first: {left_out.first})"
         for why, left_out in asked.skipped.items()
     ]
+    if cut := sum(example.is_cut for example in asked.examples):
+        found.append(f"{counted(cut, 'row')} with a {VALUE_CUT}")
+    encoder = classifier.encoder
+    if encoder.num_cut_sources:
+        lost = "end" if encoder.truncation_side == "right" else "beginning"
+        found.append(
+            f"{counted(encoder.num_cut_sources, 'source')} cut at {encoder.max_source_length} "
+            f"tokens, losing the {lost}; --max-source-length and --truncation-side change it"
+        )
     if isinstance(classifier, PairRanker):
         ties = sum(ranking.prediction is None for ranking in rankings)
         return found + (
@@ -216,11 +227,10 @@ def describe_rows(
             f"{counted(classifier.num_indistinct, 'row')} with different answer choices of equal "
             "tokens; the first of them wins"
         )
-    cut = classifier.encoder.num_cut_targets
-    if cut:
+    if encoder.num_cut_targets:
         what = "answer choice" if classifier.method == "direct" else "target"
         found.append(
-            f"{counted(cut, what)} cut at {classifier.encoder.max_target_length} tokens; "
+            f"{counted(encoder.num_cut_targets, what)} cut at {encoder.max_target_length} tokens; "
             "--max-target-length changes it"
         )
     return found
@@ -233,6 +243,7 @@ def write_prompt(
     prompt: str,
     scoring: Scoring,
     asked: Examples,
+    encoder: PromptEncoder,
     rankings: Sequence[Ranking],
     seconds: float,
 ) -> PromptResult:
@@ -263,8 +274,12 @@ def write_prompt(
         }
         for example, ranking, prediction in zip(asked.examples, rankings, predictions, strict=True)
     )
-    skipped = sum(left_out.num_rows for left_out in asked.skipped.values())
-    return folder.write(result, scores, {"skipped": skipped})
+    counts = {
+        "skipped": sum(left_out.num_rows for left_out in asked.skipped.values()),
+        "cut_sources": encoder.num_cut_sources,
+        "cut_targets": encoder.num_cut_targets,
+    }
+    return folder.write(result, scores, counts)
 
 
 def environment_versions() -> dict[str, str]:

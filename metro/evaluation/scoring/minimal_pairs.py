@@ -123,8 +123,7 @@ class PairRanker:
         end = second
         if isinstance(self.config, MetroT5Config):  # its spans end with <sen000>
             end = tokenizer.convert_tokens_to_ids("<sen000>")
-        room = encoder.max_source_length - len(encoder.begin) - len(encoder.end) - 1
-        ids = encoder.plain([sentence])[0][:room]
+        ids = encoder.cut(encoder.plain([sentence])[0], num_added=1)
         bounds = [*word_starts(tokenizer.convert_ids_to_tokens(ids)), len(ids)]
         return [
             Pair(

@@ -26,6 +26,8 @@ class EvaluationExample:
     flipped_input: str | None = None
     """The input instance with sentinels, where the method needs it."""
     instruction: str | None = None
+    is_cut: bool = False
+    """A value of the row was cut."""
 
     @classmethod
     def of(cls, example: PromptedExample) -> "EvaluationExample":
@@ -42,6 +44,7 @@ class EvaluationExample:
             check_choices(choices, example["label"], example["target"]),
             example["flipped_input"],
             example["instruction"],
+            example.get("cut", False),
         )
 
     def __post_init__(self):

@@ -212,7 +212,7 @@ class PreparedTask(Task):
 
     def example(self, prompt: str, number: int, *, flipped: bool) -> EvaluationExample:
         example = self.files[prompt][number]
-        if missing := [name for name in PromptedExample.__annotations__ if name not in example]:
+        if missing := sorted(PromptedExample.__required_keys__ - set(example)):
             raise UnusableRow("missing field", f"the line has no {', '.join(map(repr, missing))}")
         if flipped and not example["instruction"]:
             raise UnusableRow(NO_INSTRUCTION)

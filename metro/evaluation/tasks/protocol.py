@@ -19,7 +19,7 @@ text of instructions is left alone.
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.encoding import MAX_SOURCE_LENGTH, PromptEncoder
 from metro.evaluation.tasks.examples import EvaluationExample
 
 
@@ -29,8 +29,9 @@ class Protocol:
 
     family: str
     source_special_tokens: bool = True
-    max_source_length: int = 512
+    max_source_length: int = MAX_SOURCE_LENGTH
     max_target_length: int = 256
+    truncation_side: str = "right"
     fold_whitespace: bool = True
     task_lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Task -> (source, target), where a task has its own lengths."""
@@ -47,6 +48,7 @@ class Protocol:
             source_special_tokens=self.source_special_tokens,
             max_source_length=source,
             max_target_length=target,
+            truncation_side=self.truncation_side,
         )
 
     def prepare(self, example: EvaluationExample) -> EvaluationExample:
@@ -67,6 +69,8 @@ class Protocol:
             f"tokens, targets {self.max_target_length} with end symbol"
         ]
         parts += [f"{task} {s} and {t}" for task, (s, t) in self.task_lengths.items()]
+        if self.truncation_side == "left":
+            parts.append("longer sources lose their beginning")
         if self.family == "t0" and self.max_source_length < T0_SOURCE_LENGTH:
             parts.append(
                 f"T0's own script reads {T0_SOURCE_LENGTH}: --max-source-length {T0_SOURCE_LENGTH}"
@@ -101,6 +105,7 @@ def choose_protocol(
     *,
     max_source_length: int | None = None,
     max_target_length: int | None = None,
+    truncation_side: str = "right",
 ) -> Protocol:
     """Choose the protocol of a model.
 
@@ -110,6 +115,7 @@ def choose_protocol(
         method: ``direct``, ``channel`` or ``flipped``.
         max_source_length, max_target_length: instead of the family's, for all tasks; one of them
             leaves the other as it is, but for channel's targets.
+        truncation_side: see :class:`PromptEncoder`; all published ones cut on the right.
     """
     model_type = getattr(model_config, "model_type", "")
     if family is None:
@@ -130,6 +136,7 @@ def choose_protocol(
         protocol,
         max_source_length=source,
         max_target_length=target,
+        truncation_side=truncation_side,
         task_lengths={t: both for t, both in task_lengths.items() if both != (source, target)},
     )
     from metro.models.projection import position_limits  # and torch with it

@@ -41,6 +41,23 @@ def test_long_labelled_sources_lose_input_not_their_label(tokenizer):
     assert short == encoder.sources([encoder_text("so", "no")])[0]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sources_are_cut_on_the_side_asked_for_and_counted(tokenizer, side):
+    """Oracle: slices of the tokenizer's own ids."""
+    encoder = PromptEncoder(tokenizer, max_source_length=10, truncation_side=side)
+    texts = ["one after the other and so it goes on and on to the end", "so"]
+    long, short = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = long[:8] if side == "right" else long[-8:]
+    assert encoder.sources(texts) == [[0, *kept, 2], [0, *short, 2]]
+    assert (encoder.num_cut_sources, encoder.num_cut_targets) == (1, 0)
+    label = tokenizer("output: no", add_special_tokens=False)["input_ids"]
+    [ids] = encoder.labelled_sources([encoder_text(texts[0], "no")])
+    assert len(ids) == 10 and ids[-1 - len(label) :] == [*label, 2]
+    start = tokenizer("input:", add_special_tokens=False)["input_ids"]
+    assert (ids[1 : 1 + len(start)] == start) == (side == "right" and len(label) + len(start) <= 8)
+    assert encoder.num_cut_sources == 2
+
+
 def test_lengths_are_kept_and_checked(tokenizer):
     """Oracle: counting."""
     encoder = PromptEncoder(tokenizer, max_source_length=10, max_target_length=5)

@@ -78,6 +78,19 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     assert PromptedExamples(result.folder / "train/bad_word").rows.tolist() == [0, 1, 2, 3, 5, 6]
 
 
+def test_values_that_the_template_cuts_are_noted(tmp_path):
+    """Oracle: by hand, one of two rows is longer than 2048 characters."""
+    write_templates(tmp_path / "templates", "long", {"ask": (None, "{{text}} ||| x")})
+    write_rows(tmp_path / "data", "long", "train", [{"text": "a b"}, {"text": "so " * 900}])
+    (tmp_path / "mix.yaml").write_text("datasets: [long]\n")
+    result, _ = prepare(tmp_path, tmp_path / "out")
+    reason = "value cut at 2048 characters, as published (kept)"
+    assert result.manifest["noted"] == {reason: {"count": 1, "first": "long, 'ask', row 1"}}
+    assert result.manifest["splits"]["train"]["long_ask"]["noted"] == {reason: 1}
+    examples = PromptedExamples(result.folder / "train/long_ask")
+    assert [example.get("cut") for example in examples] == [None, True]
+
+
 def test_flipped_rules_drop_what_has_no_wrong_answer(tmp_path):
     templates = {
         "two": ("no ||| yes", "{{text}} Ask. ||| {{answer_choices[label]}}"),

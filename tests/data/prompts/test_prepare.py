@@ -11,6 +11,7 @@ from metro.data.prompts.sources import Unavailable
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from metro.data.prompts.templates import TemplateTree
 from metro.data.settings import PreparePromptsSettings
+from metro.data.text.vocabulary import read_vocabulary
 from tests.data.prompts.toys import (
     YES_NO,
     files_of,
@@ -19,6 +20,27 @@ from tests.data.prompts.toys import (
     write_rows,
     write_templates,
 )
+
+
+def test_sources_that_training_would_cut_are_counted_for_each_task(golden, tmp_path):
+    """Oracle: the vocabulary's own ids of the prompts; limits of 512 tokens, `<s>` included."""
+    write_templates(tmp_path / "templates", "toy", {"a": (None, "{{text}} ||| x"),
+                                                    "b": (None, "{{number}} ||| x")})  # fmt: skip
+    rows = [{"text": "so " * length, "number": length} for length in (20, 509, 510, 511, 600)]
+    write_rows(tmp_path / "data", "toy", "train", rows)
+    (tmp_path / "mix.yaml").write_text("datasets: [toy]\n")
+    result, _ = prepare(tmp_path, tmp_path / "out", vocab=golden / "tiny_vocab")
+    vocabulary = read_vocabulary(golden / "tiny_vocab")
+    texts = [" ".join(row["text"].split()) for row in rows]
+    sizes = [len(ids) + 1 for ids in vocabulary.encode_texts(texts, True)]
+    too_long = [number for number, size in enumerate(sizes) if size > 512]
+    assert 0 < len(too_long) < len(rows)
+    [(reason, facts)] = result.manifest["noted"].items()
+    assert reason.startswith("source longer than 512 tokens")
+    first = f"toy, 'a', row {too_long[0]}: {sizes[too_long[0]]} tokens"
+    assert facts == {"count": len(too_long), "first": first}
+    tasks = result.manifest["splits"]["train"]
+    assert tasks["toy_a"]["noted"] == {reason: len(too_long)} and "noted" not in tasks["toy_b"]
 
 
 def test_fairseq_files_equal_the_originals(golden, tmp_path):

@@ -388,6 +388,32 @@ def test_long_options_are_cut_with_a_note(tmp_path, loaded):
     assert any("1 answer choice cut at 256 tokens" in note for note in said.lines)
 
 
+@pytest.mark.parametrize("method", ["direct", "flipped"])
+def test_long_prompts_are_cut_with_a_note(tmp_path, loaded, method):
+    """Oracle: three rows are longer than 512 tokens; what stands at their end is lost. One of them
+    is cut by the template, too."""
+    suite_file = write_suite(tmp_path)
+    things = ["so " * 600 + "red", "so " * 600 + "blue", "so " * 900, "grass"]
+    rows = [{"thing": thing, "colours": ["red", "blue"], "answer": 0} for thing in things]
+    (tmp_path / "colour.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for side, lost in (("right", "end"), ("left", "beginning")):
+        said, folder = Said(), tmp_path / side
+        run(folder, suite_file, *loaded, method=method, progress=said, truncation_side=side)
+        number = 3 if method == "direct" else 6  # with each answer choice
+        note = f"colour / plain: {number} sources cut at 512 tokens, losing the {lost}"
+        assert any(line.startswith(note) for line in said.lines)
+        note = "colour / plain: 1 row with a value cut at 2048 characters, as published"
+        assert note in said.lines
+        result = without_times(folder)[0]
+        assert (result["cut_sources"], result["cut_targets"]) == (number, 0)
+        scores = (folder / result["scores_file"]).read_text().splitlines()
+        found[side] = [json.loads(line)["scores"] for line in scores]
+    assert (found["right"][0] == found["right"][1]) and (found["left"][0] != found["left"][1])
+    with pytest.raises(ValueError, match="truncation_side 'left', this one has 'right'"):
+        run(tmp_path / "left", suite_file, *loaded, method=method)
+
+
 def test_rows_are_chosen_evenly_and_repeatably():
     """Oracle: by hand."""
     assert choose_rows(10, None, None) == list(range(10))
