@@ -18,6 +18,7 @@ SHORT_TITLES = {
     "winowhy": "WinoWhy",
     "vitaminc_fact_verification": "VitaminC fact verification",
     "imdb": "IMDB",
+    "npi_licensing": "NPI licensing",
 }
 """Titles of tasks that the registry has none for, or one too wide for a table."""
 

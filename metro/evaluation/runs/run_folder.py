@@ -2,6 +2,7 @@
 
     OUT/<run name>/
       run.json        {"format": RUN_FORMAT, "model", "method", "suite",
+                       "question": of the decoder, for minimal pairs, or null,
                        "title": of the suite, "registered": name or null, "place": of the model,
                        "content": digests {weights, configuration, tokenizer}, "protocol": {...},
                        "options": {...}, "data": {task: {prompt: digest of its rows and template}},
@@ -85,6 +86,8 @@ class Run:
     suite: str
     registered: str | None = None
     """Name in the registry of released models, None for another model."""
+    question: str | None = None
+    """What the decoder was asked, of minimal pairs."""
     title: str | None = None
     """Of the suite."""
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +145,7 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(
             f"{path} is corrupt ({error!r}); evaluate again into a new folder"
         ) from None
-    for name in ("registered", "title", "protocol", "options", "versions", "tasks"):
+    for name in ("registered", "question", "title", "protocol", "options", "versions", "tasks"):
         setattr(run, name, info.get(name) or getattr(run, name))
     run.results = list(read_results(folder / "results.jsonl"))
     for result in run.results:

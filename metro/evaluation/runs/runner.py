@@ -68,6 +68,7 @@ def run_info(
         "place": str(Path(model_name).resolve()) if Path(model_name).exists() else None,
         "content": content,
         "method": scoring.method,
+        "question": scoring.question,
         "suite": suite.name,
         "title": suite.title,
         "protocol": protocol.as_dict(),
@@ -79,7 +80,6 @@ def run_info(
             "label_words": sources.label_words,
             "seed": sources.seed,
             "dtype": dtype,
-            **({"question": scoring.question} if scoring.question else {}),
         },
         "data": {task.name: {p: task.content(p) for p in task.prompts} for task in tasks},
         "sources": {

@@ -191,7 +191,7 @@ def summarize(run: Run, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) ->
         average_macro_f1=aggregate([tasks[name].macro_f1 for name in averaged]),
         seconds=aggregate([task.seconds for task in tasks.values()], np.sum),
         limit=run.options.get("limit"),
-        question=run.options.get("question"),
+        question=run.question,
         num_resamples=num_resamples,
     )
 

@@ -15,6 +15,7 @@ import metro
 from metro.conversion.fairseq_to_hf import to_hf
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.evaluate import evaluate_models
+from metro.evaluation.report.build import build_sections
 from metro.evaluation.runs.run_folder import read_run
 from metro.evaluation.scoring.minimal_pairs import (
     PairRanker,
@@ -234,6 +235,9 @@ def test_decoder_and_kept_head_are_evaluated_and_named(checkpoint, golden, pairs
             accuracy = summary.tasks[result.task].accuracies[result.prompt]
             assert accuracy == pytest.approx(sum(right) / 6)
         assert len(evaluation.missing) == 10 + 8
+    assert not any(
+        "runs differ" in note for note in build_sections([decoder.folder, rtd.folder])[0].notes
+    )
     assert decoder.missing["binding"] and decoder.missing["argument_structure / inchoative"]
 
 
