@@ -1,9 +1,9 @@
 """Pretrain a small METRO model on this machine: `make demo`.
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
--> `fairseq-hydra-train` -> curves -> `metro convert to-hf` -> `metro generate`. Every step prints
-its command, as one would type it. Stopped at any moment and started again, it resumes; all files
-are in one folder, demo/.
+-> `fairseq-hydra-train` -> curves -> `metro convert to-hf` -> what the model has learnt, shown and
+measured on held-out text. Every step prints its command, as one would type it. Stopped at any
+moment and started again, it resumes; all files are in one folder, demo/.
 """
 
 import argparse
@@ -18,19 +18,20 @@ import sysconfig
 import time
 from pathlib import Path
 
+from demo_probe import Probe, bigram_bits
 from demo_text import write_demo_text
 from plot_training import LOSSES, draw, parse_line, read_log
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metro.models.loading import load_pretraining_model, read_tokenizer
 from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = "fairseq_plugins/configs/pretraining"
 TEXT_BYTES = 6_000_000
-VOCAB_SIZE = 4000
-NUM_UPDATES = 300
-TEXT = "The function returns a list of all the files in the folder."
+VOCAB_SIZE = 2000
+NUM_UPDATES = 2000
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -68,23 +69,25 @@ def run(folder: Path, texts: list[str], num_updates: int) -> None:
     folder.mkdir(exist_ok=True)
     remember_inputs(folder, texts)
 
-    step("1/5 text")
+    step("1/6 text")
     texts = texts or [make_text(folder / "english.txt")]
-    step("2/5 text to data")
+    step("2/6 text to data")
     inputs = [part for text in texts for part in ("--input", text)]
-    sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.02"]
+    sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.04"]
     subprocess.run(
         command("metro", "prepare-text", *inputs, "--out", str(data), *sizes), check=True
     )
-    step("3/5 pretraining")
+    step("3/6 pretraining")
     pretrain(data, folder / "checkpoints", log, num_updates)
-    step("4/5 curves")
+    step("4/6 curves")
     curves = read_log(log)
     picture = folder / "losses.png"
     draw(curves, picture)
     console.print(f"drawn: {picture}")
-    step("5/5 a Hugging Face model, and what it makes of a text")
+    step("5/6 a Hugging Face model")
     export(folder / "checkpoints/checkpoint_last.pt", data, folder / "model")
+    step("6/6 what it has learnt")
+    show(folder / "model", data)
     step("done")
     report(curves, folder, time.time() - start)
 
@@ -128,7 +131,7 @@ def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None
         f"task.data={data}",
         f"checkpoint.save_dir={checkpoints}",
         f"optimization.max_update={num_updates}",
-        f"common.log_interval={min(10, num_updates)}",  # a short run has a curve too
+        f"common.log_interval={min(20, num_updates)}",  # a short run has a curve too
     )
     console.print(f"all messages: {log}")
     with log.open("a", encoding="utf-8") as file:
@@ -158,19 +161,29 @@ def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None
 
 
 def export(checkpoint: Path, data: Path, model: Path) -> None:
-    """The last checkpoint as a folder that loads anywhere, and its answer to one text."""
-    options = ("--vocab", str(data), "--overwrite")
+    """The last checkpoint as a folder that loads anywhere, with all its parts."""
+    options = ("--vocab", str(data), "--keep-auxiliary", "--overwrite")
     subprocess.run(
         command("metro", "convert", "to-hf", str(checkpoint), "--out", str(model), *options),
         check=True,
     )
-    answer = command("metro", "generate", str(model), TEXT, "--max-new-tokens", "20")
-    subprocess.run(answer, check=True)
-    console.print(
-        "(METRO learns to write a text back as it was. After so few updates on so little text it "
-        "knows\nthe commonest tokens; answers to questions come with prompt finetuning.)",
-        markup=False,
-    )
+
+
+def show(folder: Path, data: Path) -> None:
+    """Examples, and the numbers beside what they must reach."""
+    model = load_pretraining_model(folder)
+    assert model is not None, "exported without its auxiliary model"
+    tokenizer = read_tokenizer(str(folder))
+    pieces = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+    probe = Probe(model, pieces, data)
+    threshold = probe.threshold()
+    probe.show(threshold, console)
+    scores = probe.score(threshold, bigram_bits(data))
+    console.print("On the second half of the held-out text:")
+    for line, reached in scores.gate.items():
+        mark = "[green]yes[/]" if reached else "[red]no [/]"
+        console.print(f"  {mark} {line}")
+    console.print(f"  the decoder copies {scores.copied:.1f} % of the other tokens")
 
 
 def follow(process: subprocess.Popen, log: Path, position: int, num_updates: int) -> None:
@@ -193,7 +206,7 @@ def follow(process: subprocess.Popen, log: Path, position: int, num_updates: int
             updates = int(stats["num_updates"])
             losses = "  ".join(f"{name} {stats[name]}" for name in LOSSES if name in stats)
             bar.update(task, completed=updates, losses=losses)
-            if not console.is_terminal and updates >= shown + 50:
+            if not console.is_terminal and updates >= shown + 100:
                 shown = updates
                 console.print(f"update {updates}/{num_updates}  {losses}")
 
@@ -225,7 +238,7 @@ def report(curves, folder: Path, seconds: float) -> None:
         f"  look at the curves      {folder}/losses.png\n"
         f"  ask the model           .venv/bin/metro generate {folder}/model 'A text of yours.'\n"
         f"  read its card           {folder}/model/README.md\n"
-        "  train longer            make demo ARGS='--updates 1000'\n"
+        "  train longer            make demo ARGS='--updates 10000'\n"
         f"  take your own text      rm -r {folder}; make demo DEMO_TEXT=my.txt\n"
         "  see what is installed   .venv/bin/metro doctor\n"
         "  pretrain METRO-base     docs/pretraining.md",

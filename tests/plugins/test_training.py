@@ -73,6 +73,9 @@ def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, re
         "model.encoder_attention_heads=2 model.max_positions=64 ++model.dropout=0",
         "++model.attention_dropout=0 model.generator_zero_dropout=false dataset.max_tokens=256",
         "++criterion.weighted_lm_loss=false lr_scheduler.warmup_updates=2",
+        "criterion.masked_positions_only=lm task.mask_prob=0.15 model.init_token_std=null",
+        "model.init_position_std=null model.init_auxiliary_std=null",
+        "model.init_neighbour_slope=0 model.init_copy_gain=0",
         "++lr_scheduler.total_num_update=40 common.log_interval=1 ++dataset.num_workers=0",
         "optimization.lr=[0.003]",
     ]
