@@ -34,6 +34,7 @@ import metro.modeling
 from metro.conversion.model_card import model_card
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.modeling.text_metro_t5 import NUM_SPECIAL_IDS
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.adapters import adapter_folder
 from metro.models.fairseq_checkpoint import PRETRAINING_WEIGHTS, TRAINING, untied
@@ -62,7 +63,7 @@ AUTO_MAP = {
 }
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_metro_t5.MetroT5Tokenizer", None]}
 WEIGHTS = "model.safetensors"
-MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path", "added_tokens_decoder")
+MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path")
 
 
 def write_model(
@@ -230,6 +231,9 @@ def _save_tokenizer(tokenizer: MetroT5Tokenizer, folder: Path, max_positions: in
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     fields = {name: value for name, value in read_json(path).items() if name not in MACHINE_FIELDS}
+    added = fields.pop("added_tokens_decoder", {})  # the four that all have are known
+    if added := {key: token for key, token in added.items() if int(key) >= NUM_SPECIAL_IDS}:
+        fields["added_tokens_decoder"] = added
     fields["model_max_length"] = min(fields.get("model_max_length", max_positions), max_positions)
     fields |= {"auto_map": TOKENIZER_AUTO_MAP, "tokenizer_class": "MetroT5Tokenizer"}
     write_json(path, fields, indent=2)

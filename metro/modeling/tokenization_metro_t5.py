@@ -1,6 +1,7 @@
 """The METRO-T5 tokenizer for Hugging Face: the normaliser and vocabulary of ``text_metro_t5``.
 
-Text -> ``<s> ids </s>``; two texts -> ``<s> a </s></s> b </s>``. Behind the ids of ``dict.txt``
+Text -> ``<s> ids </s>``; two texts -> ``<s> a </s></s> b </s>``; as ``text_target``, what the
+decoder is trained to write, without ``<s>``. Behind the ids of ``dict.txt``
 come the sentinels ``<sen000>``, ``<sen001>``, ...; they are part of the vocabulary, and like any
 other text when they are written out in an input, as they were in training.
 
@@ -42,6 +43,8 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "attention_mask"]
+    start_ids = [BOS_ID]
+    """In front of a text; none in front of a target."""
 
     def __init__(
         self,
@@ -114,6 +117,11 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         """Replace plain texts by their ids, which saves the conversion of pieces as strings."""
+        if kwargs.pop("return_offsets_mapping", False):
+            raise NotImplementedError(
+                "return_offsets_mapping is True, but METRO's normaliser changes the text before it "
+                "is cut, so that tokens have no place in it; leave return_offsets_mapping out"
+            )
         unusual = ("is_split_into_words", "split_special_tokens", "sanitize_control_tokens")
         if not any(kwargs.get(name) for name in unusual):
             text, text_pair = self._ids_of_plain(text), self._ids_of_plain(text_pair)
@@ -155,10 +163,22 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
             f" {token.lstrip()}" if token in added else token.replace("▁", " ") for token in tokens
         ).strip()
 
+    def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False):
+        if skip_special_tokens and not isinstance(ids, int):
+            sentinels = range(len(self.vocabulary), len(self._tokens))
+            ids = [index for index in ids if int(index) not in sentinels]
+        return super().convert_ids_to_tokens(ids, skip_special_tokens)
+
+    def _switch_to_input_mode(self) -> None:
+        self.start_ids = [BOS_ID]
+
+    def _switch_to_target_mode(self) -> None:
+        self.start_ids = []
+
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        ids = [BOS_ID, *token_ids_0, EOS_ID]
+        ids = [*self.start_ids, *token_ids_0, EOS_ID]
         return ids if token_ids_1 is None else [*ids, EOS_ID, *token_ids_1, EOS_ID]
 
     def get_special_tokens_mask(
@@ -169,7 +189,7 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         if already_has_special_tokens:
             return [int(index in self.all_special_ids) for index in token_ids_0]
-        mask = [1, *[0] * len(token_ids_0), 1]
+        mask = [*[1] * len(self.start_ids), *[0] * len(token_ids_0), 1]
         return mask if token_ids_1 is None else [*mask, 1, *[0] * len(token_ids_1), 1]
 
     def create_token_type_ids_from_sequences(

@@ -199,10 +199,15 @@ def _answer_window(model, reader, tokenizer, texts, longest, options, settings) 
                 logits_processor=refuse,
                 **options,
             )
+        # Not skip_special_tokens, which drops METRO's sentinels: what a pretrained model fills in.
+        special = set(tokenizer.all_special_ids)
         decoded = tokenizer.batch_decode(
-            [without_start_and_end(ids, model.generation_config) for ids in sequences.tolist()],
-            skip_special_tokens=True,
-        )
+            [
+                [index for index in without_start_and_end(ids, model.generation_config)
+                 if index not in special]
+                for ids in sequences.tolist()
+            ]
+        )  # fmt: skip
         for row, index in enumerate(batch):
             first = row * settings.num_answers
             answers = [text.strip() for text in decoded[first : first + settings.num_answers]]

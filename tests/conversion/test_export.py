@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AddedToken
 
 import metro
 import metro.modeling
@@ -125,8 +126,12 @@ def test_a_model_in_memory_is_exported_with_its_changes(exported, tmp_path):
     with torch.no_grad():
         model.shared.weight.add_(1)
     model.config.dropout_rate = 0.25
+    added = AddedToken("zebra", lstrip=True, single_word=True, normalized=False)
+    tokenizer.add_tokens([added])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     export_model(model, tokenizer, tmp_path / "out", summary="A test.", training={"updates": 7})
-    again = metro.load(tmp_path / "out").model
+    again, their_tokenizer = metro.load(tmp_path / "out")
+    assert their_tokenizer.added_tokens_decoder == tokenizer.added_tokens_decoder
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
     assert again.config.dropout_rate == 0.25
     card = (tmp_path / "out/README.md").read_text()

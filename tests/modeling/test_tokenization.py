@@ -132,12 +132,35 @@ def test_pairs_and_masks_of_special_tokens(tokenizer):
     assert tokenizer.num_special_tokens_to_add(pair=True) == 4
 
 
+def test_a_target_is_what_the_decoder_is_trained_to_write(tokenizer):
+    """Oracle: by hand; the targets of finetuning have no <s> and end with </s>."""
+    both = tokenizer(["a", "a a"], text_target=["a a", "a"])
+    assert both["input_ids"] == [[0, A, 2], [0, A, A, 2]] and both["labels"] == [[A, A, 2], [A, 2]]
+    target = tokenizer(text_target="a a a", truncation=True, max_length=3)
+    assert target["input_ids"] == [A, A, 2]
+    masked = tokenizer(text_target="a", return_special_tokens_mask=True)
+    assert masked["special_tokens_mask"] == [0, 1]
+    with pytest.raises(ValueError, match="Input must be"):
+        tokenizer(text_target=3.5)
+    assert tokenizer("a")["input_ids"] == [0, A, 2]  # and so are inputs afterwards
+
+
+def test_offsets_are_refused(tokenizer):
+    """The normaliser moves characters: any offset would be made up."""
+    with pytest.raises(NotImplementedError, match="return_offsets_mapping"):
+        tokenizer("a", return_offsets_mapping=True)
+    assert tokenizer(["a"], return_offsets_mapping=False)["input_ids"] == [[0, A, 2]]
+
+
 def test_sentinels_are_entries_that_no_text_gives(tokenizer):
     """Oracle: training, where sentinels come from the corruption alone."""
     first = tokenizer.convert_tokens_to_ids("<sen000>")
     assert first == 1000 and tokenizer.convert_ids_to_tokens(first + 511) == "<sen511>"
     assert first not in tokenizer("<sen000>")["input_ids"]
-    assert tokenizer.decode([0, A, first, A, 2], skip_special_tokens=True) == "a<sen000> a"
+    assert tokenizer.decode([0, A, first, A, 2]) == "<s> a<sen000> a</s>"
+    assert tokenizer.decode([0, A, first, A, 2], skip_special_tokens=True) == "a a"
+    written_out = tokenizer("a <sen000> a")["input_ids"]
+    assert tokenizer.decode(written_out, skip_special_tokens=True) == "a < sen000 > a"
     assert tokenizer.convert_tokens_to_ids(["<sen001>", "▁a"]) == [first + 1, A]
     with pytest.raises(ValueError, match=f"id -100 is not one of the {len(tokenizer)}"):
         tokenizer.decode([0, -100])
@@ -247,11 +270,10 @@ def test_the_rust_library_differs_where_it_is_said_to(testdata):
 def test_targets_and_the_collator_for_sequence_to_sequence(tokenizer):
     """Oracle: by hand; labels are padded with -100."""
     rows = [tokenizer(text, text_target=target) for text, target in (("a", "a a"), ("a a", "a"))]
-    assert rows[0]["labels"] == [0, A, A, 2]
+    assert rows[0]["labels"] == [A, A, 2]
     batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     assert batch["input_ids"].tolist() == [[0, A, 2, 1], [0, A, A, 2]]
-    assert batch["labels"].tolist() == [[0, A, A, 2], [0, A, 2, -100]]
-    assert tokenizer(text_target="a")["input_ids"] == [0, A, 2]
+    assert batch["labels"].tolist() == [[A, A, 2], [A, 2, -100]]
 
 
 def test_added_tokens_and_settings_survive_saving(golden, tmp_path):
