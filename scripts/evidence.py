@@ -26,7 +26,7 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -103,23 +103,26 @@ class Study:
             return round(updates * seconds[other] / seconds[arm])
         return updates
 
-    def tune(self, arm: str) -> tuple[float, float]:
-        """Choose the rates of pretraining and finetuning on the tuning seed, one after the other.
+    def tune(self) -> dict[str, tuple[float, float]]:
+        """Choose the rates of pretraining and finetuning of each arm, one after the other.
 
-        By the mean accuracy on held-out training rows; test rows are not looked at.
+        By accuracy on held-out training rows of the tuning seed; test rows are not looked at.
         """
-        pretraining = self.plan["arms"][arm].get("rates", [0.0])
-        finetuning = self.plan["finetuning"]["rates"]
-        middle = finetuning[len(finetuning) // 2]
+        plan, rates = self.plan, self.plan["finetuning"]["rates"]
+        seed, middle = plan["tuning_seed"], rates[len(rates) // 2]
 
-        def best(runs: list[Run]) -> Run:
+        def best(runs: list[Run]) -> list[Run]:
             work_through(runs)
-            return max(runs, key=lambda run: run.tune_accuracy())
+            by_arm = ([run for run in runs if run.arm == arm] for arm in plan["arms"])
+            return [max(tried, key=lambda run: run.tune_accuracy()) for tried in by_arm]
 
-        seed = self.plan["tuning_seed"]
-        rate = best([Run(self, arm, seed, rate, middle, True) for rate in pretraining]).rate
-        chosen = best([Run(self, arm, seed, rate, finetuned, True) for finetuned in finetuning])
-        return chosen.rate, chosen.finetuning_rate
+        first = best([
+            Run(self, arm, seed, rate, middle, True)
+            for arm, options in plan["arms"].items()
+            for rate in options.get("rates", [0.0])
+        ])  # fmt: skip
+        second = best([replace(run, finetuning_rate=rate) for run in first for rate in rates])
+        return {run.arm: (run.rate, run.finetuning_rate) for run in second}
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,6 @@ class Run:
 
     @property
     def record(self) -> dict:
-        """What is done so far."""
         return read_json(self.folder / "record.json") or {}
 
     @property
@@ -378,7 +380,7 @@ def main() -> int:
             study.out.mkdir(parents=True, exist_ok=True)
             with waiting(study.out / "prepared"):
                 prepare(plan, study.text, study.data_dir, study.out)
-            chosen = {arm: study.tune(arm) for arm in plan["arms"]}
+            chosen = study.tune()
             say(f"rates of pretraining and finetuning: {chosen}")
             work_through(
                 [Run(study, arm, seed, *chosen[arm]) for seed in plan["seeds"] for arm in chosen]
