@@ -4,7 +4,7 @@ import click
 
 from metro.cli.options import settings_command
 from metro.data.settings import PreparePromptsSettings
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 
 
 def prepare_prompts(settings: PreparePromptsSettings, dry_run: bool) -> None:
@@ -66,8 +66,16 @@ def print_unavailable(console, rows: list[dict]) -> None:
     table = Table(title="not available")
     for column in ("side", "dataset", "why"):
         table.add_column(column)
+    same: dict[str, list[dict]] = {}  # without a network all have one reason
     for row in rows:
-        table.add_row(row["side"], row["name"], Text(row["reason"]))
+        same.setdefault(row["reason"].replace(row["name"], "it", 1), []).append(row)
+    for reason, group in same.items():
+        if len(group) > 2:
+            names = shortened(dict.fromkeys(row["name"] for row in group), 3)
+            table.add_row("", names, Text(reason))
+        else:
+            for row in group:
+                table.add_row(row["side"], row["name"], Text(row["reason"]))
     console.print(table)
 
 

@@ -5,7 +5,6 @@ the field names of the templates or of the hub's version. Hub: the table ``datas
 where each dataset is today, and the package ``datasets`` loads it; no loading script is ever run.
 """
 
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +22,11 @@ from metro.data.local_files import (
 )
 from metro.utils.files import inside, read_yaml
 from metro.utils.messages import MissingPackage, UserError, shortened
+from metro.utils.network import hub_address, use_cache_alone, use_cache_without_network
 
 _TABLE = Path(__file__).with_name("datasets.yaml")
 SPLITS = ("train", "validation", "test")
 _PARQUET_COPY = "refs/convert/parquet"
-_RETRY_AFTER = 300  # seconds
-_unreachable_since = -_RETRY_AFTER - 1.0  # when this process last failed to reach the hub
 
 
 class DatasetUnavailable(UserError):
@@ -277,33 +275,28 @@ def _refuse_manual(name: str, entry: DatasetEntry) -> None:
 
 
 def _datasets_package(name: str):
-    """Import the package ``datasets``, unless the hub was unreachable a short while ago.
-
-    Every attempt takes half a minute of retries, and a mixture has dozens of datasets.
-    """
+    """Import the package ``datasets``, which uses its cache where there is no network."""
     try:
         import datasets
     except ImportError:
         error = MissingPackage(f"taking {name} from the hub", "datasets", "train")
         raise DatasetUnavailable(f"{error}, or give local rows with --data-dir DIR") from None
-    recently = time.monotonic() - _unreachable_since < _RETRY_AFTER
-    if recently and not datasets.config.HF_HUB_OFFLINE:
-        raise DatasetUnavailable(
-            f"{name} was not looked for, as the hub could not be reached a moment ago: give local "
-            "rows with --data-dir DIR, or set HF_HUB_OFFLINE=1 to use datasets in the cache"
-        )
+    use_cache_without_network()
     return datasets
 
 
 def _unavailable(
     name: str, repository: str, errors: list[Exception], unsure: bool = False
 ) -> DatasetUnavailable:
-    global _unreachable_since
+    doubt = " (an address that could not be verified)" if unsure else ""
     if any(isinstance(error, ConnectionError) for error in errors):
-        _unreachable_since = time.monotonic()
+        use_cache_alone()  # every attempt takes half a minute, and a mixture has dozens of datasets
+        return DatasetUnavailable(
+            f"{name} is not in the cache{doubt}, and the hub {hub_address()} cannot be reached: "
+            "give local rows with --data-dir DIR"
+        )
     reasons = [" ".join(f"{type(error).__name__}: {error}".split()) for error in errors]
     reasons = [reason if len(reason) <= 200 else f"{reason[:197]}..." for reason in reasons]
-    doubt = " (an address that could not be verified)" if unsure else ""
     return DatasetUnavailable(
         f"{name} could not be loaded from {repository}{doubt}: {'; '.join(dict.fromkeys(reasons))}."
         " Without a network, give local rows with --data-dir DIR"

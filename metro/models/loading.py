@@ -43,6 +43,7 @@ from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
 from metro.utils.messages import UserError
+from metro.utils.network import hub_address, is_reachable, use_cache_without_network
 
 PADDED_ROWS = 128
 """Upper bound on the padding rows of an embedding, beyond the tokenizer's entries."""
@@ -113,6 +114,8 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> Loade
     if path.is_file():
         return _from_checkpoint(path, vocab, dtype, options)
     source = model_source(path_or_name)
+    if not path.exists():
+        use_cache_without_network()
     with _explained(source):
         folder = adapter_folder(source)
     if folder is not None:
@@ -355,7 +358,7 @@ def _explained(source: str):
     except UserError:
         raise
     except BAD_FOLDER as error:
-        raise UserError(_explain(source, error)) from error
+        raise UserError(_explain(source, error)) from None
 
 
 def _explain(source: str, error: Exception) -> str:
@@ -370,6 +373,11 @@ def _explain(source: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if Path(source).is_dir():
         return f"{source} cannot be loaded ({text[:600]})"
+    if not is_reachable(hub_address()):
+        return (
+            f"{source} is neither a folder nor in the cache, and the hub {hub_address()} cannot be "
+            "reached: copy its folder here and name the folder"
+        )
     return (
         f"{source} is not a folder, and cannot be loaded from the Hugging Face hub ({text[:300]}); "
         "without a network, copy its folder here and name the folder"

@@ -35,7 +35,7 @@ from metro.data.prompts.stored import (
 )
 from metro.data.settings import PreparePromptsSettings
 from metro.utils.files import naming
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
@@ -311,7 +311,11 @@ class _Preparation:
 
     def _nothing(self, dropped: dict) -> str:
         name = self.plan.mixture.name
-        reasons = [f"{row.name} ({row.side}): {row.reason}" for row in self.unavailable]
+        named: dict[str, list[str]] = {}
+        for row in self.unavailable:
+            reason = row.reason.replace(row.name, "it", 1)
+            named.setdefault(reason, []).append(f"{row.name} ({row.side})")
+        reasons = [f"{shortened(names, 4)}: {reason}" for reason, names in named.items()]
         reasons += [f"{d['count']:,} dropped: {why} ({d['first']})" for why, d in dropped.items()]
         shown = "".join(f"\n  {reason}" for reason in reasons[:20])
         more = f"\n  and {len(reasons) - 20} more" if len(reasons) > 20 else ""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from metro.utils.files import cache_folder
 from metro.utils.messages import UserError
+from metro.utils.network import is_reachable
 
 PROMPTSOURCE_VERSION = "0.2.3"
 PACKAGE = f"promptsource-{PROMPTSOURCE_VERSION}.tar.gz"
@@ -129,6 +130,8 @@ def _download(index: str | None) -> bytes:
     remedy = (
         f"download {PACKAGE} by other means and give it with --file, or name a mirror with --index"
     )
+    if not page.startswith("file:") and not is_reachable(page):
+        raise UserError(f"cannot download {PACKAGE}: {_public(page)} cannot be reached; {remedy}")
     try:
         text = _get(page).decode("utf-8", "replace")
         links = re.findall(r'href="([^"]+)"', text)

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from metro.data.datasets import hub_errors
 from metro.utils.characters import refuse_utf16
 from metro.utils.messages import MissingPackage, UserError
+from metro.utils.network import use_cache_without_network
 
 CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
@@ -220,11 +221,15 @@ def _dataset_records(source: TextSource, start: int) -> Iterator[dict]:
     except ImportError:
         raise MissingPackage(f"reading {source.name}", "datasets", "train") from None
     dataset, config = source.dataset_and_config()
+    if not Path(dataset).exists():
+        use_cache_without_network()
     try:
         yield from datasets.load_dataset(dataset, config, split="train", streaming=True).skip(start)
     except hub_errors(datasets) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot read {source.name}: {reason}") from None
+        raise UserError(
+            f"cannot read {source.name}: {reason}; without a network, give its text as a file"
+        ) from None
 
 
 def total_bytes(sources: list[TextSource]) -> int | None:
