@@ -63,6 +63,8 @@ def list_prompts(
                 raise
             absent.append(name_of(*name))
             continue
+        for reason in tree.damaged(*name).values():
+            click.echo(f"left out: {reason}", err=True)
         if not as_json:
             click.echo(f"{name_of(*name)}: {len(found)} templates")
         for template in found:

@@ -94,6 +94,8 @@ class Ranker:
         )
         self.window = max(256, self.scored.batch_tokens // 16)
         """Rows that are ranked together."""
+        self.num_cut_values = 0
+        """Rows with a value that a template cut."""
 
     def __call__(self, texts: Row | Iterable[Row]) -> "Ranked | list[Ranked]":
         """Rank a text, or several; a text may be a row of fields, which the template reads."""
@@ -134,6 +136,7 @@ class Ranker:
                 text = row if isinstance(row, str) else None
                 asked.append(Ranked(text, None, {}, {}, problem=_reason(error)))
         questions = [each.questions for each in asked if isinstance(each, Asked)]
+        self.num_cut_values += sum(any(q.is_cut for q in each) for each in questions)
         rankings = []
         count = len(self.questions.templates)
         for position in range(count):

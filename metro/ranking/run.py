@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metro.data.jsonl_rows import UnusableRow
-from metro.data.prompts.examples import LeftOut, count_row
+from metro.data.prompts.examples import VALUE_CUT, LeftOut, count_row
 from metro.models.source import model_source
 from metro.ranking.inputs import each_row, open_input
 from metro.ranking.settings import RankSettings
@@ -157,7 +157,12 @@ class RankRun:
         }
 
     def say_left_out(self) -> None:
-        """Name the rows without a label."""
+        """Name the rows without a label, and say what was cut."""
+        encoder, cut = self.ranker.classifier.encoder, self.ranker.num_cut_values
+        remarks = [f"{counted(cut, 'row')} with a {VALUE_CUT}"] if cut else []
+        target = "option" if self.ranker.scored.method == "direct" else "target"
+        for remark in remarks + encoder.describe_cuts(target):
+            self.progress.say(remark)
         for reason, left_out in self.left_out.items():
             rows = counted(left_out.num_rows, "row")
             self.progress.say(f"{rows} without a label: {reason} (first: {left_out.first})")

@@ -13,6 +13,7 @@ from metro.data.local_files import open_rows
 from metro.ranking.output import RankedFile
 from metro.ranking.ranker import Ranker
 from metro.utils.messages import UserError
+from tests.data.prepared import Said
 from tests.ranking.conftest import MAILS, OPTIONS, TEMPLATE
 
 
@@ -53,6 +54,14 @@ def test_files_of_every_kind_have_all_rows_in_order(rank, expected, tmp_path, en
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mails.jsonl", f"out{ending}"]
     with pytest.raises(UserError, match="exists: choose another name, or replace it"):
         rank(done.out)
+
+
+def test_texts_that_are_cut_are_counted(rank):
+    """Oracle: by hand, two texts of more than 512 tokens, one of them cut by the template, too."""
+    said = Said()
+    rank(input=None, texts=["short", "so " * 600, "so " * 900], progress=said)
+    assert "1 row with a value cut at 2048 characters, as published" in said.lines
+    assert any(line.startswith("2 sources cut at 512 tokens, losing") for line in said.lines)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".json", ".txt"])

@@ -17,7 +17,7 @@ text itself becomes ids in ``Vocabulary.encode_texts`` alone, here through the t
 from collections.abc import Sequence
 
 from metro.data.prompts.instruction import SENTINEL, sentinels_for
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, counted
 
 MAX_SOURCE_LENGTH = 512
 """Of all published protocols but one task's; special tokens included."""
@@ -105,6 +105,26 @@ class PromptEncoder:
         encoded, room = self.plain(texts), self.max_target_length - 1
         self.num_cut_targets += sum(len(ids) > room for ids in encoded)
         return [[*ids[:room], self.eos_token_id] for ids in encoded]
+
+    def describe_cuts(self, target: str = "target") -> list[str]:
+        """Say how many different sources and targets were cut, and what changes it.
+
+        Args:
+            target: what the targets are called.
+        """
+        lost = "end" if self.truncation_side == "right" else "beginning"
+        found = []
+        if self.num_cut_sources:
+            found.append(
+                f"{counted(self.num_cut_sources, 'source')} cut at {self.max_source_length} "
+                f"tokens, losing the {lost}; --max-source-length and --truncation-side change it"
+            )
+        if self.num_cut_targets:
+            found.append(
+                f"{counted(self.num_cut_targets, target)} cut at {self.max_target_length} tokens; "
+                "--max-target-length changes it"
+            )
+        return found
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without special tokens; sentinels are one id each."""

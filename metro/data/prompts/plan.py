@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import astuple
 from typing import NamedTuple
 
-from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.datasets import name_of
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import ExampleSettings, make_example
 from metro.data.prompts.mixtures import Mixture, find_mixture
@@ -128,7 +128,7 @@ def planned_sizes(plan: PromptPlan) -> list[PlannedRow | Unavailable]:
     for part_plan in sources.plans():
         try:
             part, num_rows = sources.sample(part_plan)
-        except DatasetUnavailable as error:
+        except UserError as error:
             lines.append(Unavailable(part_plan.side, part_plan.name, str(error)))
             continue
         tried, lengths = 0, []

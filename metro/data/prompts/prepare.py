@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from metro.data.datasets import DatasetUnavailable, name_of
+from metro.data.datasets import name_of
 from metro.data.indexed_file import best_dtype
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prepared_folder import Prepared
@@ -168,7 +168,7 @@ class _Preparation:
                 continue
             try:
                 part = self.plan.sources.load(plan)
-            except DatasetUnavailable as error:
+            except UserError as error:  # also of a damaged file
                 self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
                 continue
             self._do(plan, part, number, len(plans))

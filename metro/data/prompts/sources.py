@@ -169,16 +169,22 @@ class PromptSources:
                     if side == "train" or self.mixture.validation_only:
                         unavailable.append(Unavailable(side, name_of(dataset, subset), str(error)))
                     continue
-                if not templates:
-                    continue  # left out by the mixture's own rules
-                for template in templates:
+                unusable = dict(self.tree.damaged(dataset, subset))
+                for template in list(templates):
                     where = f"{template.name!r} of {name_of(dataset, subset)}"
                     other = named.setdefault((side, template.task_name), where)
                     if other != where:
-                        raise UserError(
+                        templates.remove(template)
+                        unusable[template.name] = (
                             f"templates {other} and {where} both make the task "
                             f"{template.task_name}: rename one of them"
                         )
+                unavailable += [
+                    Unavailable(side, f"{name_of(dataset, subset)}/{name}", reason)
+                    for name, reason in unusable.items()
+                ]
+                if not templates:
+                    continue  # left out by the mixture's own rules
                 cap = mixture.cap_per_template(len(templates))
                 if self.source == "p3":
                     for template in templates:

@@ -8,6 +8,8 @@ are stripped: the same strings as promptsource's, from a sandbox (``sandbox.py``
 
 import os
 import re
+import unicodedata
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,10 +75,13 @@ class PromptTemplate:
     def task_name(self) -> str:
         """Name of this task in the published mixtures: ``dataset[_subset]_template``.
 
-        Everything but letters, digits, ``_`` and ``.`` becomes ``_``.
+        Everything but letters, digits, ``_`` and ``.`` becomes ``_``. Names that would lose other
+        letters or symbols end with a checksum, which no published one does.
         """
-        parts = [self.dataset, *([self.subset] if self.subset else []), self.name]
-        return re.sub(r"[^a-zA-Z0-9_.]+", "_", "_".join(parts))
+        whole = "_".join([self.dataset, *([self.subset] if self.subset else []), self.name])
+        name = re.sub(r"[^a-zA-Z0-9_.]+", "_", whole)
+        loses = any(not c.isascii() and unicodedata.category(c)[0] not in "PZ" for c in whole)
+        return f"{name}_{zlib.crc32(whole.encode('utf-8', 'replace')):08x}" if loses else name
 
     def render(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
         """Render prompt, answer and answer choices of a row.
@@ -186,6 +191,7 @@ class TemplateTree:
             raise UserError(f"no folder of templates at {path}: {_REMEDY}")
         self.path = path
         self._templates: dict[tuple[str, str | None], dict[str, PromptTemplate]] = {}
+        self._damaged: dict[tuple[str, str | None], dict[str, str]] = {}
 
     @cached_property
     def _files(self) -> dict[tuple[str, str | None], Path]:
@@ -208,6 +214,11 @@ class TemplateTree:
         """
         return list(self._of(dataset, subset).values())
 
+    def damaged(self, dataset: str, subset: str | None = None) -> dict[str, str]:
+        """Return the templates of a dataset that cannot be used -> what is wrong with them."""
+        self._of(dataset, subset)
+        return self._damaged[dataset, subset]
+
     def template(self, dataset: str, subset: str | None, name: str) -> PromptTemplate:
         """Return the template of that name.
 
@@ -215,6 +226,8 @@ class TemplateTree:
             UserError: there is none; the message names similar ones.
         """
         named = self._of(dataset, subset)
+        if name in self._damaged[dataset, subset]:
+            raise UserError(self._damaged[dataset, subset][name])
         if name not in named:
             raise UserError(
                 f"{name_of(dataset, subset)} has no template {name!r}: {did_you_mean(name, named)}"
@@ -230,15 +243,16 @@ class TemplateTree:
                     f"no templates for {name_of(*key)} in {self.path}: "
                     f"{did_you_mean(name_of(*key), known)}"
                 )
-            self._templates[key] = {
-                template.name: template for template in read_templates(self._files[key], *key)
-            }
+            damaged: dict[str, str] = {}
+            found = read_templates(self._files[key], *key, damaged=damaged)
+            self._damaged[key] = damaged
+            self._templates[key] = {template.name: template for template in found}
         return self._templates[key]
 
 
 def _names_in(file: Path, root: Path) -> tuple[str, str | None]:
     """Read dataset and subset from the head of the file, else from its folders."""
-    with file.open(encoding="utf-8") as text:
+    with file.open(encoding="utf-8", errors="replace") as text:
         named = dict(_HEADER.findall(text.read(400)))
     parts = file.parent.relative_to(root).parts
     dataset = named.get("dataset", parts[0] if parts else "").strip("'\"")
@@ -259,12 +273,21 @@ def _loader():
 
 
 def read_templates(
-    file: Path, dataset: str | None = None, subset: str | None = None
+    file: Path,
+    dataset: str | None = None,
+    subset: str | None = None,
+    *,
+    damaged: dict[str, str] | None = None,
 ) -> list[PromptTemplate]:
     """Read one ``templates.yaml``. Only plain data is built: no tag runs code.
 
+    Args:
+        file: the file.
+        dataset, subset: its names, if known.
+        damaged: receives templates that are not of promptsource's form -> what is wrong.
+
     Raises:
-        UserError: the file is not of promptsource's form.
+        UserError: the file, or without ``damaged`` a template, is not of promptsource's form.
     """
     import yaml
 
@@ -286,9 +309,16 @@ def read_templates(
     subset = subset or content.get("subset") or None
     found: dict[str, PromptTemplate] = {}
     for key, entry in content["templates"].items():
-        template = _read_template(file, key, entry, dataset, subset)
-        if template.name in found:
-            raise UserError(f"{file} has two templates named {template.name!r}: rename one")
+        try:
+            template = _read_template(file, key, entry, dataset, subset)
+            if found.pop(template.name, None):
+                raise UserError(f"{file} has two templates named {template.name!r}: rename one")
+        except UserError as error:
+            if damaged is None:
+                raise
+            name = entry.get("name") if isinstance(entry, dict) else None
+            damaged[name if isinstance(name, str) else str(key)] = str(error)
+            continue
         found[template.name] = template
     return list(found.values())
 

@@ -204,13 +204,8 @@ def describe_rows(
     ]
     if cut := sum(example.is_cut for example in asked.examples):
         found.append(f"{counted(cut, 'row')} with a {VALUE_CUT}")
-    encoder = classifier.encoder
-    if encoder.num_cut_sources:
-        lost = "end" if encoder.truncation_side == "right" else "beginning"
-        found.append(
-            f"{counted(encoder.num_cut_sources, 'source')} cut at {encoder.max_source_length} "
-            f"tokens, losing the {lost}; --max-source-length and --truncation-side change it"
-        )
+    target = "answer choice" if classifier.method == "direct" else "target"
+    found += classifier.encoder.describe_cuts(target)
     if isinstance(classifier, PairRanker):
         ties = sum(ranking.prediction is None for ranking in rankings)
         return found + (
@@ -226,12 +221,6 @@ def describe_rows(
         found.append(
             f"{counted(classifier.num_indistinct, 'row')} with different answer choices of equal "
             "tokens; the first of them wins"
-        )
-    if encoder.num_cut_targets:
-        what = "answer choice" if classifier.method == "direct" else "target"
-        found.append(
-            f"{counted(encoder.num_cut_targets, what)} cut at {encoder.max_target_length} tokens; "
-            "--max-target-length changes it"
         )
     return found
 

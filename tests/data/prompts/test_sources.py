@@ -4,6 +4,7 @@ import pytest
 
 from metro.data import datasets
 from metro.data.prompts.stored import PromptedExamples
+from metro.data.prompts.templates import TemplateTree
 from tests.data.prompts.toys import YES_NO, prepare, random_rows, write_rows, write_templates
 
 
@@ -74,11 +75,32 @@ def test_datasets_with_a_name_space_are_found(tmp_path):
     assert (facts["dataset"], facts["subset"], facts["num_examples"]) == ("owner/set", None, 5)
 
 
-def test_templates_that_share_the_name_of_a_task_are_refused(tmp_path):
-    templates = {"is it?": YES_NO["ask"], "is it!": YES_NO["copy"]}
-    write_templates(tmp_path / "templates", "one", templates)
+def test_bad_templates_and_files_are_left_out_alone(tmp_path):
+    """Oracle: by hand, the templates that are left; the others, and a file that is no text, by
+    their names. Names of other scripts never share a task."""
+    names = ["is it?", "is it!", "好吗", "坏吗", "twice"]
+    write_templates(tmp_path / "templates", "one", dict.fromkeys(names, YES_NO["ask"]))
+    file = tmp_path / "templates/one/templates.yaml"
+    text = file.read_text(encoding="utf-8")
+    more = text[text.index("  4: !Template") :].replace("  4:", "  5:")
+    file.write_text(f"{text}{more}  6: !Template\n    name: no text\n", encoding="utf-8")
+    write_templates(tmp_path / "templates", "two", {"ask": YES_NO["ask"]})
     write_rows(tmp_path / "data", "one", "train", random_rows(0, 5))
-    (tmp_path / "mix.yaml").write_text("datasets: [one]\n")
-    with pytest.raises(ValueError, match="'is it.' of one and 'is it!' of one both make the task"):
-        prepare(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists()
+    write_rows(tmp_path / "data", "two", "train", []).write_bytes("{}".encode("utf-16"))
+    (tmp_path / "mix.yaml").write_text("datasets: [one, two]\n")
+    result, _ = prepare(tmp_path, tmp_path / "out")
+    made = result.manifest["splits"]["train"]
+    assert [facts["prompt_name"] for facts in made.values()] == ["is it?", "好吗", "坏吗"]
+    left_out = [row for row in result.manifest["unavailable"] if row["side"] == "train"]
+    reasons = {row["name"]: row["reason"] for row in left_out}
+    for name, words in (
+        ("one/is it!", "'is it?' of one and 'is it!' of one both make the task one_is_it_"),
+        ("one/twice", "two templates named 'twice'"),
+        ("one/no text", "has no text `jinja`"),
+        ("two", "is UTF-16 and not UTF-8"),
+    ):
+        assert words in reasons.pop(name)
+    assert not reasons
+    tree = TemplateTree(tmp_path / "templates")
+    with pytest.raises(ValueError, match="two templates named 'twice'"):
+        tree.template("one", None, "twice")
