@@ -29,6 +29,7 @@ OF_SAMPLE = {
     "indices": "id",
     "num_tokens": "ntokens",
     "num_target_tokens": "ntokens",
+    "num_text_tokens": "num_text_tokens",
     "target_ids": "target",
 }
 INPUTS = {

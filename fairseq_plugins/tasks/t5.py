@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
 from fairseq_plugins.data import Corruption
@@ -25,14 +26,16 @@ class T5Config(PretrainingConfig):
 
 def corrupt_block(original_ids, random, index: int, epoch: int, **options) -> SpanExample:
     """Replace spans of a block by sentinels; options as of `corrupt_spans`."""
-    return SpanExample(index, *corrupt_spans(original_ids, random, **options))
+    corrupted = corrupt_spans(original_ids, random, **options)
+    return SpanExample(index, *corrupted, num_text_tokens=len(original_ids))
 
 
 @register_task("t5", dataclass=T5Config)
 class T5Task(PretrainingTask):
     """T5 pretraining by span corruption.
 
-    `ntokens` counts target tokens, so that fairseq's own criterion divides by them.
+    `ntokens` counts target tokens, so that fairseq's own criterion divides by them, and `wps` is of
+    them, too: logged again as `target_wps`, beside the `text_wps` that the original calls `wps`.
     """
 
     def __init__(self, cfg: T5Config, dictionary):
@@ -41,6 +44,18 @@ class T5Task(PretrainingTask):
         check_mask_length(cfg)
 
     merge = staticmethod(collate_spans)
+
+    def train_step(self, sample, *args, **kwargs):
+        loss, sample_size, logging_output = super().train_step(sample, *args, **kwargs)
+        logging_output["num_text_tokens"] = sample["num_text_tokens"]
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        for name, count in (("text_wps", "num_text_tokens"), ("target_wps", "ntokens")):
+            if any("num_text_tokens" in output for output in logging_outputs):  # not in validation
+                number = sum(output.get(count, 0) for output in logging_outputs)
+                metrics.log_speed(name, number, priority=90, round=1)
 
     def corruption(self) -> Corruption:
         return partial(

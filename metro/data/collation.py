@@ -65,6 +65,8 @@ class SpanExample(NamedTuple):
     """int64: the text with sentinels for spans."""
     target_ids: np.ndarray
     """int64: the sentinels with their spans."""
+    num_text_tokens: int
+    """Tokens of the text before it was corrupted."""
 
 
 class SpanBatch(NamedTuple):
@@ -82,6 +84,8 @@ class SpanBatch(NamedTuple):
     """int64 [B, T of targets]: the target shifted right."""
     num_target_tokens: int
     """Target tokens without padding."""
+    num_text_tokens: int
+    """Tokens of the text before it was corrupted."""
     has_padding: bool
     """True if any input is shorter than T."""
 
@@ -157,7 +161,7 @@ def collate_spans(
     examples: Sequence[SpanExample], pad: int, start: int, max_width: int | None = None
 ) -> SpanBatch:
     """Merge examples of span corruption; `start` is the decoder's first input."""
-    indices, inputs, targets = zip(*examples, strict=True)
+    indices, inputs, targets, num_text_tokens = zip(*examples, strict=True)
     lengths = [len(ids) for ids in inputs]
     input_ids = pad_batch(inputs, pad, max_width)
     starts = [shift_right(ids, start) for ids in targets]
@@ -168,5 +172,6 @@ def collate_spans(
         target_ids=pad_batch(targets, pad, max_width),
         decoder_input_ids=pad_batch(starts, pad, max_width),
         num_target_tokens=sum(len(ids) for ids in targets),
+        num_text_tokens=sum(num_text_tokens),
         has_padding=min(lengths) < input_ids.shape[1],
     )

@@ -79,14 +79,14 @@ def test_a_batch_of_masked_examples():
 
 
 def test_a_batch_of_span_examples():
-    one = SpanExample(3, np.array([0, 91, 2]), np.array([91, 5, 6, 90]))
-    other = SpanExample(5, np.array([0, 9, 8, 91]), np.array([91, 90]))
+    one = SpanExample(3, np.array([0, 91, 2]), np.array([91, 5, 6, 90]), 4)
+    other = SpanExample(5, np.array([0, 9, 8, 91]), np.array([91, 90]), 3)
     batch = collate_spans([one, other], PAD, START, max_width=4)
     assert batch.indices.tolist() == [3, 5] and batch.lengths.tolist() == [3, 4]
     assert batch.input_ids.tolist() == [[0, 91, 2, 1], [0, 9, 8, 91]]
     assert batch.target_ids.tolist() == [[91, 5, 6, 90], [91, 90, 1, 1]]
     assert batch.decoder_input_ids.tolist() == [[90, 91, 5, 6], [90, 91, 1, 1]]
-    assert batch.num_target_tokens == 6
+    assert batch.num_target_tokens == 6 and batch.num_text_tokens == 7
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_padding_is_reported_where_any_row_has_some(lengths, has_padding):
     masked = [masked_example(i, [5] * n, [0]) for i, n in enumerate(lengths)]
     assert collate_masked(masked, PAD, START).has_padding is has_padding
     # of the input: the decoder looks only back, so padding of the target hides nothing
-    spans = [SpanExample(i, np.full(n, 5), np.array([91, 90])) for i, n in enumerate(lengths)]
+    spans = [SpanExample(i, np.full(n, 5), np.array([91, 90]), n) for i, n in enumerate(lengths)]
     assert collate_spans(spans, PAD, START).has_padding is has_padding

@@ -151,9 +151,14 @@ def test_losses_are_logged_beside_what_guessing_would_reach(train, corpus, tmp_p
 @pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
 def test_training_without_a_masked_position(train, tmp_path, kind):
     """METRO then scores nothing and has no perplexity; T5 predicts the closing sentinel."""
-    lines = train(tmp_path, "--max-update 2 --mask-prob 0", kind=kind).logged("train_inner")
+    done = train(tmp_path, "--max-update 2 --mask-prob 0", kind=kind)
+    lines = done.logged("train_inner")
     assert len(lines) == 2
     assert all(("ppl" in line) == (kind is T5) for line in lines)
+    [epoch] = done.logged("train")
+    assert ("train_text_wps" in epoch) == (kind is T5)
+    if kind is T5:  # it reads whole texts, and its targets are sentinels alone
+        assert float(epoch["train_text_wps"]) > 2 * float(epoch["train_target_wps"]) > 0
 
 
 @pytest.mark.parametrize("kind", [METRO, T5], ids=["metro", "t5"])
