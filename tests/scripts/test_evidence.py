@@ -69,6 +69,8 @@ def test_committed_plan_names_configurations_and_arms_that_exist():
         for name in {**plan["pretraining"], **options.get("set", {})}:
             assert name.split(".")[0] in configuration
         assert options.get("untrained") or len(options["rates"]) == 3
+        own = options.get("set", {})  # the criterion refuses a head that is not trained
+        assert (own.get("criterion.rtd_loss_weight") == 0) == (own.get("model.rtd_head") == "none")
         assert options.get("time_of", "metro") in plan["arms"]
     assert {name for pair in plan["compare"] for name in pair} <= plan["arms"].keys()
     assert len(plan["seeds"]) >= 5 and plan["tuning_seed"] not in plan["seeds"]
