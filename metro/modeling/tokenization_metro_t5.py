@@ -72,8 +72,10 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         self._ids = {token: number for number, token in enumerate(self._tokens)}
         # Given by id, so that they strip blanks around them, also in what older versions saved.
         special = {
-            index: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
-            for index, token in enumerate(self._tokens[:NUM_SPECIAL_IDS])
+            index: token
+            if isinstance(token, AddedToken)
+            else AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+            for index, token in enumerate((bos_token, pad_token, eos_token, unk_token))
         }
         super().__init__(
             bos_token=special[BOS_ID],
