@@ -237,6 +237,11 @@ def _named(model: PreTrainedModel, source: str) -> PreTrainedModel:
 
 def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
     config = read_config(source)
+    if not config.is_encoder_decoder:
+        raise UserError(
+            f"{source} is a model of type {config.model_type}, without encoder and decoder: use a "
+            "sequence-to-sequence model (T5, BART, METRO, ...)"
+        )
     with _explained(source):
         for index in sorted(Path(source).glob("*.index.json")):
             shards(index)

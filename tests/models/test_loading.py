@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -231,6 +232,14 @@ def test_any_other_seq2seq_model_loads_too(golden, tmp_path):
     model, _ = metro.load(tmp_path)
     assert type(model) is T5ForConditionalGeneration and not model.training
     assert all(torch.equal(model.state_dict()[n], t) for n, t in original.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_models_of_encoder_or_decoder_alone_are_refused(tmp_path, kind):
+    """Oracle: the message, from the configuration alone: there are no weights to read."""
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=f"a model of type {kind.lower()}, without encoder and dec"):
+        metro.load(tmp_path / "m")
 
 
 def test_dtype_and_attention_are_as_asked(hub_folder):
