@@ -242,8 +242,11 @@ def prepared_suite(folder: Path) -> Suite:
         raise UserError(f"{folder} holds ids: prepare it with --format jsonl to evaluate on it")
     prompts: dict[tuple[str, str | None], list[str]] = {}
     for task, facts in manifest["splits"].get("valid", {}).items():
-        examples = PromptedExamples(folder / "valid" / task / "valid.jsonl")
-        if examples[0]["answer_choices"]:  # as for all examples of the template
+        try:
+            first = PromptedExamples(folder / "valid" / task / "valid.jsonl")[0]
+        except UserError:  # damaged: named when it is loaded, and the others are evaluated
+            first = {"answer_choices": True}
+        if first.get("answer_choices"):  # as for all examples of the template
             key = facts["dataset"], facts["subset"]
             prompts.setdefault(key, []).append(facts["prompt_name"])
     if not prompts:

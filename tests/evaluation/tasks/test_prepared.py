@@ -7,6 +7,7 @@ of each template by itself.
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from metro.evaluation.scoring.metrics import measure
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.evaluation.tasks.loading import load_task
+from metro.evaluation.tasks.loading import load_task, load_tasks
 from metro.evaluation.tasks.suites import find_suite, read_suite
 from metro.evaluation.tasks.task import Sources
 from metro.utils.messages import UserError
@@ -171,6 +172,21 @@ def test_a_suite_file_names_a_prepared_folder(prepared, tmp_path):
     path.write_text(f"kind: prepared\nfolder: {prepared}\ntasks: [ode]\n")
     with pytest.raises(ValueError, match="no task 'ode': did you mean 'one' or 'odd'"):
         find_suite(str(path))
+
+
+def test_damaged_prompts_and_lines_are_left_out_alone(prepared, tmp_path):
+    """Oracle: by hand, the first line of one file damaged, another file cut at its end."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "out"))
+    cut = folder / "valid/one_ask/valid.jsonl"
+    text = cut.read_bytes()
+    cut.write_bytes(b"?" + text[1:])
+    short = folder / "valid/one_random_order/valid.jsonl"
+    short.write_bytes(short.read_bytes()[:-20])
+    tasks, missing = load_tasks(find_suite(str(folder)), Sources())
+    assert {task.name: task.prompts for task in tasks}["one"] == ["ask"]
+    assert list(missing) == ["one / random order"] and "does not end where" in str(missing)
+    found = next(task for task in tasks if task.name == "one").examples("ask")
+    assert len(found.examples) == 39 and found.skipped["unreadable row"].num_rows == 1
 
 
 def test_folders_without_held_out_text_are_refused(prepared, tmp_path):
