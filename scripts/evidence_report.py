@@ -101,6 +101,8 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
     datasets = list(plan["datasets"])
     seeds = {name: sorted(by_seed(results, name)) for name in arms}
     title = {name: plan["arms"][name]["title"] for name in arms}
+    # T5's log counts the tokens of its targets; the batches of all arms are the same.
+    read = max(run["tokens_per_update"] for run in results)
     sizes = [f"{name} {len(results[0]['right'][name])}" for name in datasets]
     lines = [
         "# Evidence",
@@ -124,7 +126,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
                 "BLiMP",
                 "RTD head",
             ],
-            [arm_row(title[name], [r for r in results if r["arm"] == name]) for name in arms],
+            [arm_row(title[name], [r for r in results if r["arm"] == name], read) for name in arms],
         ),
         "## Accuracy after finetuning",
         f"Percent of the test rows ({', '.join(sizes)}), mean over seeds.",
@@ -156,7 +158,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def arm_row(title: str, runs: Sequence[Mapping]) -> list[str]:
+def arm_row(title: str, runs: Sequence[Mapping], tokens_per_update: float) -> list[str]:
     """Numbers of an arm's pretraining, means over its runs."""
 
     def mean(values) -> str:
@@ -171,7 +173,7 @@ def arm_row(title: str, runs: Sequence[Mapping]) -> list[str]:
         return 100 * np.mean([*found["paradigms"].values()]) if found else None
 
     first = runs[0]
-    tokens = first["updates"] * first["tokens_per_update"] / 1e6
+    tokens = first["updates"] * tokens_per_update / 1e6
     minutes = first["updates"] * first["seconds_per_update"] / 60
     return [
         title,

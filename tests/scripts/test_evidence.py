@@ -81,7 +81,8 @@ def result(name: str, seed: int, right: str, blimp: float) -> dict:
     pairs = {"decoder": {"question": "blanks", "paradigms": {"a": blimp, "b": blimp}}}
     return {
         "arm": name, "seed": seed, "rate": 0.001, "finetuning_rate": 0.0005,
-        "seconds_per_update": 0.6, "updates": 100, "tokens_per_update": 1000.0,
+        "seconds_per_update": 0.6, "updates": 100,
+        "tokens_per_update": {"a": 1000.0, "b": 300.0}[name],  # b counts its targets
         "valid": {"nll_loss": [[50, 100], [8.0, 7.25]], "bigram_bits": [[100], [6.75]]},
         "blimp": pairs, "right": {"colours": right},
     }  # fmt: skip
@@ -106,6 +107,7 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
     write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
     page = (tmp_path / "docs/evidence.md").read_text()
     assert "| A | 2 | 0.001, 0.0005 | 100 | 0.10 | 1.0 | 7.25 | 65.00 |  |" in page
+    assert "| B | 2 | 0.001, 0.0005 | 100 | 0.10 |" in page
     assert "| A | 87.5 | 87.5 |" in page and "| B | 75.0 | 75.0 |" in page
     assert "| A − B | +12.5 [" in page and "+25.0 +0.0" in page and "not run" not in page
     first = (tmp_path / "docs/images/evidence.svg").read_bytes()
