@@ -53,6 +53,7 @@ PACKAGES = [
     UsedPackage("accelerate", "finetuning", "train"),
     UsedPackage("datasets", "datasets of the hub", "train"),
     UsedPackage("peft", "adapters as models", "peft"),
+    UsedPackage("lm_eval", "lm-evaluation-harness", "lm-eval"),
     UsedPackage("triton", "GPU kernels", "triton"),
     UsedPackage("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
     UsedPackage("tensorboard", "training curves, live", "fairseq-needs"),

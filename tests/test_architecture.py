@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "finetuning": {"utils", "modeling", "ops", "fusion", "data", "models", "conversion"},
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
     "ranking": {"utils", "data", "models", "evaluation"},
+    "integrations": {"utils", "data", "models", "evaluation", "ranking"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {
@@ -43,7 +44,7 @@ EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {
 }
 OPTIONAL_PACKAGES = ("fairseq", "fairseq_cli", "hydra", "omegaconf", "triton", "datasets")
 # Imported for training only: the base class of transformers takes every package it finds installed.
-NEEDS_OPTIONAL_PACKAGES = {"metro.finetuning.trainer"}
+NEEDS_OPTIONAL_PACKAGES = {"metro.finetuning.trainer", "metro.integrations.lm_eval"}
 # What fairseq_plugins may call of torch and NumPy (torch.NAME..., numpy.NAME), and what for.
 PLUGINS_MAY_CALL = {
     "cuda": "which devices there are",

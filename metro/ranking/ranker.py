@@ -62,6 +62,9 @@ class Ranker:
         UserError: a setting is wrong, or there is no such model.
     """
 
+    with_misses = False
+    """See `PairScorer`."""
+
     def __init__(
         self,
         model: str | Path | LoadedModel,
@@ -85,6 +88,7 @@ class Ranker:
             rank=self.processes.rank,
             num_processes=self.processes.count,
             gather=self.processes.add_up if self.processes.count > 1 else None,
+            with_misses=self.with_misses,
         )
         self.classifier = RankClassifier(
             scorer,

@@ -24,7 +24,12 @@ from metro.evaluation.scoring.pair_batches import (
     make_batches,
     make_packed_batches,
 )
-from metro.evaluation.scoring.target_projection import Decoded, add_log_probabilities, concatenate
+from metro.evaluation.scoring.target_projection import (
+    Decoded,
+    add_log_probabilities,
+    add_misses,
+    concatenate,
+)
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.projection import (
     padding,
@@ -154,6 +159,7 @@ class PairScorer:
         batch_tokens: tokens of a batch, padding included.
         rank, num_processes: this process computes every ``num_processes``-th group of batches.
         gather: adds up a float64 tensor over the processes.
+        with_misses: also count, in ``misses``, the target tokens that are not most probable.
 
     Raises:
         UserError: ``batch_tokens`` is not positive, the model has no start symbol, or is of a kind
@@ -168,6 +174,7 @@ class PairScorer:
         rank: int = 0,
         num_processes: int = 1,
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        with_misses: bool = False,
     ):
         if batch_tokens < 1:
             raise UserError(f"batch_tokens is {batch_tokens}; use at least 1")
@@ -175,10 +182,14 @@ class PairScorer:
         self.model, self.batch_tokens = model, batch_tokens
         self.rank, self.num_processes, self.gather = rank, num_processes, gather
         self.known: dict[Pair, float] = {}
+        self.with_misses = with_misses
+        self.misses: dict[Pair, int] = {}
+        """Of the pairs scored so far; 0: a greedy decoder writes the target."""
 
     def forget(self) -> None:
         """Drop the remembered scores, e.g. before another task."""
         self.known.clear()
+        self.misses.clear()
 
     def score(
         self, pairs: Sequence[Pair], *, progress: Callable[[float], None] | None = None
@@ -198,7 +209,7 @@ class PairScorer:
         packs = can_pack(self.model)
         batches = (make_packed_batches if packs else make_batches)(new, self.batch_tokens)
         positions = {pair: number for number, pair in enumerate(new)}
-        scores = torch.zeros(len(new), dtype=torch.float64)
+        scores, misses = torch.zeros(2, len(new), dtype=torch.float64)
         done, size = 0, sum(len(pair.source) + len(pair.target) for pair in new)
         for number, group in enumerate(group_batches(batches)):
             parts = []
@@ -213,9 +224,14 @@ class PairScorer:
                     progress(done / size)
             if parts:
                 add_log_probabilities(scores, parts)
+                if self.with_misses:
+                    add_misses(misses, parts)
         if self.gather is not None:
             scores = self.gather(scores)
+            misses = self.gather(misses) if self.with_misses else misses
         if bool((bad := ~scores.isfinite()).any()):
             raise NotFinite(float(scores[bad][0]))
         self.known.update(zip(new, scores.tolist(), strict=True))
+        if self.with_misses:
+            self.misses.update(zip(new, map(int, misses.tolist()), strict=True))
         return [self.known[pair] for pair in pairs]

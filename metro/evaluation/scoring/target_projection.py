@@ -49,6 +49,17 @@ def add_log_probabilities(scores_P: torch.Tensor, parts: Sequence[Decoded]) -> N
     scores_P.index_add_(0, pair_N.cpu(), log_p_N.double().cpu())
 
 
+@torch.inference_mode()
+def add_misses(misses_P: torch.Tensor, parts: Sequence[Decoded]) -> None:
+    """Add to each pair, in place, how many of its target tokens are not the most probable ones."""
+    hidden_RD, row_N, target_N, pair_N, weight_VD, bias_V = concatenate(parts)
+    size = max(1, 2**24 // len(weight_VD))
+    best_R = torch.cat(
+        [F.linear(each_RD, weight_VD, bias_V).argmax(-1) for each_RD in hidden_RD.split(size)]
+    )
+    misses_P.index_add_(0, pair_N.cpu(), (best_R[row_N] != target_N).double().cpu())
+
+
 def target_log_probabilities(
     hidden_RD: torch.Tensor,
     row_N: torch.Tensor,

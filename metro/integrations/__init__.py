@@ -1,0 +1,1 @@
+"""METRO in other programs."""
