@@ -65,10 +65,7 @@ class Study:
 
     @cached_property
     def seconds_per_update(self) -> dict[str, float]:
-        """Arm -> CPU seconds of an update (on a GPU, of the clock), without start and validation.
-
-        Arms of the same kind are measured once; the measurement is kept.
-        """
+        """Arm -> CPU seconds of an update (on a GPU, of the clock), measured once for each kind."""
         path, kinds = self.out / "timing.json", {}
         with waiting(path):
             found = read_json(path) or {}
@@ -154,7 +151,9 @@ class Run:
         return {name: f"{name} {self.finetuning_rate:g}" for name in self.study.plan["datasets"]}
 
     def is_done(self) -> bool:
-        return all(key in self.record.get("finetuning", {}) for key in self.datasets.values())
+        published = self.tuning or (self.study.results / f"{self.name}.json").is_file()
+        found = self.record.get("finetuning", {})
+        return published and all(key in found for key in self.datasets.values())
 
     def tune_accuracy(self) -> float:
         found = self.record["finetuning"]
@@ -352,7 +351,7 @@ def waiting(path: Path) -> ExitStack:
         time.sleep(1)
 
 
-def say(text: str) -> None:
+def say(text) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 

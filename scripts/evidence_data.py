@@ -6,14 +6,28 @@ from pathlib import Path
 
 import metro
 from metro.data.datasets import load_rows
-from metro.utils.files import write_text
+from metro.utils.files import read_json, write_json, write_text
+from metro.utils.messages import UserError
 
 TUNE_EVERY = 5
 """Every fifth training row is held out, to choose rates by."""
 
 
 def prepare(plan: Mapping, text: Path, data_dir: Path, out: Path) -> None:
-    """Write ``text`` and ``tasks/DATASET`` into a folder; what is there already stays."""
+    """Write ``text`` and ``tasks/DATASET`` into a folder; what is there already stays.
+
+    Raises:
+        UserError: the folder was begun with another plan; texts of the page and seeds may differ.
+    """
+    fixed = {k: v for k, v in plan.items() if k not in ("about", "limits", "seeds")}
+    earlier = read_json(out / "plan.json")
+    for name in fixed if earlier is not None else ():
+        if earlier.get(name) != fixed[name]:
+            raise UserError(
+                f"{out} was begun with a plan that has {name} {earlier.get(name)!r}, not "
+                f"{fixed[name]!r}: give another --out"
+            )
+    write_json(out / "plan.json", fixed, indent=1)
     metro.prepare_text(
         inputs=[str(text)],
         out=out / "text",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metro.utils.files import read_json, read_yaml
+from metro.utils.messages import UserError
 from tests.conftest import ROOT
 from tests.data.prepared import random_text
 
@@ -75,6 +76,18 @@ def test_committed_plan_names_configurations_and_arms_that_exist():
     assert {name for pair in plan["compare"] for name in pair} <= plan["arms"].keys()
     assert len(plan["seeds"]) >= 5 and plan["tuning_seed"] not in plan["seeds"]
     assert len(plan["datasets"]) >= 6 and plan["endpoint"] and plan["primary"] >= 1
+
+
+def test_a_folder_belongs_to_one_plan(tmp_path):
+    """Oracle: the endpoint cannot change once runs have begun; further seeds can be added."""
+    from evidence_data import prepare
+
+    (tmp_path / "text.txt").write_text(random_text(3, 300))
+    plan = {"endpoint": "x", "vocab_size": 200, "valid_fraction": 0.1, "datasets": {}, "seeds": [1]}
+    prepare(plan, tmp_path / "text.txt", tmp_path, tmp_path)
+    prepare({**plan, "seeds": [1, 2]}, tmp_path / "text.txt", tmp_path, tmp_path)
+    with pytest.raises(UserError, match="has endpoint 'x', not 'y'"):
+        prepare({**plan, "endpoint": "y"}, tmp_path / "text.txt", tmp_path, tmp_path)
 
 
 def result(name: str, seed: int, right: str, blimp: float) -> dict:
