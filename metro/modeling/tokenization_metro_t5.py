@@ -11,6 +11,7 @@ compose them), for runs of one character (of equally good cuts it takes another 
 literal ``[MASK]`` in cased text. ``benchmarks/tokenizer.py`` measures both.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,14 @@ from .text_metro_t5 import (
 )
 
 VOCAB_FILES_NAMES = {"vocab_file": SPM_FILE, "dict_file": DICT_FILE}
+
+
+_BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
+
+
+def _bytes_as_text(pieces: re.Match) -> str:
+    """Decode the byte pieces of SentencePiece's byte fallback."""
+    return bytes.fromhex(pieces[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
 class MetroT5Tokenizer(PreTrainedTokenizer):
@@ -69,6 +78,8 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
         self._tokens = [str(bos_token), str(pad_token), str(eos_token), str(unk_token)]
         self._tokens += processor.id_to_piece(list(range(NUM_SPECIAL_IDS, len(self.vocabulary))))
         self._tokens += [f"<sen{number:03d}>" for number in range(n_sentinel_tokens)]
+        ids = range(NUM_SPECIAL_IDS, len(self.vocabulary))
+        self._has_bytes = any(map(processor.is_byte, ids))  # of a vocabulary from elsewhere
         self._ids = {token: number for number, token in enumerate(self._tokens)}
         # Given by id, so that they strip blanks around them, also in what older versions saved.
         special = {
@@ -161,9 +172,12 @@ class MetroT5Tokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         # A token that was added to the vocabulary has no mark of the blank before it.
         added = self._added_tokens_encoder.keys() - self._ids.keys()
-        return "".join(
+        text = "".join(
             f" {token.lstrip()}" if token in added else token.replace("▁", " ") for token in tokens
-        ).strip()
+        )
+        if self._has_bytes:
+            text = _BYTES.sub(_bytes_as_text, text)
+        return text.strip()
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False):
         if skip_special_tokens and not isinstance(ids, int):

@@ -183,6 +183,26 @@ def test_added_tokens_keep_the_blanks_around_them(tokenizer):
         assert tokenizer.unk_token_id not in ids
 
 
+def test_a_vocabulary_from_elsewhere_with_bytes_and_symbols_survives(tmp_path):
+    """Oracle: the texts, through SentencePiece's byte fallback and its user-defined symbols."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sea is blue and the ship is on the sea"] * 50),
+        model_prefix=str(tmp_path / "sp"), vocab_size=300, byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False, bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+        user_defined_symbols=["[MASK]", "xyz"],
+    )  # fmt: skip
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    pieces = [processor.id_to_piece(i) for i in range(4, processor.get_piece_size())]
+    (tmp_path / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces))
+    tokenizer = load(tmp_path)
+    for text in ("the sea", "das grün 海 🌊 is blue", "a xyz b", "xyz"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer.unk_token_id not in ids
+
+
 def test_sentinels_of_t5_are_no_entries_until_they_are_added(golden):
     tokenizer = load(golden / "tiny_vocab")
     assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == tokenizer.unk_token_id
