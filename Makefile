@@ -3,6 +3,7 @@
 #   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine
 #   make test    [SLOW=1] [ARGS="-k masking"]
 #   make docs                          the documentation, in site/
+#   make faults                        kill and damage everything; its tables go to docs/reliability.md
 #   make check | bench | clean
 PYTHON ?= python3
 VENV   := .venv
@@ -20,7 +21,7 @@ FAIRSEQ := fairseq-fixed==0.12.3.1 \
   --hash=sha256:c607577a54ab30e2ee0f0b0a754ea5cdbc6ad0a9f99a1726638a2201445bc1cc \
   --hash=sha256:38d6732118a4ff568aafa27a7667b51e4e74f23276c7da3600405532cc2d36e0
 
-.PHONY: install demo test check docs bench clean
+.PHONY: install demo test check docs bench faults clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -63,6 +64,10 @@ bench: $(STAMP)
 	@for file in $$(grep -l write_results benchmarks/*.py | grep -v common.py); do \
 	  name=$$(basename $$file .py); echo "== benchmarks.$$name"; \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+faults: $(STAMP)
+	@$(BIN)/python -m tests.faults.kills --page docs/reliability.md
+	@$(BIN)/python -m tests.faults.mutations --page docs/reliability.md
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT)) $(ARGS)

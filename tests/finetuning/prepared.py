@@ -71,3 +71,34 @@ def write_task(folder: Path, split: str, examples: list[dict]) -> None:
     ends = np.cumsum([0, *(len(line.encode()) for line in lines)]).astype(np.int64)
     np.save(folder / f"{split}.offsets.npy", ends)
     np.save(folder / f"{split}.rows.npy", np.array([e["row"] for e in examples], np.int32))
+
+
+def write_t5(folder: Path) -> Path:
+    """A random T5 of d_model 32 with a tokenizer of its own, as a Hugging Face folder."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{k}>" for k in range(8))]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [
+        f"{e['input']} {e['target']} input: output: {' '.join(e['answer_choices'])}"
+        for _, make, _ in TASKS.values()
+        for e in map(make, range(60))
+    ]
+    trainer = trainers.WordLevelTrainer(special_tokens=special)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens=special[3:],
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tokenizer.get_vocab_size(), d_model=32, d_kv=16, d_ff=64)
+    sizes |= dict(num_layers=1, num_heads=2, dropout_rate=0.1, decoder_start_token_id=0)
+    config = transformers.T5Config(**sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
