@@ -114,7 +114,8 @@ def read_manifest(folder: str | Path) -> dict:
                 inside(Path(folder), task)
                 texts = [facts["dataset"], facts["prompt_name"]]
                 texts += [] if facts["subset"] is None else [facts["subset"]]
-                numbers = facts["cap"], facts["num_examples"] + 1
+                numbers = [facts["num_examples"] + 1]
+                numbers += [] if facts["cap"] is None else [facts["cap"]]
                 if not all(isinstance(text, str) for text in texts) or not all(
                     isinstance(number, int) and number > 0 for number in numbers
                 ):
