@@ -22,8 +22,10 @@ from metro.modeling.text_metro_t5 import BOS_ID, EOS_ID
 from metro.pretraining.model import MetroPretrainingModel
 
 PLANTED, MASKED = 0.1, 0.15
-FALSE_ALARMS = 0.045
+FALSE_ALARMS = 0.04
 """Aimed at on the first half, so that it stays below 5 % on the second."""
+DRAWS = 3
+"""Times that the text is planted, for less noise in the numbers."""
 NUM_SPECIAL = 4
 SHOWN = 3
 SENTENCE = range(14, 31)
@@ -170,7 +172,7 @@ class Probe:
         targets = torch.from_numpy(np.take_along_axis(texts, positions, 1)).unsqueeze(-1)
         bits = -float(found.gather(2, targets).mean()) / math.log(2)
 
-        planted = self.plant(texts)
+        planted = self.plant(np.tile(texts, (DRAWS, 1)))
         answer, wrong = self.ask(planted.corrupted), planted.is_planted
         marked = answer.rtd_logits > threshold
         found_wrong = wrong & marked

@@ -70,7 +70,7 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     assert_model_is_exported(folder, output)
 
     second = start(1000)
-    wait_for(log, '"num_updates": "10"', second)
+    wait_for(log, '"num_updates": "20"', second)
     environment = environment_of_child(second.pid)
     second.send_signal(signal.SIGINT)
     output = second.communicate(timeout=MINUTES)[0]
