@@ -25,6 +25,6 @@ def run_python(*arguments: object, code: int | None = 0, **options) -> subproces
         text=True,
         **{"timeout": 300, **options},
     )
-    done.stderr = re.sub(r"^starting \(\d+ s so far\)\n", "", done.stderr, flags=re.M)
+    done.stderr = re.sub(r"^.* \(\d+ s so far\)\n", "", done.stderr, flags=re.M)
     assert code is None or done.returncode == code, done.stderr[-4000:]
     return done

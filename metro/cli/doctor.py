@@ -9,7 +9,7 @@ import click
 from metro.utils.messages import UserError
 
 
-@click.command(epilog="\b\nExamples:\n  metro doctor\n  metro doctor data/books")
+@click.command(epilog="\b\nExample:\n  metro doctor data/books")
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(folders: tuple[Path, ...], as_json: bool) -> None:

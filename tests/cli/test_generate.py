@@ -21,6 +21,7 @@ from metro.models.generation import (
     without_start_and_end,
 )
 from metro.utils.messages import UserError
+from metro.utils.progress import LIFE
 from tests.processes import run_python
 
 
@@ -127,7 +128,7 @@ def test_while_a_file_is_written_stderr_says_how_far_it_is(
     folder, recorded, tmp_path, capsys, monkeypatch
 ):
     """Oracle: by hand; without patience every answer is announced."""
-    monkeypatch.setattr("metro.utils.progress.SECONDS_OF_SILENCE", -1)
+    monkeypatch.setattr(LIFE, "is_due", lambda seconds=None: seconds is None)
     arguments = [str(folder), *recorded["sentences"][:3], "--max-new-tokens", "2"]
     arguments += ["--device", "cpu", "--output", str(tmp_path / "answers.txt")]
     load_command("generate")(arguments, standalone_mode=False)
@@ -147,6 +148,7 @@ TWICE = """
 import sys
 from metro.cli.main import load_command
 from metro.utils.messages import UserError
+from metro.utils.progress import LIFE
 
 texts = sys.stdin.read().splitlines()
 for name in sys.argv[1:]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,7 @@ def test_model_card_says_what_the_settings_say(exported, golden):
 
 @pytest.mark.parametrize("name", ["metro_tiny_a", "t5_tiny_c", "t5_prompt_tiny_f"])
 def test_the_example_of_the_card_prints_the_answer_alone(exported, name, capsys, monkeypatch):
-    """Oracle: the answer of ``metro generate``, which knows what starts and ends it."""
+    """Oracle: the answer of ``metro generate``, but for sentinels, which are special tokens."""
     folder = exported(name)
     monkeypatch.chdir(folder.parent)
     example = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -263,7 +264,7 @@ def test_the_example_of_the_card_prints_the_answer_alone(exported, name, capsys,
     text = example.split('tokenizer("')[1].split('"')[0]
     (answered,) = answer_texts(*metro.load(folder), [text], GenerationSettings(max_new_tokens=64))
     printed = capsys.readouterr().out.strip()
-    assert printed == answered.answers[0]
+    assert printed == re.sub(r"<sen\d+>", "", answered.answers[0]).strip()
     assert printed or name == "metro_tiny_a"  # which ends at once
 
 
