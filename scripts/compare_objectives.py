@@ -68,14 +68,14 @@ def fresh_model(options) -> str:
     import torch
 
     import metro
-    from metro.finetuning.output_folder import write_model
+    from metro.conversion.export import write_model
 
     folder = options.out / "start"
     if not folder.exists():
         model, tokenizer = metro.load(options.model, vocab=options.vocab)
         torch.manual_seed(1)
         summary = f"Random weights in the sizes of {options.model}."
-        write_model(type(model)(model.config), tokenizer, folder, summary)
+        write_model(type(model)(model.config), tokenizer, folder, summary=summary)
     return str(folder)
 
 

@@ -169,7 +169,7 @@ def test_what_lies_there_unread_is_said(tmp_path):
     (tmp_path / "data/two/default/train.csv").write_text("text,label\na,1\n")
     with pytest.raises(UserError, match="several files for one split"):
         load_rows("two", None, "train", data_dir=tmp_path / "data")
-    with pytest.raises(DatasetUnavailable, match="leads out"):
+    with pytest.raises(UserError, match="leads out"):
         load_rows("../own", None, "train", data_dir=tmp_path / "data/two")
     assert stray_files(tmp_path / "data", "two", None) == []
 

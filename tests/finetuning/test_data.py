@@ -1,5 +1,6 @@
 """Which examples an epoch holds and in which batches, on folders small enough to count."""
 
+import json
 import pickle
 from collections import Counter
 
@@ -124,12 +125,13 @@ def test_data_without_a_single_usable_example_is_refused(tmp_path, encoder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ('{"format": "fairseq", "splits": {"train": {}}}', "binarised prompts"),
-        ('{"format": "jsonl", "splits": {"train": {}}}', "no examples in the split 'train'"),
+        ({"format": "fairseq"}, "binarised prompts"),
+        ({"format": "jsonl"}, "no examples in the split 'train'"),
     ],
 )
 def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, encoder, manifest, message):
-    (tmp_path / "prompts.json").write_text(manifest)
+    manifest |= {"mixture": "mix", "splits": {"train": {}}}
+    (tmp_path / "prompts.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
         PromptData(tmp_path, "train", "direct", encoder, seed=1)
 

@@ -281,7 +281,8 @@ def test_a_pretraining_checkpoint_of_the_original_becomes_a_prompted_model(setti
 
 def test_binarised_prompts_are_refused_with_the_remedy(settings, tmp_path):
     (tmp_path / "ids").mkdir()
-    (tmp_path / "ids/prompts.json").write_text('{"format": "fairseq", "splits": {"train": {}}}')
+    manifest = {"format": "fairseq", "mixture": "mix", "splits": {"train": {}}}
+    (tmp_path / "ids/prompts.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="prepare them with metro prepare-prompts --format jsonl"):
         finetune(settings(data=str(tmp_path / "ids")))
 

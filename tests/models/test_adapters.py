@@ -123,7 +123,7 @@ def test_an_adapter_of_the_hub_is_taken_from_its_cache(base, tmp_path, monkeypat
         logits(model, tokenizer), logits(adapted, tokenizer), logits(*metro.load(base))
     )
     assert model.name_or_path == "someone/adapter"
-    with pytest.raises(UserError, match="someone/another is not a folder, and cannot be loaded"):
+    with pytest.raises(UserError, match="someone/another is neither a folder nor in the cache"):
         metro.load("someone/another")
 
 

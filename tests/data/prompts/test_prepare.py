@@ -151,7 +151,8 @@ def test_what_cannot_be_had_is_listed_and_nothing_at_all_is_an_error(world, tmp_
     assert not prepare(world, tmp_path / "out", overwrite=True, **options)[0].was_finished
     write_templates(tmp_path / "templates", "absent", YES_NO)
     options["templates"] = tmp_path / "templates"
-    with pytest.raises(ValueError, match="(?s)not a single example.*absent .train.: absent is not"):
+    message = "(?s)not a single example.*absent .train., absent .valid.: it is not in"
+    with pytest.raises(ValueError, match=message):
         prepare(world, tmp_path / "none", **options)
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.partial").exists()
 

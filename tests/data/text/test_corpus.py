@@ -195,7 +195,7 @@ def test_errors_of_the_hub_are_one_line(vocab, tmp_path, monkeypatch, where, kin
         return Rows()
 
     monkeypatch.setattr(package, "load_dataset", load_dataset)
-    message = f"^cannot read hf:some/thing: {kind}: scripts are no longer supported$"
+    message = f"^cannot read hf:some/thing: {kind}: scripts are no longer supported; without a net"
     with pytest.raises(UserError, match=message):
         prepare(["hf:some/thing"], tmp_path / "out", vocab)
 
