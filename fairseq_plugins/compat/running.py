@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 stop = Stop()
+running: Trainer | None = None
 unfinished = 0
 """Micro-batches of the update within which the run stops: it is done again when the run resumes."""
 
@@ -125,8 +126,11 @@ def listen_and_know_the_end(original, cfg, trainer, task, epoch_itr):
     if limit and done >= limit:
         logger.info("nothing to do: %d of %d updates are already done", done, limit)
         return [None], True
-    global unfinished
+    global unfinished, running
     unfinished = 0
+    if trainer is not running:  # not another epoch: a request in the validation of one counts still
+        running = trainer
+        stop.clear()
     with stop.listen("saving after the current batch, then stopping"):
         return original(cfg, trainer, task, epoch_itr)
 

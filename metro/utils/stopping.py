@@ -34,14 +34,17 @@ class Stop:
         """Exit status of a process that a signal ended."""
         return 128 + (self.signal or signal.SIGINT)
 
+    def clear(self) -> None:
+        """Forget the request, at the start of another run in this process."""
+        self.signal, self.agreed = None, False
+
     @contextlib.contextmanager
     def listen(self, promise: str) -> Iterator[None]:
-        """Hear SIGTERM and Ctrl-C within the block.
+        """Hear SIGTERM and Ctrl-C within the block; what was heard outlasts it.
 
         Args:
             promise: what the first one does, told to the user.
         """
-        self.signal, self.agreed = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -283,7 +283,7 @@ def test_a_stop_within_an_update_is_at_once_and_the_resumed_run_is_bit_exact(
 
 @pytest.mark.parametrize("asked", ["torchrun", "one worker"])
 def test_sigterm_saves_one_checkpoint_of_all_processes(corpus, tmp_path, asked):
-    """Within an update of three micro-batches, whoever gets the signal."""
+    """At the end of an epoch of three updates, or soon after it, whoever gets the signal."""
     options = [*TINY, *METRO, f"--save-dir {tmp_path} --max-update 100000 --update-freq 3"]
     process = start("fairseq-train", str(corpus), *options, processes=2)
 
