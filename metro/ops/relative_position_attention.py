@@ -168,7 +168,9 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
     windows_HSS = bias_HN.unfold(1, num_keys, 1).flip(1)
     if query_positions is None:
         return windows_HSS[:, num_keys - num_queries :].unsqueeze(0)
-    return windows_HSS[:, query_positions].transpose(0, 1)
+    # Indexing by a tensor would sum its gradients in the order of the threads.
+    rows = windows_HSS.index_select(1, query_positions.flatten())
+    return rows.unflatten(1, query_positions.shape).transpose(0, 1)
 
 
 class CachedAttention(torch.autograd.Function):

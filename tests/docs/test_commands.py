@@ -26,7 +26,6 @@ DOCS = [
             "prompts",
             "finetuning",
             "flipped",
-            "rank",
         ),
         *(
             "rank",
