@@ -211,8 +211,8 @@ def different(result: dict, expected: dict) -> list[str]:
     return [name for name in names if result.get(name) != expected.get(name)]
 
 
-def kill_all(folder: Path, kills: int, seed: int, names: str = "") -> dict[str, Outcome]:
-    """Kill every job so many times inside its work."""
+def make_inputs(folder: Path) -> Path:
+    """Make what the commands read; this process has then imported all that they import."""
     processes.import_everything()
     os.environ.update(ENVIRONMENT)
 
@@ -222,7 +222,12 @@ def kill_all(folder: Path, kills: int, seed: int, names: str = "") -> dict[str, 
     inputs = folder / "inputs"
     inputs.mkdir()
     World(inputs, run, in_child)
-    outcomes = {}
+    return inputs
+
+
+def kill_all(folder: Path, kills: int, seed: int, names: str = "") -> dict[str, Outcome]:
+    """Kill every job so many times inside its work."""
+    inputs, outcomes = make_inputs(folder), {}
     for job in JOBS:
         if names in job.name:
             place = folder / re.sub(r"\W+", "_", job.name)

@@ -4,7 +4,6 @@ python -m tests.faults.mutations [--each 4] [--seed 1] [--page docs/reliability.
 """
 
 import argparse
-import os
 import random
 import shutil
 import tempfile
@@ -12,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults import processes
-from tests.faults.jobs import METRO_TINY, UPDATES, World, contents
-from tests.faults.kills import ENVIRONMENT, put_into, run, start
+from tests.faults.jobs import METRO_TINY, UPDATES, contents
+from tests.faults.kills import make_inputs, put_into, start
 
 TWO_UPDATES = METRO_TINY.replace(f"--max-update {UPDATES}", "--max-update 2")
 READERS = {
@@ -60,16 +59,7 @@ KINDS = ("an error that names it", "another error", "a traceback", "no differenc
 
 
 def mutate_all(folder: Path, each: int, seed: int) -> dict[str, Counter]:
-    processes.import_everything()
-    os.environ.update(ENVIRONMENT)
-
-    def in_child(function) -> None:
-        assert processes.wait(processes.fork(function, folder / "child.log"), 120) == 0
-
-    inputs = folder / "inputs"
-    inputs.mkdir()
-    World(inputs, run, in_child)
-    found = {}
+    inputs, found = make_inputs(folder), {}
     for name, (source, words) in READERS.items():
         draw = random.Random(f"{seed} {name}")
         counts = found[name] = Counter[str]()
