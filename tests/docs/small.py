@@ -108,6 +108,7 @@ def more_of_metro(words: list[str]) -> list[str]:
     if command == "evaluate":
         suite = words[words.index("--suite") + 1]
         tasks = {"t0": ["--task", "rte", "--prompt", "MNLI crowdsource"], "mmlu": MMLU}
+        tasks["blimp"] = ["--task", "anaphor_agreement"]
         return [*local, "--limit", "2", *tasks.get(suite, [])]
     if words[:2] == ["convert", "to-hf"]:
         return ["--overwrite"]
@@ -138,6 +139,13 @@ def write_inputs(folder: Path) -> None:
         {"question": s, "choices": ["a", "b", "c", "d"], "answer": 1} for s in sentences[:3]
     ]
     write_rows(folder / "data", "mmlu", "test", questions, "anatomy")
+    lines = [
+        json.dumps({"sentence_good": f"it is {s}", "sentence_bad": f"it are {s}"}) + "\n"
+        for s in sentences[:3]
+    ]
+    (folder / "data/blimp").mkdir()
+    for paradigm in ("anaphor_gender_agreement", "anaphor_number_agreement"):
+        (folder / f"data/blimp/{paradigm}.jsonl").write_text("".join(lines))
     templates = folder / "templates"
     write_templates(templates, "ag_news", NEWS)
     write_templates(templates, "super_glue", NLI, "rte")
