@@ -29,6 +29,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torch is imported
 
@@ -51,6 +52,7 @@ CURVES = (
 )
 """Validation curves that a result keeps."""
 TIMED_UPDATES = (20, 120)
+TIMED_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,23 @@ class Study:
 
     @cached_property
     def seconds_per_update(self) -> dict[str, float]:
-        """Arm -> CPU seconds of an update (on a GPU, of the clock), measured once for each kind."""
-        path, kinds = self.out / "timing.json", {}
+        """Arm -> CPU seconds of an update (on a GPU, of the clock), measured once for each kind.
+
+        The kinds take turns, and the median of each counts.
+        """
+        path = self.out / "timing.json"
+        trained = {n: arm for n, arm in self.plan["arms"].items() if not arm.get("untrained")}
         with waiting(path):
-            found = read_json(path) or {}
-            for name, arm in self.plan["arms"].items():
-                kind = json.dumps([arm["configuration"], arm.get("set")])
-                if name not in found and not arm.get("untrained"):
-                    found[name] = kinds[kind] if kind in kinds else self.measure(name)
-                    kinds[kind] = found[name]
-                    write_json(path, found)
+            if (found := read_json(path)) is not None:
+                return found
+            kinds = {n: json.dumps([a["configuration"], a.get("set")]) for n, a in trained.items()}
+            one_of_each = {kind: name for name, kind in kinds.items()}
+            rounds = [
+                {kind: self.measure(name) for kind, name in one_of_each.items()}
+                for _ in range(TIMED_ROUNDS)
+            ]
+            found = {n: median(each[kind] for each in rounds) for n, kind in kinds.items()}
+            write_json(path, found)
         return found
 
     def measure(self, arm: str) -> float:
