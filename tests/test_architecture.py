@@ -31,7 +31,17 @@ MAY_IMPORT = {
     "pretraining": {"utils", "modeling", "ops", "fusion", "data"},
     "models": {"utils", "modeling", "ops", "data", "pretraining"},
     "conversion": {"utils", "modeling", "data", "pretraining", "models"},
-    "finetuning": {"utils", "modeling", "ops", "fusion", "data", "models", "conversion"},
+    "training": {"utils", "modeling", "fusion", "data", "pretraining", "models", "conversion"},
+    "finetuning": {
+        "utils",
+        "modeling",
+        "ops",
+        "fusion",
+        "data",
+        "models",
+        "conversion",
+        "training",
+    },
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
     "ranking": {"utils", "data", "models", "evaluation"},
     "integrations": {"utils", "data", "models", "evaluation", "ranking"},
@@ -44,7 +54,12 @@ EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {
 }
 OPTIONAL_PACKAGES = ("fairseq", "fairseq_cli", "hydra", "omegaconf", "triton", "datasets")
 # Imported for training only: the base class of transformers takes every package it finds installed.
-NEEDS_OPTIONAL_PACKAGES = {"metro.finetuning.trainer", "metro.integrations.lm_eval"}
+NEEDS_OPTIONAL_PACKAGES = {
+    "metro.finetuning.trainer",
+    "metro.integrations.lm_eval",
+    "metro.training.trainer",
+    "metro.training.pretraining_trainer",
+}
 # What fairseq_plugins may call of torch and NumPy (torch.NAME..., numpy.NAME), and what for.
 PLUGINS_MAY_CALL = {
     "cuda": "which devices there are",

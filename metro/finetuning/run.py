@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,11 +15,9 @@ from metro.finetuning.data import PromptData
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.output_folder import (
     FinetuneResult,
-    check_inputs,
     finished_run,
-    last_metrics,
-    open_output,
     rows_identity,
+    run_folder,
     save,
 )
 from metro.finetuning.settings import FinetuningSettings, check_sources
@@ -33,10 +30,12 @@ from metro.models.projection import (
     refused_if_it_fails,
     start_token,
 )
+from metro.training.arguments import trainer_arguments
+from metro.training.output_folder import last_metrics
 from metro.utils.files import naming
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
-from metro.utils.messages import MissingPackage, UserError
+from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -65,24 +64,23 @@ def finetune(
 
 
 def _finetune(settings: FinetuningSettings, progress: Progress) -> FinetuneResult:
-    if importlib.util.find_spec("accelerate") is None:
-        raise MissingPackage("finetuning", "accelerate", "train")
-    arguments = training_arguments(settings)  # joins the other processes
+    args = training_arguments(settings)  # joins the other processes
     with ExitStack() as lock:
-        if arguments.process_index == 0:
+        if args.process_index == 0:
             lock.enter_context(locked(Path(settings.output_dir), inside=True))
-        return _finetune_alone(settings, arguments, progress)
+        return _finetune_alone(settings, args, progress)
 
 
-def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress) -> FinetuneResult:
+def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> FinetuneResult:
     """Finetune in an output folder that no other run writes into."""
     from transformers import set_seed
 
-    from metro.finetuning.trainer import DIVERGED
+    from metro.training.trainer import DIVERGED
 
-    is_main_process = arguments.process_index == 0
-    with arguments.main_process_first(local=False, desc="output_dir"):
-        checkpoint = open_output(settings, is_main_process)
+    is_main_process = args.process_index == 0
+    output = run_folder(settings)
+    with args.main_process_first(local=False, desc="output_dir"):
+        checkpoint = output.open(settings, settings.resume, is_main_process)
     set_seed(settings.seed)
     progress.say(f"loading {settings.model}")
     model, tokenizer = load(
@@ -92,17 +90,18 @@ def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress)
         vocab=settings.vocab,
     )
     check_trainable(model, tokenizer)
-    with arguments.main_process_first(local=False, desc="data"):
+    with args.main_process_first(local=False, desc="data"):
         folder = _data_folder(settings, progress)
         if is_main_process:
-            inputs = model_identity(model, tokenizer)
-            check_inputs(settings, {**inputs, "data": rows_identity(folder)})
+            inputs = {**model_identity(model, tokenizer), "data": rows_identity(folder)}
+            places = {**dict.fromkeys(inputs, settings.model), "data": settings.data}
+            output.check_inputs(inputs, places)
     done = finished_run(settings)
     if done is not None:
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
     set_up_for_training(model, settings)
-    trainer = build_trainer(settings, arguments, model, tokenizer, folder, progress)
+    trainer = build_trainer(settings, args, model, tokenizer, folder, progress)
     with (
         naming(Path(settings.output_dir)),
         trainer.stop.listen("saving after the current batch, then stopping"),
@@ -124,11 +123,9 @@ def _finetune_alone(settings: FinetuningSettings, arguments, progress: Progress)
 
 
 def build_trainer(
-    settings: FinetuningSettings, arguments, model, tokenizer, folder: Path, progress: Progress
+    settings: FinetuningSettings, args, model, tokenizer, folder: Path, progress: Progress
 ):
     """Make the Trainer with data, loss and batches as the settings say."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
     from metro.finetuning.trainer import FinetuningTrainer
 
     limits = position_limits(model.config)
@@ -166,9 +163,9 @@ def build_trainer(
             limit=settings.eval_limit,
             replace=False,
         )
-    trainer = FinetuningTrainer(
+    return FinetuningTrainer(
         model,
-        arguments,
+        args,
         loss_options=LossOptions(
             settings.objective,
             model.config.pad_token_id,
@@ -183,9 +180,6 @@ def build_trainer(
         processing_class=tokenizer,
         progress=progress,
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def training_arguments(settings: FinetuningSettings):
@@ -194,68 +188,31 @@ def training_arguments(settings: FinetuningSettings):
     Raises:
         UserError: the machine cannot train with these settings.
     """
-    from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    cuda = torch.cuda.is_available() and not settings.use_cpu
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not cuda:
-        raise UserError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
-    report_to = [] if settings.report_to == "none" else settings.report_to.split(",")
-    if settings.report_to == "auto":
-        report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     scheduler = settings.lr_scheduler
     if scheduler == "constant" and settings.warmup_steps:
         scheduler = "constant_with_warmup"
     # one pass over memory; the formula is the same
-    optimizers = {"adamw": "adamw_torch_fused" if cuda else "adamw_torch"}
-    # newer versions of transformers have another name for it and warn of the old one
-    has_new_name = hasattr(TrainingArguments, "activation_checkpointing")
-    checkpointing = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
+    fused = "_fused" if torch.cuda.is_available() and not settings.use_cpu else ""
+    optimizers = {"adamw": f"adamw_torch{fused}"}
     same_name = (
         *("output_dir", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
         *("learning_rate", "warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
+        *("use_cpu", "precision", "report_to", "gradient_checkpointing"),
     )
-    try:
-        arguments = TrainingArguments(
-            **{name: getattr(settings, name) for name in same_name},
-            # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
-            # machine without one each would train a model of its own.
-            use_cpu=settings.use_cpu or not torch.accelerator.is_available(),
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.eval_batch_size,
-            lr_scheduler_type=scheduler,
-            optim=optimizers.get(settings.optimizer, settings.optimizer),
-            adam_beta1=settings.adam_betas[0],
-            adam_beta2=settings.adam_betas[1],
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            **{
-                checkpointing: settings.gradient_checkpointing,
-                f"{checkpointing}_kwargs": {"use_reentrant": False},
-            },
-            dataloader_num_workers=settings.num_workers,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if settings.save_steps else "no",
-            eval_strategy="steps" if settings.eval_steps else "no",
-            report_to=report_to,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-        )
-        get_reporting_integration_callbacks(report_to)
-    except ValueError as error:  # an unknown schedule, optimizer or logger
-        reason = " ".join(str(error).split())
-        raise UserError(f"transformers' Trainer does not take these settings: {reason}") from None
-    if arguments.n_gpu > 1:
-        raise UserError(
-            f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "
-            f"--nproc_per_node {arguments.n_gpu} $(which metro) finetune ... (or choose one GPU "
-            "with CUDA_VISIBLE_DEVICES=0)"
-        )
-    return arguments
+    return trainer_arguments(
+        "metro finetune",
+        **{name: getattr(settings, name) for name in same_name},
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        lr_scheduler_type=scheduler,
+        optim=optimizers.get(settings.optimizer, settings.optimizer),
+        adam_beta1=settings.adam_betas[0],
+        adam_beta2=settings.adam_betas[1],
+        dataloader_num_workers=settings.num_workers,
+        save_strategy="steps" if settings.save_steps else "no",
+        eval_strategy="steps" if settings.eval_steps else "no",
+    )
 
 
 def check_trainable(model, tokenizer) -> None:

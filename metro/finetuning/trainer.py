@@ -1,12 +1,7 @@
-"""Hugging Face's Trainer with METRO's data and losses; imported for training only.
-
-Batches, their distribution over processes and the loss are METRO's; updates, mixed precision,
-accumulation, checkpoints, resuming and logging are the Trainer's.
-"""
+"""The Trainer with the data and losses of prompt finetuning; imported for training only."""
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from typing import Any
@@ -14,17 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainerControl
 
 from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
-from metro.finetuning.stopping import StopCallback
-from metro.utils.identity import refuse_not_finite
+from metro.training.trainer import DIVERGED, MetroTrainer
 from metro.utils.messages import UserError, shortened
-from metro.utils.progress import SILENT, Progress
-from metro.utils.stopping import Stop
 
 # logged mean -> (sum, divisor)
 MEANS = {
@@ -48,13 +39,7 @@ SHOWN = (
 )
 
 
-DIVERGED = (
-    "the training diverged, or the model overflows; what was saved before stays: use a lower "
-    "learning_rate, or precision bf16 or fp32"
-)
-
-
-class FinetuningTrainer(Trainer):
+class FinetuningTrainer(MetroTrainer):
     """Trains on `PromptData` under one objective.
 
     Logged beside the loss: for flipped and direct+ul both terms (`likelihood`, `unlikelihood`), the
@@ -65,7 +50,7 @@ class FinetuningTrainer(Trainer):
     have no wrong label (`skipped_examples`), and of cut texts (`cut_sources`, `cut_targets`).
     """
 
-    control: TrainerControl
+    shown = SHOWN
 
     def __init__(
         self,
@@ -77,24 +62,17 @@ class FinetuningTrainer(Trainer):
         valid_data: PromptData | None = None,
         batching: str = "length",
         max_width: int | None = None,
-        progress: Progress = SILENT,
-        stop: Stop | None = None,
         **kwargs,
     ):
         self.loss_options, self.batching, self.max_width = loss_options, batching, max_width
-        self.progress = progress
-        self.stop = stop or Stop()
-        self.stopping = StopCallback(self.stop)
         super().__init__(
             model,
             args,
             train_dataset=None if train_data is None else EncodedPrompts(train_data),
             eval_dataset=None if valid_data is None else EncodedPrompts(valid_data),
             data_collator=self.collate,
-            callbacks=[ConsoleCallback(progress), self.stopping],
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # the loss below is divided by all items of an update
         self.sums: dict[str, torch.Tensor] = {}
         self.num_skipped = 0
         num_tasks = 0 if train_data is None else len(train_data.examples)
@@ -144,15 +122,7 @@ class FinetuningTrainer(Trainer):
             batches.append(batch)
         name = "num_target_tokens" if self.loss_options.mean == "tokens" else "num_examples"
         num_items = float(sum(batch[name] for batch in batches))
-        both = torch.tensor([num_items, float(self.stop.requested_here)], device=self.args.device)
-        num_items, num_requests = self._sum_over_processes(both)
-        self.stop.agreed = self.args.world_size > 1 and bool(num_requests)
-        return batches, num_items
-
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(values)
-        return values
+        return batches, self.count_items(num_items)
 
     # --- loss ---
 
@@ -184,14 +154,6 @@ class FinetuningTrainer(Trainer):
         sums = {**loss.sums, "items": items, "positions": positions, "padding": padding}
         return loss._replace(sums=sums)
 
-    def floating_point_ops(self, inputs) -> int:
-        """Estimate a forward and backward pass as 6 operations per parameter and token."""
-        return 6 * inputs["num_tokens"] * self._num_parameters
-
-    @functools.cached_property
-    def _num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
     # --- logging and evaluation ---
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -199,15 +161,11 @@ class FinetuningTrainer(Trainer):
         if "loss" in logs and self.sums:
             logs = {**logs, **self._means(self.sums)}
             counts = torch.tensor([float(self.num_skipped), *self.num_cut.sum(1).tolist()])
-            totals = self._sum_over_processes(counts.to(self.args.device)).tolist()
+            totals = self.sum_over_processes(counts.to(self.args.device)).tolist()
             named = zip(("skipped_examples", *CUT), totals, strict=True)
             logs |= {name: int(number) for name, number in named if number}
             self.sums = {}
-        if not math.isfinite(loss := logs.get("loss", 0.0)):
-            raise UserError(f"the loss is {loss} after update {self.state.global_step}: {DIVERGED}")
-        # A gradient that overflows in fp16 is skipped by the Trainer, and JSON has no infinity.
-        finite = {name: value for name, value in logs.items() if math.isfinite(value)}
-        super().log(finite, *args, **kwargs)
+        super().log(logs, *args, **kwargs)
 
     def say_what_was_cut(self) -> None:
         """Say how many sources and targets of each task were cut since this start."""
@@ -221,22 +179,16 @@ class FinetuningTrainer(Trainer):
             "(max_input_length and truncation_side change it)",
             f"targets cut at {encoder.max_target_length} tokens (max_target_length changes it)",
         )
-        counts = self._sum_over_processes(self.num_cut.to(self.args.device)).int().tolist()
+        counts = self.sum_over_processes(self.num_cut.to(self.args.device)).int().tolist()
         for remark, numbers in zip(remarks, counts, strict=True):
             cut = [f"{n} of {name}" for name, n in zip(names, numbers, strict=True) if n]
             if cut:
                 self.progress.say(f"{remark}: {', '.join(cut)}")
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Save, but never weights that are not finite in place of good ones."""
-        for name, weight in self.model.named_parameters():
-            refuse_not_finite(name, weight, f"after update {self.state.global_step}: {DIVERGED}")
-        super()._save_checkpoint(*args, **kwargs)
-
     def _means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Compute means over all processes with one transfer."""
         names = sorted(sums)
-        values = self._sum_over_processes(torch.stack([sums[name].float() for name in names]))
+        values = self.sum_over_processes(torch.stack([sums[name].float() for name in names]))
         found = dict(zip(names, values.tolist(), strict=True))
         return {
             name: round(found[part] / found[whole], 6)
@@ -289,7 +241,7 @@ class FinetuningTrainer(Trainer):
             )
         metrics = self._means(sums)
         parts = torch.stack([sums["loss"], sums["items"], torch.full_like(sums["loss"], skipped)])
-        total, num_items, num_skipped = self._sum_over_processes(parts).tolist()
+        total, num_items, num_skipped = self.sum_over_processes(parts).tolist()
         if not math.isfinite(total):
             bad = next((of for loss, of in losses if not bool(loss.isfinite())), [])
             tasks = shortened(sorted({dataset.data.task_name(position) for position in bad}))
@@ -316,41 +268,3 @@ class FinetuningTrainer(Trainer):
         dist.all_gather_object(gathered, sorted(sums))
         zero = torch.zeros((), device=self.args.device)
         return {name: sums.get(name, zero) for name in sorted(set().union(*gathered))}
-
-
-class ConsoleCallback(TrainerCallback):
-    """Shows one line per logging step: update and the most important numbers."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        place = f"from update {state.global_step} " if state.global_step else ""
-        self.progress.say(f"training {place}to update {state.max_steps}")
-        self.progress.show("training", state.global_step, state.max_steps)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.micro_batches = 0
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        self.micro_batches += 1
-        total = args.gradient_accumulation_steps
-        done = state.global_step + self.micro_batches / total
-        note = f"update {state.global_step + 1}, micro-batch {self.micro_batches + 1} of {total}"
-        self.progress.show("training", done, state.max_steps, note)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.show("training", state.global_step, state.max_steps)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        numbers = [f"{name} {_short(logs[name])}" for name in SHOWN if name in (logs or {})]
-        if numbers:
-            left = self.progress.time_left("training", state.global_step, state.max_steps)
-            left = f" ({left} left)" if left else ""
-            self.progress.say(
-                f"update {state.global_step}/{state.max_steps}{left}  {'  '.join(numbers)}"
-            )
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

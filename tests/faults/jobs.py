@@ -167,7 +167,7 @@ training = dict(begun=BEGUN, ended=ENDED, kept=saved_updates, result=trained, lo
 def checkpoints(folder: Path, log: str) -> float:
     from safetensors.torch import load_file
 
-    from metro.finetuning.output_folder import complete_checkpoints
+    from metro.training.output_folder import complete_checkpoints
 
     found = complete_checkpoints(folder / "out")
     for path in found:

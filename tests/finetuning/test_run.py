@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import metro
-from metro.finetuning.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
 from metro.finetuning.trainer import FinetuningTrainer
+from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.utils.files import read_json
 from metro.utils.locks import locked
 from metro.utils.messages import UserError

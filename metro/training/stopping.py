@@ -1,4 +1,4 @@
-"""Stopping a finetuning run after the current micro-batch, so that it resumes as if it had not."""
+"""Stopping a run of the Trainer after the current micro-batch; it resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from metro.finetuning.output_folder import TRAINER_STATE
+from metro.training.output_folder import TRAINER_STATE
 from metro.utils.stopping import Stop
 
 

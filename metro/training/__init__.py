@@ -1,0 +1,1 @@
+"""Runs of training: the Trainer, its output folder, and pretraining from settings to a model."""

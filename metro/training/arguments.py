@@ -1,0 +1,79 @@
+"""The Trainer's own options, with what every run of METRO wants of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from metro.utils.messages import MissingPackage, UserError
+
+
+def trainer_arguments(
+    command: str,
+    *,
+    use_cpu: bool,
+    precision: str,
+    report_to: str,
+    gradient_checkpointing: bool = False,
+    **options: Any,
+):
+    """Make a `TrainingArguments`, which joins the other processes of ``torchrun``.
+
+    Args:
+        command: such as ``metro finetune``, for messages.
+        use_cpu: train on the CPU although there is a GPU.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        report_to: ``auto``, ``none``, or loggers separated by commas.
+        gradient_checkpointing: recompute activations.
+        options: further ones, by the names of transformers.
+
+    Raises:
+        UserError: the machine cannot train with these settings.
+        MissingPackage: accelerate is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingPackage(command, "accelerate", "train")
+    from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    cuda = torch.cuda.is_available() and not use_cpu
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not cuda:
+        raise UserError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
+    loggers = [] if report_to == "none" else report_to.split(",")
+    if report_to == "auto":
+        loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    # newer versions of transformers have another name for it and warn of the old one
+    has_new_name = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
+    try:
+        arguments = TrainingArguments(
+            # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
+            # machine without one each would train a model of its own.
+            use_cpu=use_cpu or not torch.accelerator.is_available(),
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            **{
+                checkpointing: gradient_checkpointing,
+                f"{checkpointing}_kwargs": {"use_reentrant": False},
+            },
+            logging_nan_inf_filter=False,
+            report_to=loggers,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            **options,
+        )
+        get_reporting_integration_callbacks(loggers)
+    except ValueError as error:  # an unknown schedule, optimizer or logger
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers' Trainer does not take these settings: {reason}") from None
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "
+            f"--nproc_per_node {arguments.n_gpu} $(which metro) {command.split()[-1]} ... (or "
+            "choose one GPU with CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments

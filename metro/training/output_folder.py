@@ -1,0 +1,160 @@
+"""Output folder of a training run: where to resume, what it began with, when it is complete.
+
+It holds ``checkpoint-N`` (to resume from), ``runs`` (TensorBoard), a YAML file of the settings,
+``inputs.json`` (digests of what is trained on) and at the end the model itself: ``config.json``
+there means that the run is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from metro.utils.files import read_json, read_yaml, write_json, write_text
+from metro.utils.locks import INSIDE
+from metro.utils.messages import UserError
+from metro.utils.settings import Settings
+
+INPUTS = "inputs.json"
+TRAINER_STATE, PARTIAL_MODEL = "trainer_state.json", ".model.partial"
+
+
+def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """Return the last logged value of each metric."""
+    metrics: dict[str, float] = {}
+    for line in log_history:
+        metrics |= {name: value for name, value in line.items() if name != "step"}
+    return metrics
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    """Return the checkpoint-N folders that were written to the end, by N."""
+    found = {}
+    for path in out.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if number and (path / TRAINER_STATE).is_file():  # which the Trainer writes last
+            found[int(number[1])] = path
+    return [found[number] for number in sorted(found)]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of one command's runs."""
+
+    out: Path
+    command: str
+    """Such as ``metro finetune``, for messages."""
+    may_change: frozenset[str]
+    """Settings that do not affect what was trained so far: a resumed run may have others."""
+
+    @property
+    def settings_file(self) -> Path:
+        return self.out / f"{self.command.split()[-1]}.yaml"
+
+    def state(self) -> dict | None:
+        """Return the Trainer's state at the end of a complete run; None where there is none."""
+        state = read_json(self.out / TRAINER_STATE)
+        return state if (self.out / "config.json").is_file() else None
+
+    def open(self, settings: Settings, resume: str, is_main_process: bool) -> str | None:
+        """Make the folder and note the settings there.
+
+        Args:
+            settings: of the run.
+            resume: ``auto``, ``never`` or a checkpoint-N folder.
+            is_main_process: writes the settings.
+
+        Returns:
+            The checkpoint to resume from, None for a fresh start.
+
+        Raises:
+            UserError: it holds something else, a run with other settings, or with ``never`` any
+                run.
+        """
+        if resume not in ("auto", "never"):
+            if not (Path(resume) / TRAINER_STATE).is_file():
+                raise UserError(
+                    f"resume is {resume!r}, which is not a complete checkpoint-N folder of "
+                    f"{self.command}; use auto, never or such a folder"
+                )
+            return resume
+        out, earlier = self.out, self.settings_file
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+        if not earlier.is_file() and names - {INSIDE}:
+            raise UserError(
+                f"{out} is not empty and not of {self.command}; choose another --output-dir"
+            )
+        checkpoints = complete_checkpoints(out)
+        if resume == "never" and (checkpoints or (out / "config.json").is_file()):
+            raise UserError(
+                f"{out} holds a run already; choose another --output-dir, remove it, or leave "
+                "--resume never out"
+            )
+        if checkpoints or (out / TRAINER_STATE).is_file():
+            self._refuse_other_settings(settings)
+        out.mkdir(parents=True, exist_ok=True)
+        if is_main_process:
+            write_text(earlier, yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        return str(checkpoints[-1]) if checkpoints else None
+
+    def _refuse_other_settings(self, settings: Settings) -> None:
+        before, now = read_yaml(self.settings_file), settings.as_dict()
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{self.settings_file} does not hold the settings of the run there; choose another "
+                "--output-dir"
+            )
+        for part in fields(settings):  # options that are newer than the run
+            if part.default is not MISSING:
+                before.setdefault(part.name, part.default)
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            for name in now
+            if name not in self.may_change and before.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            raise UserError(
+                f"{self.out} holds a run with other settings: {'; '.join(changed)}. Use the same "
+                "ones to continue it, or another --output-dir"
+            )
+
+    def check_inputs(self, inputs: Mapping[str, str], places: Mapping[str, str]) -> None:
+        """Refuse to continue a run, or to call it finished, on another model or other data.
+
+        Args:
+            inputs: digests of the model's parts and of the data.
+            places: where each of them is, for the message.
+
+        Raises:
+            UserError: one differs from what the run in the folder began with.
+        """
+        out = self.out
+        before = read_json(out / INPUTS)
+        begun = complete_checkpoints(out) or (out / TRAINER_STATE).is_file()
+        for name, now in inputs.items() if isinstance(before, dict) and begun else ():
+            if before.get(name) != now:
+                raise UserError(
+                    f"{out} holds a run on other {name} of {places[name]}: changed or replaced "
+                    "since; use another --output-dir"
+                )
+        write_json(out / INPUTS, inputs)
+
+    def take(self, partial: Path) -> None:
+        """Move the finished model from ``partial`` into the folder; ``config.json`` comes last."""
+        (self.out / "config.json").unlink(missing_ok=True)
+        names = sorted(path.name for path in partial.iterdir() if path.name != "config.json")
+        for name in [*names, "config.json"]:
+            os.replace(partial / name, self.out / name)
+        partial.rmdir()
+
+    def new_partial(self) -> Path:
+        """Return where the finished model is written first, which does not exist."""
+        partial = self.out / PARTIAL_MODEL
+        shutil.rmtree(partial, ignore_errors=True)
+        return partial

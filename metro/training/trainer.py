@@ -1,0 +1,121 @@
+"""Hugging Face's Trainer as METRO's commands use it; imported for training only.
+
+Batches, their distribution over processes and the loss are METRO's; updates, mixed precision,
+checkpoints, resuming and logging are the Trainer's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from metro.training.stopping import StopCallback
+from metro.utils.identity import refuse_not_finite
+from metro.utils.messages import UserError
+from metro.utils.progress import SILENT, Progress
+from metro.utils.stopping import Stop
+
+DIVERGED = (
+    "the training diverged, or the model overflows; what was saved before stays: use a lower "
+    "learning rate, or bf16 or fp32"
+)
+
+
+class MetroTrainer(Trainer):
+    """A Trainer that shows progress, stops when it is asked to, and keeps no bad numbers."""
+
+    control: TrainerControl
+    shown: tuple[str, ...] = ("loss", "grad_norm", "learning_rate")
+    """Numbers of a line on the console, in this order."""
+
+    def __init__(
+        self, model, args, *, progress: Progress = SILENT, stop: Stop | None = None, **options
+    ):
+        self.progress = progress
+        self.stop = stop or Stop()
+        self.stopping = StopCallback(self.stop)
+        self.console = ConsoleCallback(progress, self.shown)
+        super().__init__(model, args, callbacks=[self.console, self.stopping], **options)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.model_accepts_loss_kwargs = True  # losses are divided by all items of an update
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum in place, over all processes."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
+        return values
+
+    def count_items(self, number: float) -> float:
+        """Sum the items of an update over all processes, which tell each other to stop, too."""
+        both = torch.tensor([number, float(self.stop.requested_here)], device=self.args.device)
+        total, num_requests = self.sum_over_processes(both).tolist()
+        self.stop.agreed = self.args.world_size > 1 and bool(num_requests)
+        return total
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Estimate a forward and backward pass as 6 operations per parameter and token."""
+        return 6 * inputs["num_tokens"] * self.num_parameters
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log finite numbers; a loss has to be one."""
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise UserError(f"the loss is {loss} after update {self.state.global_step}: {DIVERGED}")
+        # A gradient that overflows in fp16 is skipped by the Trainer, and JSON has no infinity.
+        finite = {name: value for name, value in logs.items() if math.isfinite(value)}
+        super().log(finite, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Save, but never weights that are not finite in place of good ones."""
+        for name, weight in self.model.named_parameters():
+            refuse_not_finite(name, weight, f"after update {self.state.global_step}: {DIVERGED}")
+        super()._save_checkpoint(*args, **kwargs)
+
+
+class ConsoleCallback(TrainerCallback):
+    """Shows one line per logging step: update and the most important numbers."""
+
+    def __init__(self, progress: Progress, shown: tuple[str, ...]):
+        self.progress, self.shown = progress, shown
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        place = f"from update {state.global_step} " if state.global_step else ""
+        self.progress.say(f"training {place}to update {state.max_steps}")
+        self.progress.show("training", state.global_step, state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.micro_batches = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.micro_batches += 1
+        self.show_micro_batch(state, self.micro_batches, args.gradient_accumulation_steps)
+
+    def show_micro_batch(self, state, done: int, total: int) -> None:
+        """Show the place within an update."""
+        note = f"update {state.global_step + 1}, micro-batch {done + 1} of {total}"
+        self.progress.show("training", state.global_step + done / total, state.max_steps, note)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.show("training", state.global_step, state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        numbers = [f"{name} {_short(logs[name])}" for name in self.shown if name in (logs or {})]
+        if numbers:
+            left = self.progress.time_left("training", state.global_step, state.max_steps)
+            left = f" ({left} left)" if left else ""
+            self.progress.say(
+                f"update {state.global_step}/{state.max_steps}{left}  {'  '.join(numbers)}"
+            )
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
