@@ -6,7 +6,7 @@ from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 
 from fairseq_plugins.compat.running import stop
-from fairseq_plugins.loss_guard import LossGuard
+from metro.pretraining.loss_guard import LossGuard
 from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ class LossGuard:
         bad = [_describe(ids) for is_finite, ids in pending if not bool(is_finite)]
         raise FloatingPointError(
             f"the loss of update {num_updates + 1} is NaN or infinite in the batch with sample ids "
-            f"{'; '.join(dict.fromkeys(bad))}. Lower optimization.lr, raise "
-            "lr_scheduler.warmup_updates or set optimization.clip_norm, and resume from the last "
+            f"{'; '.join(dict.fromkeys(bad))}. Lower lr, raise "
+            "warmup_updates or set clip_norm, and resume from the last "
             "checkpoint"
         )
 
@@ -45,7 +45,7 @@ class LossGuard:
         return FloatingPointError(
             f"update {num_updates + 1} failed ({error}) although the losses of this process are "
             f"finite; its batches have sample ids {ids}. With several processes see the others' "
-            "messages; else lower optimization.lr or set optimization.clip_norm"
+            "messages; else lower lr or set clip_norm"
         )
 
 
