@@ -85,7 +85,8 @@ def show(environment) -> None:
 EXAMPLE = """\b
 Example:
   fairseq-hydra-train --config-dir "$(metro plugins --configs)/pretraining" \\
-      --config-name metro_t5_tiny common.user_dir="$(metro plugins)" task.data=data/books
+      --config-name metro_t5_tiny common.user_dir="$(metro plugins)" \\
+      task.data=data/books
 """
 
 

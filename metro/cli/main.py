@@ -1,6 +1,6 @@
 """Entry point of `metro`.
 
-A sub-command is one line of COMMANDS and a `click.Command` in a module of this folder, which is
+A sub-command is a line of GROUPS and a `click.Command` in a module of this folder, which is
 imported only when it is called, so that `metro --help` stays instant.
 """
 
@@ -17,66 +17,44 @@ import metro
 from metro.utils.messages import one_line
 from metro.utils.progress import LIFE
 
-# name -> (its module here and the name there, the line that `metro --help` shows), in the order
-# text -> model -> numbers
-COMMANDS = {
-    "doctor": (
-        "doctor:command",
-        "Show versions, devices and what is missing, with the command that installs it.",
-    ),
-    "prepare-text": (
-        "prepare_text:command",
-        "Turn text into the binarised, sharded data that pretraining reads.",
-    ),
-    "plugins": (
-        "doctor:plugins",
-        "Print the folder of METRO's fairseq plugins, which pretrain models.",
-    ),
-    "convert": (
-        "convert:command",
-        "Convert fairseq checkpoints to Hugging Face folders, and back.",
-    ),
-    "models": (
-        "models:command",
-        "List the released METRO-T0, T0 and FLIPPED models and their published results.",
-    ),
-    "generate": (
-        "generate:command",
-        "Let a model answer a text: a released model, a folder or a hub id.",
-    ),
-    "rank": (
-        "rank:command",
-        "Choose a label for each of your texts, with probabilities.",
-    ),
-    "templates": (
-        "prompts:templates",
-        "Fetch the prompt templates of promptsource.",
-    ),
-    "prompts": (
-        "prompts:command",
-        "List prompt templates; show what a model will read and be asked for.",
-    ),
-    "prepare-prompts": (
-        "prepare_prompts:command",
-        "Turn datasets and templates into finetuning data: T0, T0+, T0++, FLIPPED.",
-    ),
-    "finetune": (
-        "finetune:command",
-        "Prompt-finetune a seq2seq model: direct, channel or flipped.",
-    ),
-    "flip": (
-        "flip:command",
-        "Show which answer choice makes the instruction most probable.",
-    ),
-    "evaluate": (
-        "evaluate:command",
-        "Evaluate zero-shot: T0, FLIPPED's 14 sets, BIG-bench, label generalisation, MMLU.",
-    ),
-    "report": (
-        "evaluate:report_command",
-        "Make tables and plots of evaluations, beside the published numbers.",
-    ),
+GROUPS = {
+    "Text to data": {
+        "prepare-text": (
+            "prepare_text:command",
+            "Turn text into the binarised data that pretraining reads.",
+        ),
+        "templates": ("prompts:templates", "Fetch the prompt templates of promptsource."),
+        "prompts": ("prompts:command", "List prompt templates; show what a model will read."),
+        "prepare-prompts": (
+            "prepare_prompts:command",
+            "Turn datasets and templates into finetuning data.",
+        ),
+    },
+    "Data to a model": {
+        "plugins": ("doctor:plugins", "Print the folder of the fairseq plugins, which pretrain."),
+        "convert": ("convert:command", "Convert fairseq checkpoints to Hugging Face, and back."),
+        "finetune": ("finetune:command", "Prompt-finetune a model: direct, channel or flipped."),
+        "models": ("models:command", "List the released models and their published results."),
+    },
+    "A model to answers and numbers": {
+        "generate": ("generate:command", "Let a model answer a text."),
+        "rank": ("rank:command", "Choose a label for each of your texts, with probabilities."),
+        "flip": ("flip:command", "Show which choice makes an instruction most probable."),
+        "evaluate": ("evaluate:command", "Evaluate zero-shot: T0's tasks, BIG-bench, MMLU, ..."),
+        "report": (
+            "evaluate:report_command",
+            "Make tables and plots, beside the published numbers.",
+        ),
+    },
+    "This machine": {
+        "doctor": ("doctor:command", "Show versions, devices, and how to install what is missing."),
+    },
 }
+"""The path text -> model -> numbers, as `metro --help` shows it.
+
+Heading -> name of a command -> its module here and the name there, its line.
+"""
+COMMANDS = {name: about for group in GROUPS.values() for name, about in group.items()}
 
 
 class LazyGroup(click.Group):
@@ -86,10 +64,16 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Make a stand-in that has the help line only; `resolve_command` imports the real one."""
+        """Make a stand-in; `resolve_command` imports the real one."""
         if cmd_name not in COMMANDS:
             return None
         return click.Command(cmd_name, short_help=COMMANDS[cmd_name][1])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, COMMANDS))
+        for title, group in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), line) for name, (_, line) in group.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -106,14 +90,14 @@ def load_command(name: str) -> click.Command:
     return command
 
 
-@click.group(cls=LazyGroup, no_args_is_help=True)
+@click.group(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    epilog="\b\nExample:\n  metro rank metro_t0_base --options good bad < texts.txt",
+)
 @click.version_option(metro.__version__, message="metro %(version)s")
 def app() -> None:
-    """Pretrain and finetune T5-style models: METRO, METRO-T0, FLIPPED.
-
-    From text to a model (prepare-text, fairseq with the plugins, convert), from the model to a
-    prompted one (prepare-prompts, finetune), from that to numbers (evaluate, report).
-    """
+    """Pretrain, finetune and evaluate T5-style models: METRO, METRO-T0, FLIPPED."""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Commands from settings classes: every field is an option, typed once."""
 
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -33,10 +34,12 @@ def settings_command(
     """
     own_names = [parameter.name for parameter in extra]
     kinds = get_type_hints(settings)
-    parameters: list[click.Parameter] = []
-    own_fields = settings.__annotations__
+    title, own_fields = "Options", settings.__annotations__
+    sections: dict[str, list[click.Parameter]] = {title: []}
     for part in sorted(fields(settings), key=lambda part: part.name not in own_fields):
-        parameters += parameters_of(part, kinds[part.name])
+        title = part.metadata["section"] or title
+        sections.setdefault(title, []).extend(parameters_of(part, kinds[part.name]))
+    sections["Options"] += [*extra, _config_option(settings, extra)]
 
     def callback(config: str | None, **given: Any) -> object:
         own = {name: given.pop(name) for name in own_names}
@@ -50,12 +53,8 @@ def settings_command(
             raise click.exceptions.Exit(130) from None
 
     return _Command(
-        None,
+        sections,
         callback=callback,
-        params=sorted(
-            [*parameters, *extra, _config_option(settings, extra)],
-            key=lambda parameter: isinstance(parameter, click.Option),
-        ),
         help=run.__doc__,
         epilog=f"\b\nExample:\n  {example}",
     )
@@ -74,7 +73,11 @@ def parameters_of(part: Field, kind: Any) -> list[click.Parameter]:
     if about["positional"]:
         return [
             click.Argument(
-                [part.name], nargs=-1 if is_list else 1, required=False, metavar=flag_of(part)
+                [part.name],
+                nargs=-1 if is_list else 1,
+                required=False,
+                metavar=flag_of(part),
+                help=about["help"],
             )
         ]
     text = about["help"] + shown_default(part)
@@ -91,12 +94,88 @@ class _ManyOption(click.Option):
     """Option of a list that takes more values than one: ``--input *.txt``."""
 
 
+def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[str(param.name)] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+HELP_ALL = click.Option(
+    ["--help-all"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_all,
+    help="Explain all options and exit.",
+)
+
+
+def _explain(
+    title: str,
+    params: Sequence[click.Parameter],
+    ctx: click.Context,
+    formatter: click.HelpFormatter,
+) -> None:
+    records = [
+        record
+        for part in params
+        if isinstance(part, click.Option) and (record := part.get_help_record(ctx))
+    ]
+    with formatter.section(title):
+        formatter.write_dl(records, col_max=20)
+
+
 class _Command(click.Command):
     """Command with options of the kind above.
 
     They take all words up to the next option; in a command without a list of arguments, also the
     words behind other options. The single arguments, such as MODEL, come first.
+
+    Args:
+        sections: heading -> parameters. ``--help`` has the first paragraph of the help, explains
+            the first section and names the other options; ``--help-all`` explains all.
     """
+
+    def __init__(self, sections: dict[str, list[click.Parameter]], **about: Any):
+        params = itertools.chain.from_iterable(sections.values())
+        params_sorted = sorted(params, key=lambda part: isinstance(part, click.Option))
+        super().__init__(None, params=params_sorted, **about)
+        self.sections = sections
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        return [*params, HELP_ALL] if len(self.sections) > 1 else params
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        full = self.help
+        if len(self.sections) > 1 and full and not ctx.meta.get(HELP_ALL.name):
+            self.help = full.split("\n\n")[0]
+        super().format_help_text(ctx, formatter)
+        self.help = full
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        first, *others = self.sections.items()
+        known = set(self.params)
+        general = [part for part in self.get_params(ctx) if part not in known]
+        _explain(first[0], [*first[1], *general], ctx, formatter)
+        if not others:
+            return
+        if ctx.meta.get(HELP_ALL.name):
+            for title, params in others:
+                _explain(title, params, ctx, formatter)
+            return
+        width = formatter.width - max(len(title) for title, _ in others) - 6
+        with formatter.section("More, which --help-all explains"):
+            names = [
+                (title, ", ".join(part.opts[0] for part in params)) for title, params in others
+            ]
+            formatter.write_dl(
+                [
+                    (title, "\b\n" + textwrap.fill(text, width, break_on_hyphens=False))
+                    for title, text in names
+                ]
+            )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = {
@@ -137,7 +216,7 @@ def shown_default(part: Field) -> str:
 
 
 def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -> click.Option:
-    about = "YAML file with options of this list, without the --"
+    about = "YAML file of options, without the --"
     alone = [
         parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
         for parameter in extra
@@ -145,7 +224,7 @@ def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -
     if alone:
         about += f" (all but {', '.join(alone)})"
     if shipped := settings.shipped():
-        about += f", or the name of one that METRO has: {', '.join(shipped)}"
+        about += f", or one of METRO's: {', '.join(shipped)}"
     return click.Option(
         ["--config"], metavar="FILE", help=f"{about}. The command line overrides it."
     )

@@ -13,8 +13,8 @@ from metro.utils.progress import Progress
 def rank(settings: RankSettings, texts: tuple[str, ...], as_json: bool) -> None:
     """Choose a label for each text: of the command line, of stdin, of a file or a dataset.
 
-    Prints label, probability and text; --out writes a file, and resumes an interrupted one. TEXT -
-    reads one text per line from stdin. Texts come before --options.
+    Prints label, probability and text; --out writes a file, and resumes an interrupted one. Texts
+    come before --options.
     """
     from metro.ranking.run import RankRun
     from metro.ranking.run import rank as rank_texts
@@ -39,10 +39,10 @@ def rank(settings: RankSettings, texts: tuple[str, ...], as_json: bool) -> None:
 command = settings_command(
     rank,
     RankSettings,
-    example="metro rank metro_t0_base --input mails.csv --text body --options complaint praise",
+    example="metro rank metro_t0_base --input mails.csv --text body --options good bad",
     resumes=True,
     extra=[
-        click.Argument(["texts"], nargs=-1, metavar="[TEXT]..."),
+        click.Argument(["texts"], nargs=-1, metavar="[TEXT]...", help="Texts; - reads stdin."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print a JSON object per text."),
     ],
 )

@@ -55,14 +55,16 @@ class PreparePromptsSettings(Settings):
     )
     out: Path | None = option(None, "Folder to make. It appears when it is complete.")
     vocab: Path | None = option(None, "Folder with sp.model and dict.txt: makes ids, for fairseq.")
-    format: str | None = option(
-        None, "Default: fairseq if there is a --vocab.", choices=("fairseq", "jsonl")
-    )
     data_dir: Path | None = option(
         None, "Local rows, DIR/DATASET/SUBSET/SPLIT.jsonl (or csv, ...), not the hub's."
     )
+    limit: int | None = option(
+        None, "At most N rows of a dataset and side, spread evenly.", metavar="N", least=1
+    )
     templates: Path | None = option(
-        None, "promptsource tree; default: METRO_TEMPLATES, else the fetched one."
+        None,
+        "promptsource tree; default: METRO_TEMPLATES, else the fetched one.",
+        section="Mixture",
     )
     datasets: list[str] | None = option(
         None,
@@ -77,9 +79,6 @@ class PreparePromptsSettings(Settings):
         "Tasks to validate on: published, all of the mixture, or none.",
         choices=("published", "all", "none"),
     )
-    limit: int | None = option(
-        None, "At most N rows of a dataset and side, spread evenly.", metavar="N", least=1
-    )
     valid_limit: int | None = option(
         None, "The same for validation; default: --limit.", metavar="N", least=1
     )
@@ -88,6 +87,9 @@ class PreparePromptsSettings(Settings):
         "published",
         "FLIPPED: published, or rendered (without branches not taken).",
         choices=INSTRUCTION_TEXTS,
+    )
+    format: str | None = option(
+        None, "Default: fairseq if there is a --vocab.", choices=("fairseq", "jsonl"), section="Run"
     )
     cased: bool = option(False, "Keep capitals, or lowercase (fairseq).", flag="--cased/--uncased")
     num_workers: int | None = option(

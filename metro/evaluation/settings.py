@@ -22,11 +22,14 @@ PAIR_METHODS = ("decoder", "rtd")
 class ScoringSettings(Settings):
     """Options of scoring answer choices with a model."""
 
+    normalization: str = option(
+        "sum",
+        "sum (published), mean (per token), or calibrated.",
+        choices=NORMALIZATIONS,
+        section="Scores",
+    )
     method: str | None = option(
         None, "Default: the method the model was trained for.", choices=METHODS
-    )
-    normalization: str = option(
-        "sum", "sum (published), mean (per token), or calibrated.", choices=NORMALIZATIONS
     )
     protocol: str | None = option(
         None, "Special tokens and lengths; default: the model's.", choices=tuple(PROTOCOLS)
@@ -38,7 +41,9 @@ class ScoringSettings(Settings):
     truncation_side: str = option(
         "right", "right: longer sources lose their end; left: beginning.", choices=TRUNCATION_SIDES
     )
-    vocab: Path | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
+    vocab: Path | None = option(
+        None, "Vocabulary folder of a fairseq checkpoint.", section="Model and device"
+    )
     dtype: str = option("float32", "float32, bfloat16 or float16.")
     attention: str | None = option(
         None, "Implementation; default: the model's.", choices=("sdpa", "eager")
@@ -84,16 +89,20 @@ class EvaluationSettings(ScoringSettings):
         "Default: the method the model was trained for; of minimal pairs: all it can.",
         choices=(*METHODS, *PAIR_METHODS),
     )
-    tasks: list[str] | None = option(None, "Only this task; may be repeated.", flag="--task")
-    prompts: list[str] | None = option(None, "Only this prompt; may be repeated.", flag="--prompt")
     limit: int | None = option(None, "Rows of each task, evenly spread.", least=1)
+    tasks: list[str] | None = option(
+        None, "Only this task; may be repeated.", flag="--task", section="Tasks"
+    )
+    prompts: list[str] | None = option(None, "Only this prompt; may be repeated.", flag="--prompt")
     split: str | None = option(None, "Instead of the suite's split.")
     data_dir: Path | None = option(None, "Local rows: DATASET/SUBSET/SPLIT.jsonl (csv, ...).")
     bigbench_dir: Path | None = option(
         None, "<task>/task.json of BIG-bench; default: bigbench in --data-dir."
     )
     label_words: str = option("words", "For label_generalization.", choices=LABEL_WORDS)
-    run_name: str | None = option(None, "The run's folder in --out; default: MODEL-METHOD-SUITE.")
+    run_name: str | None = option(
+        None, "The run's folder in --out; default: MODEL-METHOD-SUITE.", section="Run"
+    )
     check_published: bool = option(
         False, "Fail if a registered model misses its published accuracy."
     )

@@ -23,12 +23,16 @@ class FinetuningSettings(Settings):
     output_dir: str = option(help="Where checkpoints, logs and the finished model go.")
     objective: str = option("direct", "Training objective.", choices=OBJECTIVES)
 
-    vocab: str | None = option(None, "Folder with sp.model and dict.txt, for a fairseq .pt.")
+    vocab: str | None = option(
+        None, "Folder with sp.model and dict.txt, for a fairseq .pt.", section="Model and data"
+    )
     templates: str | None = option(None, "Template tree, where --data is a mixture.")
     data_dir: str | None = option(None, "Local datasets, where --data is a mixture.")
     dataset: list[str] | None = option(None, "Of a mixture, these datasets only.")
 
-    max_input_length: int = option(512, "Encoder tokens; longer inputs are cut.", least=3)
+    max_input_length: int = option(
+        512, "Encoder tokens; longer inputs are cut.", least=3, section="Examples and loss"
+    )
     max_target_length: int = option(256, "Decoder tokens; longer targets are cut.", least=3)
     truncation_side: str = option(
         "right", "right: longer inputs lose their end; left: beginning.", choices=TRUNCATION_SIDES
@@ -45,7 +49,9 @@ class FinetuningSettings(Settings):
     mean: str = option("tokens", "Loss: mean over these.", choices=("tokens", "examples"))
     label_smoothing: float = option(0.0, "Of direct and channel.", least=0, most=1)
 
-    batch_size: int = option(8, "Examples per process and micro-batch.", least=1)
+    batch_size: int = option(
+        8, "Examples per process and micro-batch.", least=1, section="Optimisation"
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches per update.", least=1)
     batching: str = option(
         "length", "length: examples of similar length together.", choices=("length", "random")
@@ -68,6 +74,7 @@ class FinetuningSettings(Settings):
         "auto",
         "auto: bf16 where the GPU has it.",
         choices=("auto", "bf16", "fp16", "fp32"),
+        section="Device",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations: less memory, slower.")
     attn_implementation: str | None = option(
@@ -76,7 +83,7 @@ class FinetuningSettings(Settings):
     num_workers: int = option(0, "Processes that encode examples.", least=0)
     use_cpu: bool = option(False, "Train on the CPU although there is a GPU.")
 
-    logging_steps: int = option(10, "Log every so many updates.", least=1)
+    logging_steps: int = option(10, "Log every so many updates.", least=1, section="Run")
     save_steps: float = option(500, "Save every so many updates; below 1: share of all.", least=0)
     save_total_limit: int | None = option(2, "Checkpoints kept; 0: all.", least=0)
     eval_steps: float | None = option(

@@ -17,18 +17,20 @@ class GenerationSettings(Settings):
     max_new_tokens: int | None = option(
         None, "Longest answer; default: 256, or the model's positions.", least=1
     )
-    max_input_tokens: int = option(512, "Longer texts are truncated.", least=3)
-    sentinels: bool = option(False, "Read <sen001> in a text as that sentinel, not as text.")
     num_beams: int = option(1, "Beam search; 1 is greedy.", least=1)
-    length_penalty: float = option(1.0, "Of beams; more favours longer.")
+    num_answers: int = option(1, "Answers per text, best first: of beams or samples.", least=1)
+    length_penalty: float = option(1.0, "Of beams; more favours longer.", section="Search")
     no_repeat_ngram_size: int = option(0, "Never repeat so many tokens.", least=0)
-    sample: bool = option(False, "Draw from the model's distribution instead of the best.")
+    sample: bool = option(
+        False, "Draw from the model's distribution instead of the best.", section="Sampling"
+    )
     temperature: float = option(1.0, "Of --sample.")
     top_k: int = option(0, "Of --sample: the k most probable tokens; 0 is all.", least=0)
     top_p: float = option(1.0, "Of --sample: tokens of this much probability.")
-    num_answers: int = option(1, "Answers per text, best first: of beams or samples.", least=1)
     seed: int = option(0, "Of --sample; the same texts, batch size and seed give the same answers.")
-    batch_size: int = option(8, "Texts at once.", least=1)
+    batch_size: int = option(8, "Texts at once.", least=1, section="Model and device")
+    max_input_tokens: int = option(512, "Longer texts are truncated.", least=3)
+    sentinels: bool = option(False, "Read <sen001> in a text as that sentinel, not as text.")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
     dtype: str | None = option(
         None, "float32, bfloat16, float16; default: float32, bfloat16 on a GPU."

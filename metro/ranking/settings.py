@@ -31,7 +31,9 @@ class RankSettings(ScoringSettings):
     )
     out: Path | None = option(None, "FILE.csv, .jsonl or .parquet; default: print.")
     prompt: list[str] | None = option(
-        None, "Instead of --template: DATASET:NAME of `metro prompts`, or all of DATASET."
+        None,
+        "Instead of --template: DATASET:NAME of `metro prompts`, or all of DATASET.",
+        section="Input and output",
     )
     options_field: str | None = option(None, "Field of --input that holds each row's own labels.")
     options_file: Path | None = option(None, "File of labels, one per line.")

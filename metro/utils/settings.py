@@ -34,6 +34,7 @@ def option(
     positional: bool = False,
     metavar: str | None = None,
     many: bool = False,
+    section: str | None = None,
 ) -> Any:
     """Declare a field of a settings class.
 
@@ -49,6 +50,8 @@ def option(
         metavar: placeholder in ``--help``.
         many: on the command line this list takes every value up to the next option, so that a
             shell's ``--input *.txt`` works.
+        section: heading in ``--help-all`` of this field and those behind it. The fields before
+            the first one are what ``--help`` explains.
     """
     about = {
         "help": help,
@@ -59,6 +62,7 @@ def option(
         "positional": positional,
         "metavar": metavar,
         "many": many,
+        "section": section,
     }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)

@@ -3,6 +3,7 @@
 Oracle: the settings object put together by hand.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +217,24 @@ def test_help_explains_every_option(call):
 def commands(name: str) -> list[click.Command]:
     command = load_command(name)
     return list(command.commands.values()) if isinstance(command, click.Group) else [command]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_screen_and_names_every_option(name, capsys):
+    """Oracle: the options of the command itself; `--help-all` has a line for each."""
+    for command in commands(name):
+        context = command.make_context("metro", [], terminal_width=80, resilient_parsing=True)
+        first = full = command.get_help(context)
+        assert len(first.splitlines()) <= 40
+        if "--help-all" in first:
+            with pytest.raises(click.exceptions.Exit):
+                command.make_context("metro", ["--help-all"], terminal_width=80)
+            full = capsys.readouterr().out
+        assert max(map(len, [*first.splitlines(), *full.splitlines()])) <= 80
+        for parameter in command.params:
+            for flag in parameter.opts if isinstance(parameter, click.Option) else ():
+                assert re.search(rf"^ +(-\w, )?{flag}\b", full, re.M), flag
+            assert parameter.opts[0] in first or isinstance(parameter, click.Argument)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

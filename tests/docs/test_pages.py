@@ -31,7 +31,7 @@ def command_of(arguments: list[str]) -> tuple[click.Command, list[str]]:
 
 
 def option_names(command: click.Command) -> set[str]:
-    names = {"--help"}
+    names = {"--help", "--help-all"}
     for parameter in command.params:
         names |= {*parameter.opts, *parameter.secondary_opts}
     for child in getattr(command, "commands", {}).values():
