@@ -18,6 +18,8 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     With FOLDERs of prepare-text or prepare-prompts, check their files instead: sizes, and the
     checksums of token files, for which every byte is read.
 
+    On a GPU every Triton kernel computes a small example beside PyTorch's operations.
+
     Exit status 1: something that METRO cannot do without is missing or broken.
     """
     if folders:
@@ -30,10 +32,12 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     from metro.environment import inspect_environment
 
     environment = inspect_environment()
+    kernels = try_kernels(environment)
     if as_json:
-        click.echo(json.dumps(environment.as_dict(), indent=2))
+        click.echo(json.dumps(environment.as_dict() | {"kernels": kernels}, indent=2))
     else:
         show(environment)
+        show_kernels(kernels)
     raise click.exceptions.Exit(1 if environment.missing else 0)
 
 
@@ -80,6 +84,36 @@ def show(environment) -> None:
     if environment.missing:
         names = ", ".join(part.name for part in environment.missing)
         console.print(f"[red]METRO cannot run: {names}[/]")
+
+
+def try_kernels(environment) -> list[dict]:
+    """Let the first GPU's kernels prove themselves; none without one or without Triton."""
+    if not environment.gpus:
+        return []
+    import torch
+
+    from metro.ops.dispatch import is_triton_installed
+    from metro.ops.kernels.trials import verdicts
+
+    return verdicts(torch.device("cuda", 0)) if is_triton_installed() else []
+
+
+def show_kernels(rows: list[dict]) -> None:
+    """Print which kernels work, and which of them are used."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table("kernel", "type", "result", "used", box=None, pad_edge=False)
+    for row in rows:
+        gain = f"{row['gain']:.2f} times as fast" if row["gain"] else "not measured here"
+        used = "yes" if row["gain"] > 1 and not row["fault"] else "no"
+        table.add_row(
+            row["operation"], row["type"], escape(row["fault"] or "ok"), f"{used}, {gain}"
+        )
+    Console().print(table)
 
 
 EXAMPLE = """\b

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -24,14 +26,56 @@ def is_eager_cuda(x: torch.Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # the compiler cannot trace it: it is asked once for a graph
-def has_kernels(device: torch.device) -> bool:
-    """Check whether ``auto`` may choose kernels: on GPUs of Ampere or later, which they are for.
+def takes_kernel(
+    op: str, device: torch.device, dtype: torch.dtype, width: int, *flags: str
+) -> bool:
+    """Decide whether ``auto`` means an operation's kernel rather than PyTorch's operations.
 
-    Triton must be installed, and METRO_TRITON not be 0. Does not synchronise with the GPU.
+    On GPUs of Ampere or later with Triton, where a measurement that comes with METRO shows the
+    kernel faster on this generation of GPUs and in this type, and once it has proved itself there
+    (:mod:`metro.ops.kernels.self_check`, which see for the arguments). The environment's
+    METRO_TRITON overrules both: 0 means never, 1 wherever a kernel can run.
+
+    Raises:
+        ValueError: another value of METRO_TRITON.
     """
-    if device.type != "cuda" or os.environ.get("METRO_TRITON") == "0":
+    setting = os.environ.get("METRO_TRITON", "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"METRO_TRITON is {setting!r}; use 0 (no kernels) or 1 (all), or unset it")
+    if device.type != "cuda" or dtype not in KERNEL_TYPES or setting == "0":
         return False
-    return is_triton_installed() and compute_capability(device) >= (8, 0)
+    if not is_triton_installed() or compute_capability(device) < (8, 0):
+        return False
+    if setting == "1":
+        return True
+    given = tuple(sorted(flags))
+    if measured_gain(op, compute_capability(device), dtype, given) <= 1.0:
+        return False
+    from metro.ops.kernels.self_check import is_trusted
+
+    return is_trusted(op, device, dtype, width, given)
+
+
+def measured_gain(
+    op: str, capability: tuple[int, int], dtype: torch.dtype, flags: tuple[str, ...]
+) -> float:
+    """Times PyTorch's speed that a kernel reached on GPUs of this generation; 0 if not measured.
+
+    ``measured.json`` is written by ``benchmarks.ops`` from the results in ``benchmarks/results``.
+    """
+    of_generation = measured_gains().get(f"sm_{capability[0]}x", {})
+    return of_generation.get(case_name(op, dtype, flags), 0.0)
+
+
+def case_name(op: str, dtype: torch.dtype, flags: tuple[str, ...]) -> str:
+    """Name a case of an operation, as results of ``benchmarks.ops`` do."""
+    return " ".join([op, str(dtype).removeprefix("torch."), *flags])
+
+
+@functools.cache
+def measured_gains() -> dict[str, dict[str, float]]:
+    """Generation of GPUs -> case -> gain."""
+    return json.loads((Path(__file__).parent / "kernels" / "measured.json").read_text("utf-8"))
 
 
 @functools.cache
@@ -64,8 +108,12 @@ def check_kernel(x: torch.Tensor) -> None:
 
 def cast_for_autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list:
     """Cast as PyTorch's products do inside ``torch.autocast``; the gradients are cast back."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(x.device.type):
         return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
-    return [None if y is None else y.to(dtype) for y in (x, *others)]
+    return [None if y is None else y.to(computed_type(x)) for y in (x, *others)]
+
+
+def computed_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which a product with ``x`` is computed, which ``torch.autocast`` decides."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

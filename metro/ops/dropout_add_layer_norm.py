@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import check_kernel, has_kernels, is_eager_cuda
+from metro.ops.dispatch import check_kernel, is_eager_cuda, takes_kernel
 from metro.ops.dropout import dropout
 
 MAX_WIDTH = 4096
@@ -44,9 +44,8 @@ def dropout_add_layer_norm(
         training: nothing is dropped otherwise.
         impl: ``reference`` (PyTorch's, with :func:`metro.ops.dropout.dropout`), ``triton``
             (described above, sums in float32; drawn from PyTorch's generator of the device without
-            waiting for it), or ``auto``: ``triton`` on GPUs of Ampere or later that have it,
-            outside ``torch.compile``. Where ``torch.compile`` makes a faster one of the formula
-            is for ``benchmarks/ops.py`` to say.
+            waiting for it), or ``auto``: ``triton`` where
+            :func:`metro.ops.dispatch.takes_kernel` says so, outside ``torch.compile``.
 
     Returns:
         As PyTorch's: of the wider of the two types, float32 under autocast.
@@ -56,8 +55,7 @@ def dropout_add_layer_norm(
     """
     p = p if training else 0.0
     if impl == "auto":
-        fits = weight.shape[-1] <= MAX_WIDTH
-        impl = "triton" if is_eager_cuda(x) and fits and has_kernels(x.device) else "reference"
+        impl = "triton" if takes_kernels(x, residual, len(weight), p) else "reference"
     if impl == "reference":
         return F.layer_norm(residual + dropout(x, p), weight.shape, weight, bias, eps)
     if impl != "triton":
@@ -71,6 +69,14 @@ def dropout_add_layer_norm(
     if p == 1.0:  # nothing is kept, and what is kept would be divided by 0
         return F.layer_norm(residual + x * 0.0, weight.shape, weight, bias, eps)
     return DropoutAddLayerNorm.apply(x, residual, weight, bias, p, eps)
+
+
+def takes_kernels(x: torch.Tensor, residual: torch.Tensor, width: int, p: float) -> bool:
+    """Decide what ``auto`` means."""
+    if not is_eager_cuda(x) or width > MAX_WIDTH:
+        return False
+    flags = ["dropout"] * bool(p) + ["mixed"] * (x.dtype != residual.dtype)
+    return takes_kernel("dropout_add_layer_norm", x.device, x.dtype, width, *flags)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):

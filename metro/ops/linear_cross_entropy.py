@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import cast_for_autocast, check_kernel
+from metro.ops.dispatch import cast_for_autocast, check_kernel, computed_type, takes_kernel
 from metro.ops.linear_cross_entropy_rows import Coefficients, RowSums
 from metro.ops.sampling import sample_tokens, uniform_of
 
@@ -79,8 +79,9 @@ def linear_cross_entropy(
         unlikelihood_epsilon: the loss of Welleck et al. (2020) instead, which makes the target less
             probable; 0.01 in FLIPPED (Ye et al., 2023, equation 4).
         impl: ``plain`` (the formula), ``reference`` (described above), ``triton`` (one kernel
-            projects and reduces, so that forward no logits exist at all), or ``auto``: so far
-            ``reference``, and ``plain`` inside ``torch.compile``.
+            projects and reduces, so that forward no logits exist at all), or ``auto``: ``plain``
+            inside ``torch.compile``, ``triton`` where :func:`metro.ops.dispatch.takes_kernel` says
+            so, and else ``reference``.
 
     Raises:
         ValueError: shapes or types that do not fit, a target outside the vocabulary (on the CPU),
@@ -112,7 +113,7 @@ def losses_and_samples(
 ):
     """Compute loss, correctness and, with ``streams_N``, a sample for each token."""
     if impl == "auto":
-        impl = "plain" if torch.compiler.is_compiling() else "reference"
+        impl = choose_impl(hidden, bias is not None, streams_N is not None)
     if impl not in ("plain", "reference", "triton"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'plain', 'reference' or 'triton'")
     check_options(label_smoothing, epsilon)
@@ -140,6 +141,16 @@ def losses_and_samples(
         correct = torch.zeros_like(kept_N).index_copy(0, rows, correct)
     loss, correct = loss.where(kept_N, 0.0).view(shape), (correct & kept_N).view(shape)
     return loss, correct, None if samples is None else samples.view(shape)
+
+
+def choose_impl(hidden: torch.Tensor, has_bias: bool, samples: bool) -> str:
+    """What ``auto`` means; the compiler is left to write its own."""
+    if torch.compiler.is_compiling():
+        return "plain"
+    op = "linear_sample_cross_entropy" if samples else "linear_cross_entropy"
+    dtype, flags = computed_type(hidden), ["bias"] * has_bias
+    takes_it = takes_kernel(op, hidden.device, dtype, hidden.shape[-1], *flags)
+    return "triton" if takes_it else "reference"
 
 
 class Options(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import KERNEL_TYPES, check_kernel, has_kernels, is_eager_cpu
+from metro.ops.dispatch import check_kernel, computed_type, is_eager_cpu, takes_kernel
 from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
 from metro.ops.threads import for_each
 
@@ -66,7 +66,7 @@ def relative_position_attention(
             where it cannot run, or on more queries than keys without positions.
     """
     if impl == "auto":
-        impl = choose_impl(q, k, bias, key_mask, is_causal, query_positions)
+        impl = choose_impl(q, k, bias, key_mask, is_causal, query_positions, dropout)
     if impl == "triton":
         return attend_by_kernels(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
     if impl == "reference":
@@ -84,27 +84,35 @@ def relative_position_attention(
     raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'cached' or 'triton'")
 
 
-def choose_impl(q, k, bias, key_mask, is_causal, query_positions) -> str:
-    """Choose ``cached`` for long float32 sequences on the CPU; on a GPU ``triton``.
+def choose_impl(q, k, bias, key_mask, is_causal, query_positions, dropout) -> str:
+    """Choose ``cached`` for long float32 sequences on the CPU; on a GPU ``triton`` where it pays.
 
     On the CPU up to `SHORT` tokens PyTorch's attention of all heads at once is faster, three times
     at 64.
 
-    On a GPU ``reference`` where there is neither a bias nor a mask: there PyTorch has kernels that
-    need none. So too for few pairs, as in generation, token by token, without Triton, and on GPUs
-    before Ampere. ``benchmarks/ops.py`` compares them, and FlexAttention; the faster is to be
-    chosen here.
+    On a GPU :func:`metro.ops.dispatch.takes_kernel` decides, but ``reference`` is taken where there
+    is neither a bias nor a mask: there PyTorch has kernels that need none. So too for few pairs, as
+    in generation, token by token.
     """
     if is_eager_cpu(q):
         return "cached" if q.shape[2] * k.shape[2] > SHORT**2 else "reference"
-    if q.dtype not in KERNEL_TYPES or not has_kernels(q.device):
-        return "reference"
     if q.shape[2] < 16 or q.shape[2] * k.shape[2] < 64 * 64:
         return "reference"
     has_mask = bias is not None or key_mask is not None or is_causal
     if not has_mask or is_only_causal(q, k, bias, key_mask, is_causal, query_positions):
         return "reference"
-    return "triton"
+    has_distances = bias is not None or is_causal  # positions matter to nothing else
+    given = {
+        "bias": bias is not None,
+        "mask": key_mask is not None,
+        "causal": is_causal,
+        "positions": query_positions is not None and has_distances,
+        "dropout": bool(dropout),
+    }
+    flags = [name for name, is_given in given.items() if is_given]
+    name, width = "relative_position_attention", q.shape[-1]
+    takes_it = takes_kernel(name, q.device, computed_type(q), width, *flags)
+    return "triton" if takes_it else "reference"
 
 
 def is_only_causal(q, k, bias, key_mask, is_causal, query_positions) -> bool:

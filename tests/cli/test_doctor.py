@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from metro import environment
+from metro.cli.doctor import show_kernels
 from metro.cli.main import load_command
 from metro.data.text.corpus import prepare_text
 from metro.environment import (
@@ -90,6 +91,22 @@ def test_complete_environment_is_ok():
 def test_report_does_not_name_the_kernel():
     """Results of benchmarks carry it."""
     assert os.uname().release not in json.dumps(inspect_environment().as_dict())
+
+
+def test_kernels_are_listed_by_operation_and_type_with_what_is_wrong(capsys):
+    """Oracle: by hand. One that works is used where it was measured to be faster."""
+    rows = [
+        {"operation": "attention", "type": "bfloat16", "fault": None, "gain": 1.5},
+        {"operation": "attention", "type": "float16", "fault": None, "gain": 0.0},
+        {"operation": "norm", "type": "bfloat16", "fault": "[it] cannot be built", "gain": 2.0},
+    ]
+    show_kernels(rows)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [
+        "attention bfloat16 ok yes, 1.50 times as fast",
+        "attention float16 ok no, not measured here",
+        "norm bfloat16 [it] cannot be built no, 2.00 times as fast",
+    ]
 
 
 def test_required_part_that_is_missing_or_does_not_load_is_reported_with_the_remedy(

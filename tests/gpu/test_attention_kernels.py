@@ -3,11 +3,16 @@
 Run by `scripts/gpu_suite.sh`; skipped where there is no GPU.
 """
 
+import itertools
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton (make install)")
 
+from metro.ops.dispatch import KERNEL_TYPES  # noqa: E402
+from metro.ops.kernels.self_check import find_fault  # noqa: E402
+from metro.ops.kernels.trials import TRAINED  # noqa: E402
 from tests.ops.test_relative_position_attention_kernels import (  # noqa: E402
     CASES,
     inputs,
@@ -59,16 +64,25 @@ def test_attention_gives_the_same_bits_again():
 
 
 def test_auto_takes_the_kernels_for_bias_and_masks_and_not_for_single_tokens():
-    """Oracle: the table in the docstring of `choose_impl`."""
+    """Oracle: the docstring of `choose_impl`."""
     from metro.ops.relative_position_attention import choose_impl
 
     q, bias = torch.zeros(2, 2, 64, 16, device="cuda"), torch.zeros(2, 127, device="cuda")
     mask = torch.ones(2, 64, dtype=torch.bool, device="cuda")
-    assert choose_impl(q, q, bias, None, False, None) == "triton"
-    assert choose_impl(q, q, None, mask, False, None) == "triton"
-    assert choose_impl(q, torch.cat([q, q], 2), None, None, True, None) == "triton"
-    assert choose_impl(q, q, None, mask, True, None) == "triton"
-    assert choose_impl(q, q, None, None, True, None) == "reference"
-    assert choose_impl(q, q, None, None, False, None) == "reference"
-    assert choose_impl(q[:, :, -1:], q, bias, None, False, None) == "reference"
-    assert choose_impl(q.double(), q.double(), bias, None, False, None) == "reference"
+    assert choose_impl(q, q, bias, None, False, None, 0.1) == "triton"
+    assert choose_impl(q, q, None, mask, False, None, 0.0) == "triton"
+    assert choose_impl(q, torch.cat([q, q], 2), None, None, True, None, 0.0) == "triton"
+    assert choose_impl(q, q, None, mask, True, None, 0.0) == "triton"
+    assert choose_impl(q, q, None, None, True, None, 0.0) == "reference"
+    assert choose_impl(q, q, None, None, False, None, 0.0) == "reference"
+    assert choose_impl(q[:, :, -1:], q, bias, None, False, None, 0.0) == "reference"
+    assert choose_impl(q.double(), q.double(), bias, None, False, None, 0.0) == "reference"
+
+
+@pytest.mark.parametrize("op", TRAINED)
+def test_every_kernel_proves_itself_in_every_type(op):
+    """Oracle: its formula in float64, by the check that runs before a kernel is chosen."""
+    device = torch.device("cuda", 0)
+    for dtype, flags in itertools.product(KERNEL_TYPES, TRAINED[op]):
+        if "mixed" not in flags or dtype != torch.float32:
+            assert find_fault(op, device, dtype, 64, flags) is None, (dtype, flags)

@@ -10,25 +10,62 @@ from metro.ops.feed_forward import feed_forward
 from metro.ops.packed_linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
+BF16, GPU = torch.bfloat16, torch.device("cuda", 0)
 
-@pytest.mark.parametrize("installed, gpu", [(True, (8, 0)), (True, (7, 5)), (False, (9, 0))])
-def test_kernels_are_chosen_on_gpus_they_are_for_and_not_switched_off(monkeypatch, installed, gpu):
-    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: installed)
-    monkeypatch.setattr(dispatch, "compute_capability", lambda device: gpu)
-    serves = installed and gpu >= (8, 0)
-    for value, expected in ((None, serves), ("1", serves), ("0", False)):
-        monkeypatch.delenv("METRO_TRITON", raising=False)
-        if value is not None:
-            monkeypatch.setenv("METRO_TRITON", value)
-        assert dispatch.has_kernels(torch.device("cuda", 0)) is expected
-        assert not dispatch.has_kernels(torch.device("cpu"))
+
+@pytest.mark.parametrize(
+    ("setting", "given", "expected"),
+    [
+        (None, {}, True),
+        (None, {"is_trusted": False}, False),
+        (None, {"dtype": torch.float16}, False),  # not measured
+        (None, {"dtype": torch.float32}, False),
+        (None, {"flags": ("mask",)}, False),  # measured, slower
+        (None, {"gpu": (8, 0)}, False),  # measured on another generation
+        (None, {"gpu": (9, 2)}, True),
+        (None, {"device": torch.device("cpu")}, False),
+        ("0", {}, False),
+        ("1", {"gpu": (8, 0), "is_trusted": False, "dtype": torch.float32}, True),
+        ("1", {"gpu": (7, 5)}, False),
+        ("1", {"is_installed": False}, False),
+        ("1", {"dtype": torch.float64}, False),
+    ],
+)
+def test_kernels_are_chosen_where_measured_faster_and_trusted(
+    monkeypatch, setting, given, expected
+):
+    """In METRO_TRITON 0 is never, and 1 wherever one can run, measured and checked or not."""
+    from metro.ops.kernels import self_check
+
+    given = {
+        "is_trusted": True,
+        "is_installed": True,
+        "gpu": (9, 0),
+        "flags": ("mask", "bias"),
+    } | given
+    gains = {"sm_9x": {"op bfloat16 bias mask": 1.5, "op bfloat16 mask": 0.9}}
+    monkeypatch.setattr(dispatch, "measured_gains", lambda: gains)
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: given["is_installed"])
+    monkeypatch.setattr(dispatch, "compute_capability", lambda device: given["gpu"])
+    monkeypatch.setattr(self_check, "is_trusted", lambda *case: given["is_trusted"])
+    monkeypatch.delenv("METRO_TRITON", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("METRO_TRITON", setting)
+    device, dtype = given.get("device", GPU), given.get("dtype", BF16)
+    assert dispatch.takes_kernel("op", device, dtype, 64, *given["flags"]) is expected
+
+
+def test_an_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("METRO_TRITON", "off")
+    with pytest.raises(ValueError, match="METRO_TRITON is 'off'; use 0"):
+        dispatch.takes_kernel("op", GPU, BF16, 64)
 
 
 def test_the_compiler_asks_for_kernels_in_one_graph(monkeypatch):
     monkeypatch.delenv("METRO_TRITON", raising=False)
 
     def step(x):
-        return x + (2.0 if dispatch.has_kernels(x.device) else 1.0)
+        return x + (2.0 if dispatch.takes_kernel("op", x.device, x.dtype, 64, "bias") else 1.0)
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == 1.0
