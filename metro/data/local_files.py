@@ -13,12 +13,11 @@ as lists where every cell is JSON of a list; else it is text, just as it is writ
 
 import csv
 import gzip
-import hashlib
 import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 from metro.data.jsonl_rows import JsonlRows, with_names
 from metro.utils.characters import refuse_utf16
 from metro.utils.files import cache_folder, new_file
+from metro.utils.identity import files_identity
 from metro.utils.messages import MissingPackage, UserError, shortened
 
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
@@ -171,7 +171,7 @@ def unpacked(path: Path) -> Path:
     """
     if path.suffix != ".gz":
         return path
-    target = cache_folder() / "unpacked" / _digest([path]) / path.stem
+    target = cache_folder() / "unpacked" / files_identity([path]) / path.stem
     if not target.is_file():
         try:
             with (
@@ -183,15 +183,6 @@ def unpacked(path: Path) -> Path:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is not a complete gzip file ({error}): get it anew") from None
     return target
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    """Digest the content of files; the cache knows files by it, not by name and time."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
 
 
 def _read_tables(kind: str, paths: list[Path], texts: Sequence[str]) -> tuple[Any, dict]:
@@ -216,13 +207,13 @@ def _read_tables(kind: str, paths: list[Path], texts: Sequence[str]) -> tuple[An
                     "columns": tuple(columns),
                     "has_header": has_header,
                     "mark": _MARKS[kind],
-                    "digest": _digest(files),
+                    "digest": files_identity(files),
                 },
             )
         else:
             table = datasets.load_dataset(
                 kind[1:],
-                name=_digest(files),  # its cache knows a local file by name and time alone
+                name=files_identity(files),  # its cache knows a local file by name and time alone
                 data_files=[str(path) for path in files],
                 split="train",
             )

@@ -16,8 +16,8 @@ class PrepareTextSettings(Settings):
     """Options of turning text into pretraining data."""
 
     inputs: list[str] = option(
-        help="Text (empty line = new document), .jsonl with a `text` field, .gz of both, or "
-        "hf:DATASET[:CONFIG]. Repeat for several; a document ends where an input ends.",
+        help="Text (empty line = new document), .jsonl with a `text` field, .gz of both, a folder "
+        "of these, or hf:DATASET[:CONFIG]. Repeat for several; a document ends where a file ends.",
         flag="--input,-i",
         many=True,
     )

@@ -16,6 +16,7 @@ from metro.evaluation.model import open_model
 from metro.evaluation.runs.processes import join_processes
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
+from metro.evaluation.tasks.examples import EvaluationExample
 from metro.models.loading import LoadedModel
 from metro.ranking.questions import Asked, Questions
 from metro.ranking.settings import RankSettings
@@ -131,16 +132,18 @@ class Ranker:
         progress: Callable[[float], None] | None,
     ) -> list[Ranked]:
         asked: list[Asked | Ranked] = []
+        prepared: list[list[EvaluationExample]] = []  # of the rows that can be ranked
         for number, row in window:
             try:
                 if isinstance(row, UnusableRow):
                     raise row
-                asked.append(self.questions.ask(row, number))
+                found = self.questions.ask(row, number)
+                prepared.append([*map(self.scored.protocol.prepare, found.questions)])
+                asked.append(found)
             except UnusableRow as error:
                 text = row if isinstance(row, str) else None
                 asked.append(Ranked(text, None, {}, {}, problem=_reason(error)))
-        questions = [each.questions for each in asked if isinstance(each, Asked)]
-        self.num_cut_values += sum(any(q.is_cut for q in each) for each in questions)
+        self.num_cut_values += sum(any(q.is_cut for q in each) for each in prepared)
         rankings = []
         count = len(self.questions.templates)
         for position in range(count):
@@ -149,7 +152,7 @@ class Ranker:
                 if progress is not None:
                     progress(window[0][0] + len(window) * (position + share) / count)
 
-            examples = [self.scored.protocol.prepare(each[position]) for each in questions]
+            examples = [each[position] for each in prepared]
             rankings.append(self.classifier.rank(examples, progress=show))
         self.classifier.scorer.forget()
         of_rows = zip(*rankings, strict=True)

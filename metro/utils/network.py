@@ -1,43 +1,47 @@
 """Whether a server can be reached, found out within seconds, and what follows without a network.
 
 The Hugging Face libraries try again for half a minute and longer, for every file. So they are told
-to use their caches alone once their hub does not take a connection.
+to use their caches alone once their hub does not answer.
 """
 
+import http.client
 import os
-import socket
+import ssl
 import sys
 import threading
-import urllib.parse
+import urllib.error
 import urllib.request
 from functools import lru_cache
 
 SECONDS = 5.0
-"""Longest wait for a name to be resolved and a connection to be taken."""
+"""Longest wait for an answer, the resolution of the name included."""
 
 
 @lru_cache(maxsize=8)
 def is_reachable(url: str) -> bool:
-    """Tell whether the server of an address, or the proxy for it, takes a connection."""
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-        parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    connected = threading.Event()
+    """Tell whether the server of an address answers, by its proxy where there is one.
 
-    def connect() -> None:
+    Any answer will do, also one that says no.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
         try:
-            socket.create_connection((parts.hostname or "", port), timeout=SECONDS).close()
-        except (OSError, ValueError):
-            return
-        connected.set()
+            asked = urllib.request.Request(url, method="HEAD")
+            urllib.request.build_opener().open(asked, timeout=SECONDS).close()
+        except (urllib.error.HTTPError, http.client.HTTPException):
+            pass
+        except (OSError, ValueError) as error:
+            # Of certificates others may know more than Python.
+            if not isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                return
+        answered.set()
 
     # In a thread, as no time limit holds for the name server.
-    attempt = threading.Thread(target=connect, daemon=True)
+    attempt = threading.Thread(target=ask, daemon=True)
     attempt.start()
     attempt.join(SECONDS)
-    return connected.is_set()
+    return answered.is_set()
 
 
 def hub_address() -> str:

@@ -46,7 +46,7 @@ def prepare(inputs, out, vocab, **settings):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The output, without the manifest (which holds times of the input files)."""
+    """The output, without the manifest."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
 

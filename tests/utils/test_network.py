@@ -1,9 +1,11 @@
-"""Servers that take a connection, refuse it, or never answer are told apart within seconds."""
+"""Servers that answer, refuse a connection, or never answer are told apart within seconds."""
 
+import http.server
 import socket
+import threading
 import time
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 import metro
@@ -22,24 +24,44 @@ def fresh(monkeypatch):
     is_reachable.cache_clear()
 
 
+class Refuses(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):  # noqa: N802, the name that http.server looks for
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
 def test_a_server_or_its_proxy_is_reached_or_not(monkeypatch):
-    """Oracle: a socket that listens, and its port when it is closed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    """Oracle: a server that answers (404), and its port when it is closed."""
+    monkeypatch.setattr(network, "SECONDS", 5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
         assert is_reachable(f"http://127.0.0.1:{port}/path")
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        assert is_reachable("https://nowhere.invalid")
-        monkeypatch.delenv("https_proxy")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        assert is_reachable("http://nowhere.invalid")
+        monkeypatch.delenv("http_proxy")
+        server.shutdown()
     is_reachable.cache_clear()
     assert not is_reachable(f"http://127.0.0.1:{port}/path")
 
 
-def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_that_never_answers_is_not_waited_for(scheme):
+    """Oracle: a socket that takes connections, and nothing more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began = time.monotonic()
+        assert not is_reachable(f"{scheme}://127.0.0.1:{server.getsockname()[1]}")
+        assert time.monotonic() - began < 3
+
+
+def test_a_name_that_is_never_resolved_is_not_waited_for(monkeypatch):
     def wait(*args, **kwargs):
         time.sleep(5)
-        raise OSError("timed out")
+        raise OSError("no name server")
 
-    monkeypatch.setattr(socket, "create_connection", wait)
+    monkeypatch.setattr(socket, "getaddrinfo", wait)
     began = time.monotonic()
     assert not is_reachable("https://huggingface.co")
     assert time.monotonic() - began < 3

@@ -27,6 +27,7 @@ Text on disk always has ``<extra_id_k>``. METRO vocabularies have sentinels of t
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from metro.data.jsonl_rows import UnusableRow
@@ -36,9 +37,6 @@ INSTRUCTION_TEXTS = ("published", "rendered")
 NO_INSTRUCTION = "no instruction to guess"
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 METRO_SENTINEL = re.compile(r"<sen(\d{3,})>")
-# A Jinja tag with the strings inside it, which may hold braces.
-_INSIDE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^"'])*?"""
-_TAG = re.compile(rf"\{{\{{{_INSIDE}\}}\}}|\{{%{_INSIDE}%\}}|\{{\#.*?\#\}}", re.DOTALL)
 # Private characters, which no data has: around the number of a run while rendering, and at "|||".
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _ANSWER_MARK = "\ue002"
@@ -59,7 +57,7 @@ class Split(NamedTuple):
     pieces: tuple[tuple[str, bool], ...]
     """(text, is it a Jinja tag?) from left to right, up to ``|||``."""
     runs: tuple[str, ...]
-    """The literal text between the tags, verbatim, also where it is blanks only."""
+    """The literal text between the tags as it is rendered, also where it is blanks only."""
     answer: str | None
     """The Jinja text behind ``|||``, None where there is no such mark."""
 
@@ -85,20 +83,36 @@ class Template(Protocol):
     def render_text(self, jinja_source: str, row: dict, *, seed: int | None = 0) -> str: ...
 
 
+@lru_cache(maxsize=8192)
 def split_template(jinja: str) -> Split:
-    """Cut the part of a template left of ``|||`` at its Jinja tags."""
-    source, mark, answer = jinja.partition("|||")
+    """Cut the part of a template left of ``|||`` at its Jinja tags, as Jinja reads them.
+
+    Raises:
+        UserError: it is not a Jinja template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
     pieces: list[tuple[str, bool]] = []
-    end = 0
-    for tag in _TAG.finditer(source):
-        if tag.start() > end:
-            pieces.append((source[end : tag.start()], False))
-        pieces.append((tag.group(), True))
-        end = tag.end()
-    if end < len(source):
-        pieces.append((source[end:], False))
+    tag, answer = "", None
+    try:
+        for _, kind, text in Environment().lex(jinja):
+            if answer is not None:
+                answer += text
+            elif kind == "data":  # without the blanks that `-` beside it takes
+                text, mark, rest = text.partition("|||")
+                pieces += [(text, False)] if text else []
+                answer = rest if mark else None
+            else:
+                tag += text
+                if kind.endswith("_end"):
+                    pieces.append((tag, True))
+                    tag = ""
+    except TemplateSyntaxError as error:
+        raise UserError(f"{jinja!r} is not a template: {error}") from None
+    if tag:  # never closed, which its rendering refuses
+        pieces.append((tag, True))
     runs = tuple(text for text, is_tag in pieces if not is_tag)
-    return Split(tuple(pieces), runs, answer if mark else None)
+    return Split(tuple(pieces), runs, answer)
 
 
 def join_instruction(runs: Sequence[str]) -> str:

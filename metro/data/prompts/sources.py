@@ -18,6 +18,7 @@ from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
 from metro.data.settings import PreparePromptsSettings
+from metro.utils.identity import files_identity
 from metro.utils.messages import UserError
 
 P3 = "bigscience/P3"
@@ -241,7 +242,7 @@ class PromptSources:
         return wanted
 
     def local_files(self) -> list[list]:
-        """Return name, size and time of every local file that will be read."""
+        """Return name and content (as a digest) of every local file that will be read."""
         found: list[list] = []
         if self.data_dir is None:
             return found
@@ -251,9 +252,8 @@ class PromptSources:
                     for place in datasets.local_files(self.data_dir, *self._names(plan), split):
                         files = [path for path in sorted(place.rglob("*")) if path.is_file()]
                         for file in files or [place]:
-                            stat = file.stat()
                             name = file.relative_to(self.data_dir).as_posix()
-                            found.append([name, stat.st_size, stat.st_mtime_ns])
+                            found.append([name, files_identity([file])])
             except DatasetUnavailable:
                 continue  # listed when it is loaded
         return found

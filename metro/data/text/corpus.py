@@ -23,7 +23,7 @@ from metro.data.text.reading import Chunk, ReadPosition, TextSource
 from metro.data.text.vocabulary import count_words, read_vocabulary, train_vocabulary
 from metro.modeling.text_metro_t5 import EOS_ID, UNK_ID, Vocabulary
 from metro.utils.files import naming
-from metro.utils.messages import UserError
+from metro.utils.messages import UserError, shortened
 from metro.utils.progress import Progress
 from metro.utils.seeds import draws
 from metro.utils.worker_pool import available_cores, map_in_order
@@ -58,9 +58,15 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> Prepared:
     sources = reading.open_sources(settings.inputs)
     lower, overwrite = not settings.cased, settings.overwrite
     vocabulary = read_vocabulary(settings.vocab) if settings.vocab else None
+    if len(sources) > len(settings.inputs):  # of folders or patterns
+        progress.say(f"reading {shortened(source.name for source in sources)}")
+    inputs = []
+    for number, source in enumerate(sources):
+        progress.show("reading the inputs", number, len(sources), source.name)
+        inputs.append(source.fingerprint())
     facts = {
         "format": TEXT_FORMAT_VERSION,
-        "inputs": [source.fingerprint() for source in sources],
+        "inputs": inputs,
         "vocab": _digest(vocabulary) if vocabulary else f"train {settings.train_vocab}",
         "lower": lower,
         "valid_fraction": settings.valid_fraction,

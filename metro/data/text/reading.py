@@ -4,6 +4,7 @@ Chunks come in order and can start at the end of any earlier chunk, so an interr
 resumed. Memory holds one chunk, or one line where that is longer.
 """
 
+import glob
 import gzip
 import itertools
 import os
@@ -15,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from metro.data.datasets import hub_errors
 from metro.utils.characters import refuse_utf16
+from metro.utils.identity import files_identity
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.network import use_cache_without_network
 
@@ -90,16 +92,11 @@ class TextSource:
 
     def fingerprint(self) -> dict:
         """Return the facts that must not change before an interrupted run is resumed."""
-        if not self.is_dataset:
-            stat = os.stat(self.name)
-            return {"name": self.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        folder = Path(self.dataset_and_config()[0])
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        stats = [(str(path.relative_to(folder)), path.stat()) for path in paths]
-        return {
-            "name": self.name,
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        }
+        paths = [Path(self.name)]
+        if self.is_dataset:
+            folder = Path(self.dataset_and_config()[0])
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {"name": self.name, "content": files_identity(paths)}
 
     def dataset_and_config(self) -> tuple[str, str | None]:
         dataset, _, config = self.name.removeprefix(HF_PREFIX).partition(":")
@@ -115,22 +112,35 @@ class TextSource:
 def open_sources(names: list[str]) -> list[TextSource]:
     """Check that every input can be read, before any work is done.
 
+    Args:
+        names: files, folders (all files in them, but hidden ones), patterns such as ``*.txt``, or
+            datasets.
+
     Raises:
-        UserError: no input, files that do not exist, or folders (all of them are named).
+        UserError: no input, or files that do not exist (all of them are named).
     """
     if not names:
         raise UserError("no input: give --input FILE")
-    sources = [TextSource(str(name)) for name in names]
+    sources = [TextSource(name) for given in names for name in _inputs_named(str(given))]
     paths = [Path(source.name) for source in sources if not source.is_dataset]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise UserError(f"no such input file: {', '.join(missing)}")
-    if folders := [str(path) for path in paths if path.is_dir()]:
-        raise UserError(f"input is a folder, name the files in it: {', '.join(folders)}")
     for path in paths:
         refuse_utf16(path)
         if path.name.removesuffix(".gz").endswith((".parquet", ".arrow")):
             raise UserError(f"{path} is not text: write it as .jsonl, with a field `text`")
     return sources
+
+
+def _inputs_named(name: str) -> list[str]:
+    """Return the files of a folder or pattern, in the order of their names; else the name."""
+    if name.startswith(HF_PREFIX) or os.path.isfile(name):
+        return [name]
+    pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
+    found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
+    if not found and os.path.isdir(name):
+        raise UserError(f"the folder {name} has no files: name another one, or files")
+    return found or [name]
 
 
 def read_chunks(sources: list[TextSource], start: ReadPosition = START) -> Iterator[Chunk]:

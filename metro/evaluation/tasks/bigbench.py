@@ -10,6 +10,7 @@ direct and channel.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from metro.data.prompts.labels import NO_LABEL
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.utils.messages import UserError
 
-_LETTERED = re.compile(r"(\([A-Z]\)) *(.*)")
+_CHOICE = re.compile(r"\s*(\([A-Z]\)|-) *(.*)")
 _TEXTS = {
     "task_prefix": "",
     "example_input_prefix": "\nQ: ",
@@ -114,28 +115,41 @@ def _scored(example: Any, answers: list[str]) -> Any:
     target is ``(A)``: the text is the choice then. Where no example of the file lists any,
     ``answers`` are the choices.
     """
-    if not isinstance(example, dict) or "target_scores" in example or "target" not in example:
+    if not isinstance(example, dict) or "target_scores" in example:
         return example
-    text, _, listed = str(example.get("input", "")).rpartition("\nOptions:\n")
-    choices = {}  # as the target names it -> choice
-    for line in filter(str.strip, listed.split("\n") if text else ()):
-        lettered = _LETTERED.match(line.strip())
-        name, choice = lettered.groups() if lettered else (line.removeprefix("- ").strip(),) * 2
-        choices[name] = choice
+    question, target = example.get("input"), example.get("target")
+    if not (isinstance(question, str) and isinstance(target, str)):
+        return example
+    text, _, listed = question.rpartition("\nOptions:\n")
+    found: list[list[str]] = []  # letter and choice
+    for line in listed.split("\n") if text else ():
+        begins = _CHOICE.match(line)
+        if begins or not found:
+            found.append([*begins.groups()] if begins else ["-", line])
+        else:  # of a choice of several lines
+            found[-1][1] += f"\n{line}"
+    named = [(letter, choice.strip()) for letter, choice in found if choice.strip()]
+    choices = {choice if letter == "-" else letter: choice for letter, choice in named}
     if not text:
-        text, choices = str(example.get("input", "")), {answer: answer for answer in answers}
-    target = str(example["target"]).strip()
-    target = choices.get(target, target)  # some targets are the text itself
+        text, choices = question, {answer: answer for answer in answers}
+    target = choices.get(target.strip(), target.strip())  # some targets are the text itself
     scores = {choice: int(choice == target) for choice in choices.values()}
     return {"input": text, "target_scores": scores} if any(scores.values()) else example
 
 
 def _two_answers(examples: list) -> list[str]:
-    """Return the two targets of a file of yes-or-no questions, which lists no choices."""
-    if not all(isinstance(x, dict) and isinstance(x.get("target"), str) for x in examples):
+    """Return the two targets of a file of yes-or-no questions, which lists no choices.
+
+    A tenth of the examples may be damaged; their targets are more rare than both of these.
+    """
+    targets = (example.get("target") for example in examples if isinstance(example, dict))
+    counts = Counter(target.strip() for target in targets if isinstance(target, str))
+    found = counts.most_common(3)
+    num_bad = len(examples) - sum(count for _, count in found[:2])
+    if len(found) < 2 or len(examples) < 3 or 10 * num_bad > len(examples):
         return []
-    found = sorted({example["target"].strip() for example in examples})
-    return found if len(found) == 2 and len(examples) > 2 else []
+    is_clear = len(found) == 2 or found[2][1] < found[1][1]
+    return sorted(target for target, _ in found[:2]) if is_clear else []
 
 
 def make_question(
@@ -151,8 +165,8 @@ def make_question(
         raise example
     if not isinstance(example, dict) or not isinstance(example.get("target_scores"), dict):
         raise UnusableRow("no multiple-choice targets", "the example has no target_scores")
-    if example.get("input") is None:
-        raise UnusableRow("missing field", "the example has no 'input'")
+    if not isinstance(example.get("input"), str | int | float):
+        raise UnusableRow("missing field", "the example has no text 'input'")
     scores, text = example["target_scores"], str(example["input"])
     if 1 not in scores.values():
         raise UnusableRow(NO_LABEL, f"no choice has score 1: {scores}")

@@ -11,6 +11,7 @@ import pytest
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import encoder_text, flip, sentinels_for, split_template
 from metro.data.prompts.templates import PromptTemplate
+from metro.utils.messages import UserError
 
 # How many templates "rendered" changes, as the module says. cosmos_qa's is not trained on.
 CHANGED = {"quartz": 8, "super_glue/copa": 8, "super_glue/wsc.fixed": 2, "cosmos_qa": 1}
@@ -114,6 +115,20 @@ def test_split_keeps_blanks_and_lone_braces():
     assert split.runs == (" \n", " { x } ", "!")
     assert split.answer == "{{c}}"
     assert split_template("{{a}} no answer").answer is None
+
+
+def test_split_reads_tags_as_jinja_does():
+    """Oracle: by hand: strings hold braces and bars, `-` takes the blanks beside it."""
+    source = template(
+        """It is {{a -}} . {{'"}}' ~ b}} {%- if x %} "{{ "|||" }}" {% endif -%} ? ||| y"""
+    )
+    assert split_template(source.jinja).runs == ("It is ", ". ", ' "', '" ', "? ")
+    row = {"a": "A", "b": "B", "x": 1}
+    flipped = flip(source, row)
+    assert flipped.input == '<extra_id_0>A<extra_id_1>"}}B<extra_id_2>|||<extra_id_3><extra_id_4>'
+    with pytest.raises(UserError, match="'Is .* is not a template: unexpected char"):
+        split_template("Is {{a?}}")
+    assert split_template("Is {{a").pieces == (("Is ", False), ("{{a", True))
 
 
 class Words:

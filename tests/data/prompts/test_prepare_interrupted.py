@@ -89,16 +89,17 @@ def test_data_that_changed_during_an_interruption_is_refused(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         prepare(world, tmp_path / "out", progress=Stops())
     file = world / "data/one/default/train.jsonl"
-    rows, written = file.read_bytes(), file.stat().st_mtime_ns
+    rows, before = file.read_bytes(), file.stat()
     file.write_bytes(rows + b'{"text": "more", "label": 0}\n')
     with pytest.raises(ValueError, match="unfinished run that differs: data_files was .* and is"):
         prepare(world, tmp_path / "out")
     file.write_bytes(rows)
-    os.utime(file, ns=(written, written))
     result, said = prepare(world, tmp_path / "out")
     assert "continuing after 0 of 4 parts" in said[0]
     expected, _ = prepare(world, tmp_path / "expected")
     assert files_of(result.folder) == files_of(expected.folder)
     file.write_bytes(rows.replace(b"drei", b"four"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
     with pytest.raises(ValueError, match="other settings: data_files was"):
         prepare(world, tmp_path / "out")

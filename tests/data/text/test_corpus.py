@@ -4,6 +4,7 @@ import builtins
 import gzip
 import importlib.util
 import json
+import os
 import shutil
 import sys
 
@@ -258,10 +259,12 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(random_text(5, 50).encode())[:-20])
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "wide.txt").write_text("text", encoding="utf-16")
+    (tmp_path / "nothing").mkdir()
     out = tmp_path / "out"
     cases = [
         ([tmp_path / "nowhere.txt", text], {}, UserError, "no such input file: .*nowhere"),
-        ([tmp_path], {}, ValueError, "is a folder"),
+        ([tmp_path / "nothing"], {}, UserError, "the folder .*nothing has no files"),
+        ([tmp_path / "*.tex"], {}, UserError, "no such input file: .*\\*.tex"),
         ([tmp_path / "rows.parquet"], {}, ValueError, "rows.parquet is not text"),
         ([tmp_path / "wide.txt"], {}, ValueError, "wide.txt is UTF-16"),
         ([], {}, ValueError, "no input"),
@@ -278,6 +281,37 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
         assert not out.exists()
     _, said = prepare([tmp_path / "empty.txt", text], out, vocab, overwrite=True)
     assert "warning: " in said and "empty.txt is empty" in said
+
+
+def test_folders_and_patterns_are_the_files_in_them(vocab, tmp_path, monkeypatch):
+    """Oracle: the same files named one by one, in the order of their names."""
+    files = ["a/2.txt", "b.txt", "z/1.txt"]
+    for number, name in enumerate([*files, ".hidden.txt"]):
+        (tmp_path / "books" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books" / name).write_text(random_text(number, 20))
+    monkeypatch.chdir(tmp_path)
+    prepare([f"books/{name}" for name in files], tmp_path / "named", vocab)
+    for given in ("books", "books/**/*.txt"):
+        _, said = prepare([given], tmp_path / "out", vocab, overwrite=True)
+        assert said.startswith("reading books/a/2.txt, books/b.txt, books/z/1.txt")
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "named")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare(["../books/[ab]*/*", "../books/b.txt", "../books/z"], tmp_path / "up", vocab)
+    assert files_of(tmp_path / "up") == files_of(tmp_path / "named")
+
+
+def test_inputs_are_known_by_their_content(text, vocab, tmp_path):
+    """Oracle: a file edited in place keeps its size and time; a touched one keeps its content."""
+    (tmp_path / "in.txt").write_bytes(text.read_bytes())
+    first, _ = prepare([tmp_path / "in.txt"], tmp_path / "out", vocab)
+    written = (tmp_path / "in.txt").stat().st_mtime_ns
+    os.utime(tmp_path / "in.txt", ns=(0, 0))
+    assert prepare([tmp_path / "in.txt"], tmp_path / "out", vocab)[0].was_finished
+    (tmp_path / "in.txt").write_bytes(text.read_bytes().replace(b"e", b"o"))
+    os.utime(tmp_path / "in.txt", ns=(written, written))
+    with pytest.raises(UserError, match="changed on disk: .*in.txt.*--overwrite"):
+        prepare([tmp_path / "in.txt"], tmp_path / "out", vocab)
 
 
 def test_finished_folder_is_left_alone_and_other_settings_need_overwrite(text, vocab, tmp_path):

@@ -54,6 +54,7 @@ def test_all_local_tasks_are_read(testdata):
         ([("So?\nOptions:\n- Yes\n- No", "No")], ["Yes", "No"], 1),
         ([("True and False is", "False"), ("not True is", "False"), ("True is", "True")],
          ["False", "True"], 0),
+        ([("Which?\nOptions:\n(A) red\nor not\n(B) green", "(A)")], ["red\nor not", "green"], 0),
     ],
 )  # fmt: skip
 def test_choices_of_big_bench_hard_are_read(examples, choices, label):
@@ -86,6 +87,33 @@ def test_examples_without_a_question_are_left_out_alone(tmp_path):
         assert [example.index for example in found.examples] == [0, 7]
         counts = {reason: left.num_rows for reason, left in found.skipped.items()}
         assert counts == Counter([*bad, last]), name
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_damaged_answers_of_big_bench_hard_cost_themselves_alone(tmp_path, kind):
+    """Oracle: by hand; two examples of 22 are damaged, and the others have two answers."""
+    targets = ["Yes"] * 11 + ["Yep", None] + ["No"] * 9
+    examples = [{"input": f"{n}?", "target": target} for n, target in enumerate(targets)]
+    lines = [json.dumps(example) for example in examples]
+    lines[12] = lines[12][:-5]
+    whole = json.dumps({"examples": examples})
+    (tmp_path / "hard").mkdir()
+    (tmp_path / f"hard/all.{kind}").write_text(whole if kind == "json" else "\n".join(lines))
+    task = load_task(TaskSpec("hard", "bigbench", (WHOLE_TASK,)), Sources(bigbench_dir=tmp_path))
+    found = task.examples(WHOLE_TASK)
+    assert [example.index for example in found.examples] == [*range(11), *range(13, 22)]
+    assert {tuple(example.choices) for example in found.examples} == {("No", "Yes")}
+    assert [example.label for example in found.examples] == [1] * 11 + [0] * 9
+    assert sum(left_out.num_rows for left_out in found.skipped.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "targets", [["a", "b", "c"], ["a"] * 9 + ["b", "c"], [str(n % 7) for n in range(70)]]
+)
+def test_more_than_two_answers_are_no_answer_choices(targets):
+    """Oracle: by hand; no two answers stand out, so that the rest could be damaged."""
+    with pytest.raises(ValueError, match="no multiple-choice examples"):
+        parse_task({"examples": [{"input": "?", "target": target} for target in targets]})
 
 
 def test_tasks_that_cannot_be_ranked_are_refused(tmp_path):
