@@ -39,7 +39,11 @@ def peak_memory_bytes() -> int:
 
 
 def measure_isolated(function: Callable, *args: Any) -> Measured:
-    """Call a module-level function in a process of its own, so that peaks do not mix."""
+    """Call a module-level function in a process of its own, so that peaks do not mix.
+
+    Raises:
+        RuntimeError: it did not return; its own message has been printed.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, args))

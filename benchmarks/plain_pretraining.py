@@ -26,6 +26,10 @@ def plain_attend(q, k, v, bias_HTT, visibility, dropout, return_weights=True):
         scores = torch.bmm(flat_q, flat_k.transpose(1, 2))
     if visibility.is_causal:
         scores = scores + torch.full_like(scores[0], float("-inf")).triu(1)
+    if visibility.key_mask is not None:
+        hidden = ~visibility.key_mask[:, None, None]
+        by_row = scores.unflatten(0, q.shape[:2]).masked_fill(hidden, float("-inf"))
+        scores = by_row.flatten(0, 1)
     weights = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(weights, flat_v).unflatten(0, q.shape[:2]), None
 
@@ -63,7 +67,9 @@ def make_plain(model: MetroPretrainingModel) -> None:
 def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -> torch.Tensor:
     """The objective of the base configuration with everything computed everywhere."""
     original, is_masked = batch["original_ids"], batch["is_masked"]
-    hidden = model.auxiliary.encoder(batch["masked_ids"]).last_hidden_state
+    is_token = original.ne(model.config.pad_token_id)
+    mask = is_token if batch.get("has_padding") else None
+    hidden = model.auxiliary.encoder(batch["masked_ids"], mask).last_hidden_state
     weight = model.auxiliary.encoder.embed_tokens.weight
     mlm_logits = model.auxiliary.lm_head(hidden[is_masked], weight).float()
     mlm = F.cross_entropy(mlm_logits, original[is_masked], reduction="sum")
@@ -72,8 +78,10 @@ def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -
         samples = torch.multinomial(mlm_logits.detach().softmax(-1), 1).squeeze(-1)
         corrupted = batch["masked_ids"].masked_scatter(is_masked, samples)
 
-    encoded = model.main.encoder(corrupted).last_hidden_state
-    decoded = model.main.decoder(batch["decoder_input_ids"], encoder_hidden_states=encoded)
+    encoded = model.main.encoder(corrupted, mask).last_hidden_state
+    decoded = model.main.decoder(
+        batch["decoder_input_ids"], encoder_hidden_states=encoded, encoder_attention_mask=mask
+    )
     log_probs = model.main.lm_head(decoded.last_hidden_state).float().log_softmax(-1).flatten(0, 1)
     log_probs.argmax(-1)  # the logged accuracies are of all positions
     masked_log_probs, targets = log_probs[is_masked.flatten()], original[is_masked].unsqueeze(-1)
@@ -81,5 +89,7 @@ def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -
     rtd_logits = model.rtd_head(encoded).squeeze(-1).float()
     lm = (nll * rtd_logits[is_masked].sigmoid().detach()).sum()
     is_replaced = corrupted.ne(original).float()
-    rtd = F.binary_cross_entropy_with_logits(rtd_logits, is_replaced, reduction="sum")
-    return mlm + lm + objective.rtd_weight * rtd / original.numel() * is_masked.sum()
+    rtd = F.binary_cross_entropy_with_logits(
+        rtd_logits, is_replaced, is_token.float(), reduction="sum"
+    )
+    return mlm + lm + objective.rtd_weight * rtd / is_token.sum() * is_masked.sum()

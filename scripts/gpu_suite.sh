@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# Run the GPU tests and all benchmarks on this machine, without a network.
+# Measure and test on this machine's GPU, without a network, in eight minutes: the most valuable first.
 #
-#   [OUT=folder] [WHEELS=folder] [PYTHON=python3] [PART_SECONDS=600] scripts/gpu_suite.sh [PART ...]
+#   [OUT=folder] [WHEELS=folder] [PYTHON=python3] [TOTAL_SECONDS=480] scripts/gpu_suite.sh [PART ...]
 #
+# PART     check        metro doctor: every kernel beside its formula (until 9 % of the time have passed)
+#          pretraining  METRO-base: fused, eager, compiled; with and without padding (47 %)
+#          curves       losses of 20 steps, fused and not (59 %)
+#          ops          attention and cross-entropy beside their rivals (75 %)
+#          evaluation   T0's evaluation sets beside the published way (85 %)
+#          tests        GPU tests, in parallel where pytest-xdist is there (100 %)
+#          Default: all, in this order. What a part leaves of its time is for the next ones.
 # WHEELS   wheels to use beside what PYTHON has. They go to a temporary folder: nothing is installed for
-#          good. PYTHON has torch and NumPy; wheels are needed for what else it lacks of
-#            device, tests, pretraining: transformers tokenizers huggingface_hub safetensors regex pyyaml
-#              filelock packaging requests httpx tqdm rich click jinja2 sentencepiece matplotlib pytest
-#            prepare_text, prompt_data and the tests of fairseq-train, in addition: fairseq-fixed (built with
-#              READTHEDOCS=1) hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker
-#              tabulate colorama lxml scikit-learn scipy joblib threadpoolctl tensorboard
-#              and what these name as their requirements
-#          triton is needed by the kernels and their tests (it comes with PyTorch for CUDA); the benchmark
-#          ops compares with liger-kernel and cut-cross-entropy where they are there.
-# OUT      where results go: one JSON per benchmark, gpu_suite.log with all output, gpu_suite.json with
-#          the result and the seconds of every part. Default: benchmarks/results.
-# PART     device, tests or the name of a benchmark; default: all of them.
+#          good. PYTHON has torch, Triton and NumPy; what else it lacks of
+#            transformers tokenizers huggingface_hub safetensors regex pyyaml filelock packaging requests
+#              httpx tqdm rich click jinja2 sentencepiece matplotlib; pytest and pytest-xdist execnet
+#            for tests of fairseq-train: fairseq-fixed (built with READTHEDOCS=1) and what it requires
+#            as rivals in ops: liger-kernel, cut-cross-entropy
+# OUT      where results go: a JSON per benchmark, written row by row, gpu_suite.log with all output, and
+#          gpu_suite.json with the result and seconds of every part that has ended. Default:
+#          benchmarks/results.
+# DRY_RUN  1: everything small, on the CPU, with Triton's interpreter.
 #
 # A part whose needs are missing is skipped, and the reason stands in the results. A part that fails or
 # runs out of time does not stop the others; the exit status is then 1, as it is without a GPU.
@@ -23,7 +27,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
-PART_SECONDS=${PART_SECONDS:-600}
+TOTAL_SECONDS=${TOTAL_SECONDS:-480}
+DRY_RUN=${DRY_RUN:-}
 export OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
@@ -33,105 +38,127 @@ trap 'rm -rf "$SCRATCH"' EXIT
 : >"$LOG"
 : >"$SCRATCH/parts"
 
-# missing MODULE...: print the first that cannot be imported, and why. `cuda` stands for a GPU.
-missing() {
-    "$PYTHON" - "$@" <<'END' 2>/dev/null
-import importlib
+# Write gpu_suite.json from what is known so far; its status is that of the suite.
+report() {
+    "$PYTHON" - "$SCRATCH" "$OUT/gpu_suite.json" "$DRY_RUN" <<'END'
+import json
+import os
 import sys
 
-for name in sys.argv[1:]:
-    try:
-        if name == "cuda":
-            if not importlib.import_module("torch").cuda.is_available():
-                raise RuntimeError("torch sees no GPU")
-        else:
-            importlib.import_module(name)
-    except BaseException as error:
-        print(f"{name}: {error or type(error).__name__}".splitlines()[0])
-        break
+scratch, path, is_dry = sys.argv[1:]
+NAMES = {"0": "passed", "5": "failed: no test was found"}
+NAMES |= {"124": "failed: out of time", "137": "failed: killed"}
+try:
+    machine = json.load(open(f"{scratch}/machine"))
+except (OSError, ValueError):
+    machine = {"gpu": None, "torch": "does not import", "missing": {}}
+parts = {}
+for line in open(f"{scratch}/parts"):
+    name, status, limit, seconds, reason = line.rstrip("\n").split("\t")
+    result = NAMES.get(status, f"failed: exit status {status}")
+    result = f"skipped: needs {reason}" if status == "skipped" else result
+    parts[name] = {"result": result, "seconds": int(seconds), "limit": int(limit)}
+failed = any(part["result"].startswith("failed") for part in parts.values())
+ok = bool(machine["gpu"] or is_dry) and not failed
+summary = {"ok": ok, "gpu": machine["gpu"], "torch": machine["torch"], "parts": parts}
+with open(f"{path}.tmp", "w") as file:
+    json.dump(summary, file, indent=2)
+os.replace(f"{path}.tmp", path)
+sys.exit(not ok)
 END
 }
 
-# part NAME "MODULE..." COMMAND...: run it with a time limit and remember how it ended.
+# What of the modules of all parts cannot be imported, and why; looked up once. `cuda` is a GPU.
+look() {
+    "$PYTHON" - "$@" <<'END' >"$SCRATCH/machine" 2>/dev/null
+import importlib
+import importlib.util
+import json
+import sys
+
+found = {"gpu": None, "torch": "does not import", "missing": {}}
+for name in sys.argv[1:]:
+    try:
+        module = importlib.import_module(name)
+        if name == "torch":
+            found["torch"] = module.__version__
+            if module.cuda.is_available():
+                found["gpu"] = module.cuda.get_device_name()
+    except BaseException as error:
+        found["missing"][name] = str(error or type(error).__name__).splitlines()[0]
+if found["gpu"] is None:
+    found["missing"]["cuda"] = "torch sees no GPU"
+json.dump(found, sys.stdout)
+END
+}
+
+# part NAME PERCENT "MODULE..." COMMAND...: run it until that share of the time has passed.
 part() {
-    local name=$1 needs=$2 start=$SECONDS status reason
-    shift 2
+    local name=$1 limit=$((TOTAL_SECONDS * $2 / 100 - SECONDS)) needs=$3 start=$SECONDS status reason
+    shift 3
+    limit=$((limit < 1 ? 1 : limit))
     # shellcheck disable=SC2086
-    reason=$(missing $needs)
+    reason=$("$PYTHON" - "$SCRATCH/machine" $needs <<'END' 2>/dev/null
+import json
+import sys
+
+missing = json.load(open(sys.argv[1]))["missing"]
+print(*(f"{name}: {missing[name]}" for name in sys.argv[2:] if name in missing), sep="; ")
+END
+    )
     if [ -n "$reason" ]; then
         echo "== $name: skipped, needs $reason" | tee -a "$LOG"
-        printf '%s\tskipped\t0\t%s\n' "$name" "$reason" >>"$SCRATCH/parts"
-        return
+        status=skipped
+    else
+        echo "== $name, $limit s: $*" | tee -a "$LOG"
+        timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOG"
+        status=${PIPESTATUS[0]}
     fi
-    echo "== $name: $*" | tee -a "$LOG"
-    timeout --kill-after=20 "$PART_SECONDS" "$@" 2>&1 | tee -a "$LOG"
-    status=${PIPESTATUS[0]}
-    printf '%s\t%s\t%s\t\n' "$name" "$status" "$((SECONDS - start))" >>"$SCRATCH/parts"
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$limit" "$((SECONDS - start))" "$reason" >>"$SCRATCH/parts"
+    report
 }
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 if [ -n "${WHEELS:-}" ]; then
-    part wheels pip "$PYTHON" -m pip install --quiet --no-index --no-deps --no-warn-script-location \
+    part wheels 25 "" "$PYTHON" -m pip install --quiet --no-index --no-deps --no-warn-script-location \
         --target "$SCRATCH/site" "$WHEELS"/*.whl
     PYTHONPATH=$SCRATCH/site:$PYTHONPATH
     PATH=$SCRATCH/site/bin:$PATH
 fi
+SECONDS=0 # the time for wheels is not counted
 
 METRO="torch numpy transformers sentencepiece safetensors jinja2 yaml matplotlib click rich"
-benchmarks=$(for file in $(grep -l write_results benchmarks/*.py); do
-    basename "$file" .py
-done | grep -vx common)
-gpu_tests=$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-for name in ${*:-device tests $benchmarks}; do
+# shellcheck disable=SC2086
+look $METRO pytest xdist
+GPU="$METRO cuda"
+speed=(--batch-size 32 --rounds 1) ops=(relative_position linear_cross)
+curves=(--device cuda) evaluation=(--device cuda --rows 48) tests=(-m gpu -k "not kernels_compile")
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+grep -q '"xdist"' "$SCRATCH/machine" || tests+=(-n 8) # named there if it is missing
+if [ -n "$DRY_RUN" ]; then
+    export TRITON_INTERPRET=1
+    GPU=$METRO speed=(--device cpu --size small --batch-size 1 --rounds 1) ops=(packed_linear)
+    curves=(--device cpu --size small) evaluation=(--device cpu --rows 2 --layers 1 --width 64)
+    tests=(-k "right_kernels_pass and dropout_add") files=(tests/ops/test_self_check.py)
+fi
+for name in ${*:-check pretraining curves ops evaluation tests}; do
     case $name in
-    device) part device "$METRO" "$PYTHON" -m metro.cli.main doctor ;;
-    # shellcheck disable=SC2086
-    tests) part tests "pytest $METRO cuda" "$PYTHON" -m pytest -m gpu -rs $gpu_tests ;;
+    check) part check 9 "$METRO" "$PYTHON" -m metro.cli.main doctor ;;
     pretraining)
-        part pretraining "$METRO cuda" \
-            "$PYTHON" -m benchmarks.pretraining --batch-size 32 --rounds 2
+        part pretraining 47 "$GPU" "$PYTHON" -m benchmarks.pretraining "${speed[@]}"
         ;;
-    evaluation) part evaluation "$METRO cuda" "$PYTHON" -m benchmarks.evaluation --device cuda ;;
-    prepare_text | prompt_data)
-        part "$name" "$METRO fairseq_cli.preprocess" "$PYTHON" -m "benchmarks.$name"
+    curves) part curves 59 "$GPU" "$PYTHON" -m benchmarks.pretraining_curves "${curves[@]}" ;;
+    ops) part ops 75 "$GPU" "$PYTHON" -m benchmarks.ops --repeats 5 --only "${ops[@]}" ;;
+    evaluation) part evaluation 85 "$GPU" "$PYTHON" -m benchmarks.evaluation "${evaluation[@]}" ;;
+    tests) part tests 100 "pytest $GPU" "$PYTHON" -m pytest -q -rs "${tests[@]}" "${files[@]}" ;;
+    *)
+        echo "unknown part $name; use check, pretraining, curves, ops, evaluation or tests" >&2
+        exit 1
         ;;
-    *) part "$name" "$METRO" "$PYTHON" -m "benchmarks.$name" ;;
     esac
 done
-
-"$PYTHON" - "$SCRATCH/parts" "$OUT/gpu_suite.json" <<'END'
-import json
-import sys
-
-try:
-    import torch
-
-    version = torch.__version__
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-except Exception as error:
-    version, gpu = f"does not import: {error}", None
-NAMES = {
-    "0": "passed",
-    "5": "failed: no test was found",
-    "124": "failed: out of time",
-    "137": "failed: killed",
-}
-parts = {}
-for line in open(sys.argv[1]):
-    name, status, seconds, reason = line.rstrip("\n").split("\t")
-    if status == "skipped":
-        result = f"skipped: needs {reason}"
-    else:
-        result = NAMES.get(status, f"failed: exit status {status}")
-    parts[name] = {"result": result, "seconds": int(seconds)}
-    print(f"{name:14} {result} ({seconds} s)")
-if gpu is None:
-    print("no GPU was found")
-ok = gpu is not None and not any(part["result"].startswith("failed") for part in parts.values())
-summary = {"ok": ok, "gpu": gpu, "torch": version, "parts": parts}
-json.dump(summary, open(sys.argv[2], "w"), indent=2)
-sys.exit(not ok)
-END
-status=$?
+echo
+cat "$OUT/gpu_suite.json"
+grep -E '(target|met$)' "$LOG"
 echo "results: $OUT"
-exit "$status"
+report
