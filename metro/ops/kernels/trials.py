@@ -39,7 +39,7 @@ TRAINED: dict[str, list[tuple[str, ...]]] = {
         ("causal", "dropout", "mask"),
     ],
     "dropout_add_layer_norm": [("dropout",), (), ("dropout", "mixed"), ("mixed",)],
-    "linear_cross_entropy": [("bias",)],
+    "linear_cross_entropy": [("bias",), ()],
     "linear_sample_cross_entropy": [("bias",)],
 }
 """Operation -> the optional inputs that training and evaluation give it, the most in front.
