@@ -94,10 +94,12 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
         )
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
+        lines = reference_lines(curves, name)
         axis.plot(*curves["train"][name], label="train", linewidth=1.2)
         if name in curves["valid"]:
             axis.plot(*curves["valid"][name], "o-", label="valid", markersize=4)
-        for label, curve in reference_lines(curves, name).items():
+        axis.set_ylim(*limits([curves["train"][name], *lines.values()]))
+        for label, curve in lines.items():
             axis.plot(*curve, "--", color="grey", linewidth=0.9)
             axis.annotate(label, (curve.updates[-1], curve.values[-1]), ha="right", fontsize=7)
         axis.set_title(f"{name}\n{LOSSES[name]}", fontsize=9)
@@ -108,6 +110,18 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def limits(lines: list[Curve]) -> tuple[float, float]:
+    """Ends of the axis, from what follows the first tenth of the updates: the fall before hides it.
+
+    Args:
+        lines: the training curve first.
+    """
+    first = lines[0].updates[-1] / 10
+    values = [v for line in lines for u, v in zip(*line, strict=True) if u >= first]
+    margin = 0.1 * (max(values) - min(values)) or 0.1
+    return min(values) - margin, max(values) + margin
 
 
 def reference_lines(curves: dict[str, dict[str, Curve]], name: str) -> dict[str, Curve]:

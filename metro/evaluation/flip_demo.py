@@ -134,7 +134,8 @@ def generate(
 
 
 def as_text(tokenizer, ids) -> str:
-    """Decode generated ids, METRO's sentinels written as ``<extra_id_k>``."""
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_token_id])
+    """Decode generated ids without ``<s>`` and the like, sentinels written as ``<extra_id_k>``."""
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    text = tokenizer.decode([i for i in ids if i not in marks])
     text = METRO_SENTINEL.sub(lambda match: f"<extra_id_{int(match.group(1)) - 1}>", text)
     return text.replace("<extra_id_-1>", "<mask>")

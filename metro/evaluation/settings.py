@@ -135,13 +135,16 @@ class EvaluationSettings(ScoringSettings):
         return self.run_name or f"{name}-{file_name(suite, keep_case=True)}"
 
 
+GENERIC = r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|checkpoint.*|.*\.pt"
+"""Names of models that say little without the folder that they are in."""
+
+
 def short_name(model: str) -> str:
-    """A folder name for a model: the last part of a path or hub id, of checkpoints the last two."""
+    """Name a folder for a model: last part of its path or hub id, of generic ones the last two."""
     path = Path(model)
     if path.name in ("", ".."):
         path = path.resolve()
-    is_checkpoint = path.suffix == ".pt" or re.fullmatch(r"checkpoint-\d+", path.name)
-    parts = path.parts[-2:] if is_checkpoint else path.parts[-1:]
+    parts = path.parts[-2 if re.fullmatch(GENERIC, path.name) else -1 :]
     name = "_".join(parts).removesuffix(".pt")
     return file_name(re.sub(r"[ /]+", "_", name).strip("._"), keep_case=True)
 

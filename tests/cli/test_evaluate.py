@@ -134,6 +134,7 @@ def test_checkpoints_of_several_runs_have_folders_of_their_own():
     names = ["t5-base", "runs/t0", "a/checkpoint-150", "b/checkpoint-150", "b/checkpoint_last.pt"]
     expected = ["t5-base", "t0", "a_checkpoint-150", "b_checkpoint-150", "b_checkpoint_last"]
     assert [short_name(name) for name in names] == expected
+    assert short_name("c/model") == "c_model"
     assert short_name("my model") == "my_model" and short_name(str(ROOT)) == short_name(f"{ROOT}/.")
     others = {short_name(name) for name in ("模型甲", "模型乙", "modèle", "x" * 300, "x" * 299)}
     assert len(others) == 5 and all(len(name.encode()) < 100 for name in others)

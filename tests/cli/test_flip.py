@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from metro.cli.flip import tie
 from metro.cli.main import app
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.flip_demo import flip_choices
+from metro.evaluation.flip_demo import as_text, flip_choices
 from metro.evaluation.settings import FlipSettings
 from tests.evaluation.golden import load_exported, score_alone
 
@@ -44,6 +44,14 @@ def test_without_an_instruction_the_likeliest_suggestion_is_taken(model):
     shown = flip(model, "so it is", ["yes", "no"], max_new_tokens=6)
     assert shown.instruction in [row.generated for row in shown.rows]
     assert shown.winner == max(shown.rows, key=lambda row: row.score).choice
+
+
+def test_a_suggestion_has_no_start_symbol(golden):
+    """Oracle: by hand; METRO's models write `<s>` first."""
+    _, tokenizer = load_exported(golden, "metro_tiny_a")
+    ids = tokenizer("the sea").input_ids
+    assert tokenizer.decode(ids).startswith("<s>")
+    assert as_text(tokenizer, ids).strip() == "the sea"
 
 
 def test_the_command_prints_options_and_winner(model):

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_training.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from plot_training import Curve, draw, read_log, reference_lines  # noqa: E402
+from plot_training import Curve, draw, limits, read_log, reference_lines  # noqa: E402
 
 
 def train(update: int, value: float) -> str:
@@ -64,6 +64,13 @@ def test_dashed_lines_are_the_logged_references_of_the_losses_they_compare_with(
     assert reference_lines(curves, "discriminator_loss") == {}
     assert reference_lines(curves, "rtd_loss") == {"guessing by frequency": Curve([30], [0.6])}
     draw(curves, tmp_path / "losses.png")
+
+
+def test_the_axis_leaves_out_the_first_fall():
+    """Oracle: by hand; 10 of 100 updates, and a margin of a tenth."""
+    train = Curve([1, 9, 10, 50, 100], [12.0, 9.0, 4.0, 3.0, 2.0])
+    assert limits([train, Curve([1, 100], [1.0, 1.0])]) == (0.7, 4.3)
+    assert limits([Curve([5], [2.0])]) == (1.9, 2.1)
 
 
 def test_picture_is_drawn(tmp_path):

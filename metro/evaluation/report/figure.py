@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from metro.evaluation.report.comparison import ReportRun, Section
-from metro.evaluation.report.naming import asset, span, task_title
+from metro.evaluation.report.naming import asset, each_count, task_title
 from metro.evaluation.report.tables import is_wide
 from metro.evaluation.runs.published import PublishedRow
 from metro.evaluation.runs.summary import interval_text
@@ -79,8 +79,9 @@ class Drawing:
             self.axes.text(left, y + 15, title, color=INK, size=12, weight="bold")
             found = [run.summary.tasks[task] for run in section.runs if task in run.summary.tasks]
             if len(title) < 28 and not section.one_prompt:
-                prompts = span((each.num_prompts for each in found), "prompt")
-                text = f"{prompts} · {span((each.num_examples for each in found), 'example')}"
+                prompts = each_count([each.num_prompts for each in found], "prompt")
+                examples = each_count([each.num_examples for each in found], "example")
+                text = f"{prompts} · {examples}"
                 self.axes.text(left + COLUMN, y + 15, text, ha="right", **SMALL)
             if (chance := section.chances.get(task)) is not None:
                 self.mark(left, chance, ends, f"guessing {percent(chance)}", **CHANCE)

@@ -1,11 +1,12 @@
 """Titles of suites, tasks and runs in the report, and the files of its page."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from metro.evaluation.runs.run_folder import Run
+from metro.evaluation.settings import GENERIC
 from metro.models.registry_cards import SUITE_TITLES, TASK_TITLES
 from metro.utils.messages import counted
 
@@ -85,8 +86,7 @@ def path_title(model: str) -> str:
     path = Path(model.rstrip("/") or model)
     if path.suffix in (".pt", ".bin", ".safetensors") and path.parent.name:
         path = path.parent
-    generic = r"(?i)direct|channel|flipped|hf|export(ed)?|model|final|(checkpoint.*)"
-    if re.fullmatch(generic, path.name):
+    if re.fullmatch(GENERIC, path.name):
         return f"{path.parent.name}/{path.name}".lstrip("/")
     return path.name
 
@@ -96,11 +96,13 @@ def grouped(number: float) -> str:
     return f"{number:,.0f}".replace(",", "\u202f")
 
 
-def span(numbers: Iterable[int], noun: str) -> str:
-    """``1 prompt``, ``5–20 examples``: the least and the most of some counts."""
-    low, high = min(found := [*numbers]), max(found)
-    text = counted(high, noun, grouped)
-    return text if low == high else f"{grouped(low)}–{text}"
+def each_count(numbers: Sequence[int], noun: str) -> str:
+    """``1 prompt``, ``5 / 20 examples`` of two runs; of more than three the least and the most."""
+    is_few = len(numbers) <= 3
+    shown = list(numbers) if is_few else [min(numbers), max(numbers)]
+    shown = shown if len(set(shown)) > 1 else shown[:1]
+    parts = [*map(grouped, shown[:-1]), counted(shown[-1], noun, grouped)]
+    return (" / " if is_few else "–").join(parts)
 
 
 def asset(name: str) -> str:

@@ -180,7 +180,7 @@ def test_runs_of_other_limits_are_marked_and_never_the_best(tmp_path):
     (section,) = compare(runs[:3])
     assert [run.label for run in section.runs] == ["m0, limit 5", "m1", "m2"]
     assert [row.best for row in section.rows[:3]] == [set(), set(), {"rte", "average"}]
-    assert "2 prompts · 5–277 examples" in "".join(drawings(section))
+    assert "2 prompts · 5 / 277 / 277 examples" in "".join(drawings(section))
     (section,) = compare([runs[0], runs[3]])
     assert [run.label for run in section.runs] == ["m0, limit 5", "m3, limit 20"]
     assert not any(row.best for row in section.rows)
