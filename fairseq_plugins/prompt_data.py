@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from fairseq.data import FairseqDataset
 
-from fairseq_plugins.data import check_files
 from metro.data.blocks import batch_by_size
 from metro.data.capped_mixture import order_by_source_and_target
+from metro.data.indexed_file import check_split
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import BinarisedTasks, PromptData
@@ -185,7 +185,7 @@ def task_names(folder: Path, split: str) -> tuple[list[str], list[int | None]]:
         if name not in caps:
             raise UserError(f"{where / TRAIN_CAPS} has no cap for {name!r} of the split {split!r}")
         for side in ("src", "tgt"):
-            check_files(str(inside(where, name) / f"{kind}.src-tgt.{side}"))
+            check_split(inside(where, name) / f"{kind}.src-tgt.{side}")
     return names, [caps[name] for name in names]
 
 

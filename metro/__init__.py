@@ -5,6 +5,7 @@ The whole work as functions, each of which takes the options of its command as k
     import metro
 
     metro.prepare_text(inputs=["book.txt"], out="data", train_vocab=8000)
+    metro.pretrain(config="metro_t5_tiny", data="data", output_dir="model")
     metro.prepare_prompts(mixture="t0", out="prompts")
     metro.finetune(model="metro_t0_base", data="prompts", output_dir="finetuned")
     metro.generate("finetuned", ["Is the sky blue?"])
@@ -28,6 +29,7 @@ _PUBLIC: dict[str, str] = {
     "generate": "metro.models.generation",
     "prepare_text": "metro.data.text.corpus",
     "prepare_prompts": "metro.data.prompts.prepare",
+    "pretrain": "metro.training.pretrain",
     "finetune": "metro.finetuning.run",
     "evaluate": "metro.evaluation.evaluate",
     "report": "metro.evaluation.report.build",

@@ -1,13 +1,12 @@
 """Pretrain a small METRO model on this machine: `make demo`.
 
 Text (the documentation in the installed Python packages, or --text FILE...) -> `metro prepare-text`
--> `fairseq-hydra-train` -> curves -> `metro convert to-hf` -> what the model has learnt, shown and
-measured on held-out text. Every step prints its command, as one would type it. Stopped at any
-moment and started again, it resumes; all files are in one folder, demo/.
+-> `metro pretrain` -> curves -> what the model has learnt, shown and measured on held-out text.
+Every step prints its command, as one would type it. Stopped at any moment and started again, it
+resumes; all files are in one folder, demo/.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -20,15 +19,13 @@ from pathlib import Path
 
 from demo_probe import Probe, bigram_bits
 from demo_text import write_demo_text
-from plot_training import LOSSES, draw, parse_line, read_log
+from plot_training import LOSSES, draw, read_log
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metro.models.loading import load_pretraining_model, read_tokenizer
 from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = "fairseq_plugins/configs/pretraining"
 TEXT_BYTES = 6_000_000
 VOCAB_SIZE = 2000
 NUM_UPDATES = 2000
@@ -65,29 +62,27 @@ def main() -> int:
 
 def run(folder: Path, texts: list[str], num_updates: int) -> None:
     start = time.time()
-    data, log = folder / "data", folder / "pretraining.log"
+    data, model = folder / "data", folder / "model"
     folder.mkdir(exist_ok=True)
     remember_inputs(folder, texts)
 
-    step("1/6 text")
+    step("1/5 text")
     texts = texts or [make_text(folder / "english.txt")]
-    step("2/6 text to data")
+    step("2/5 text to data")
     inputs = [part for text in texts for part in ("--input", text)]
     sizes = ["--train-vocab", str(VOCAB_SIZE), "--valid-fraction", "0.04"]
     subprocess.run(
         command("metro", "prepare-text", *inputs, "--out", str(data), *sizes), check=True
     )
-    step("3/6 pretraining")
-    pretrain(data, folder / "checkpoints", log, num_updates)
-    step("4/6 curves")
-    curves = read_log(log)
+    step("3/5 pretraining")
+    pretrain(data, model, num_updates)
+    step("4/5 curves")
+    curves = read_log(model)
     picture = folder / "losses.png"
     draw(curves, picture)
     console.print(f"drawn: {picture}")
-    step("5/6 a Hugging Face model")
-    export(folder / "checkpoints/checkpoint_last.pt", data, folder / "model")
-    step("6/6 what it has learnt")
-    show(folder / "model", data)
+    step("5/5 what it has learnt")
+    show(model, data)
     step("done")
     report(curves, folder, time.time() - start)
 
@@ -123,50 +118,26 @@ def command(name: str, *options: str) -> list[str]:
     return [str(Path(sysconfig.get_path("scripts")) / name), *options]
 
 
-def pretrain(data: Path, checkpoints: Path, log: Path, num_updates: int) -> None:
-    """Run fairseq with its messages in the log, and show the log's numbers as a progress bar."""
-    argv = command(
-        "fairseq-hydra-train",
-        *("--config-dir", CONFIGS, "--config-name", "metro_t5_tiny"),
-        f"task.data={data}",
-        f"checkpoint.save_dir={checkpoints}",
-        f"optimization.max_update={num_updates}",
-        f"common.log_interval={min(20, num_updates)}",  # a short run has a curve too
-    )
-    console.print(f"all messages: {log}")
-    with log.open("a", encoding="utf-8") as file:
-        try:
-            # The training inherits the lock with its output and holds it as long as it lives.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"a training still writes to {log}: wait for it, or stop it") from None
-        position = file.tell()
-        process = subprocess.Popen(
-            argv,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"},
-            start_new_session=True,  # Ctrl-C comes here, and the training is asked to save
-        )
-        try:
-            follow(process, log, position, num_updates)
-        except KeyboardInterrupt:
-            console.print("\nstopping after the current update, and saving ...")
-            process.terminate()
-            process.wait()
-            raise
+def pretrain(data: Path, model: Path, num_updates: int) -> None:
+    """Train; Ctrl-C comes here and there, and the training saves and stops."""
+    options = {
+        "--config": "metro_t5_tiny",
+        "--data": str(data),
+        "--output-dir": str(model),
+        "--max-update": str(num_updates),
+        "--log-interval": str(min(20, num_updates)),  # a short run has a curve too
+    }
+    parts = [part for option in options.items() for part in option]
+    argv = command("metro", "pretrain", *parts, "--keep-auxiliary")
+    process = subprocess.Popen(argv)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
     if process.returncode:
-        console.print("\n".join(read_from(log, position).splitlines()[-15:]), markup=False)
         raise subprocess.CalledProcessError(process.returncode, argv)
-
-
-def export(checkpoint: Path, data: Path, model: Path) -> None:
-    """The last checkpoint as a folder that loads anywhere, with all its parts."""
-    options = ("--vocab", str(data), "--keep-auxiliary", "--overwrite")
-    subprocess.run(
-        command("metro", "convert", "to-hf", str(checkpoint), "--out", str(model), *options),
-        check=True,
-    )
 
 
 def show(folder: Path, data: Path) -> None:
@@ -184,37 +155,6 @@ def show(folder: Path, data: Path) -> None:
         mark = "[green]yes[/]" if reached else "[red]no [/]"
         console.print(f"  {mark} {line}")
     console.print(f"  the decoder copies {scores.copied:.1f} % of the other tokens")
-
-
-def follow(process: subprocess.Popen, log: Path, position: int, num_updates: int) -> None:
-    """Show progress until the training ends."""
-    columns = [TextColumn("update"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[losses]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=num_updates, losses="starting")
-        shown = 0
-        running = True
-        while running:
-            running = process.poll() is None
-            time.sleep(0.2)
-            for line in reversed(read_from(log, position).splitlines(keepends=True)):
-                stats = parse_line(line)
-                if line.endswith("\n") and "num_updates" in stats:
-                    break
-            else:
-                continue
-            updates = int(stats["num_updates"])
-            losses = "  ".join(f"{name} {stats[name]}" for name in LOSSES if name in stats)
-            bar.update(task, completed=updates, losses=losses)
-            if not console.is_terminal and updates >= shown + 100:
-                shown = updates
-                console.print(f"update {updates}/{num_updates}  {losses}")
-
-
-def read_from(path: Path, position: int) -> str:
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read().decode("utf-8", errors="replace")
 
 
 def report(curves, folder: Path, seconds: float) -> None:

@@ -1,9 +1,10 @@
-"""Draw the losses of a pretraining run from its log (common.log_format=json).
+"""Draw the losses of a pretraining run.
 
-    python scripts/plot_training.py demo/pretraining.log demo/losses.png
+    python scripts/plot_training.py demo/model demo/losses.png
 
-Takes the output of fairseq-train as well as the file of --log-file: whatever stands before the JSON
-object on a line is ignored. Interrupted and resumed runs are one curve. Dashed lines are what
+Takes the output folder of `metro pretrain`, or what fairseq-train has printed or written to
+--log-file with common.log_format=json: whatever stands before the JSON object on a line is ignored.
+Interrupted and resumed runs are one curve. Dashed lines are what
 models without context, or with one or two tokens of it, would reach; and for replaced token
 detection, guessing by frequency.
 """
@@ -43,8 +44,7 @@ def read_log(path: Path) -> dict[str, dict[str, Curve]]:
         "train": defaultdict(dict),
         "valid": defaultdict(dict),
     }
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        stats = parse_line(line)
+    for stats in read_statistics(path):
         if "valid_num_updates" in stats:
             split, prefix = "valid", "valid_"
         elif "num_updates" in stats:  # every log_interval updates
@@ -65,6 +65,21 @@ def read_log(path: Path) -> dict[str, dict[str, Curve]]:
         }
         for split, metrics in points.items()
     }
+
+
+def read_statistics(path: Path) -> list[dict]:
+    """The statistics in a log, or in the newest state that a folder of `metro pretrain` holds."""
+    if not path.is_dir():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [parse_line(line) for line in lines]
+    states = sorted(path.rglob("trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    if not states:
+        raise UserError("the run has not saved yet")
+    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    return [
+        {**line, "valid_num_updates" if "valid_loss" in line else "num_updates": line["step"]}
+        for line in history
+    ]
 
 
 def parse_line(line: str) -> dict:
@@ -90,7 +105,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     if not names:
         raise UserError(
             f"the log has no training line with any of {list(LOSSES)}: the first is written after "
-            "common.log_interval updates, with common.log_format=json and the criterion t5_metro"
+            "log_interval updates of METRO (with fairseq and common.log_format=json)"
         )
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -139,7 +154,7 @@ def reference_lines(curves: dict[str, dict[str, Curve]], name: str) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("log", type=Path)
+    parser.add_argument("log", type=Path, help="folder or file")
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
     try:

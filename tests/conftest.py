@@ -121,3 +121,34 @@ def t5_folder(tmp_path_factory):
     from tests.finetuning.prepared import write_t5
 
     return write_t5(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="session")
+def pretraining_data(tmp_path_factory) -> Path:
+    """A folder of `metro prepare-text`: an epoch of about 17 batches of 256 tokens."""
+    from metro.data.text.corpus import prepare_text
+    from tests.data.prepared import random_text
+
+    folder = tmp_path_factory.mktemp("pretraining")
+    (folder / "text.txt").write_text(random_text(1, 120), encoding="utf-8")
+    return prepare_text(
+        inputs=[folder / "text.txt"],
+        out=folder / "data",
+        train_vocab=150,
+        valid_fraction=0.1,
+        num_workers=1,
+        progress=False,
+    ).folder
+
+
+@pytest.fixture
+def pretrain(pretraining_data, tmp_path):
+    """`pretrain(name, **options)`: a tiny run into that folder."""
+    from metro.training.pretrain import pretrain as run
+    from tests.training.tiny import TINY
+
+    def pretrain_tiny(name: str = "out", **options):
+        paths = {"data": str(pretraining_data), "output_dir": str(tmp_path / name)}
+        return run(progress=False, **{**TINY, **paths, **options})
+
+    return pretrain_tiny

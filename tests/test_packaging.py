@@ -22,6 +22,7 @@ INSTALLED = {
     "checkpoints": "metro/checkpoints",
 }
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE")
+PYCACHE = shutil.ignore_patterns("__pycache__")
 pytestmark = pytest.mark.slow
 
 
@@ -46,7 +47,7 @@ def wheel(tmp_path_factory) -> Path:
         pytest.importorskip(package)
     source = tmp_path_factory.mktemp("source")
     for name in INSTALLED:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=PYCACHE, symlinks=True)
     for name in FILES:
         shutil.copyfile(ROOT / name, source / name)
     build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"

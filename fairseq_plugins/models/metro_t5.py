@@ -1,61 +1,42 @@
 """Model `t5_metro` and its architectures: METRO's main model, auxiliary model and RTD head."""
 
 from dataclasses import dataclass, fields
-from typing import Optional  # fairseq reads Optional[...], not X | None
 
 from fairseq.models import BaseFairseqModel, register_model
 
 from fairseq_plugins.models._options import (
-    LargeSizes,
+    BASE,
+    LARGE,
     T5ModelConfig,
     check_vocabulary,
-    initialization,
     metro_t5_config,
 )
-from fairseq_plugins.option import config_option
+from fairseq_plugins.option import config_option, options_of
 from metro.fusion import fuse
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.pretraining.building import check_rtd_head, initialization
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.initialization import initialize
 from metro.pretraining.losses import MetroLosses, MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
+from metro.pretraining.settings import ModelOptions
 from metro.utils.messages import UserError
 
 
 @dataclass
+@options_of(ModelOptions, (), **BASE)
 class MetroModelConfig(T5ModelConfig):
     """Base size with METRO's auxiliary model."""
 
-    generator_layers: int = config_option(
-        3,
-        "layers of the auxiliary model; the published configurations of base models "
-        "set 4, those of large models 6",
-    )
-    generator_zero_dropout: bool = config_option(
-        False, "no dropout in the auxiliary model, as in the published configurations"
-    )
-    generator_sample_mode: str = config_option(
-        "train", "train: sample from the training pass; eval: from one without dropout"
-    )
-    rtd_head: str = config_option("simple", "none, simple (linear) or roberta (dense first)")
-    share_generator_discriminator_embed: str = config_option(
-        "token",
-        "what the auxiliary model shares with the main encoder: none, token, token_pos "
-        "or token_pos_norm",
-    )
-    init_auxiliary_std: Optional[float] = config_option(
-        None, "standard deviation of the auxiliary model's initial linear layers; default: 0.02"
-    )
     no_generator: bool = config_option(
         False, "of the published code, kept so that its commands parse; true is refused"
     )
 
 
 @dataclass
-class MetroLargeModelConfig(LargeSizes, MetroModelConfig):
+@options_of(ModelOptions, (), **LARGE)
+class MetroLargeModelConfig(MetroModelConfig):
     """Large size."""
-
-    generator_layers: int = 6
 
 
 def auxiliary_config(cfg: MetroModelConfig) -> MetroPretrainingConfig:
@@ -96,17 +77,7 @@ class MetroT5Model(BaseFairseqModel):
         corrupted_ids=None,
         has_padding: bool | None = None,
     ) -> MetroLosses:
-        if objective.rtd_weight > 0 and self.model.rtd_head is None:
-            raise UserError(
-                f"rtd_loss_weight is {objective.rtd_weight} but the model has rtd_head none; set "
-                "model.rtd_head=simple (or roberta), or criterion.rtd_loss_weight=0"
-            )
-        if self.training and objective.rtd_weight == 0 and self.model.rtd_head is not None:
-            # The head would get no gradient, which DistributedDataParallel takes for an error.
-            raise UserError(
-                "rtd_loss_weight is 0 but the model has an RTD head, which would not be trained; "
-                "set model.rtd_head=none"
-            )
+        check_rtd_head(objective, self.model)
         return self.model(
             src_tokens,
             original_ids,

@@ -5,21 +5,25 @@ from dataclasses import dataclass
 from fairseq.models import BaseFairseqModel, register_model
 
 from fairseq_plugins.models._options import (
-    LargeSizes,
+    LARGE,
+    OF_METRO,
     T5ModelConfig,
     check_vocabulary,
-    initialization,
     metro_t5_config,
 )
+from fairseq_plugins.option import options_of
 from metro.finetuning.losses import LossOptions, batch_loss
 from metro.fusion import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.fairseq_names import is_fairseq_state, rename_fairseq_state
+from metro.pretraining.building import initialization
 from metro.pretraining.initialization import initialize
+from metro.pretraining.settings import ModelOptions
 
 
 @dataclass
-class T5LargeModelConfig(LargeSizes, T5ModelConfig):
+@options_of(ModelOptions, without=OF_METRO, **LARGE)
+class T5LargeModelConfig(T5ModelConfig):
     """Large size."""
 
 

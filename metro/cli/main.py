@@ -31,7 +31,11 @@ GROUPS = {
         ),
     },
     "Data to a model": {
-        "plugins": ("doctor:plugins", "Print the folder of the fairseq plugins, which pretrain."),
+        "pretrain": (
+            "finetune:pretrain_command",
+            "Pretrain METRO, or T5 by span corruption, on text.",
+        ),
+        "plugins": ("doctor:plugins", "Print the folder of the plugins to pretrain with fairseq."),
         "convert": ("convert:command", "Convert fairseq checkpoints to Hugging Face, and back."),
         "finetune": ("finetune:command", "Prompt-finetune a model: direct, channel or flipped."),
         "models": ("models:command", "List the released models and their published results."),

@@ -10,6 +10,7 @@ from metro.conversion.model_card import model_card
 from metro.conversion.training_facts import summary, training_file, training_rows
 from metro.models.fairseq_checkpoint import (
     PRETRAINING_WEIGHTS,
+    FairseqCheckpoint,
     generation_config,
     read_checkpoint,
     shared_with_main,
@@ -66,6 +67,38 @@ def to_hf(
     check_output(out, overwrite, (path,))
     checkpoint = read_checkpoint(path)
     folder = Path(vocab) if vocab else find_vocabulary(checkpoint.task, path)
+    return write_checkpoint(
+        checkpoint,
+        out,
+        folder,
+        dtype=dtype,
+        keep_auxiliary=keep_auxiliary,
+        lower=lower,
+        overwrite=overwrite,
+    )
+
+
+def write_checkpoint(
+    checkpoint: FairseqCheckpoint,
+    out: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_auxiliary: bool = False,
+    lower: bool | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write what a checkpoint holds as a Hugging Face folder.
+
+    Args:
+        checkpoint: read from a file, or made of a model in memory.
+        out: the folder to create.
+        folder: with ``sp.model`` and ``dict.txt``.
+        dtype, keep_auxiliary, lower, overwrite: see :func:`to_hf`.
+
+    Raises:
+        UserError: ``out`` exists, or model and vocabulary do not belong together.
+    """
     count = checkpoint.task.get("tokens_per_sample")
     tokenizer = build_tokenizer(folder, checkpoint.config.vocab_size, count, lower)
 
@@ -100,7 +133,7 @@ def to_hf(
         overwrite,
         pretraining_weights=cast(extra, dtype) if keep_auxiliary else None,
         training=training_file(checkpoint),
-        inputs=(path, folder),
+        inputs=(checkpoint.path, folder),
     )
     return result
 

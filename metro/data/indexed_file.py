@@ -9,19 +9,22 @@ import contextlib
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from metro.modeling.text_metro_t5 import DICT_FILE
 from metro.utils.messages import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 OTHER_FORMATS = (b"TNTIDX", b"HUFFIDX")
 """How the indices of fairseq's other formats begin, which are left to it."""
-_ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8}
-"""Bytes of an id by fairseq's codes of dtypes."""
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+"""Types of ids by fairseq's codes."""
+_HEADER = struct.Struct("<QBQ")
 _DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
 _SIZE_DTYPE, _POINTER_DTYPE = np.dtype("<i4"), np.dtype("<i8")
 _ITEMS_AT_ONCE = 1 << 20
@@ -107,9 +110,7 @@ class IndexedFileWriter:
         self.flush()
         self.close()
         with self.idx_path.open("wb") as index, self.sizes_path.open("rb") as sizes_file:
-            index.write(
-                MAGIC + struct.pack("<QBQ", VERSION, _DTYPE_CODES[self.dtype], self.num_items)
-            )
+            index.write(MAGIC + _HEADER.pack(VERSION, _DTYPE_CODES[self.dtype], self.num_items))
             shutil.copyfileobj(sizes_file, index)
             sizes_file.seek(0)
             start = 0
@@ -131,15 +132,15 @@ def check_indexed_file(prefix: Path) -> None:
     """
     index, tokens = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     remedy = "copy it again or binarise the text again"
-    header = struct.Struct("<QBQ")
     with index.open("rb") as file:
         magic = file.read(len(MAGIC))
         if magic.startswith(OTHER_FORMATS):
             return
-        start = file.read(header.size)
-        version, code, num_items = header.unpack(start) if len(start) == header.size else (0, 0, 0)
-        itemsize = _ITEM_SIZES.get(code, 0)
-        before = len(MAGIC) + header.size
+        start = file.read(_HEADER.size)
+        whole = len(start) == _HEADER.size
+        version, code, num_items = _HEADER.unpack(start) if whole else (0, 0, 0)
+        itemsize = np.dtype(_DTYPES[code]).itemsize if code in _DTYPES else 0
+        before = len(MAGIC) + _HEADER.size
         size = before + num_items * (_SIZE_DTYPE.itemsize + _POINTER_DTYPE.itemsize)
         if magic != MAGIC or version != VERSION or not itemsize or size != index.stat().st_size:
             raise UserError(f"{index} is cut or damaged: {remedy}")
@@ -159,6 +160,79 @@ def check_indexed_file(prefix: Path) -> None:
         raise UserError(
             f"{tokens} has {tokens.stat().st_size} bytes where {index.name} says {end}: {remedy}"
         )
+
+
+def check_split(path: Path) -> None:
+    """Refuse a missing, half missing, empty, cut or damaged split."""
+    index, tokens = (path.with_name(path.name + suffix) for suffix in (".idx", ".bin"))
+    if not index.exists():
+        without = (
+            "; to train without validation: dataset.disable_validation=true (--disable-validation)"
+        )
+        raise UserError(
+            f"no data at {index}; check task.data (a folder made by `metro prepare-text` or "
+            "fairseq-preprocess) and the split names (dataset.train_subset, dataset.valid_subset)"
+            + ("" if path.name.startswith("train") else without)
+        )
+    if not tokens.exists():
+        raise UserError(
+            f"{index} is there but {tokens} is missing; a split needs both: copy the .bin "
+            "file as well, or binarise the text again"
+        )
+    if tokens.stat().st_size == 0:
+        raise UserError(
+            f"{tokens} is empty (0 bytes); leave this shard out of task.data or binarise its "
+            "text again"
+        )
+    check_indexed_file(path)
+
+
+def check_dictionaries(folders: Sequence[Path]) -> Path:
+    """Return the dict.txt of the first shard; the others must have the same, or none."""
+    first, *others = (folder / DICT_FILE for folder in folders)
+    if not first.exists():
+        raise UserError(
+            f"no {DICT_FILE} in the data folder {folders[0]}; it is written by "
+            "`metro prepare-text` and fairseq-preprocess: copy the one that the data was "
+            "binarised with, or check task.data"
+        )
+    for path in others:
+        if path.exists() and path.read_bytes() != first.read_bytes():
+            raise UserError(
+                f"{path} differs from {first}; all shards must be binarised with the same "
+                "vocabulary"
+            )
+    return first
+
+
+class IndexedFile:
+    """The items of ``<prefix>.bin``, memory-mapped; pickled as its path."""
+
+    def __init__(self, prefix: Path):
+        self.prefix = prefix
+        index = prefix.with_name(prefix.name + ".idx")
+        with index.open("rb") as file:
+            magic, header = file.read(len(MAGIC)), file.read(_HEADER.size)
+        if magic != MAGIC:
+            raise UserError(f"{index} is of another format: binarise the text again")
+        _, code, num_items = _HEADER.unpack(header)
+        before = len(MAGIC) + _HEADER.size
+        sizes_end = before + num_items * _SIZE_DTYPE.itemsize
+        dtype = np.dtype(_DTYPES[code])
+        self.sizes = np.memmap(index, _SIZE_DTYPE, "r", before, num_items)
+        starts = np.memmap(index, _POINTER_DTYPE, "r", sizes_end, num_items)
+        self._starts, self._itemsize = starts, dtype.itemsize
+        self._ids = np.memmap(prefix.with_name(prefix.name + ".bin"), dtype, "r")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(self._starts[index]) // self._itemsize
+        return self._ids[start : start + int(self.sizes[index])].astype(np.int64)
+
+    def __reduce__(self):
+        return IndexedFile, (self.prefix,)
 
 
 def open_at(path: Path, num_bytes: int) -> BinaryIO:

@@ -13,23 +13,8 @@ import re
 
 import torch
 
+from metro.pretraining.configuration import MODEL_OPTIONS as MODEL_OPTIONS
 from metro.utils.messages import UserError
-
-MODEL_OPTIONS = {
-    "encoder_embed_dim": "d_model",
-    "encoder_attention_heads": "num_heads",
-    "encoder_ffn_embed_dim": "d_ff",
-    "encoder_layers": "num_layers",
-    "decoder_layers": "num_decoder_layers",
-    "dropout": "dropout_rate",
-    "attention_dropout": "attention_dropout_rate",
-    "activation_dropout": "activation_dropout_rate",
-    "activation_fn": "feed_forward_proj",
-    "max_positions": "max_positions",
-    "encoder_rp_bins": "relative_attention_num_buckets",
-    "encoder_rp_max_dist": "relative_attention_max_distance",
-}
-"""Option of fairseq's models -> field of ``MetroT5Config``."""
 
 STACKS = {
     "encoder": "main.encoder",

@@ -125,6 +125,19 @@ def token_cross_entropy(
     return TokenLoss(smoothed.loss, nll.detach(), correct)
 
 
+class T5Losses(NamedTuple):
+    """Sums of span corruption over one batch, 0-dimensional tensors on its device."""
+
+    total: torch.Tensor
+    """Cross-entropy, smoothed as asked for; the only entry with a gradient."""
+    sample_size: torch.Tensor
+    """Target tokens."""
+    nll: torch.Tensor
+    """The same without smoothing."""
+    num_correct: torch.Tensor
+    """Positions where the most probable token is the target."""
+
+
 class AuxiliaryPositions(NamedTuple):
     """The auxiliary model's positions, B,M."""
 

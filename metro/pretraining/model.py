@@ -18,6 +18,7 @@ from metro.pretraining.losses import (
     MetroLosses,
     MetroObjective,
     ScoredPositions,
+    T5Losses,
     metro_losses,
     token_cross_entropy,
 )
@@ -112,6 +113,35 @@ class MetroPretrainingModel(nn.Module):
             ScoredPositions(lm, lm_is_scored, select(is_replaced), select(rtd_logits)),
             AllPositions(rtd_logits, rtd_is_scored, is_replaced, is_token),
         )
+
+
+class T5PretrainingModel(nn.Module):
+    """``main`` alone, with the loss of span corruption."""
+
+    def __init__(self, main: MetroT5ForConditionalGeneration):
+        super().__init__()
+        self.config, self.main = main.config, main
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        label_smoothing: float = 0.0,
+        has_padding: bool = True,
+    ) -> T5Losses:
+        """Compute the loss of a batch; see :class:`metro.data.collation.SpanBatch`."""
+        pad = self.config.pad_token_id
+        mask = input_ids.ne(pad) if has_padding else None
+        encoded = self.main.encoder(input_ids, mask).last_hidden_state
+        hidden_BTD = self.main.decoder(
+            decoder_input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask
+        ).last_hidden_state
+        is_target = target_ids.ne(pad)
+        targets = target_ids.masked_fill(~is_target, NO_TARGET)
+        loss = token_cross_entropy(hidden_BTD, self.main.lm_head.weight, targets, label_smoothing)
+        sums = (loss.nll.sum().detach(), (loss.correct & is_target).sum())
+        return T5Losses(loss.loss.sum(), is_target.sum(), *sums)
 
 
 def build_rtd_head(config: MetroT5Config, kind: str) -> nn.Module | None:

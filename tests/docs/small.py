@@ -102,6 +102,11 @@ def more_of_metro(words: list[str]) -> list[str]:
         return [*local, "--workers", "1"]
     if words[:2] == ["prompts", "show"]:
         return local
+    if command == "pretrain":
+        sizes = [part for key, size in PLUGINS_SIZE.items() for part in (f"--{key}", str(size))]
+        sizes += ["--tokens-per-sample", "128", "--max-tokens", "1024", "--num-workers", "0"]
+        sizes += ["--update-freq", "1", "--warmup-updates", "1", "--log-interval", "1"]
+        return [*sizes, "--max-update", os.environ["UPDATES"], "--cpu", "--no-fp16", "--no-bf16"]
     if command == "finetune":
         is_folder = Path(words[words.index("--data") + 1]).is_dir()
         return ["--max-steps", "2", "--batch-size", "2", *([] if is_folder else local)]
@@ -153,7 +158,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def environment(programs: Path, folder: Path, updates: int) -> dict[str, str]:
-    """Of a block; trainings of fairseq stop after so many updates."""
+    """Of a block; pretraining stops after so many updates."""
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     return {

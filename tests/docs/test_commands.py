@@ -99,7 +99,7 @@ def test_blocks_of_the_pages_run(checkout):
         run_page(page, checkout)
         if page.stem == "models":
             shutil.copytree(checkout / "data/books", checkout / "demo/data")
-            shutil.copytree(checkout / "runs/base", checkout / "demo/checkpoints")
+            shutil.copytree(checkout / "my_model", checkout / "demo/model")
     assert (checkout / "answers.txt").read_text().count("\n") == 2
     assert (checkout / "losses.png").exists() and (checkout / "report/report.html").exists()
 

@@ -6,7 +6,7 @@ import pytest
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
-from fairseq_plugins.data import check_files
+from metro.data.indexed_file import check_split
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.plugins.conftest import TINY, configure, write_corpus
@@ -57,18 +57,18 @@ def test_cut_and_damaged_splits_are_named(corpus, tmp_path, suffix):
         shutil.copyfile(corpus / name, tmp_path / name)
     path = tmp_path / f"train{suffix}"
     content = path.read_bytes()
-    check_files(str(tmp_path / "train"))
+    check_split(tmp_path / "train")
     bits = [] if suffix == ".bin" else [*range(26 * 8), *range(26 * 8, len(content) * 8, 997)]
     for bit in bits:
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train\.(idx|bin) (is cut or|is dam|has)"):
-            check_files(str(tmp_path / "train"))
+            check_split(tmp_path / "train")
     for cut in (content[:-1], content + b"x", content[:20]):
         path.write_bytes(cut)
         with pytest.raises(UserError, match=r"train\.(idx|bin) (is cut or|is dam|has)"):
-            check_files(str(tmp_path / "train"))
+            check_split(tmp_path / "train")
 
 
 def test_empty_shard(corpus, tmp_path):

@@ -53,7 +53,7 @@ class TinyDictionaryTask(PretrainingTask):
     @classmethod
     def build(cls, tokens_per_sample=512):
         cfg = {"tokens_per_sample": tokens_per_sample, "data": "nowhere", "mask_prob": 0.15}
-        cfg = OmegaConf.create(cfg)
+        cfg = OmegaConf.create({**cfg, "mask_multiple_length": 1})
         return cls(cfg, Dictionary())
 
 

@@ -1,12 +1,12 @@
 """The demonstration, in few updates: it ends with curves, and what was stopped resumes."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from scripts.demo_text import write_demo_text
 from tests.conftest import ROOT
 
-pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
+pytest.importorskip("accelerate", reason="accelerate is not installed (make install)")
 
 MINUTES = 4 * 60
 
@@ -49,61 +49,76 @@ def demo(tmp_path_factory):
             process.wait()
 
 
-def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + MINUTES
-    while not (path.exists() and re.search(pattern, path.read_text())):
-        assert time.monotonic() < end and process.poll() is None, path.read_text()[-3000:]
-        time.sleep(0.1)
+def read_until(process: subprocess.Popen, pattern: str) -> None:
+    """Read what the demonstration prints until a line has the pattern."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return
+    raise AssertionError(seen[-3000:])
 
 
 @pytest.mark.slow
 def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
-    """Oracle: fairseq's own messages about the checkpoint that it saved and loaded."""
+    """Oracle: the training's own messages about the updates that it begins and stops at."""
     folder, start = demo
-    log = folder / "pretraining.log"
 
     first = start(2)
     output = first.communicate(timeout=MINUTES)[0]
     assert first.returncode == 0, output
     assert "2 updates of METRO on" in output
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert_model_is_exported(folder, output)
+    assert_the_model_is_there(folder, output)
+    assert_fairseq_trains_the_same(folder)
 
     second = start(1000)
-    wait_for(log, '"num_updates": "20"', second)
+    read_until(second, "update 20/1000")
     environment = environment_of_child(second.pid)
     second.send_signal(signal.SIGINT)
     output = second.communicate(timeout=MINUTES)[0]
     assert second.returncode == 130, output
     assert "`make demo` resumes here" in output
     assert environment["OMP_WAIT_POLICY"] == "passive"
-    updates = int(re.findall(r"stopped after update (\d+)", log.read_text())[-1])
-    before = len(log.read_text())
+    updates = int(re.findall(r"stopped after update (\d+)", output)[-1])
 
     third = start(updates + 2)
     output = third.communicate(timeout=MINUTES)[0]
     assert third.returncode == 0, output
-    assert re.search(rf"Loaded checkpoint .*@ {updates} updates\)", log.read_text()[before:])
+    assert f"training from update {updates} to update {updates + 2}" in output
     assert f"{updates + 2} updates of METRO on" in output
 
 
-def assert_model_is_exported(folder: Path, output: str) -> None:
+def assert_the_model_is_there(folder: Path, output: str) -> None:
     """The folder holds the weights of the last checkpoint, and what they know was printed."""
-    import torch
+    from safetensors.torch import load_file
 
     import metro
-    from metro.models.loading import load_pretraining_model
 
     model, _ = metro.load(folder / "model")
-    checkpoint = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(checkpoint["model"][f"model.main.{name}"], tensor), name
+    stored = load_file(folder / "model/checkpoint-2/model.safetensors")
+    for name, tensor in stored.items():
+        assert tensor.equal(model.state_dict()[name]), name
     assert "| updates | 2 |" in (folder / "model/README.md").read_text()
-    extra = load_pretraining_model(folder / "model").state_dict()
-    for name in ("rtd_head.weight", "auxiliary.lm_head.bias"):
-        assert torch.equal(checkpoint["model"][f"model.{name}"], extra[name]), name
     assert output.count("  marked ") == 3
     assert re.search(r"(yes|no ) auxiliary model [0-9.]+ bits, bigram [0-9.]+\n", output)
+
+
+def assert_fairseq_trains_the_same(folder: Path) -> None:
+    """The other entrance, with the same configuration, on the same text."""
+    pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
+    options = [f"task.data={folder}/data", f"checkpoint.save_dir={folder}/fairseq"]
+    options += ["optimization.max_update=2", "common.log_interval=2"]
+    configs = ROOT / "fairseq_plugins/configs/pretraining"
+    command = [sys.executable, str(Path(sysconfig.get_path("scripts")) / "fairseq-hydra-train")]
+    command += ["--config-dir", str(configs), "--config-name", "metro_t5_tiny", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [theirs] = re.findall(r'train_inner\]\[INFO\] - .*"generator_loss": "([0-9.]+)"', done.stdout)
+    history = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
+    [ours] = [line["generator_loss"] for line in history if "grad_norm" in line]
+    assert ours == pytest.approx(float(theirs), abs=2e-3)
 
 
 def environment_of_child(pid: int) -> dict[str, str]:

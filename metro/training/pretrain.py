@@ -1,0 +1,278 @@
+"""A pretraining run, from its settings to a finished Hugging Face folder."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metro.data.indexed_file import IndexedFile, check_dictionaries, check_split
+from metro.data.prepared_folder import TEXT_MANIFEST
+from metro.data.text.vocabulary import read_vocabulary
+from metro.pretraining.settings import PretrainingSettings
+from metro.training.output_folder import RunFolder, last_metrics
+from metro.utils.files import naming, read_json
+from metro.utils.identity import digest
+from metro.utils.locks import locked
+from metro.utils.messages import UserError
+from metro.utils.progress import Progress
+
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "data", "max_update", "total_num_update", "num_workers", "fp16", "bf16"),
+        *("cpu", "log_interval", "save_interval_updates", "keep_interval_updates", "report_to"),
+        *("keep_interval_updates_pattern", "validate_interval_updates", "disable_validation"),
+        *("checkpoint_activations", "compile", "keep_auxiliary", "resume", "max_tokens"),
+        *("batch_size", "update_freq", "required_batch_size_multiple"),
+    }
+)
+"""Settings that do not affect what was trained so far: a resumed run may have others."""
+
+
+class PretrainResult(NamedTuple):
+    """Result of `pretrain`."""
+
+    folder: Path
+    """The finished model."""
+    num_updates: int
+    """Updates of all runs together that led to it."""
+    metrics: dict[str, float]
+    """Last logged value of each metric."""
+
+
+class Text:
+    """The text of a run, shard by shard; the last one opened stays open."""
+
+    def __init__(self, settings: PretrainingSettings, first_sentinel: int):
+        self.settings, self.first_sentinel = settings, first_sentinel
+        self._opened: tuple[Path, Any] | None = None
+
+    def open(self, folder: Path, split: str):
+        """Open the blocks of a split."""
+        from metro.pretraining.dataset import PretrainingDataset
+
+        return PretrainingDataset(
+            IndexedFile(folder / split),
+            self.settings,
+            split,
+            is_metro=self.settings.is_metro,
+            first_sentinel=self.first_sentinel,
+            max_width=self.settings.max_positions,
+            name=str(folder / split),
+        )
+
+    def of_epoch(self, epoch: int):
+        """Return the training text of an epoch."""
+        folders = self.settings.folders
+        folder = folders[(epoch - 1) % len(folders)]
+        if self._opened is None or self._opened[0] != folder:
+            self._opened = folder, self.open(folder, "train")
+        return self._opened[1]
+
+
+def check_data(settings: PretrainingSettings) -> int:
+    """Check that the data is there and whole; return the size of its vocabulary.
+
+    Raises:
+        UserError: it is not; the message has the remedy.
+    """
+    if not settings.folders:
+        raise UserError("data is empty; give a folder made by metro prepare-text")
+    check_dictionaries(settings.folders)
+    for folder in settings.folders:
+        check_split(folder / "train")
+        if (folder / "train1.idx").exists():
+            raise UserError(
+                f"{folder} has its text in several files (train1.idx), which fairseq-train reads; "
+                "metro pretrain takes one folder for each: --data first:second"
+            )
+    if not settings.disable_validation:
+        check_split(settings.folders[0] / "valid")
+    return len(read_vocabulary(settings.folders[0]))
+
+
+def data_identity(folder: Path) -> str:
+    """Digest of a shard: what its manifest says, and the sizes of its files.
+
+    Not of every byte, which would take minutes for a large corpus.
+    """
+    manifest = read_json(folder / TEXT_MANIFEST) or {}
+    sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.*"))]
+    return digest([manifest.get("settings"), manifest.get("files"), sizes])
+
+
+def pretrain(
+    settings: PretrainingSettings | None = None,
+    *,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> PretrainResult:
+    """Train as the settings say and save the model into ``output_dir``; resume an earlier call.
+
+    Args:
+        settings: all options, or give them one by one; ``config`` names a file of them.
+        progress: show progress on stderr.
+        options: fields of `PretrainingSettings`, such as ``data`` and ``output_dir``.
+
+    Raises:
+        UserError: settings, data and model do not fit together.
+    """
+    if config := options.pop("config", None):
+        settings = PretrainingSettings.combine(config, options)
+    else:
+        settings = PretrainingSettings.of(settings, **options)
+    settings = settings.resolved()
+    first_sentinel = check_data(settings)
+    from metro.models.loading import without_progress_bars
+
+    with Progress.of(progress) as shown, without_progress_bars():
+        args = training_arguments(settings)  # joins the other processes
+        with ExitStack() as lock:
+            if args.process_index == 0:
+                lock.enter_context(locked(Path(settings.output_dir), inside=True))
+            return _pretrain_alone(settings, args, first_sentinel, shown)
+
+
+def _pretrain_alone(
+    settings: PretrainingSettings, args, first_sentinel: int, progress: Progress
+) -> PretrainResult:
+    """Pretrain in an output folder that no other run writes into."""
+    from metro.training.pretraining_files import write_model
+    from metro.training.pretraining_trainer import Stopped
+
+    output = RunFolder(Path(settings.output_dir), "metro pretrain", MAY_CHANGE)
+    is_main_process = args.process_index == 0
+    with args.main_process_first(local=False, desc="output_dir"):
+        checkpoint = output.open(settings, settings.resume, is_main_process)
+        if is_main_process:
+            places = {f"data {i + 1}": folder for i, folder in enumerate(settings.folders)}
+            inputs = {name: data_identity(folder) for name, folder in places.items()}
+            output.check_inputs(inputs, {name: str(folder) for name, folder in places.items()})
+    state = output.state()
+    if state is not None and state["global_step"] >= settings.max_update:
+        progress.say(
+            f"nothing to do: {output.out} is finished after {state['global_step']} updates"
+        )
+        return PretrainResult(output.out, state["global_step"], last_metrics(state["log_history"]))
+    trainer = build_trainer(settings, args, first_sentinel, checkpoint, progress)
+    with (
+        naming(output.out),
+        trainer.stop.listen("saving after the current batch, then stopping"),
+    ):
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except Stopped:
+            trainer.save_now()
+        if trainer.state.global_step < settings.max_update:
+            progress.say(
+                f"stopped after update {trainer.state.global_step}; the same command resumes here"
+            )
+            raise KeyboardInterrupt
+        if is_main_process:
+            partial_model = output.new_partial()
+            keeps, done = settings.keep_auxiliary, trainer.state.global_step
+            write_model(trainer.model, settings, partial_model, done, trainer.last_valid, keeps)
+            output.take(partial_model)
+        trainer.save_state()
+    history = trainer.state.log_history
+    return PretrainResult(output.out, trainer.state.global_step, last_metrics(history))
+
+
+def read_position(checkpoint: Path):
+    """Read where in the data a checkpoint was saved."""
+    from metro.pretraining.batches import Position
+    from metro.training.pretraining_trainer import POSITION
+
+    if (position := read_json(checkpoint / POSITION)) is None:
+        raise UserError(f"{checkpoint} has no {POSITION}; resume from a checkpoint-N of this run")
+    return Position(**position)
+
+
+def build_trainer(
+    settings: PretrainingSettings, args, first_sentinel: int, checkpoint: str | None, progress
+):
+    """Make the Trainer with model, data and losses as the settings say."""
+    import torch
+    from torch.utils.checkpoint import checkpoint as checkpoint_function
+    from transformers import set_seed
+
+    from metro.fusion import fuse
+    from metro.pretraining.batches import (
+        START,
+        Share,
+        Updates,
+        cut_into_batches,
+        dealt,
+        load,
+    )
+    from metro.pretraining.building import build_model
+    from metro.training.pretraining_files import load_weights
+    from metro.training.pretraining_trainer import PretrainingTrainer
+
+    progress.say("building the model")
+    set_seed(settings.seed)
+    model = fuse(build_model(settings, first_sentinel))
+    if settings.finetune_from_model and not checkpoint:
+        progress.say(f"taking the weights of {settings.finetune_from_model}")
+        load_weights(model, Path(settings.finetune_from_model), settings)
+    if settings.checkpoint_activations:
+        recompute = partial(checkpoint_function, use_reentrant=False)
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                attributes = vars(module)
+                attributes |= {"gradient_checkpointing": True}
+                attributes |= {"_gradient_checkpointing_func": recompute}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    progress.say(f"{count:,} parameters; opening the data")
+    text = Text(settings, first_sentinel)
+    share = Share(args.process_index, args.world_size)
+    position = read_position(Path(checkpoint)) if checkpoint else START
+    valid = None
+    if not settings.disable_validation:
+        held_out = text.open(settings.folders[0], "valid")
+        batches = cut_into_batches(held_out, settings)
+        valid = partial(load, held_out, dealt(batches, share), batches[0])
+    manifest = read_json(settings.folders[0] / TEXT_MANIFEST) or {}
+    bits = (manifest.get("reference_bits") or {}) if settings.is_metro else {}
+    return PretrainingTrainer(
+        model,
+        args,
+        settings=settings,
+        updates=Updates(
+            text.of_epoch, settings, share, position, pin_memory=torch.cuda.is_available()
+        ),
+        position=position,
+        valid=valid,
+        reference_bits={
+            f"{n}_bits": bits[n] for n in ("unigram", "bigram", "trigram") if n in bits
+        },
+        progress=progress,
+    )
+
+
+def training_arguments(settings: PretrainingSettings):
+    """Make the Trainer's own options, a `TrainingArguments`.
+
+    Raises:
+        UserError: the machine cannot train with these settings.
+    """
+    from metro.training.arguments import trainer_arguments
+
+    precision = "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32"
+    return trainer_arguments(
+        "metro pretrain",
+        use_cpu=settings.cpu,
+        precision=precision,
+        report_to=settings.report_to,
+        output_dir=settings.output_dir,
+        max_steps=settings.max_update,
+        max_grad_norm=settings.clip_norm,
+        logging_steps=settings.log_interval,
+        save_strategy="steps",  # and at the end
+        save_steps=settings.save_interval_updates or settings.max_update,
+        save_total_limit=None,
+        seed=settings.seed,
+        ignore_data_skip=True,
+        torch_compile=settings.compile,
+    )
