@@ -57,6 +57,12 @@ class RelativePositionTable(nn.Embedding):
             self.num_embeddings, self.max_distance, self.max_distance + 1
         )
 
+    def _apply(self, fn, recurse=True):
+        """Compute the buckets anew: they are in no file, and ``to_empty`` leaves any memory."""
+        super()._apply(fn, recurse)
+        self.buckets = self.find_buckets().to(self.buckets.device)
+        return self
+
     def forward(self, length: int) -> torch.Tensor:  # type: ignore[override]
         distance = torch.arange(1 - length, length, device=self.buckets.device)
         distance = distance.clamp(-self.max_distance, self.max_distance)

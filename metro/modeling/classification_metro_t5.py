@@ -62,6 +62,7 @@ class MetroT5ForSequenceClassification(MetroT5PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -73,24 +74,21 @@ class MetroT5ForSequenceClassification(MetroT5PreTrainedModel):
         ``attention_mask`` B,S: nonzero = attend.
 
         Raises:
-            ValueError: a text without an end symbol.
+            ValueError: a text without an end symbol; ``inputs_embeds``, which do not tell where
+                it is.
         """
-        if input_ids is None:
-            raise ValueError("MetroT5ForSequenceClassification needs input_ids")
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("MetroT5ForSequenceClassification takes input_ids, not inputs_embeds")
         is_end = input_ids == self.config.eos_token_id
         if not torch.compiler.is_compiling() and not bool(is_end.any(-1).all()):
             raise ValueError("every text needs an end symbol, which the tokenizer writes")
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=True,
-            )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        assert isinstance(encoder_outputs, BaseModelOutput)
+        encoded = self.encode(
+            encoder_outputs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         decoder_mask = attention_mask
         if attention_mask is not None:
             decoder_mask = F.pad(attention_mask[:, :-1], (1, 0), value=1)
@@ -98,7 +96,7 @@ class MetroT5ForSequenceClassification(MetroT5PreTrainedModel):
         decoded = self.decoder(
             F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id),
             decoder_mask,
-            encoder_hidden_states=encoder_outputs[0],
+            encoder_hidden_states=encoded[0],
             encoder_attention_mask=attention_mask,
             positions=(is_end * positions).argmax(-1, keepdim=True),
             output_attentions=output_attentions,
@@ -112,9 +110,9 @@ class MetroT5ForSequenceClassification(MetroT5PreTrainedModel):
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_last_hidden_state=encoded[0],
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
         )
 
     def _loss(self, logits_BC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,12 @@ class MetroT5Stack(nn.Module):
         num_layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.block = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
 
+    def embed(self, input_ids, inputs_embeds) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            stack = "decoder" if self.is_decoder else "encoder"
+            raise ValueError(f"give the {stack} input_ids or inputs_embeds: one of the two")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
     def position_ids(
         self,
         mask_BS: torch.Tensor | None,
@@ -247,7 +253,7 @@ class MetroT5Stack(nn.Module):
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
             output_attentions = config.output_attentions
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed(input_ids, inputs_embeds)
         length = embeds.shape[1]
         mask_BS = None if attention_mask is None else attention_mask.ne(0)
         rows = self.position_ids(mask_BS, length, past_length, static_length, embeds.device)

@@ -123,7 +123,7 @@ class MetroT5Decoder(MetroT5Stack):
 
         Masks: nonzero = attend. ``positions`` B,M: hidden states B,M,D at these positions only.
         """
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         caches = {}
@@ -182,6 +182,14 @@ class MetroT5PreTrainedModel(PreTrainedModel):
         for stack in (self.encoder, getattr(self, "decoder", None)):
             if stack is not None:
                 stack.embed_tokens = embedding
+
+    def encode(self, encoder_outputs: BaseModelOutput | tuple | None, **inputs) -> BaseModelOutput:
+        """Return the encoder's output: what was given as such, or that of ``inputs``."""
+        if encoder_outputs is None:
+            return self.encoder(**inputs, return_dict=True)
+        if isinstance(encoder_outputs, BaseModelOutput):
+            return encoder_outputs
+        return BaseModelOutput(*encoder_outputs)
 
 
 class MetroT5EncoderModel(MetroT5PreTrainedModel):
@@ -281,18 +289,16 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         ``decoder_input_ids`` default to the labels shifted right. ``num_items_in_batch`` (of the
         Trainer) replaces the number of labels as the loss's denominator.
         """
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask,
-                inputs_embeds=inputs_embeds,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=True,
-            )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        assert isinstance(encoder_outputs, BaseModelOutput)
+        if unknown := kwargs.keys() - {"num_items_in_batch", "cache_position"}:
+            raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
+        encoded = self.encode(
+            encoder_outputs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
 
@@ -302,7 +308,7 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
         decoded = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
-            encoder_hidden_states=encoder_outputs[0],
+            encoder_hidden_states=encoded[0],
             encoder_attention_mask=attention_mask,
             inputs_embeds=decoder_inputs_embeds,
             past_key_values=past_key_values,
@@ -328,9 +334,9 @@ class MetroT5ForConditionalGeneration(MetroT5PreTrainedModel, GenerationMixin):
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_last_hidden_state=encoded[0],
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
         )
 
 

@@ -46,9 +46,10 @@ class FairseqT5Tokenizer(MetroT5Tokenizer):
 def register() -> None:
     """Make METRO-T5 known to the Auto classes of transformers, in this process.
 
-    ``import metro`` and ``metro.load`` call it, so that ``AutoModel...`` and ``AutoTokenizer`` open
-    METRO's folders without ``trust_remote_code=True``. PEFT, where it is installed, learns which
-    modules an adapter of METRO-T5 changes by default. Calling it again does nothing.
+    So that ``AutoModel...`` and ``AutoTokenizer`` open METRO's folders without
+    ``trust_remote_code=True``, and PEFT, where it is installed, knows which modules an adapter of
+    METRO-T5 changes by default. ``metro.load`` calls it; after ``import metro`` so does the import
+    of transformers' Auto classes (:mod:`metro.registration`). Calling it again does nothing.
     """
     for config in (MetroT5Config, FairseqT5Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -109,7 +109,7 @@ def load(
     return LoadedModel(model, loaded.tokenizer)
 
 
-def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> LoadedModel:
+def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()) -> LoadedModel:
     path = Path(path_or_name)
     if path.is_file():
         return _from_checkpoint(path, vocab, dtype, options)
@@ -119,7 +119,8 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict) -> Loade
     with _explained(source):
         folder = adapter_folder(source)
     if folder is not None:
-        loaded = _load(adapter_base(folder), vocab, dtype, options)
+        base = adapter_base(folder, above)
+        loaded = _load(base, vocab, dtype, options, (*above, folder.resolve()))
         tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
         with _explained(source):
             model = merge_adapter(loaded.model, folder)

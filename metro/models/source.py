@@ -11,8 +11,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter of PEFT; it names the base model."""
 
 
-def model_source(path_or_name: str | os.PathLike) -> str:
+def model_source(path_or_name: str | os.PathLike, above: tuple[Path, ...] = ()) -> str:
     """Return a checkpoint, folder or hub id unchanged, and the hub id of a registered name.
+
+    Args:
+        path_or_name: what the user calls the model.
+        above: folders of the adapters that name it as their base model.
 
     Raises:
         UserError: a folder without a model, or neither a path nor a name of that kind.
@@ -23,7 +27,7 @@ def model_source(path_or_name: str | os.PathLike) -> str:
         return name
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
-            adapter_base(path)
+            adapter_base(path, above)
         elif not (path / "config.json").is_file():
             checkpoints = sorted(found.name for found in path.glob("checkpoint*.pt"))
             remedy = (
@@ -44,14 +48,17 @@ def model_source(path_or_name: str | os.PathLike) -> str:
     )
 
 
-def adapter_base(folder: Path) -> str:
+def adapter_base(folder: Path, above: tuple[Path, ...] = ()) -> str:
     """Return the base model of an adapter: a path, a hub id or a registered name.
 
     A relative path counts from the working directory, or from the adapter's folder.
 
     Raises:
-        UserError: there is no such model, or the folder holds a whole model too.
+        UserError: there is no such model, the folder holds a whole model too, or the adapter is
+            among those ``above`` it.
     """
+    if folder.resolve() in above:
+        raise UserError(f"{folder} again: an adapter cannot be its own base model")
     file = folder / ADAPTER_CONFIG
     settings = read_json(file)
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
@@ -66,9 +73,7 @@ def adapter_base(folder: Path) -> str:
     if not Path(base).exists() and (folder / base).exists():
         base = str(folder / base)
     try:
-        if Path(base).resolve() == folder.resolve():
-            raise UserError("an adapter cannot be its own base model")
-        model_source(base)
+        model_source(base, (*above, folder.resolve()))
     except UserError as error:
         raise UserError(f"{file}, base_model_name_or_path: {error}") from None
     return base

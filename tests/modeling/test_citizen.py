@@ -20,6 +20,7 @@ from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForCond
 from tests.modeling.conftest import IDS, LABELS, MASK, PAD, answers, tiny
 
 
+@pytest.mark.client("PyTorch", "eager and SDPA attention")
 def test_eager_and_sdpa_attention_agree(model_and_inputs):
     """Outputs and gradients, also after switching."""
     model, ids, mask = model_and_inputs
@@ -93,6 +94,7 @@ SOME["encoder.block"] = "cpu"
 
 
 @pytest.mark.parametrize("device_map", ["auto", SOME])
+@pytest.mark.client("accelerate", "`device_map` with weights on CPU and disk")
 def test_offloaded_weights_answer_as_those_in_memory(tmp_path, device_map):
     """On the disk all of them, or some."""
     pytest.importorskip("accelerate")
@@ -115,12 +117,13 @@ def test_offloaded_weights_answer_as_those_in_memory(tmp_path, device_map):
     assert torch.equal(states, expected.encoder_last_hidden_state)
 
 
+@pytest.mark.client("PyTorch", "bfloat16 and autocast")
 def test_bf16_stays_close_to_fp32_and_generates(model_and_inputs, tmp_path):
     """Oracle: float32; bfloat16 keeps 8 bits, a few layers lose some of them."""
     model, ids, mask = model_and_inputs
     labels = ids.masked_fill(ids.eq(PAD), -100)
     model.save_pretrained(tmp_path)
-    half = MetroT5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         expected, found = model(ids, mask, labels=labels), half(ids, mask, labels=labels)
@@ -145,6 +148,7 @@ def switch_checkpointing(model, how: str, *arguments) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.client("PyTorch", "gradient checkpointing")
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, dropout):
     model = tiny(dropout_rate=dropout).train()
     gradients, calls = [], []
@@ -179,6 +183,7 @@ def run_compiled(backend: str, num_layers: int):
         torch.testing.assert_close(gradient, weight.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.client("torch.compile", "one graph, forward and backward")
 def test_compiled_in_one_graph_it_computes_the_same():
     run_compiled("eager", num_layers=2)
 
@@ -188,6 +193,7 @@ def test_compiled_to_machine_code_it_computes_the_same():
     run_compiled("inductor", num_layers=1)
 
 
+@pytest.mark.client("Trainer", "`Seq2SeqTrainer` with `DataCollatorForSeq2Seq`")
 def test_trainer_takes_the_step_that_sgd_takes(tmp_path):
     """Oracle: one step of plain SGD on the mean over all labels, written by hand."""
     model, rate = tiny(), 0.1
@@ -233,6 +239,7 @@ class _Padder:
         return batch
 
 
+@pytest.mark.client("PEFT", "LoRA trains, saves, loads and merges")
 def test_lora_trains_a_step_and_merges(tmp_path):
     """Merged weights answer as base and adapter together; only the adapter has moved."""
     peft = pytest.importorskip("peft")
@@ -284,6 +291,7 @@ def assert_same_and_tied(found, expected):
     assert all(module.weight is found.shared.weight for module in tied)
 
 
+@pytest.mark.client("from_pretrained", "weights in shards")
 def test_a_model_saved_in_shards_loads_whole(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -300,6 +308,7 @@ def test_a_model_saved_in_shards_loads_whole(tmp_path):
 
 
 @pytest.mark.parametrize("size", [75, 45])
+@pytest.mark.client("from_pretrained", "`resize_token_embeddings`")
 def test_resized_embeddings_stay_tied_and_save(tmp_path, size):
     """Rows that stay keep their values; the new ones take part; 60 rows before."""
     model = tiny()
@@ -320,12 +329,38 @@ def test_resized_embeddings_stay_tied_and_save(tmp_path, size):
     assert_same_and_tied(MetroT5ForConditionalGeneration.from_pretrained(tmp_path), model)
 
 
+def test_a_model_built_without_memory_takes_weights():
+    """As models too large for one process are built; ``to_empty`` leaves what was in memory."""
+    model = tiny()
+    with torch.device("meta"):
+        empty = MetroT5ForConditionalGeneration(model.config)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(empty.eval()(IDS, MASK, IDS).logits, model(IDS, MASK, IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (dict(decoder_maks=MASK), TypeError, "no argument decoder_maks"),
+        (dict(input_ids=None), ValueError, "give the encoder input_ids or inputs_embeds"),
+        (dict(decoder_input_ids=None), ValueError, "give the decoder input_ids or"),
+        (dict(decoder_inputs_embeds=torch.ones(3, 7, 16)), ValueError, "one of the two"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, error, message):
+    """Ignored, they would give other numbers than were asked for."""
+    arguments = dict(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS)
+    with pytest.raises(error, match=message):
+        tiny()(**arguments | wrong)
+
+
 def test_copies_and_pickles_are_the_same_model():
     model = tiny()
     assert_same_and_tied(copy.deepcopy(model), model)
     assert_same_and_tied(pickle.loads(pickle.dumps(model)), model)
 
 
+@pytest.mark.client("from_pretrained", "Auto classes after `import metro`")
 def test_auto_class_builds_from_a_configuration():
     """`import metro` makes the model type known."""
     import metro  # noqa: F401

@@ -55,6 +55,29 @@ def test_padding_and_a_second_end_symbol_change_nothing():
         model(torch.tensor([[0, 40, 41]]))
 
 
+@pytest.mark.client("PEFT", "LoRA of a classifier")
+def test_lora_adapts_a_classifier(tmp_path):
+    """Oracle: the adapted model before it was saved."""
+    peft = pytest.importorskip("peft")
+    model, rate = classifier(), 1.0
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=0.0)
+    adapted = peft.get_peft_model(model, config)
+    before = model(IDS, MASK).logits
+    adapted(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([2, 0, 1])).loss.backward()
+    with torch.no_grad():
+        for weight in (weight for weight in adapted.parameters() if weight.requires_grad):
+            weight -= rate * weight.grad
+        found = adapted.eval()(input_ids=IDS, attention_mask=MASK).logits
+    assert (found - before).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(input_ids=IDS, attention_mask=MASK).logits, found)
+    with pytest.raises(ValueError, match="takes input_ids, not inputs_embeds"):
+        model(inputs_embeds=model.shared(IDS))
+
+
 def test_the_loss_is_that_of_the_labels_kind():
     """Oracle: torch's losses of the logits."""
     model = classifier()
@@ -67,6 +90,7 @@ def test_the_loss_is_that_of_the_labels_kind():
     assert one(IDS, MASK, labels=numbers).loss == F.mse_loss(one(IDS, MASK).logits[:, 0], numbers)
 
 
+@pytest.mark.client("Trainer", "`AutoModelForSequenceClassification`")
 def test_a_folder_of_metro_becomes_a_classifier_that_finetunes(exported, tmp_path):
     """Rows with a word or without it, by the Trainer; the saved classifier answers the same."""
     metro.register()

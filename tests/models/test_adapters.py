@@ -72,6 +72,7 @@ def assert_equal_but_not_to(found, expected, base):
     ],
     ids=["lora", "dora", "rslora", "ia3", "loha", "oft", "whole modules"],
 )
+@pytest.mark.client("PEFT", "folders of LoRA, DoRA, IA3, LoHa, OFT are models")
 def test_a_loaded_adapter_computes_what_peft_computes(base, tmp_path, config):
     before = logits(*metro.load(base))
     given = config if isinstance(config, peft.PeftConfig) else None
@@ -81,6 +82,7 @@ def test_a_loaded_adapter_computes_what_peft_computes(base, tmp_path, config):
     assert not any("lora" in name for name in model.state_dict())
 
 
+@pytest.mark.client("PEFT", "`LoraConfig` without `target_modules`")
 def test_lora_changes_queries_and_values_by_default(base, tmp_path):
     """Oracle: PEFT's table, which has T5."""
     adapted, _ = adapt(base, tmp_path / "a")
@@ -246,6 +248,26 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(base, tmp_path, dam
     with pytest.raises(UserError, match=message) as caught:
         metro.load(tmp_path / "a")
     assert "\n" not in str(caught.value)
+
+
+def test_adapters_of_each_other_are_refused_in_one_line(base, tmp_path, monkeypatch):
+    """As folders, and as ids of the hub whose cache holds them."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    adapt(base, first)
+    shutil.copytree(first, second)
+    change(first, base_model_name_or_path=str(second))
+    change(second, base_model_name_or_path=str(first))
+    for folder in (first, second):
+        with pytest.raises(UserError, match="again: an adapter cannot be its own base") as caught:
+            metro.load(folder)
+        assert "\n" not in str(caught.value)
+    folders = {"some/first": first, "some/second": second}
+    monkeypatch.setattr("metro.models.loading.adapter_folder", folders.get)
+    monkeypatch.setattr("metro.models.loading.use_cache_without_network", lambda: None)
+    change(first, base_model_name_or_path="some/second")
+    change(second, base_model_name_or_path="some/first")
+    with pytest.raises(UserError, match="again: an adapter cannot be its own base"):
+        metro.load("some/first")
 
 
 def test_an_adapter_of_the_tied_projection_is_refused(base, tmp_path):
