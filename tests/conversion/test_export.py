@@ -72,6 +72,7 @@ torch.save(
 
 
 @torch.no_grad()
+@pytest.mark.client("from_pretrained", "exports without METRO (`trust_remote_code`)")
 def test_an_export_works_where_neither_metro_nor_a_network_is(exported, tmp_path):
     """Oracle: the same folder in this process, with the classes of ``metro.modeling``."""
     folder = exported("t5_prompt_tiny_f")

@@ -11,6 +11,7 @@ import yaml
 
 from metro.cli.main import COMMANDS, load_command
 
+from . import clients
 from .pages import PAGES, ROOT, anchors, blocks, commands, links, metro_arguments
 
 PATH = re.compile(
@@ -136,3 +137,8 @@ def test_the_site_builds_and_dead_links_fail(tmp_path, change):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode == 0) == (not change), done.stderr
     assert "gone" in done.stderr if change else (tmp_path / "site/python_api.html").exists()
+
+
+def test_the_table_of_clients_is_that_of_the_tests():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{clients.BEGIN}{clients.table()}{clients.END}" in page, "python -m tests.docs.clients"

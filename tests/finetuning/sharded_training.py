@@ -1,4 +1,4 @@
-"""One process of several (``torchrun``): losses and gradients of a sharded model, and its export.
+"""One process of several (``torchrun``): losses and gradients of a sharded model; saves it.
 
 Run as ``sharded_training.py WHAT VOCABULARY OUT``; WHAT is sharded: ``blocks`` or ``everything``.
 Oracle: the same model in one piece.
@@ -8,6 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -32,7 +33,7 @@ def sharded(model):
     return fully_shard(model, mesh=mesh, reshard_after_forward=what == "everything")
 
 
-for objective in ("direct", "flipped", "direct+ul"):
+for objective in ("direct", "channel", "flipped", "direct+ul"):
     plain, parts = small_model("metro"), sharded(small_model("metro"))
     options = LossOptions(objective, 1)
     losses = [batch_loss(model, options, source, target, wrong) for model in (plain, parts)]
@@ -44,5 +45,11 @@ for objective in ("direct", "flipped", "direct+ul"):
         torch.testing.assert_close(found, whole.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 tokenizer = MetroT5Tokenizer(f"{vocabulary}/sp.model", f"{vocabulary}/dict.txt")
-export_model(sharded(small_model("metro")), tokenizer, out)
+parts = sharded(small_model("metro"))
+export_model(parts, tokenizer, f"{out}/exported")
+state = get_model_state_dict(
+    parts, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+)
+if dist.get_rank() == 0:
+    parts.save_pretrained(f"{out}/saved", state_dict=state)
 dist.destroy_process_group()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from metro.finetuning.losses import LossOptions, batch_loss, unlikelihood, unlikelihood_loss
 from tests.finetuning.conftest import small_model
@@ -231,10 +230,13 @@ def test_a_lambda_that_makes_no_sense_is_refused(weight):
 
 
 @pytest.mark.parametrize("what", [pytest.param("blocks", marks=pytest.mark.slow), "everything"])
+@pytest.mark.client("FSDP2", "losses of all objectives; saving and exporting")
 def test_losses_of_a_sharded_model_are_those_of_the_whole_one(golden, tmp_path, what):
-    """Two processes compare losses and gradients; the export holds the whole weights."""
+    """Two processes compare losses and gradients; what they save holds the whole weights."""
     script = Path(__file__).with_name("sharded_training.py")
     run = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    run_python(*run, script, what, golden / "tiny_vocab", tmp_path / "out")
-    found, whole = load_file(tmp_path / "out/model.safetensors"), small_model("metro").state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+    run_python(*run, script, what, golden / "tiny_vocab", tmp_path)
+    whole = small_model("metro").state_dict()
+    for name in ("exported", "saved"):
+        found = type(small_model("metro")).from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())

@@ -49,6 +49,7 @@ def harness(model, task, arguments):
 
 
 @pytest.mark.parametrize("method", ["direct", "channel", "flipped"])
+@pytest.mark.client("lm-evaluation-harness", "METRO's scores: direct, channel, flipped")
 def test_log_likelihoods_are_those_of_metro(model, task, method):
     arguments = {"pretrained": model, "method": method}
     if method == "flipped":

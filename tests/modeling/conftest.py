@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
@@ -27,11 +28,26 @@ def tiny(**changes) -> MetroT5ForConditionalGeneration:
     return model.eval()
 
 
-@pytest.fixture(params=["random", "metro_tiny_a", "t5_prompt_tiny_f"])
+def tiny_t5() -> T5ForConditionalGeneration:
+    """A random T5 with METRO's ids, which is held to the same claims."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4,
+                      dropout_rate=0.0, pad_token_id=PAD, eos_token_id=EOS,
+                      decoder_start_token_id=EOS, tie_word_embeddings=True)  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+MODELS = ["random", "metro_tiny_a", "t5_prompt_tiny_f"]
+each_model_and_t5 = pytest.mark.parametrize(
+    "model_and_inputs", [*MODELS, pytest.param("t5", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@pytest.fixture(params=MODELS)
 def model_and_inputs(request):
-    """A model with a padded batch: a random one, and released folders with recorded inputs."""
-    if request.param == "random":
-        return tiny(), IDS, MASK
+    """A model with a padded batch: random ones, and released folders with recorded inputs."""
+    if request.param in ("random", "t5"):
+        return tiny() if request.param == "random" else tiny_t5(), IDS, MASK
     golden = request.getfixturevalue("golden")
     model = load_released(golden, request.param)
     arrays = np.load(golden / f"hf_{request.param}.npz")

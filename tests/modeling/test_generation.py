@@ -9,9 +9,10 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from tests.modeling.conftest import EOS, IDS, MASK, PAD, answers, tiny
+from tests.modeling.conftest import EOS, IDS, MASK, PAD, answers, each_model_and_t5, tiny
 
 
+@each_model_and_t5
 @pytest.mark.parametrize(
     "options",
     [
@@ -23,6 +24,7 @@ from tests.modeling.conftest import EOS, IDS, MASK, PAD, answers, tiny
     ],
     ids=["greedy", "beam", "beams", "sampling", "beam sampling"],
 )
+@pytest.mark.client("generate", "greedy and beam search, sampling, with cache and without")
 def test_generation_with_cache_equals_without(model_and_inputs, options):
     model, ids, mask = model_and_inputs
     cached = answers(model, ids, mask, use_cache=True, **options)
@@ -30,6 +32,7 @@ def test_generation_with_cache_equals_without(model_and_inputs, options):
     assert len(cached) == len(ids) * options.get("num_return_sequences", 1)
 
 
+@each_model_and_t5
 def test_cached_scores_equal_those_of_one_pass(model_and_inputs):
     """Step by step with a cache = the whole answer at once, position by position."""
     model, ids, mask = model_and_inputs
@@ -42,7 +45,9 @@ def test_cached_scores_equal_those_of_one_pass(model_and_inputs):
         torch.testing.assert_close(scores[alive], logits[alive, step], atol=3e-5, rtol=1e-5)
 
 
+@each_model_and_t5
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.client("generate", "`cache_implementation=static`")
 def test_a_cache_of_a_fixed_size_gives_the_same(model_and_inputs, options):
     model, ids, mask = model_and_inputs
     options |= {"disable_compile": True}
@@ -68,6 +73,7 @@ def test_an_answer_whose_beginning_is_padded_is_continued(cache):
         assert torch.equal(found[row, 1 - row :], alone[0])
 
 
+@pytest.mark.client("torch.compile", "`generate`")
 def test_compiled_decoding_is_one_graph_and_gives_the_same():
     from torch._dynamo.utils import counters
     from transformers.generation import CompileConfig
@@ -88,6 +94,7 @@ def test_a_fixed_cache_longer_than_the_positions_is_refused():
         answers(model, IDS, MASK, cache_implementation="static", max_new_tokens=70)
 
 
+@each_model_and_t5
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_padded_batch_equals_its_single_rows(model_and_inputs, side):
     model, ids, mask = model_and_inputs
@@ -128,7 +135,22 @@ def test_encoded_once_the_input_serves_many_answers():
         encoder_outputs=BaseModelOutput(encoded[0]), attention_mask=MASK,
         max_new_tokens=15, do_sample=False,
     )  # fmt: skip
-    assert torch.equal(given, plain)
+    embeds = model.shared(IDS)
+    embedded = model.generate(
+        inputs_embeds=embeds, attention_mask=MASK, max_new_tokens=15, do_sample=False
+    )
+    assert torch.equal(given, plain) and torch.equal(embedded, plain)
+
+
+@pytest.mark.parametrize("how", ["a smaller model", "the input"])
+@pytest.mark.client("generate", "assisted by a smaller model or by the input")
+def test_an_assisted_answer_is_the_greedy_one(how):
+    model, options = tiny(), {"prompt_lookup_num_tokens": 2}
+    if how == "a smaller model":
+        options = {"assistant_model": tiny(num_layers=1)}
+    for ids in IDS[:1], IDS[1:2, :4]:
+        found = answers(model, ids, torch.ones_like(ids), **options)
+        assert torch.equal(found, answers(model, ids, torch.ones_like(ids)))
 
 
 def test_an_answer_can_be_continued():

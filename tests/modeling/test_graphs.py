@@ -118,8 +118,17 @@ def run_in_onnxruntime(module, inputs):
     return run
 
 
+onnx = pytest.mark.client("ONNX Runtime", "encoder, decoder, a step with its cache; free lengths")
+graphs = pytest.mark.client("torch.export, torch.jit.trace", "free batch and lengths")
+
+
 @pytest.mark.parametrize(
-    "make_graph", [traced, exported, pytest.param(run_in_onnxruntime, marks=pytest.mark.slow)]
+    "make_graph",
+    [
+        pytest.param(traced, marks=graphs),
+        exported,
+        pytest.param(run_in_onnxruntime, marks=[pytest.mark.slow, onnx]),
+    ],
 )
 @pytest.mark.parametrize("part", [WholeModel, WithoutMask, EncoderAlone, DecoderStep])
 @torch.no_grad()

@@ -20,8 +20,12 @@ import pytest
 VERSION = importlib.metadata.version("transformers")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "metro/peers"
 PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-NOT_DISTRIBUTED = {"exporters.test_export": "ExportTesterMixin"}
-"""Modules that the common tests import, and that no source distribution has had."""
+NOT_DISTRIBUTED = {
+    "exporters.test_export": "ExportTesterMixin",
+    "generation.test_utils": "GenerationTesterMixin",
+}
+"""Modules that the common tests import, and that are not in a source distribution: of `tests` it
+holds `test_*.py` alone. `tests/modeling/test_generation.py` holds METRO-T5 and T5 to its claims."""
 
 
 def fetch() -> Path:
@@ -59,9 +63,8 @@ def peer_module(name: str) -> types.ModuleType:
         package.__path__ = [str(folder / "tests")]
         sys.modules["transformers_tests"] = package
         for module, mixin in NOT_DISTRIBUTED.items():
-            _stand_in(module, mixin)
-        if not (folder / "tests/generation/test_utils.py").is_file():
-            _stand_in("generation.test_utils", "GenerationTesterMixin")
+            if not (folder / "tests" / f"{module.replace('.', '/')}.py").is_file():
+                _stand_in(module, mixin)
     return importlib.import_module(f"transformers_tests.{name}")
 
 

@@ -55,6 +55,7 @@ def common():
     return peer_module("test_modeling_common")
 
 
+@pytest.mark.client("tests of transformers", "the common ones of models")
 def test_the_whole_model_passes(common):
     """A few belong to features that METRO-T5 does not offer; transformers skips those itself."""
 

@@ -10,6 +10,7 @@ from tests.peers.source import peer_module, run_peers
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.client("tests of transformers", "the common ones of tokenizers")
 def test_the_tokenizer_passes(golden, tmp_path):
     common = peer_module("test_tokenization_common")
     vocabulary = golden / "tiny_vocab"
