@@ -52,7 +52,6 @@ class Report:
         lines += [f"note: {folder} is left out: no prompt is finished" for folder in self.left_out]
         return "\n".join(lines)
 
-
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
