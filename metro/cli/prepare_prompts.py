@@ -89,9 +89,14 @@ def print_result(result) -> None:
     for reason in sorted(set(manifest["left_out"].values())):
         count = sum(found == reason for found in manifest["left_out"].values())
         lines.append(f"templates left out by the mixture's rules: {count} ({reason})")
+    kept = [
+        facts["num_examples"] for side in manifest["splits"].values() for facts in side.values()
+    ]
+    total = sum(kept) + sum(facts["count"] for facts in manifest["dropped"].values())
     for kind in ("dropped", "noted"):
         for reason, facts in manifest[kind].items():
-            lines.append(f"{kind} {facts['count']:,}: {reason} (first: {facts['first']})")
+            share = f"{facts['count']:,} of {total:,} prompts ({facts['count'] / total:.1%})"
+            lines.append(f"{kind} {share}: {reason} (first: {facts['first']})")
     if empty := manifest["empty_tasks"]:
         lines.append(f"tasks without a single example, left out: {', '.join(empty)}")
     for line in lines:

@@ -199,17 +199,17 @@ def _read_tables(kind: str, paths: list[Path], texts: Sequence[str]) -> tuple[An
             table = datasets.Dataset.load_from_disk(str(files[0]))
         elif kind in (".csv", ".tsv"):
             columns, has_header = _csv_columns(files[0], kind)
-            table = datasets.Dataset.from_generator(
-                _csv_rows,
-                features=datasets.Features({name: datasets.Value("string") for name in columns}),
-                gen_kwargs={
-                    "files": tuple(map(str, files)),
-                    "columns": tuple(columns),
-                    "has_header": has_header,
-                    "mark": _MARKS[kind],
-                    "digest": files_identity(files),
-                },
-            )
+            given: dict[str, Any] = {
+                "files": tuple(map(str, files)),
+                "columns": tuple(columns),
+                "has_header": has_header,
+                "mark": _MARKS[kind],
+                "digest": files_identity(files),
+            }
+            if not any(_csv_rows(**given)):
+                raise UserError(f"{paths[0]} has no rows")
+            features = datasets.Features({name: datasets.Value("string") for name in columns})
+            table = datasets.Dataset.from_generator(_csv_rows, features=features, gen_kwargs=given)
         else:
             table = datasets.load_dataset(
                 kind[1:],

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from metro.utils.characters import bad_character
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
@@ -223,12 +224,12 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file; only plain data is built.
 
     Raises:
-        UserError: it is not YAML, or a key is there twice.
+        UserError: it is not YAML, a key is there twice, or a text has a character that none has.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses the second of equal keys, which would silently replace the first."""
+        """Refuses the second of equal keys, which would replace the first, and bad characters."""
 
         def construct_mapping(self, node, deep=False):
             seen = set()
@@ -241,6 +242,11 @@ def read_yaml(path: Path) -> Any:
                     raise UserError(f"{path}, line {line}: the key {name!r} is there twice")
                 seen.add(repr(name))
             return super().construct_mapping(node, deep)
+
+        def construct_scalar(self, node):
+            if found := bad_character(node.value):
+                raise UserError(f"{path}, line {node.start_mark.line + 1}: a text with {found}")
+            return super().construct_scalar(node)
 
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)

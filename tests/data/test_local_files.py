@@ -97,6 +97,7 @@ def test_columns_of_csv_are_numbers_or_lists_where_all_cells_are(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.csv", b"a,a\n1,2\n", "one twice"),
+        ("rows.csv", b"a,b\n\n", "rows.csv has no rows"),
         ("rows.csv", b"", "no names of columns"),
         ("rows.csv", b"a,b\n1,2,3\n1,2\n", "line 2 has 3 cells and not 2"),
         ("rows.csv", b'a,b\n1,"x"y"\n', "line 2 is not csv"),

@@ -105,6 +105,15 @@ def test_json_without_nan(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "found"), [('a: "x\\ud83d"', "half a character"), ('- ["\\0"]', "a NUL character")]
+)
+def test_yaml_with_half_a_character_or_nul_is_refused(tmp_path, text, found):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"a.yaml, line 1: a text with {found}"):
+        read_yaml(tmp_path / "a.yaml")
+
+
 def test_yaml_with_a_key_twice_is_refused_and_merged_keys_are_not(tmp_path):
     """Oracle: by hand; also below the top, and for keys that are no texts."""
     path = tmp_path / "a.yaml"

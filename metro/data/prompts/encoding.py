@@ -145,7 +145,10 @@ class PromptEncoder:
         return found
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        # Not verbose: transformers warns of long texts, which are cut and counted here.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def _sentinel_id(self, number: int) -> int:
         if self._sentinel_ids is None:

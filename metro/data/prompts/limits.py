@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, Literal
 
 from metro.utils.messages import UserError
@@ -147,6 +147,8 @@ def as_text(value: Any, name: str = "value (it is null)") -> str:
         weigh(value)
         if is_null(value):
             now.missing.append(name)
+        if isinstance(value, bytes):
+            raise TemplateError("prints bytes, which are no text", "bytes instead of a text")
         value = str(value)
     if len(value) > MAX_TEXT_CHARS:
         raise TemplateError(f"makes a text of more than {MAX_TEXT_CHARS:,} characters")
@@ -233,6 +235,22 @@ def _summed(numbers) -> Any:
     return sum(numbers)
 
 
+def _as_number(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a filter of a function of Jinja's that takes 0 for what is no number."""
+
+    def call(value: Any, default: Any = None, *args: Any) -> Any:
+        if default is not None:
+            return convert(value, default, *args)
+        if is_null(value) or (isinstance(value, str) and not value.strip()):
+            if not now.unlabelled:  # else this value is a label that is hidden
+                now.missing.append(f"number (it is {value!r})")
+        elif isinstance(value, str) and convert(value, None, *args) is None:
+            raise ValueError(f"{value!r} is not a number")
+        return convert(value, 0, *args)
+
+    return call
+
+
 def _trimmed(value, chars=None) -> str:
     text = as_text(value)
     product_charge(text, chars)
@@ -307,14 +325,14 @@ def make_filters() -> dict:
         name: simple(function)
         for name, function in {
             "abs": abs,
-            "capitalize": jinja.do_capitalize,
+            "capitalize": lambda value: as_text(value).capitalize(),
             "choice": _choice,
             "count": len,
             "d": jinja.do_default,
             "default": jinja.do_default,
-            "float": jinja.do_float,
+            "float": _as_number(jinja.do_float),
             "format": _formatted,
-            "int": jinja.do_int,
+            "int": _as_number(jinja.do_int),
             "items": lambda value: list(value.items()),
             "join": join,
             "last": lambda value: as_list(value)[-1] if value else None,
@@ -363,36 +381,3 @@ def make_filters() -> dict:
     found[CONCAT] = pass_context(lambda context, values: join_texts("", values))
     found[WEIGH] = pass_context(lambda context, value: _weighed(value))
     return found
-
-
-def make_tests(tests: dict) -> dict:
-    """Return Jinja's tests, metered, as some of them compare their arguments."""
-
-    def metered(test):
-        def call(*args, **kwargs):
-            now.charge(sum(map(weigh, args)))
-            return test(*args, **kwargs)
-
-        return call
-
-    inspects_environment = ("filter", "test")
-    return {name: metered(test) for name, test in tests.items() if name not in inspects_environment}
-
-
-def check_operation(operator: str, left, right) -> None:
-    sized = (str, list, tuple)
-    if operator == "%" and isinstance(left, str):
-        raise TemplateError("formats with `%`, which prompt templates may not")
-    if operator == "*" and (isinstance(left, sized) or isinstance(right, sized)):
-        value, times = (left, right) if isinstance(left, sized) else (right, left)
-        if isinstance(times, int) and times > 0:
-            bound = MAX_TEXT_CHARS if isinstance(value, str) else MAX_LIST_ITEMS
-            if len(value) * times > bound:
-                raise TemplateError(f"repeats to more than {bound:,}")
-    elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        if len(left) + len(right) > MAX_LIST_ITEMS:
-            raise TemplateError(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
-    elif isinstance(left, int) and isinstance(right, int):
-        bits = abs(left).bit_length() * max(1, right) if operator == "**" else 0
-        if bits > MAX_INTEGER_BITS:
-            raise TemplateError(f"makes a number of more than {MAX_INTEGER_BITS} bits")

@@ -19,17 +19,17 @@ from metro.data.prompts.limits import (
     CONCAT,
     LOOP,
     MAX_DEPTH,
+    MAX_INTEGER_BITS,
     MAX_LIST_ITEMS,
     MAX_SOURCE_CHARS,
+    MAX_TEXT_CHARS,
     PRINT,
     WEIGH,
     TemplateError,
     bounded_range,
     bounded_zip,
-    check_operation,
     join_texts,
     make_filters,
-    make_tests,
     now,
     product_charge,
     replace_text,
@@ -134,6 +134,39 @@ def _metered(nodes, value, is_compared: bool):
     return value
 
 
+def _make_tests(tests: dict) -> dict:
+    """Return Jinja's tests, metered, as some of them compare their arguments."""
+
+    def metered(test):
+        def call(*args, **kwargs):
+            now.charge(sum(map(weigh, args)))
+            return test(*args, **kwargs)
+
+        return call
+
+    inspects_environment = ("filter", "test")
+    return {name: metered(test) for name, test in tests.items() if name not in inspects_environment}
+
+
+def _check_operation(operator: str, left, right) -> None:
+    sized = (str, list, tuple)
+    if operator == "%" and isinstance(left, str):
+        raise TemplateError("formats with `%`, which prompt templates may not")
+    if operator == "*" and (isinstance(left, sized) or isinstance(right, sized)):
+        value, times = (left, right) if isinstance(left, sized) else (right, left)
+        if isinstance(times, int) and times > 0:
+            bound = MAX_TEXT_CHARS if isinstance(value, str) else MAX_LIST_ITEMS
+            if len(value) * times > bound:
+                raise TemplateError(f"repeats to more than {bound:,}")
+    elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        if len(left) + len(right) > MAX_LIST_ITEMS:
+            raise TemplateError(f"makes a list of more than {MAX_LIST_ITEMS:,} entries")
+    elif isinstance(left, int) and isinstance(right, int):
+        bits = abs(left).bit_length() * max(1, right) if operator == "**" else 0
+        if bits > MAX_INTEGER_BITS:
+            raise TemplateError(f"makes a number of more than {MAX_INTEGER_BITS} bits")
+
+
 @lru_cache(maxsize=1)
 def _environment():
     import jinja2.utils
@@ -195,7 +228,7 @@ def _environment():
             raise TemplateError(f"reads the attribute {attribute!r}")
 
         def call_binop(self, context, operator, left, right):
-            check_operation(operator, left, right)
+            _check_operation(operator, left, right)
             result = super().call_binop(context, operator, left, right)
             now.charge(weigh(result))
             return result
@@ -228,7 +261,7 @@ def _environment():
     environment.filters.clear()
     environment.filters.update(make_filters())
     environment.filters[DECIDES] = pass_context(lambda context, *args: note_deciding_value(*args))
-    environment.tests = make_tests(environment.tests)
+    environment.tests = _make_tests(environment.tests)
     environment.globals.clear()
     environment.globals.update(range=bounded_range, zip=bounded_zip, namespace=Namespace)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from metro.data.indexed_file import IndexedFileWriter, WritePosition, best_dtype, open_at
-from metro.data.jsonl_rows import JsonlRows
+from metro.data.jsonl_rows import JsonlRows, UnusableRow
 from metro.data.prepared_folder import PROMPTS_MANIFEST, PreparedFolder
 from metro.data.prompts.examples import PromptedExample
 from metro.modeling.text_metro_t5 import Vocabulary
@@ -35,6 +35,13 @@ from metro.utils.messages import UserError
 _HEADER_BYTES = 128  # of an .npy file with one axis: NumPy leaves room for a longer one
 _CACHED_TARGETS = 4096
 _INT64, _INT32 = np.dtype("<i8"), np.dtype("<i4")
+_NULL = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("input", "target"), (str,)),
+    **dict.fromkeys(("flipped_input", "instruction"), (str, _NULL)),
+    **{"row": (int,), "label": (int, _NULL), "answer_choices": (list, _NULL)},
+}
+"""Of the fields of an example."""
 
 
 class PromptedExamples(JsonlRows):
@@ -62,6 +69,17 @@ class PromptedExamples(JsonlRows):
                 f"{path} does not end where {self._beside('offsets').name} says: prepare it again"
             )
 
+    def __getitem__(self, index):
+        """Read an example, or those of a slice.
+
+        Raises:
+            UnusableRow: a field is of another kind, or label and target contradict each other.
+        """
+        example = super().__getitem__(index)
+        if isinstance(example, dict):
+            _check_example(example)
+        return example
+
     def _find_offsets(self):
         offsets = self._beside("offsets")
         if offsets.is_file():
@@ -81,6 +99,21 @@ class PromptedExamples(JsonlRows):
 
     def __reduce__(self):  # the offsets are mapped again, not copied
         return type(self), (self.path,)
+
+
+def _check_example(example: dict) -> None:
+    for name in _KINDS.keys() & example.keys():
+        value, kinds = example[name], _KINDS[name]
+        is_right = isinstance(value, kinds) and not isinstance(value, bool)
+        if isinstance(value, list):
+            is_right = is_right and all(isinstance(choice, str) for choice in value)
+        if not is_right:
+            raise UnusableRow("not a prepared example", f"{name} is {value!r}")
+    choices, label = example.get("answer_choices"), example.get("label")
+    if choices and label is not None and (target := example.get("target")) in choices:
+        if choices[label : label + 1] != [target]:
+            detail = f"{label} is not that of {target!r} in {choices}"
+            raise UnusableRow("label of another answer choice than the target", detail)
 
 
 def _numbers(path: Path) -> np.ndarray:

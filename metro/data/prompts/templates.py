@@ -26,6 +26,7 @@ from metro.data.prompts.sandbox import (
     render_source,
     unprotect,
 )
+from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError, did_you_mean
 
 _MAX_YAML_DEPTH = 20
@@ -164,7 +165,7 @@ def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
     """Return the index of the answer choice that the target is.
 
     Equal choices are told apart by the one that the answer part read last. A target that has the
-    words of that choice among others ("positive review.") is that choice.
+    words of the only choice read among others ("positive review.") is that choice.
 
     Args:
         used: indices of the choices that the answer part read.
@@ -174,7 +175,7 @@ def _label_of(target: str, choices: list[str], used: list[int]) -> int | None:
         return last
     if target in choices:
         return choices.index(target)
-    if last is not None and choices[last]:
+    if last is not None and choices[last] and set(used) == {last}:
         words = rf"(?<!\w){re.escape(choices[last])}(?!\w)"
         return last if re.search(words, target) else None
     return None
@@ -328,6 +329,8 @@ def _read_template(file: Path, key: Any, entry: Any, dataset: str, subset: str |
     for field in ("name", "jinja"):
         if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
             raise UserError(f"{where} has no text `{field}`")
+    if found := bad_character_in(entry.values()):
+        raise UserError(f"{where} has a text with {found}")
     metadata = entry.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"{where} has metadata without fields")

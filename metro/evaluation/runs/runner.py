@@ -198,9 +198,10 @@ def describe_rows(
     asked: Examples, classifier: RankClassifier | PairRanker, rankings: Sequence[Ranking]
 ) -> list[str]:
     """Remarks on the rows of a prompt that were left out or changed."""
+    num_rows = len(asked.examples) + sum(each.num_rows for each in asked.skipped.values())
     found = [
-        f"{counted(left_out.num_rows, 'row')} left out: {why} (first: {left_out.first})"
-        for why, left_out in asked.skipped.items()
+        f"{each.num_rows} of {counted(num_rows, 'row')} left out: {why} (first: {each.first})"
+        for why, each in asked.skipped.items()
     ]
     if cut := sum(example.is_cut for example in asked.examples):
         found.append(f"{counted(cut, 'row')} with a {VALUE_CUT}")

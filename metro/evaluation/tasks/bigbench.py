@@ -134,7 +134,9 @@ def _scored(example: Any, answers: list[str]) -> Any:
         text, choices = question, {answer: answer for answer in answers}
     target = choices.get(target.strip(), target.strip())  # some targets are the text itself
     scores = {choice: int(choice == target) for choice in choices.values()}
-    return {"input": text, "target_scores": scores} if any(scores.values()) else example
+    if scores and not any(scores.values()):
+        return UnusableRow("answer not among the choices", f"{target!r} is not in {list(scores)}")
+    return {"input": text, "target_scores": scores} if scores else example
 
 
 def _two_answers(examples: list) -> list[str]:
@@ -168,6 +170,8 @@ def make_question(
     if not isinstance(example.get("input"), str | int | float):
         raise UnusableRow("missing field", "the example has no text 'input'")
     scores, text = example["target_scores"], str(example["input"])
+    if not text.strip():
+        raise UnusableRow("empty input")
     if 1 not in scores.values():
         raise UnusableRow(NO_LABEL, f"no choice has score 1: {scores}")
     choices, label = list(scores), list(scores.values()).index(1)

@@ -104,7 +104,8 @@ class MmluTask(TemplateTask):
         row = self.data[number]
         if "choices" not in row and all(letter in row for letter in "ABCD"):  # MMLU's own csv
             row = {**row, "choices": [row[letter] for letter in "ABCD"]}
-        if missing := [name for name in ("question", "choices", "answer") if row.get(name) is None]:
+        fields = ("question", "choices", "answer")
+        if missing := [name for name in fields if row.get(name) in (None, "")]:
             raise UnusableRow("not a row of MMLU", f"it has no {', '.join(map(repr, missing))}")
         choices, answer = row["choices"], row["answer"]
         if not isinstance(choices, list | tuple):
@@ -164,7 +165,7 @@ class MinimalPairsTask(Task):
 
     def open(self, paradigm: str) -> Sequence[dict]:
         spec, folder = self.spec, self.sources.data_dir
-        if folder and paradigm in (files := splits_in(Path(folder) / spec.dataset)):
+        if folder and paradigm in (files := splits_in(inside(Path(folder), spec.dataset))):
             return open_rows(files[paradigm])
         name = spec.dataset if folder else spec.hub or spec.dataset
         return load_rows(name, paradigm, self.sources.split or spec.split, data_dir=folder)
@@ -214,6 +215,8 @@ class PreparedTask(Task):
         example = self.files[prompt][number]
         if missing := sorted(PromptedExample.__required_keys__ - set(example)):
             raise UnusableRow("missing field", f"the line has no {', '.join(map(repr, missing))}")
+        if not example["input"].strip():
+            raise UnusableRow("empty input")
         if flipped and not example["instruction"]:
             raise UnusableRow(NO_INSTRUCTION)
         return EvaluationExample.of(example)

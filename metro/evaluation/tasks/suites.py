@@ -244,7 +244,10 @@ def prepared_suite(folder: Path) -> Suite:
     for task, facts in manifest["splits"].get("valid", {}).items():
         try:
             first = PromptedExamples(folder / "valid" / task / "valid.jsonl")[0]
-        except UserError:  # damaged: named when it is loaded, and the others are evaluated
+        except (
+            UserError,
+            IndexError,
+        ):  # damaged: named when it is loaded, and the others are evaluated
             first = {"answer_choices": True}
         if first.get("answer_choices"):  # as for all examples of the template
             key = facts["dataset"], facts["subset"]

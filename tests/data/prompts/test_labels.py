@@ -5,6 +5,7 @@ Oracle: the templates, written in the ways of the published ones, and what their
 
 import pytest
 
+from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.templates import PromptTemplate
 
 NAN = float("nan")
@@ -22,6 +23,10 @@ READS_LABEL = {
     "mapping": '{{t}} ||| {{ {"1": "yes"}.get(label | string, "no") }}',
     "before the answer": "{% set word = 'yes' if label == 1 else 'no' %}{{t}} ||| {{word}}",
     "two answers": "{% if label == 1 %}{{t}}! ||| yes{% else %}{{t}}? ||| no{% endif %}",
+    "truth": "{{t}} ||| {% if label %}yes{% else %}no{% endif %}",
+    "truth of a part": '{{t}} ||| {{ "yes" if label.strip() | length else "no" }}',
+    "test": '{{t}} ||| {{ "yes" if label is eq 1 else "no" }}',
+    "test of a list": '{{t}} ||| {{ "yes" if label is in [1, 2] else "no" }}',
     "nested": "{{t}} ||| {% if row.label == 1 %}yes{% else %}no{% endif %}",
 }
 
@@ -46,11 +51,36 @@ def test_no_label_is_taken_for_a_class(name, label):
     assert unlabelled(READS_LABEL[name], label)
 
 
-@pytest.mark.parametrize("label", [0, 1, "0", "1", True, False, "-1", "b", 2.5])
-@pytest.mark.parametrize("name", ["else", "else of a text", "list", "short", "before the answer"])
-def test_labels_of_any_kind_are_labels(name, label):
-    """A text that looks like a number is one, too."""
+@pytest.mark.parametrize("label", [0, 1, True, False, 2.5, 1.0, 7])
+@pytest.mark.parametrize("name", ["else", "list", "short", "before the answer", "truth", "test"])
+def test_numbers_are_labels(name, label):
     assert render(READS_LABEL[name], label).unlabelled == ()
+
+
+@pytest.mark.parametrize("label", ["0", "1", "-1", "b"])
+@pytest.mark.parametrize("name", ["else of a text", "truth"])
+def test_texts_are_labels(name, label):
+    """Also one that looks like a number."""
+    assert render(READS_LABEL[name], label).unlabelled == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        *[(name, "1") for name in ("else", "list", "not", "short", "test", "test of a list")],
+        *[("else of a text", label) for label in (1, 0, 1.0)],
+        *[("number of a text", label) for label in ("b", "1x")],
+    ],
+)
+def test_a_label_of_another_kind_than_the_template_asks_for_is_refused(name, label):
+    """Oracle: Jinja's `"1" == 1` is false and `"b" | int` is 0, so that every row is a "no"."""
+    with pytest.raises(TemplateError, match="compares label, which is|is not a number"):
+        render(READS_LABEL[name], label)
+
+
+def test_whole_numbers_of_a_column_with_gaps_are_indices():
+    assert render("{{t}} ||| {{ answer_choices[label] }}", 1.0).label == 1
+    assert unlabelled("{{t}} ||| {{ answer_choices[label] }}", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +91,10 @@ def test_labels_of_any_kind_are_labels(name, label):
         ("{{t}} ||| {% if label < 0 %}no{% else %}yes{% endif %}", -1),
         ('{{t}} ||| {% if label == "" %}no{% else %}yes{% endif %}', ""),
         ("{{t}} ||| {% if label is none %}no{% else %}yes{% endif %}", None),
-        ("{{t}} ||| {% if label %}yes{% else %}no{% endif %}", ""),
+        ('{{t}} ||| {{ "yes" if label is eq(-1) else "no" }}', -1),
+        ('{{t}} ||| {{ "yes" if label in ["", "a"] else "no" }}', ""),
+        ('{{t}} ||| {{ "yes" if label | string == "1" else "no" }}', 1),
+        ('{{t}} ||| {{ "yes" if label in [1, "1"] else "no" }}', "1"),
         ("{{t}} ||| {{ answer_choices[label | default(0) | int] }}", 1),
         ("{{ t if label else 'x' }} {{ options[label] }} ||| yes", -1),  # in the prompt alone
     ],

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from metro.data.jsonl_rows import JsonlRows
+from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.sandbox import compile_source
 from metro.data.prompts.templates import (
     PromptTemplate,
@@ -197,7 +198,7 @@ def test_label_beyond_the_options_is_an_error_not_the_last_option():
     for label in (-1, None, ""):
         with pytest.raises(ValueError, match=f"'made' of toy label is {label!r}"):
             one.render({"text": "t", "label": label})
-    for label in ("1", 1.0):
+    for label in ("1", 0.5):
         with pytest.raises(ValueError, match=f"is read at {label!r}, which is not a whole number"):
             one.render({"text": "t", "label": label})
 
@@ -207,6 +208,8 @@ def test_label_is_the_option_that_the_answer_came_from():
     assert same.render({"t": "t", "label": 2}).label == 2
     longer = template("{{t}} ||| {{answer_choices[label]}} review.", "negative ||| positive")
     assert longer.render({"t": "t", "label": 1}).label == 1
+    two = template("{{t}} ||| {{answer_choices[0]}} and {{answer_choices[1]}}", "a ||| b")
+    assert two.render({"t": "t"}).label is None
     other = template("{{t}} ||| {{word}}", "a ||| b")
     assert other.render({"t": "t", "word": "c"}).label is None
     assert other.render({"t": "t", "word": "b"}).label == 1
@@ -252,11 +255,19 @@ def test_nulls_and_items_that_are_not_there_are_missing_as_well():
         "{{ words | first }}": ("item",),
         "{{ [text, a] | join(' ') }}": ("value (it is null)",),
         "{{ a | upper }}{{ text ~ a }}": ("value (it is null)",),
-        "{{ '%s' | format(a) }}": ("value (it is null)",),
+        "{{ '%s' | format(a) }}{{ a | capitalize }}": ("value (it is null)",),
+        "{{ a | int }}{{ a | float }}": ("number (it is None)",),
+        "{{ a | int(7) }}{{ '3x' | int(7) }}{{ '3.5' | int }}": (),
         "{% if a is none %}x{% endif %}{{ a or text }}": (),
     }.items():
         assert template(jinja + "t ||| x").render(row).missing == missing, jinja
     assert template("t ||| x", "{{a}} ||| b").render(row).missing == ("a",)
+    for jinja, problem in {
+        "{{ text | int }}": "'None' is not a number",
+        "{{b}}": "prints bytes",
+    }.items():
+        with pytest.raises(TemplateError, match=problem):
+            template(jinja).render({**row, "b": b"x"})
 
 
 GROW = "{% set a = ['x'] %}{% set b = ['x'] %}" + "{% set a = [a, a] %}{% set b = [b, b] %}" * 45

@@ -311,7 +311,7 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(tmp_path, loaded):
     assert result.num_examples == 3
     assert without_times(tmp_path / "run")[0]["skipped"] == 3
     why = "empty answer choice (first: row 1: ['red', ''])"
-    assert f"colour / plain: 1 row left out: {why}" in said.lines
+    assert f"colour / plain: 1 of 6 rows left out: {why}" in said.lines
     note = "1 row with duplicate answer choices; duplicates count as one choice"
     assert f"colour / plain: {note}" in said.lines
     scores = [json.loads(line) for line in (tmp_path / "run" / result.scores_file).open()]

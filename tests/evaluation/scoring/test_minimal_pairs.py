@@ -27,7 +27,9 @@ from metro.evaluation.scoring.minimal_pairs import (
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.settings import EvaluationSettings
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.evaluation.tasks.suites import find_suite
+from metro.evaluation.tasks.loading import load_task
+from metro.evaluation.tasks.suites import TaskSpec, find_suite
+from metro.evaluation.tasks.task import Sources
 from metro.models.loading import load_pretraining_model, load_rtd_head
 from metro.utils.messages import UserError
 from metro.utils.progress import SILENT
@@ -256,6 +258,17 @@ def test_methods_that_do_not_apply_are_refused(
     options = {"suite": "blimp", "data_dir": pairs, "out": tmp_path, **options}
     with pytest.raises(UserError, match=message):
         metro.evaluate(str(checkpoint("t5_tiny_c")), vocab=golden / "tiny_vocab", **options)
+
+
+def test_names_of_paradigms_stay_in_the_folder_of_the_data(tmp_path):
+    """Oracle: rows beside the folder, which a suite of somebody else names."""
+    pair = {"sentence_good": "a b", "sentence_bad": "b a"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/r.jsonl").write_text(json.dumps(pair))
+    (tmp_path / "data").mkdir()
+    spec = TaskSpec("a", "minimal_pairs", ("r",), "../mine", split="train")
+    with pytest.raises(UserError, match="'../mine' leads out of"):
+        load_task(spec, Sources(tmp_path / "data"))
 
 
 def test_rows_of_another_kind_are_refused_by_name(checkpoint, golden, tmp_path):

@@ -71,7 +71,9 @@ def test_examples_without_a_question_are_left_out_alone(tmp_path):
         "no multiple-choice targets": {"input": "b", "target": "free text"},
         "no label": {"input": "a", "target_scores": {"x": 0, "y": 0}},
         "empty answer choice": {"input": "a", "target_scores": {"": 1, "y": 0}},
-        "missing field": {"target_scores": {"x": 1, "y": 0}},
+        "missing field": {"input": ["a"], "target_scores": {"x": 1, "y": 0}},
+        "empty input": {**GOOD, "input": " "},
+        "answer not among the choices": {"input": "b\nOptions:\n(A) x\n(B) y", "target": "(C)"},
         "a single answer choice": {"input": "a", "target_scores": {"x": 1}},
         "text with half a character (lone surrogate)": {**GOOD, "input": "\ud83d"},
     }
@@ -84,7 +86,7 @@ def test_examples_without_a_question_are_left_out_alone(tmp_path):
     for name, last in (("whole", "no multiple-choice targets"), ("lines", "unreadable row")):
         task = load_task(TaskSpec(name, "bigbench", (WHOLE_TASK,)), Sources(bigbench_dir=tmp_path))
         found = task.examples(WHOLE_TASK)
-        assert [example.index for example in found.examples] == [0, 7]
+        assert [example.index for example in found.examples] == [0, 9]
         counts = {reason: left.num_rows for reason, left in found.skipped.items()}
         assert counts == Counter([*bad, last]), name
 

@@ -106,7 +106,7 @@ def test_rows_that_are_none_of_mmlu_are_left_out(testdata, tmp_path):
     row = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}
     good = [row, {**row, "answer": "B"}, {**row, "answer": "1"}]
     changes = [{"question": None}, {"choices": None}, {"choices": "1, 2"}, {"answer": -1}]
-    changes += [{"answer": 4}, {"answer": ""}, {"answer": None}, {"answer": True}]
+    changes += [{"question": ""}, {"answer": 4}, {"answer": ""}, {"answer": None}, {"answer": True}]
     file = tmp_path / "mmlu" / "astronomy" / "test.jsonl"
     file.parent.mkdir(parents=True)
     rows = [*good, {"question": "1 + 1?"}, *({**row, **change} for change in changes)]
@@ -121,7 +121,7 @@ def test_rows_that_are_none_of_mmlu_are_left_out(testdata, tmp_path):
         (2, 1),
     ]
     counts = {reason: left.num_rows for reason, left in found.skipped.items()}
-    assert counts == {"not a row of MMLU": 5, "no label": 4}
+    assert counts == {"not a row of MMLU": 7, "no label": 3}
     assert found.skipped["not a row of MMLU"].first == "row 3: it has no 'choices', 'answer'"
 
 

@@ -189,6 +189,29 @@ def test_damaged_prompts_and_lines_are_left_out_alone(prepared, tmp_path):
     assert len(found.examples) == 39 and found.skipped["unreadable row"].num_rows == 1
 
 
+def test_examples_with_fields_of_another_kind_are_left_out_alone(prepared, tmp_path):
+    """Oracle: by hand, one line for each change; the rest is evaluated as before."""
+    changes = [{"input": None}, {"input": 5}, {"target": 3}, {"row": "7"}, {"label": "1"}]
+    changes += [{"label": 0.5}, {"answer_choices": "No"}, {"answer_choices": ["No", 1]}]
+    changes += [{"instruction": 3}, {"flipped_input": ["x"]}]
+    folder = Path(shutil.copytree(prepared, tmp_path / "out"))
+    (folder / "valid/one_ask/valid.offsets.npy").unlink()
+    file = folder / "valid/one_ask/valid.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [{**row, **change} for row, change in zip(rows, changes, strict=False)] + rows[10:]
+    rows[10]["label"] = 1 - rows[10]["label"]
+    rows[11]["input"] = " "
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks, _ = load_tasks(find_suite(str(folder)), Sources())
+    found = next(task for task in tasks if task.name == "one").examples("ask")
+    assert [example.index for example in found.examples] == [row["row"] for row in rows[12:]]
+    assert {why: left_out.num_rows for why, left_out in found.skipped.items()} == {
+        "not a prepared example": 10,
+        "label of another answer choice than the target": 1,
+        "empty input": 1,
+    }
+
+
 def test_folders_without_held_out_text_are_refused(prepared, tmp_path):
     """Oracle: the message names folder and remedy."""
     with pytest.raises(ValueError, match="is not a folder of prepared prompts"):
