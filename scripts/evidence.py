@@ -12,6 +12,8 @@ writes one JSON file when it is done. The same command started twice shares the 
 with --report at any time, table, intervals and figure are made of the JSON files.
 
 The keys of a plan are explained in benchmarks/evidence/cpu.yaml.
+
+Why more than 400 lines: one comparison, from a plan to its table, read from top to bottom.
 """
 
 import argparse

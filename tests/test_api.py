@@ -106,6 +106,8 @@ def test_a_model_is_evaluated_in_three_lines_and_the_table_is_at_hand(model, tmp
 
     report = metro.report(evaluation.folder, out=tmp_path / "report", published="none")
     assert report.paths[0] == tmp_path / "report" / "report.html" and report.paths[0].is_file()
+    shown = report._repr_html_()  # of a notebook: the table, and the figure of the one suite
+    assert "<table>" in shown and shown.count('<img alt="" src="data:image/svg+xml;base64,') == 1
     printed = command("report", other, "--out", tmp_path / "other", "--published", "none")
     assert printed.startswith(str(report))
 

@@ -12,7 +12,8 @@ import math
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
+from transformers.trainer_callback import PrinterCallback
 
 from metro.training.stopping import StopCallback
 from metro.utils.identity import refuse_not_finite
@@ -41,7 +42,7 @@ class MetroTrainer(Trainer):
         self.stopping = StopCallback(self.stop)
         self.console = ConsoleCallback(progress, self.shown)
         super().__init__(model, args, callbacks=[self.console, self.stopping], **options)
-        for callback in (PrinterCallback, ProgressCallback):
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.model_accepts_loss_kwargs = True  # losses are divided by all items of an update
 

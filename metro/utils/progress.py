@@ -5,6 +5,7 @@ Whatever takes long without a word (imports, loading, one large batch) is named 
 
 import datetime
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -106,8 +107,13 @@ class Progress:
         if self.enabled:
             from rich.console import Console
 
+            is_notebook = "ipykernel" in sys.modules  # whose stderr says that it is a terminal
             self._console = Console(
-                stderr=True, highlight=False, soft_wrap=True, force_jupyter=False
+                stderr=True,
+                highlight=False,
+                soft_wrap=True,
+                force_jupyter=False,
+                force_terminal=False if is_notebook else None,
             )
 
     @classmethod

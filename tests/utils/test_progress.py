@@ -1,6 +1,7 @@
 """Progress on a terminal, elsewhere, and not at all."""
 
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -42,6 +43,18 @@ def test_elsewhere_a_line_follows_after_some_silence(capsys, monkeypatch):
         progress.show("all", 4, 6, "rte")
         progress.say("a [line]")
     assert capsys.readouterr().err == "all 67%  0:00:30 left  rte\na [line]\n"
+
+
+def test_a_notebook_has_lines_although_its_stderr_says_that_it_is_a_terminal(capsys, monkeypatch):
+    """Oracle: no codes that move a cursor, which it prints as text."""
+    monkeypatch.setitem(sys.modules, "ipykernel", module)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    with Progress() as progress:
+        progress.show("all", 1, 2)
+        progress.say("done")
+    shown = capsys.readouterr().err
+    assert shown.endswith("done\n") and "\x1b" not in shown
 
 
 def test_a_step_begins_again_where_its_work_goes_back(capsys, monkeypatch, terminal):

@@ -1,5 +1,6 @@
 """`metro report`: tables, figures and one page of evaluations, written from their run folders."""
 
+import base64
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from metro.utils.messages import UserError, counted, percent
 from metro.utils.table import Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """A report that has been written."""
 
@@ -50,6 +51,16 @@ class Report:
             lines += [f"note: {note}" for note in section.notes]
         lines += [f"note: {folder} is left out: no prompt is finished" for folder in self.left_out]
         return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Tables and figures, for a notebook."""
+        tables = [table._repr_html_() for table in self.tables.values()]
+        drawn = [path.read_bytes() for path in self.paths if path.suffix == ".svg"]
+        codes = [base64.b64encode(figure).decode() for figure in drawn]
+        figures = [f'<img alt="" src="data:image/svg+xml;base64,{code}">' for code in codes]
+        return "\n".join(tables + figures)
 
 
 def report(runs: ReportSettings | str | Path | Sequence[str | Path], **options: Any) -> Report:
