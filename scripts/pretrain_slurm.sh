@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Pretrain under Slurm: one torchrun per node, which starts one process per GPU.
 #
+#   WITH=metro sbatch --nodes 8 --gpus-per-node 8 scripts/pretrain_slurm.sh \
+#     metro_t5_base_64gpus /data/bin --output-dir /runs/base
 #   sbatch --nodes 8 --gpus-per-node 8 scripts/pretrain_slurm.sh \
-#     metro_t5_base_64gpus /data/bin checkpoint.save_dir=/runs/base
+#     metro_t5_base_64gpus /data/bin checkpoint.save_dir=/runs/base    # with fairseq
 #
 # Submit from the repository root, with the environment activated. Five minutes before the time limit
 # Slurm sends SIGTERM: the processes save and stop, and the job queues itself again. A job that fails

@@ -4,7 +4,6 @@ import torch
 
 from metro.ops.adamw import adamw_step
 from metro.pretraining.settings import PretrainingSettings
-from metro.utils.messages import UserError
 
 
 class Adam(torch.optim.Optimizer):
@@ -69,17 +68,7 @@ def learning_rate(settings: PretrainingSettings, num_updates: int) -> float:
 def build_schedule(
     optimizer: torch.optim.Optimizer, settings: PretrainingSettings
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Make a schedule whose rates are those of :func:`learning_rate`.
-
-    Raises:
-        UserError: the warm-up does not end before the decay does.
-    """
-    total = settings.total_num_update or settings.max_update
-    if settings.warmup_updates > total:
-        raise UserError(
-            f"warmup_updates is {settings.warmup_updates}, more than the {total} updates of the "
-            "whole schedule: lower it, or raise max_update (or total_num_update)"
-        )
+    """Make a schedule whose rates are those of :func:`learning_rate`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 1.0
     return torch.optim.lr_scheduler.LambdaLR(

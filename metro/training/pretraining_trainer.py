@@ -256,9 +256,8 @@ class ValidateCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         is_due = self.every and state.global_step % self.every == 0
         is_last = state.global_step >= state.max_steps
-        control.should_evaluate = self.can_validate and bool(
-            is_due or control.should_save or is_last
-        )
+        if self.can_validate and (is_last or not control.should_training_stop):  # not at a request
+            control.should_evaluate = bool(is_due or is_last or control.should_save)
 
 
 def drop_old_checkpoints(out: Path, settings: PretrainingSettings) -> None:

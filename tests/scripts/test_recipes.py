@@ -30,6 +30,7 @@ def recipe(tmp_path):
 
     program("torchrun", RECORD.format(name="torchrun") + 'exit "${STATUS:-0}"')
     program("fairseq-hydra-train", "exit 9")
+    program("metro", "exit 9")
     program("python3", 'echo "${GPUS:-0}"')
     program("srun", RECORD.format(name="srun") + 'echo "$SAYS" >> "my job.log"\n"${@:2}"')
     program(
@@ -93,6 +94,16 @@ def test_torchrun_on_one_node(recipe, given, processes, threads):
     assert config_dir.endswith(PLUGINS) and (Path(config_dir) / f"{config_name}.yaml").exists()
     assert argv[-2:] == ["task.data=a folder", "common.seed=2"]
     assert environment(recipe, "torchrun")["OMP_NUM_THREADS"] == threads
+
+
+def test_torchrun_without_fairseq(recipe):
+    options = ["--output-dir", "runs/a run"]
+    done = recipe("pretrain_torchrun.sh", "metro_t5_tiny", "a folder", *options, WITH="metro")
+    assert done.returncode == 0, done.stderr
+    argv = arguments(recipe, "torchrun")
+    program = next(i for i, part in enumerate(argv) if part.endswith("/metro"))
+    expected = ["pretrain", "--config", "metro_t5_tiny", "--data", "a folder", *options]
+    assert argv[program + 1 :] == expected
 
 
 def test_torchrun_on_several_nodes(recipe):
