@@ -4,6 +4,8 @@ Ways to train on 512-token samples with the same optimiser, each in a process of
 
 * ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as the plugins train it, on a
   GPU with all Triton kernels; ``no kernels``: the same without them.
+* ``bf16 products`` (CPU): the same, where float32 products may round their inputs to bf16
+  (``torch.set_float32_matmul_precision("medium")``); ``bf16 autocast``: in autocast.
 * ``plain``: the same weights computed as the original does, see `plain_pretraining.py`.
 * ``compiled`` (GPU): METRO's model without ``fuse``, by torch.compile.
 * ``t5``: Hugging Face T5-v1.1-base, span corruption of as many source tokens.
@@ -39,7 +41,7 @@ from metro.pretraining.model import MetroPretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 WAYS = {
-    "cpu": ("metro", "plain", "t5"),
+    "cpu": ("metro", "plain", "bf16 products", "bf16 autocast", "t5"),
     "cuda": ("metro", "plain", "no kernels", "compiled", "t5"),
 }
 SIZES = {"base": {}, "small": dict(d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4)}
@@ -115,7 +117,14 @@ def build_step(way: str, size: str, dropout: float):
         make_plain(model)
         return model, lambda inputs: plain_loss(model, inputs, objective)
     run = torch.compile(model) if way == "compiled" else fuse(model)
-    return model, lambda inputs: run(**inputs, objective=objective).total
+    if way == "bf16 products":
+        torch.set_float32_matmul_precision("medium")
+
+    def loss_of(inputs: dict) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16 autocast"):
+            return run(**inputs, objective=objective).total
+
+    return model, loss_of
 
 
 def build_t5(size: str, dropout: float):

@@ -72,7 +72,7 @@ class FinetuningSettings(Settings):
 
     precision: str = option(
         "auto",
-        "auto: bf16 where the GPU has it.",
+        "auto: bf16 where the GPU has it, fp32 on the CPU.",
         choices=("auto", "bf16", "fp16", "fp32"),
         section="Device",
     )

@@ -42,7 +42,9 @@ def trainer_arguments(
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
-        raise UserError("precision fp16 needs a GPU; use fp32 (or bf16, slower on most CPUs)")
+        raise UserError(
+            "precision fp16 needs a GPU; use fp32, or bf16 for a wide model on a CPU that has AMX"
+        )
     loggers = [] if report_to == "none" else report_to.split(",")
     if report_to == "auto":
         loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
