@@ -36,10 +36,9 @@ def small_tiles(monkeypatch):
     if DEVICE == "cpu" and INTERPRETED:
         from metro.ops.kernels import linear_cross_entropy as kernels
 
-        monkeypatch.setattr(kernels, "BLOCK_V", 16)
         monkeypatch.setattr(kernels, "BLOCKS_PER_PART", 2)
         sizes = {"BLOCK_N": 16, "BLOCK_V": 16, "BLOCK_D": 16}
-        monkeypatch.setattr(kernels, "block_sizes", lambda width, dtype: sizes)
+        monkeypatch.setattr(kernels, "block_sizes", lambda kernel, width, dtype: sizes)
 
 
 def on_device(leaves):
@@ -114,7 +113,7 @@ def test_samples_follow_the_softmax(monkeypatch, spread):
         from metro.ops.kernels import linear_cross_entropy as kernels
 
         sizes = {"BLOCK_N": 2048, "BLOCK_V": 16, "BLOCK_D": 16}
-        monkeypatch.setattr(kernels, "block_sizes", lambda width, dtype: sizes)
+        monkeypatch.setattr(kernels, "block_sizes", lambda kernel, width, dtype: sizes)
     samples, probabilities = draws(20_000, 40, spread, impl="triton", device=DEVICE)
     assert chi_square(samples.cpu(), probabilities) < 5
 
@@ -145,16 +144,20 @@ def test_a_sample_depends_on_its_own_row_alone():
     [(torch.bfloat16, "bf16"), pytest.param(torch.float32, "fp32", marks=pytest.mark.slow)],
 )
 def test_kernels_compile_and_fit(architecture, dtype, name, monkeypatch, tmp_path):
-    """Oracle: Triton's own compiler."""
+    """Oracle: Triton's own compiler. In half precision nothing is spilled on sm_90."""
     from metro.ops.kernels import linear_cross_entropy as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {**kernels.block_sizes(768, dtype), "BLOCKS_PER_PART": kernels.BLOCKS_PER_PART}
     types = {"targets": "*i64", "streams": "*i64", "ids": "*i32"}
     types |= {"sums": "*fp32", "coefficients": "*fp32"}
     types |= dict.fromkeys(("hidden", "weight", "bias", "grad"), f"*{name}")
-    for kernel in (kernels.reduce_kernel, kernels.gradient_kernel):
-        compile_kernel(kernel, types, constants, architecture, num_warps=8, num_stages=3)
+    for name in ("reduce", "gradient"):
+        constants = kernels.block_sizes(name, 768, dtype)
+        constants["BLOCKS_PER_PART"] = kernels.BLOCKS_PER_PART
+        kernel = getattr(kernels, f"{name}_kernel")
+        launch = {"num_warps": 8, "num_stages": 3}
+        _, spilled = compile_kernel(kernel, types, constants, architecture, **launch)
+        assert architecture != 90 or dtype == torch.float32 or not spilled
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")

@@ -56,6 +56,8 @@ class Case(NamedTuple):
     mask: str | None = None
     is_causal: bool = False
     positions: bool = False
+    has_far: bool = False
+    """From distance 8 on to either side the bias stays the same."""
 
 
 CASES = {
@@ -66,6 +68,10 @@ CASES = {
     "causal, first keys masked": Case(bias=False, is_causal=True, mask="left"),
     "causal at positions": Case(5, 20, bias=False, is_causal=True, positions=True, mask="right"),
     "bias": Case(32, 32, 16),
+    "bias, far away one number": Case(50, 50, 16, has_far=True),
+    "bias, causal at positions, far away one number": Case(
+        18, 50, is_causal=True, positions=True, has_far=True
+    ),
     "bias, one row all masked": Case(mask="right"),
     "bias, causal, the last queries": Case(7, 37, is_causal=True),
     "bias, causal, first keys masked": Case(is_causal=True, mask="left"),
@@ -86,6 +92,8 @@ def inputs(case: Case, batch_size=3, heads=2, dtype=torch.float64):
     q = draw(batch_size, case.queries, heads, case.width).transpose(1, 2)
     k, v = (draw(batch_size, case.keys, heads, case.width).transpose(1, 2) for _ in range(2))
     bias = draw(heads, 2 * case.keys - 1) if case.bias else None
+    if case.has_far:
+        bias = bias[:, (torch.arange(2 * case.keys - 1) - case.keys + 1).clamp(-8, 8)]
     seen = torch.tensor([[case.keys], [0], [3]])[:batch_size]
     keys, mask, positions = torch.arange(case.keys), None, None
     if case.mask:
@@ -342,7 +350,11 @@ def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatc
         torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
         sizes = kernels.block_sizes(kernel, width, torch_dtype)
         launch = {option: sizes.pop(option) for option in ("num_warps", "num_stages")}
-        compile_kernel(function, pointers, constants | sizes, architecture, **launch)
+        given_sizes = constants | sizes
+        shared, spilled = compile_kernel(function, pointers, given_sizes, architecture, **launch)
+        if architecture == 90 and width == 64 and dtype != "fp32":
+            # The bias would take as much again, if it were copied ahead as keys and values are.
+            assert shared <= 96 * 1024 and not spilled
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
@@ -356,6 +368,8 @@ def test_small_kernels_compile(architecture, monkeypatch, tmp_path):
     sizes = kernels.block_sizes("query_gradient", 64, torch.float16)
     sizes = {"K": 64, "BLOCK_T": sizes["BLOCK_T"], "BLOCK_K": sizes["BLOCK_K"]}
     compile_kernel(kernels.delta_kernel, pointers, sizes, architecture)
+    pointers = {"bias": "*bf16", "scaled": "*fp32", "unit": "fp32"}
+    compile_kernel(kernels.bias_kernel, pointers, {"BLOCK": 1024}, architecture)
     pointers = {"key_mask": "*u8", "key_range": "*i32"}
     compile_kernel(kernels.key_range_kernel, pointers, {"BLOCK": 1024}, architecture)
 

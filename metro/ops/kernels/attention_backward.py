@@ -84,7 +84,7 @@ def key_gradient_kernel(
     seen = load_seen(key_mask, row, keys, S)
     q += row * q_b + head * q_h
     if bias is not None:
-        bias += head * (2 * S - 1)
+        bias += head * (2 * S + 1)
     grad_out += (row * T * H + head) * K
     lse += row_head * T
     delta += row_head * T
@@ -184,7 +184,7 @@ def query_gradient_kernel(
     k += row * k_b + head * k_h
     v += row * v_b + head * v_h
     if bias is not None:
-        bias += head * (2 * S - 1)
+        bias += head * (2 * S + 1)
     first, end, blind = keys_of_block(key_range, row, bias, at, S, BLOCK_S, IS_CAUSAL)
     sums = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for start in range(first, end, BLOCK_S):

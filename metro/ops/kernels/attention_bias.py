@@ -137,7 +137,7 @@ def bias_gradient_kernel(
     if IS_CAUSAL:  # tiles of which no key is visible
         is_hidden = shift * BLOCK > (S - num_rows) + BLOCK - 1
         end_tile = tl.where(is_hidden, first_tile, end_tile)
-    bias += head * (2 * S - 1)
+    bias += head * (2 * S + 1)
     of_tile = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for tile in range(first_tile, end_tile):

@@ -30,6 +30,26 @@ def key_range_kernel(key_mask, key_range, S, BLOCK: tl.constexpr):
     tl.store(key_range + 2 * row + 1, tl.max(end, 0))
 
 
+@triton.jit
+def bias_kernel(bias, scaled, N, bias_h, bias_n, unit, BLOCK: tl.constexpr):
+    """``scaled`` (H, N + 2): the bias in a unit; how many values at the beginning are the first
+    one, as of distances beyond the last bucket; and where those begin that are the last one."""
+    head = tl.program_id(0).to(tl.int64)
+    bias += head * bias_h
+    scaled += head * (N + 2)
+    first, last = tl.load(bias), tl.load(bias + (N - 1) * bias_n)
+    first_near = tl.zeros((BLOCK,), tl.int32) + N
+    end_near = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(bias + at * bias_n, mask=at < N, other=0.0)
+        tl.store(scaled + at, value.to(tl.float32) * unit, mask=at < N)
+        first_near = tl.minimum(first_near, tl.where((at < N) & (value != first), at, N))
+        end_near = tl.maximum(end_near, tl.where((at < N) & (value != last), at + 1, 0))
+    tl.store(scaled + N, tl.min(first_near, 0).to(tl.float32))
+    tl.store(scaled + N + 1, tl.max(end_near, 0).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["T", "S", "threshold"])
 def forward_kernel(
     q,
@@ -76,7 +96,7 @@ def forward_kernel(
     k += row * k_b + head * k_h
     v += row * v_b + head * v_h
     if bias is not None:
-        bias += head * (2 * S - 1)
+        bias += head * (2 * S + 1)
     first, end, blind = keys_of_block(key_range, row, bias, at, S, BLOCK_S, IS_CAUSAL)
     highest = tl.full((BLOCK_T,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)

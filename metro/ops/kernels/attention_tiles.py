@@ -52,9 +52,7 @@ def load_random(random, at, index, count):
 def are_kept(of_queries, of_keys, threshold):
     """Decide which pairs are kept; the arguments are broadcast."""
     x = of_queries + of_keys
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x >= threshold.to(tl.uint32)
+    return (x ^ (x >> 16)) * 0x85EBCA6B >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -92,9 +90,19 @@ def finish_scores(scores, bias, key_mask, at, keys, seen, blind, S, IS_CAUSAL: t
     """Scores of a tile from its products, both in units of log 2; the arguments are broadcast.
 
     Queries beyond the last have the position 0 or one beyond the keys.
+
+    The bias is loaded in a branch: elsewhere in the kernels' loops the compiler would copy it to
+    shared memory ahead of time, element by element.
     """
     if bias is not None:
-        scores += tl.load(bias + (tl.minimum(keys, S - 1) - tl.minimum(at, S - 1) + (S - 1)))
+        last = S - 1
+        lowest = tl.minimum(tl.min(keys), last) - tl.minimum(tl.max(at), last) + last
+        highest = tl.minimum(tl.max(keys), last) - tl.minimum(tl.min(at), last) + last
+        is_before = highest < tl.load(bias + 2 * S - 1)
+        if is_before | (lowest >= tl.load(bias + 2 * S)):  # far away it is one number
+            scores += tl.load(bias + tl.where(is_before, 0, 2 * last))
+        else:
+            scores += tl.load(bias + (tl.minimum(keys, last) - tl.minimum(at, last) + last))
     is_visible = seen
     if IS_CAUSAL:
         is_visible = seen & (keys <= at)

@@ -22,8 +22,8 @@ import triton.language as tl
 
 from metro.ops.linear_cross_entropy_rows import Coefficients, RowSums
 
-BLOCK_V, BLOCKS_PER_PART = 128, 16
-"""Tokens of a tile, and tiles that a program goes through."""
+BLOCKS_PER_PART = 32
+"""Tiles of the vocabulary that a program of ``reduce_kernel`` goes through."""
 
 
 @triton.jit
@@ -156,17 +156,21 @@ def gradient_kernel(
     tl.store(grad + at, tile.to(grad.dtype.element_ty), mask=is_in)
 
 
-def block_sizes(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles for Ampere and later; three stages of them fit in 100 KiB of shared memory."""
+def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles for Ampere and later; three stages of them fit in 100 KiB of shared memory.
+
+    ``reduce`` needs the registers of half a tile for its noise and its sums.
+    """
     block_d = min(128 // dtype.itemsize, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_N": 128 if dtype.itemsize == 2 else 64, "BLOCK_V": BLOCK_V, "BLOCK_D": block_d}
+    block_n = 128 if dtype.itemsize == 2 else 64
+    return {"BLOCK_N": block_n, "BLOCK_V": 64 if kernel == "reduce" else 128, "BLOCK_D": block_d}
 
 
 def reduce_rows(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum):
     """As :func:`metro.ops.linear_cross_entropy.reduce_in_chunks`; no logits are kept."""
     (num_rows, width), vocab_size = hidden_ND.shape, len(weight_VD)
-    sizes = block_sizes(width, hidden_ND.dtype)
-    num_parts = triton.cdiv(vocab_size, BLOCK_V * BLOCKS_PER_PART)
+    sizes = block_sizes("reduce", width, hidden_ND.dtype)
+    num_parts = triton.cdiv(vocab_size, sizes["BLOCK_V"] * BLOCKS_PER_PART)
     sums = hidden_ND.new_empty((5, num_parts, num_rows), dtype=torch.float32)
     ids = torch.empty((2, num_parts, num_rows), dtype=torch.int32, device=hidden_ND.device)
     if num_rows:
@@ -212,10 +216,10 @@ def logits_gradient_of_rows(
 ) -> torch.Tensor:
     """Gradient of the logits of a chunk, in the inputs' type."""
     (num_rows, width), vocab_size = hidden_CD.shape, len(weight_VD)
-    sizes = block_sizes(width, hidden_CD.dtype)
+    sizes = block_sizes("gradient", width, hidden_CD.dtype)
     grad_CV = hidden_CD.new_empty(num_rows, vocab_size)
     if num_rows:
-        grid = (triton.cdiv(num_rows, sizes["BLOCK_N"]), triton.cdiv(vocab_size, BLOCK_V))
+        grid = (triton.cdiv(num_rows, sizes["BLOCK_N"]), triton.cdiv(vocab_size, sizes["BLOCK_V"]))
         with torch.cuda.device_of(hidden_CD):
             gradient_kernel[grid](
                 hidden_CD.contiguous(),

@@ -5,7 +5,8 @@ logarithm of their sum. Going back the weights are computed again: by ``key_grad
 block of keys, by ``query_gradient_kernel`` for a block of queries, and where the bias is trained by
 ``bias_gradient_kernel``. Nothing is added atomically: the same inputs give the same bits.
 
-- The bias is read by distance: a value per distance and head, which a tile takes from the cache.
+- The bias is read by distance: a value per distance and head, which a tile takes from the cache; a
+  tile of distances beyond the last bucket takes one number.
   Its gradient sums diagonals. The tiles on one diagonal of tiles, in all sequences of the batch,
   have their diagonals at the same distances, so they are added up first and summed along the
   diagonals once. This costs two more products a tile than in ``query_gradient_kernel``, where each
@@ -13,8 +14,9 @@ block of keys, by ``query_gradient_kernel`` for a block of queries, and where th
   addresses at 32 sequences of 512 tokens and 12 heads. Queries at given positions are sorted into
   such tiles by a product with ones and zeros.
 - Dropout takes a number of PyTorch's generator (on GPUs Philox) for each query and each key of a
-  head, and keeps a pair by the mixed bits of their sum (as MurmurHash3 ends): 8 instructions a
-  weight, where seven rounds of Philox for each would take 70, more than all else here.
+  head, and keeps a pair by the mixed bits of their sum (a round of MurmurHash3): 5 instructions a
+  weight, where seven rounds of Philox for each would take 70, more than all else here. Any three
+  pairs of a rectangle of queries and keys are independent; the mixing unties the fourth.
 
 Lower bound: forward 4 B H T S K FLOPs, half of them where causal; backward 10, of which these
 kernels do 14, and 4 more for the bias. Bytes: q, k, v, out and their gradients once. At
@@ -44,7 +46,7 @@ from metro.ops.kernels.attention_backward import (
     query_gradient_kernel,
 )
 from metro.ops.kernels.attention_bias import bias_gradient_kernel
-from metro.ops.kernels.attention_forward import forward_kernel, key_range_kernel
+from metro.ops.kernels.attention_forward import bias_kernel, forward_kernel, key_range_kernel
 
 TILES_PER_PROGRAM = 16
 """Tiles that a program of ``bias_gradient_kernel`` adds up."""
@@ -83,7 +85,7 @@ class Inputs(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     bias: torch.Tensor | None
-    """H,N float32, in units of log 2."""
+    """H,N + 2 float32, see ``bias_kernel``; in units of log 2."""
     key_mask: torch.Tensor | None
     key_range: torch.Tensor | None
     positions: torch.Tensor | None
@@ -110,8 +112,10 @@ def prepare(q, k, v, bias, key_mask, positions, random) -> Inputs:
     (batch_size, num_heads, num_queries, _), num_keys = q.shape, k.shape[2]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
-        scaled = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
-        bias = torch.mul(bias.float(), LOG2_E, out=scaled)
+        scaled = q.new_empty(num_heads, 2 * num_keys + 1, dtype=torch.float32)
+        strides = bias.stride()
+        bias_kernel[(num_heads,)](bias, scaled, 2 * num_keys - 1, *strides, LOG2_E, BLOCK=1024)
+        bias = scaled
     key_range = None
     if key_mask is not None:
         key_mask = key_mask.bool().expand(batch_size, num_keys).contiguous().view(torch.uint8)

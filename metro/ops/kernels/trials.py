@@ -48,6 +48,8 @@ TRAINED: dict[str, list[tuple[str, ...]]] = {
 """
 RATE = 0.3125
 """Of dropout; a multiple of 2 ** -16, not a half, where kept and dropped could be exchanged."""
+KEYS = 330
+"""With keys so far away that their bias is one number."""
 COUNT = 2000
 """Tokens drawn from one distribution."""
 
@@ -62,12 +64,14 @@ def drawn(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]):
 
 
 def relative_position_attention(device, dtype, width, flags) -> Trial:
-    batch, heads, queries, keys = 2, 2, 70, 130
+    batch, heads, queries, keys = 2, 2, 70, KEYS
     of_keys = (batch, keys, heads, width)
     leaves = drawn(device, dtype, q=(batch, queries, heads, width), k=of_keys, v=of_keys)
     leaves = {name: x.transpose(1, 2) for name, x in leaves.items()}
     if "bias" in flags:
-        leaves |= drawn(device, dtype, bias=(heads, 2 * keys - 1))
+        near = drawn(device, dtype, bias=(heads, 97))["bias"]
+        distances = torch.arange(1 - keys, keys, device=device).clamp(-48, 48)
+        leaves["bias"] = near[:, distances]
     mask = positions = None
     if "mask" in flags:
         mask = torch.zeros(batch, keys, dtype=torch.bool, device=device)
