@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "data",
         "models",
         "conversion",
+        "evaluation",
         "training",
     },
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},

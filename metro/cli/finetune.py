@@ -31,7 +31,7 @@ pretrain_command = settings_command(
 
 
 def finetune(settings: FinetuningSettings) -> None:
-    """Prompt-finetune a seq2seq model: direct, channel, flipped or direct+ul.
+    """Prompt-finetune a model on your own rows (--template) or a mixture.
 
     Run the same command again to resume from the last checkpoint of --output-dir. Several
     processes: torchrun --nproc_per_node N $(which metro) finetune ...

@@ -1,4 +1,7 @@
-"""Settings of `metro prepare-text` and `metro prepare-prompts`. Nothing heavy is imported here."""
+"""Settings of `metro prepare-text` and `metro prepare-prompts`, and those of rows of one's own.
+
+Nothing heavy is imported here.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,3 +99,57 @@ class PreparePromptsSettings(Settings):
         None, "Processes; default: all cores.", flag="--workers", least=1
     )
     overwrite: bool = option(False, "Replace a result made with other settings.")
+
+
+@dataclass(kw_only=True)
+class OwnRowsSettings(Settings):
+    """Options that make prompts of rows of one's own."""
+
+    template: list[str] | None = option(
+        None,
+        "How to ask, and the answer: 'What is this mail? {{body}} ||| {{label}}'; repeatable.",
+        section="Own rows",
+    )
+    input_field: str | None = option(None, "Field of the text, where there is no --template.")
+    target_field: str | None = option(None, "Field of the answer, where no template has one.")
+    options: list[str] | None = option(
+        None, "Answers to choose from; default: the values of the answer's field.", many=True
+    )
+    subset: str | None = option(None, "Of a dataset of the hub.")
+    split_field: str | None = option(None, "Field that names the split of each row.")
+
+    @property
+    def asks_own_rows(self) -> bool:
+        """Whether the options say how to ask about rows."""
+        return bool(self.template or self.input_field)
+
+    def check_own_rows(self, data: str | None) -> None:
+        """Refuse options of own rows that do not fit together.
+
+        Args:
+            data: where the rows are.
+        """
+        if self.options is not None:
+            check_options(self.options, "options")
+        if self.template and self.input_field:
+            raise UserError("template and input_field both say how to ask: give one")
+        if self.input_field and not self.target_field:
+            raise UserError("target_field is missing: name the field of the answer")
+        for name in ("target_field", "options", "subset", "split_field"):
+            if getattr(self, name) is not None and not self.asks_own_rows:
+                raise UserError(f"{name} is for rows of your own: add template or input_field")
+        if self.asks_own_rows and data is None:
+            raise UserError("template asks about rows: name them with data")
+
+
+def check_options(options: list[str], where: str) -> None:
+    """Refuse labels of which nothing can be chosen, or that cannot be told apart."""
+    if len(options) < 2:
+        raise UserError(f"{where} has {len(options)} labels; give at least two to choose from")
+    if not all(each.strip() for each in options):
+        raise UserError(f"{where} has an empty label; give a text")
+    folded = [" ".join(each.split()) for each in options]
+    if twice := next((each for each in folded if folded.count(each) > 1), None):
+        raise UserError(f"{where} has {twice!r} twice; give each label once")
+    if bad := next((each for each in options if "|||" in each), None):
+        raise UserError(f"{where} has {bad!r}: write it without |||, which separates labels")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metro.evaluation.settings import PAIR_METHODS, EvaluationSettings
+from metro.evaluation.tasks.own_suite import own_suite
 from metro.evaluation.tasks.suites import Suite, find_suite
 from metro.models.registry import METHODS
 from metro.utils.locks import locked
@@ -103,7 +104,7 @@ def evaluate_models(
     Yields:
         The result of each model, or the error that ended its evaluation.
     """
-    suite = find_suite(settings.suite)
+    suite = own_suite(settings, progress) if settings.data else find_suite(settings.suite)
     chosen = suite.narrowed(settings.tasks or [], settings.prompts or [])
     check_method(settings, suite)
     check_models(settings, suite)

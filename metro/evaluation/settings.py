@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
+from metro.data.settings import OwnRowsSettings
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models.registry import METHODS, find_registered
@@ -71,7 +72,7 @@ class ScoringSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class EvaluationSettings(ScoringSettings):
+class EvaluationSettings(ScoringSettings, OwnRowsSettings):
     """Options of an evaluation."""
 
     models: list[str] = option(
@@ -82,6 +83,9 @@ class EvaluationSettings(ScoringSettings):
     suite: str = option(
         "t0",
         "t0, flipped14, bigbench, label_generalization, mmlu, blimp, FILE.yaml, prepared prompts.",
+    )
+    data: str | None = option(
+        None, "Instead of a suite, with --template: a file, a folder of splits, the hub's."
     )
     out: Path = option("results", "A folder per run is made in it.")
     method: str | None = option(
@@ -111,6 +115,13 @@ class EvaluationSettings(ScoringSettings):
 
     def check(self) -> None:
         """Refuse options that do not fit together, and run folders that would be shared."""
+        self.check_own_rows(self.data)
+        if self.data is not None and not self.asks_own_rows:
+            raise UserError(
+                "data needs a template: --template 'What is this? {{text}} ||| {{label}}'"
+            )
+        if self.data is not None and self.suite != "t0":
+            raise UserError(f"data and suite {self.suite} are two tasks: give one")
         if not self.models:
             raise UserError("no model to evaluate: name at least one")
         if self.run_name and len(self.models) > 1:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metro.data.prompts.stored import read_manifest
+from metro.finetuning.lora import write_adapter
 from metro.finetuning.settings import FinetuningSettings
-from metro.training.output_folder import RunFolder, last_metrics
+from metro.training.output_folder import RunFolder, last_metrics, ran_out_of_patience
 from metro.utils.identity import digest
 
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),
     *("eval_batch_size", "resume", "report_to", "gradient_checkpointing", "attn_implementation"),
-    *("templates", "data_dir"),
+    *("templates", "data_dir", "early_stopping"),
 }
 """Settings that do not affect what was trained so far: a resumed run may have others."""
 
@@ -41,8 +42,10 @@ def finished_run(settings: FinetuningSettings) -> FinetuneResult | None:
     if (state := folder.state()) is None:
         return None
     by_steps = settings.max_steps > 0
+    ended_early = ran_out_of_patience(state["stateful_callbacks"], settings.early_stopping)
     reached = state["global_step"] if by_steps else state["epoch"] + 1e-6
-    if reached < (settings.max_steps if by_steps else settings.num_train_epochs):
+    wanted = settings.max_steps if by_steps else settings.num_train_epochs
+    if reached < wanted and not ended_early:
         return None
     return FinetuneResult(folder.out, state["global_step"], last_metrics(state["log_history"]))
 
@@ -58,11 +61,15 @@ def rows_identity(folder: Path) -> str:
 
 
 def save(model, tokenizer, settings: FinetuningSettings) -> None:
-    """Write the finished model into the output folder."""
+    """Write the finished model or adapter into the output folder."""
     from metro.conversion.export import write_model
 
     folder = run_folder(settings)
     partial = folder.new_partial()
+    if settings.lora:
+        write_adapter(model, tokenizer, partial)
+        folder.take(partial)
+        return
     facts = {
         "objective": settings.objective,
         "data": Path(settings.data).name,

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from metro.data.own_prompts import prepare_own_rows
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.data.prompts.encoding import PromptEncoder
+from metro.data.prompts.stored import read_manifest
+from metro.evaluation.runs.processes import Processes
 from metro.finetuning.data import PromptData
+from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.output_folder import (
     FinetuneResult,
@@ -20,7 +24,8 @@ from metro.finetuning.output_folder import (
     run_folder,
     save,
 )
-from metro.finetuning.settings import FinetuningSettings, check_sources
+from metro.finetuning.settings import NEED_CHOICES, FinetuningSettings, check_sources
+from metro.finetuning.validation import ValidationRows
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import load, without_progress_bars
@@ -31,7 +36,7 @@ from metro.models.projection import (
     start_token,
 )
 from metro.training.arguments import trainer_arguments
-from metro.training.output_folder import last_metrics
+from metro.training.output_folder import last_metrics, ran_out_of_patience
 from metro.utils.files import naming
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
@@ -39,6 +44,7 @@ from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
+RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
 
 
 def finetune(
@@ -101,6 +107,11 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
     set_up_for_training(model, settings)
+    if settings.lora:
+        model = add_adapters(model, settings)
+    if settings.learning_rate is None:
+        args.learning_rate = default_rate(model, settings)
+        progress.say(f"learning rate {args.learning_rate:.2g}, from the model's width")
     trainer = build_trainer(settings, args, model, tokenizer, folder, progress)
     with (
         naming(Path(settings.output_dir)),
@@ -109,9 +120,14 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.say_what_was_cut()
         state = trainer.state
-        if state.global_step < state.max_steps:
+        ended_early = ran_out_of_patience(state.stateful_callbacks, settings.early_stopping)
+        if state.global_step < state.max_steps and not ended_early:
             progress.say(f"stopped after update {state.global_step} of {state.max_steps}")
             raise KeyboardInterrupt
+        if state.best_metric is not None:
+            best = f"{args.metric_for_best_model} {state.best_metric:.4g}"
+            at = f"{state.best_global_step} of {state.global_step}"
+            progress.say(f"the best model is kept, that after update {at}: {best}")
         if is_main_process:
             for name, weight in model.named_parameters():
                 refuse_not_finite(name, weight, DIVERGED)
@@ -126,7 +142,10 @@ def build_trainer(
     settings: FinetuningSettings, args, model, tokenizer, folder: Path, progress: Progress
 ):
     """Make the Trainer with data, loss and batches as the settings say."""
+    from transformers.trainer_utils import IntervalStrategy
+
     from metro.finetuning.trainer import FinetuningTrainer
+    from metro.training.stopping import Patience
 
     limits = position_limits(model.config)
     wanted = settings.max_input_length, settings.max_target_length
@@ -151,8 +170,11 @@ def build_trainer(
         sampling=settings.sampling,
         limit=settings.limit,
     )
-    valid_data = None
-    if settings.eval_steps:
+    valid_data, ranked = None, None
+    if settings.asks_own_rows and not read_manifest(folder)["splits"]["valid"]:
+        progress.say(f"no rows for validation: {settings.max_steps} updates, the last model kept")
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    elif settings.eval_steps:
         valid_data = PromptData(
             folder,
             "valid",
@@ -163,7 +185,11 @@ def build_trainer(
             limit=settings.eval_limit,
             replace=False,
         )
-    return FinetuningTrainer(
+        processes = Processes(args.process_index, args.world_size, args.device)
+        ranked = ValidationRows(valid_data, processes)
+        if not ranked.examples:
+            ranked, args.metric_for_best_model, args.greater_is_better = None, "loss", False
+    trainer = FinetuningTrainer(
         model,
         args,
         loss_options=LossOptions(
@@ -177,9 +203,13 @@ def build_trainer(
         valid_data=valid_data,
         batching=settings.batching,
         max_width=min(filter(None, limits), default=None),
+        ranked=ranked,
         processing_class=tokenizer,
         progress=progress,
     )
+    if settings.early_stopping and args.load_best_model_at_end:
+        trainer.add_callback(Patience(settings.early_stopping))
+    return trainer
 
 
 def training_arguments(settings: FinetuningSettings):
@@ -196,13 +226,21 @@ def training_arguments(settings: FinetuningSettings):
     optimizers = {"adamw": f"adamw_torch{fused}"}
     same_name = (
         *("output_dir", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
-        *("learning_rate", "warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
+        *("warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
         *("use_cpu", "precision", "report_to", "gradient_checkpointing"),
     )
+    keep_best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,
+    }
     return trainer_arguments(
         "metro finetune",
         **{name: getattr(settings, name) for name in same_name},
+        **(keep_best if settings.early_stopping else {}),
+        learning_rate=settings.learning_rate or 0.0,  # 0: set when the model is there
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         lr_scheduler_type=scheduler,
@@ -210,7 +248,11 @@ def training_arguments(settings: FinetuningSettings):
         adam_beta1=settings.adam_betas[0],
         adam_beta2=settings.adam_betas[1],
         dataloader_num_workers=settings.num_workers,
-        save_strategy="steps" if settings.save_steps else "no",
+        save_strategy="best"
+        if settings.early_stopping
+        else "steps"
+        if settings.save_steps
+        else "no",
         eval_strategy="steps" if settings.eval_steps else "no",
     )
 
@@ -248,6 +290,16 @@ def set_up_for_training(model, settings: FinetuningSettings) -> None:
     model.train()
 
 
+def default_rate(model, settings: FinetuningSettings) -> float:
+    """Choose a learning rate of AdamW: less for wider models, more for adapters.
+
+    Tried on a METRO of width 128 (docs/finetuning.md). Of width 768 it is 1.3e-4, where METRO-T0
+    base took 1e-4, and of 2048 it is 5e-5, as FLIPPED-3B took.
+    """
+    width = getattr(model.config, "d_model", None) or model.config.hidden_size
+    return RATE_TIMES_WIDTH / width * (LORA_RATE if settings.lora else 1)
+
+
 def set_dropout(model, dropout: float) -> None:
     """Use one dropout rate everywhere but after activations, which keep their own."""
     config = model.config
@@ -265,9 +317,20 @@ def _data_folder(settings: FinetuningSettings, progress: Progress) -> Path:
     """Return the folder of prepared prompts; a mixture given by its name is prepared now."""
     from metro.data.prompts.prepare import prepare_prompts
 
+    folder = Path(settings.output_dir) / "data"
+    if settings.asks_own_rows:
+        needs_choices = settings.objective in NEED_CHOICES
+        return prepare_own_rows(
+            settings,
+            settings.data,
+            folder,
+            valid_fraction=settings.valid_fraction,
+            seed=settings.seed,
+            needs_choices=f"objective {settings.objective}" if needs_choices else None,
+            progress=progress,
+        )
     if Path(settings.data).is_dir():
         return Path(settings.data)
-    folder = Path(settings.output_dir) / "data"
     if not (folder / PROMPTS_MANIFEST).is_file():
         progress.say(f"preparing the mixture {settings.data} in {folder}")
     prepare_prompts(  # a finished folder is compared with what the settings name now

@@ -2,25 +2,31 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from metro.data.prompts.encoding import TRUNCATION_SIDES
+from metro.data.settings import OwnRowsSettings
 from metro.utils.messages import UserError
-from metro.utils.settings import Settings, option
+from metro.utils.settings import option
 
 OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
+NEED_CHOICES = ("flipped", "direct+ul")
+OWN_ROWS = "own_rows"
+"""The configuration that own rows take where nothing else is said."""
 
 
 @dataclass(kw_only=True)
-class FinetuningSettings(Settings):
-    """Options of a finetuning run."""
+class FinetuningSettings(OwnRowsSettings):
+    """Options of a finetuning run.
+
+    From options (`of`, `combine`) those of own rows begin from the configuration ``own_rows``.
+    """
 
     CONFIGS = Path(__file__).parent / "configs"
 
-    model: str = option(help="Registered name, hub id, Hugging Face folder or fairseq .pt.")
-    data: str = option(
-        help="Folder of metro prepare-prompts (jsonl), or a mixture's name: prepared first."
-    )
-    output_dir: str = option(help="Where checkpoints, logs and the finished model go.")
+    model: str = option(help="Name, hub id, folder or fairseq .pt.")
+    data: str = option(help="Rows (csv, ...), a folder of prepare-prompts, or a mixture.")
+    output_dir: str = option(help="Folder of model, checkpoints and logs.")
     objective: str = option("direct", "Training objective.", choices=OBJECTIVES)
 
     vocab: str | None = option(
@@ -58,7 +64,9 @@ class FinetuningSettings(Settings):
     )
     max_steps: int = option(-1, "Updates; -1: as num_train_epochs says.")
     num_train_epochs: float = option(1.0, "Passes over the mixture.", least=0)
-    learning_rate: float = option(1e-3, "Peak learning rate.")
+    learning_rate: float | None = option(
+        1e-3, "Peak learning rate; of own rows by default from the model's width."
+    )
     lr_scheduler: str = option("constant", "constant, linear, cosine, ... with warmup_steps.")
     warmup_steps: int = option(0, "Updates of linear warm-up.", least=0)
     optimizer: str = option(
@@ -89,6 +97,9 @@ class FinetuningSettings(Settings):
     eval_steps: float | None = option(
         None, "Evaluate every so many updates; default: never.", least=0
     )
+    early_stopping: int | None = option(
+        None, "Stop after so many evaluations without a better one, and keep the best.", least=1
+    )
     eval_limit: int = option(100, "Validation examples per task.", least=1)
     eval_batch_size: int = option(32, "Validation examples per process and batch.", least=1)
     resume: str = option("auto", "auto: from the last checkpoint of output_dir; never; or a path.")
@@ -99,8 +110,29 @@ class FinetuningSettings(Settings):
         42, "Of order, templates, wrong labels and dropout.", least=0, most=2**32 - 1
     )
 
+    lora: bool = option(
+        False, "Train adapters of all linear layers, not the weights.", section="LoRA"
+    )
+    lora_r: int = option(16, "Rank of the adapters.", least=1)
+    lora_alpha: int = option(32, "Their scale is this over the rank.", least=1)
+    lora_dropout: float = option(0.05, "Of their input.", least=0)
+
+    valid_fraction: float | None = option(
+        None,
+        "Share for validation; default: a split of that name, else a fifth of 100 or more rows.",
+        least=0,
+        section="Own rows",
+    )
+
     def check(self) -> None:
         """Refuse values that do not fit together."""
+        self.check_own_rows(self.data)
+        if self.valid_fraction is not None and self.valid_fraction >= 1:
+            raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
+        if self.early_stopping and not self.eval_steps:
+            raise UserError("early_stopping needs evaluations: give eval_steps")
+        if self.lora_dropout >= 1:
+            raise UserError(f"lora_dropout is {self.lora_dropout}; use 0 up to less than 1")
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"dropout is {self.dropout}; use 0 up to less than 1")
         if len(self.adam_betas) != 2:
@@ -111,7 +143,7 @@ class FinetuningSettings(Settings):
             steps = getattr(self, name)
             if steps is not None and steps > 1 and steps != int(steps):
                 raise UserError(f"{name} is {steps}; use a whole number, or less than 1 as a share")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}; use more than 0")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps is {self.max_steps}; use 1 or more, or -1")
@@ -121,6 +153,12 @@ class FinetuningSettings(Settings):
                 "set it to 0"
             )
 
+    @classmethod
+    def _made(cls, options: dict[str, Any]) -> Self:
+        if options.get("template") or options.get("input_field"):
+            options = cls.read(OWN_ROWS) | options
+        return super()._made(options)
+
 
 def check_sources(settings: FinetuningSettings) -> None:
     """Refuse a model, vocabulary or data that do not exist, seconds before torch is imported.
@@ -128,6 +166,9 @@ def check_sources(settings: FinetuningSettings) -> None:
     Raises:
         UserError: one of them does not exist, or is something else.
     """
+    from metro.data.local_files import splits_in
+    from metro.data.own_rows import OwnData
+    from metro.data.prepared_folder import PROMPTS_MANIFEST
     from metro.data.prompts.mixtures import find_mixture
     from metro.data.prompts.stored import read_manifest
     from metro.data.text.vocabulary import read_vocabulary
@@ -136,7 +177,15 @@ def check_sources(settings: FinetuningSettings) -> None:
     model_source(settings.model)
     if settings.vocab:
         read_vocabulary(settings.vocab)
-    if Path(settings.data).is_dir():
-        read_manifest(settings.data)
+    data = Path(settings.data)
+    if settings.asks_own_rows:
+        OwnData(data, settings.subset)
+    elif data.is_dir() and ((data / PROMPTS_MANIFEST).is_file() or not splits_in(data)):
+        read_manifest(data)
+    elif data.exists() and data.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"{data} holds rows: say how to ask, with --template 'What is this? {{{{text}}}} ||| "
+            "{{label}}' or with --input-field and --target-field"
+        )
     else:
         find_mixture(settings.data)

@@ -14,6 +14,7 @@ from metro.finetuning.batches import EncodedPrompts, EpochBatches, EpochLoader
 from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
+from metro.finetuning.validation import ValidationRows
 from metro.training.trainer import DIVERGED, MetroTrainer
 from metro.utils.messages import UserError, shortened
 
@@ -36,6 +37,7 @@ SHOWN = (
     *("loss", "likelihood", "unlikelihood", "right_prob", "wrong_prob", "ranked_right"),
     *("exact_match", "grad_norm", "learning_rate", "padding_share", "skipped_examples", *CUT),
     *("eval_loss", "eval_ranked_right", "eval_exact_match", "eval_skipped_examples"),
+    "eval_accuracy",
 )
 
 
@@ -62,9 +64,11 @@ class FinetuningTrainer(MetroTrainer):
         valid_data: PromptData | None = None,
         batching: str = "length",
         max_width: int | None = None,
+        ranked: ValidationRows | None = None,
         **kwargs,
     ):
         self.loss_options, self.batching, self.max_width = loss_options, batching, max_width
+        self.ranked = ranked
         super().__init__(
             model,
             args,
@@ -255,12 +259,23 @@ class FinetuningTrainer(MetroTrainer):
             "skipped_examples": int(num_skipped),
             "runtime": round(time.time() - started, 2),
         }
+        if self.ranked is not None:
+            metrics["accuracy"] = self.ranked.accuracy(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Keep the best so far where an evaluation was stopped in the middle."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Warn of missing weights, but not of the embedding's other names."""
+        if {*load_result.missing_keys} - {*getattr(self.model, "all_tied_weights_keys", {})}:
+            super()._issue_warnings_after_load(load_result)
 
     def _same_keys(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Let a process without a batch take part in the sums with zeros."""

@@ -124,6 +124,10 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
         tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
         with _explained(source):
             model = merge_adapter(loaded.model, folder)
+            if (folder / "generation_config.json").is_file():  # as after finetuning
+                model.generation_config = _generation_config(str(folder), model.config)
+                start = model.generation_config.decoder_start_token_id
+                model.config.decoder_start_token_id = start
         return LoadedModel(_named(model, source), tokenizer)
     if vocab is not None:
         raise UserError(

@@ -107,7 +107,9 @@ def at_projection(
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Return the model inside the wrappers of distributed training or `torch.compile`."""
+    """Return the model inside the wrappers of distributed training, `torch.compile` or PEFT."""
+    if hasattr(model, "peft_config") and callable(base := getattr(model, "get_base_model", None)):
+        return base()  # with the adapters in its layers
     for name in ("module", "_orig_mod"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):

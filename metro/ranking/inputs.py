@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from metro.data.datasets import available_splits, load_rows
 from metro.data.jsonl_rows import UnusableRow
-from metro.data.local_files import find_split, open_rows, splits_in
+from metro.data.own_rows import OwnData, check_fields, fields_of
 from metro.ranking.settings import RankSettings
 from metro.utils.messages import UserError, shortened
 
@@ -24,49 +23,15 @@ def open_input(settings: RankSettings) -> Iterable[Any]:
         if not path.is_file():
             raise UserError(f"there is no file {path}")
         return read_lines(path)
-    rows: Sequence[dict]
-    if path.is_dir() and not (path / "state.json").is_file():
-        splits = splits_in(path)
-        name = find_split(splits, settings.split) if settings.split else None
-        if name is None and (settings.split or len(splits) != 1):
-            found = shortened(sorted(splits)) or "no file of rows"
-            raise UserError(f"{path} has {found}: choose one with --split")
-        rows = open_rows(splits[name or next(iter(splits))])
-    elif path.exists():
-        rows = open_rows(path, texts=(settings.text or "text",))
-    elif path.suffix or settings.input.startswith((".", "/", "~")):
-        raise UserError(f"there is no file {path}")
-    else:
-        split = settings.split
-        if split is None:
-            known = available_splits(settings.input, settings.subset)
-            if len(known) != 1:
-                raise UserError(f"{path} has the splits {', '.join(known)}: choose with --split")
-            [split] = known
-        rows = load_rows(settings.input, settings.subset, split)
-    check_fields(rows, settings)
-    return rows
-
-
-def check_fields(rows: Sequence[dict], settings: RankSettings) -> None:
-    """Refuse fields that the first row does not have.
-
-    Raises:
-        UserError: one is not there, or none is said to hold the text.
-    """
-    try:
-        first = rows[0] if len(rows) else {}
-    except UnusableRow:
-        return
-    if not first:
-        raise UserError(f"{settings.input} has no rows")
-    known = shortened(sorted(first))
-    for name in (settings.text, settings.options_field):
-        if name is not None and name not in first:
-            raise UserError(f"{settings.input} has no field {name!r}: it has {known}")
+    data = OwnData(settings.input, settings.subset, texts=(settings.text or "text",))
+    rows = data.rows(data.choose(settings.split))
+    check_fields(rows, [settings.text, settings.options_field], settings.input)
     is_plain = not (settings.text or settings.template or settings.prompt)
-    if is_plain and "text" not in first:
-        raise UserError(f"which field of {settings.input} is the text? --text one of {known}")
+    if is_plain and "text" not in (known := fields_of(rows) or ["text"]):
+        raise UserError(
+            f"which field of {settings.input} is the text? --text one of {shortened(known)}"
+        )
+    return rows
 
 
 def read_lines(path: Path) -> Iterator[str]:

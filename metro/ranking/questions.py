@@ -15,17 +15,15 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 
 from metro.data.datasets import name_of
 from metro.data.jsonl_rows import UnusableRow
+from metro.data.own_prompts import DEFAULT_TEMPLATE
 from metro.data.prompts.examples import ExampleSettings, make_example
 from metro.data.prompts.instruction import split_template
 from metro.data.prompts.templates import PromptTemplate, find_templates
+from metro.data.settings import check_options
 from metro.evaluation.tasks.examples import EvaluationExample
-from metro.ranking.settings import RankSettings, check_options
+from metro.ranking.settings import RankSettings
 from metro.utils.messages import UserError
 
-DEFAULT_TEMPLATE = (
-    "{{text}}\n\nWhich of the following best describes the text above? "
-    '{{answer_choices | join(", ")}}'
-)
 OPTIONS = "options_to_rank"
 """Name of the options inside a template's answer choices."""
 

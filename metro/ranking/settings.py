@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from metro.data.settings import check_options
 from metro.evaluation.settings import ScoringSettings
 from metro.utils.messages import UserError
 from metro.utils.settings import option
@@ -71,14 +72,3 @@ class RankSettings(ScoringSettings):
         found = [line.strip() for line in lines if line.strip()]
         check_options(found, str(self.options_file))
         return found
-
-
-def check_options(options: list[str], where: str) -> None:
-    """Refuse labels of which nothing can be chosen, or that cannot be told apart."""
-    if len(options) < 2:
-        raise UserError(f"{where} has {len(options)} labels; give at least two to choose from")
-    if not all(each.strip() for each in options):
-        raise UserError(f"{where} has an empty label; give a text")
-    folded = [" ".join(each.split()) for each in options]
-    if twice := next((each for each in folded if folded.count(each) > 1), None):
-        raise UserError(f"{where} has {twice!r} twice; give each label once")

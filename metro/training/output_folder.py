@@ -1,8 +1,8 @@
 """Output folder of a training run: where to resume, what it began with, when it is complete.
 
 It holds ``checkpoint-N`` (to resume from), ``runs`` (TensorBoard), a YAML file of the settings,
-``inputs.json`` (digests of what is trained on) and at the end the model itself: ``config.json``
-there means that the run is complete.
+``inputs.json`` (digests of what is trained on) and at the end the model itself, or its adapter:
+``config.json`` or ``adapter_config.json`` there means that the run is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from metro.models.source import ADAPTER_CONFIG
 from metro.utils.files import read_json, read_yaml, write_json, write_text
 from metro.utils.locks import INSIDE
 from metro.utils.messages import UserError
@@ -23,6 +24,8 @@ from metro.utils.settings import Settings
 
 INPUTS = "inputs.json"
 TRAINER_STATE, PARTIAL_MODEL = "trainer_state.json", ".model.partial"
+LAST_FILES = "config.json", ADAPTER_CONFIG
+"""Of a model and of an adapter: moved last, so that the others are there where it is."""
 
 
 def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
@@ -43,6 +46,19 @@ def complete_checkpoints(out: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
+def ran_out_of_patience(callbacks: dict, patience: int | None) -> bool:
+    """Tell whether a training ended early.
+
+    Args:
+        callbacks: ``stateful_callbacks`` of the Trainer's state, where `Patience` leaves a note.
+        patience: evaluations without a better one that end it; None: it never does.
+    """
+    note = callbacks.get("Patience")
+    if patience is None or note is None:
+        return False
+    return note["attributes"]["early_stopping_patience_counter"] >= patience
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The output folder of one command's runs."""
@@ -60,7 +76,12 @@ class RunFolder:
     def state(self) -> dict | None:
         """Return the Trainer's state at the end of a complete run; None where there is none."""
         state = read_json(self.out / TRAINER_STATE)
-        return state if (self.out / "config.json").is_file() else None
+        return state if self.has_model else None
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model or an adapter is complete there."""
+        return any((self.out / name).is_file() for name in LAST_FILES)
 
     def open(self, settings: Settings, resume: str, is_main_process: bool) -> str | None:
         """Make the folder and note the settings there.
@@ -91,7 +112,7 @@ class RunFolder:
                 f"{out} is not empty and not of {self.command}; choose another --output-dir"
             )
         checkpoints = complete_checkpoints(out)
-        if resume == "never" and (checkpoints or (out / "config.json").is_file()):
+        if resume == "never" and (checkpoints or self.has_model):
             raise UserError(
                 f"{out} holds a run already; choose another --output-dir, remove it, or leave "
                 "--resume never out"
@@ -146,10 +167,11 @@ class RunFolder:
         write_json(out / INPUTS, inputs)
 
     def take(self, partial: Path) -> None:
-        """Move the finished model from ``partial`` into the folder; ``config.json`` comes last."""
-        (self.out / "config.json").unlink(missing_ok=True)
-        names = sorted(path.name for path in partial.iterdir() if path.name != "config.json")
-        for name in [*names, "config.json"]:
+        """Move the finished model or adapter from ``partial`` into the folder."""
+        for name in LAST_FILES:
+            (self.out / name).unlink(missing_ok=True)
+        names = sorted(path.name for path in partial.iterdir())
+        for name in sorted(names, key=LAST_FILES.__contains__):
             os.replace(partial / name, self.out / name)
         partial.rmdir()
 

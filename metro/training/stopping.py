@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from metro.training.output_folder import TRAINER_STATE
 from metro.utils.stopping import Stop
@@ -41,6 +41,13 @@ class StopCallback(TrainerCallback):
         control.should_training_stop = True
         control.should_save = state.global_step > 0 and not saved
         control.should_evaluate = False
+
+
+class Patience(EarlyStoppingCallback):
+    """Ends the training after some evaluations that were no better, and leaves a note of it."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[type(self).__name__] = self.state()
 
 
 def random_states() -> tuple:

@@ -108,9 +108,11 @@ def more_of_metro(words: list[str]) -> list[str]:
         sizes += ["--update-freq", "1", "--warmup-updates", "1", "--log-interval", "1"]
         return [*sizes, "--max-update", os.environ["UPDATES"], "--cpu", "--no-fp16", "--no-bf16"]
     if command == "finetune":
-        is_folder = Path(words[words.index("--data") + 1]).is_dir()
-        return ["--max-steps", "2", "--batch-size", "2", *([] if is_folder else local)]
+        is_there = Path(words[words.index("--data") + 1]).exists()
+        return ["--max-steps", "2", "--batch-size", "2", *([] if is_there else local)]
     if command == "evaluate":
+        if "--data" in words:
+            return ["--limit", "2"]
         suite = words[words.index("--suite") + 1]
         tasks = {"t0": ["--task", "rte", "--prompt", "MNLI crowdsource"], "mmlu": MMLU}
         tasks["blimp"] = ["--task", "anaphor_agreement"]
@@ -129,7 +131,9 @@ def write_inputs(folder: Path) -> None:
     documents = random_text(2, 100).split("\n\n")
     with gzip.open(folder / "web.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
-    (folder / "mails.csv").write_text("id,body\n1,My parcel never came.\n2,How are you?\n")
+    for name in ("mails.csv", "mails_test.csv"):
+        mails = "My parcel never came.,complaint\nHow are you?,question\nIt is lovely.,praise\n"
+        (folder / name).write_text("body,label\n" + mails * 4)
     (folder / "questions.txt").write_text("what sat on the mat?\nwho went home?\n")
 
     sentences = random_text(3, 20).split("\n")

@@ -37,9 +37,9 @@ def test_values_that_make_no_sense_are_refused(options, message):
 
 @pytest.mark.parametrize("name", FinetuningSettings.shipped())
 def test_every_shipped_configuration_is_complete(name):
-    """All but output_dir; tiny also wants a model and data."""
+    """All but output_dir; tiny and own_rows also want a model and data."""
     settings = FinetuningSettings.combine(
-        name, {"output_dir": "o", **(NEEDED if name == "tiny" else {})}
+        name, {"output_dir": "o", **(NEEDED if name in ("tiny", "own_rows") else {})}
     )
     assert settings.max_steps > 0
 

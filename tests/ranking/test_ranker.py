@@ -22,20 +22,30 @@ def softmax(scores):
     return [weight / sum(weights) for weight in weights]
 
 
-@pytest.mark.parametrize(
-    ("method", "normalization"),
-    [
-        *[("direct", "sum"), ("direct", "mean"), ("direct", "calibrated"), ("channel", "sum")],
-        *[("flipped", "sum"), ("flipped", "calibrated")],
-    ],
-)
-def test_scores_equal_those_of_an_evaluation(model, mails, tmp_path, method, normalization):
-    options = {"method": method, "normalization": normalization}
+def as_suite(mails):
     prompt = {"jinja": TEMPLATE, "answer_choices": " ||| ".join(OPTIONS)}
     suite = {"title": "Mails", "tasks": {"mails": {"data": str(mails), "prompts": {"ask": prompt}}}}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    path = mails.with_name("suite.yaml")
+    path.write_text(yaml.safe_dump(suite))
+    return {"suite": str(path)}
+
+
+def as_own_rows(mails):
+    return {"data": str(mails), "template": [TEMPLATE], "options": OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("method", "normalization", "given"),
+    [
+        *[(method, "sum", as_own_rows) for method in ("direct", "channel", "flipped")],
+        *[("direct", "mean", as_suite), ("direct", "calibrated", as_suite)],
+        *[("flipped", "calibrated", as_own_rows)],
+    ],
+)
+def test_scores_equal_those_of_an_evaluation(model, mails, tmp_path, method, normalization, given):
+    options = {"method": method, "normalization": normalization}
     evaluation = metro.evaluate(
-        model, suite=str(tmp_path / "suite.yaml"), out=tmp_path / "runs", progress=False, **options
+        model, out=tmp_path / "runs", progress=False, **given(mails), **options
     )
     [file] = evaluation.folder.rglob("scores/*/*.jsonl")
     expected = [json.loads(line) for line in file.read_text().splitlines()]

@@ -8,6 +8,7 @@ workers nor an interruption changes a byte.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.data.datasets import name_of
@@ -69,8 +70,22 @@ def prepare_prompts(
 def _prepare(options: PreparePromptsSettings, progress: Progress) -> Prepared:
     if options.out is None:
         raise UserError("out is missing: name the folder to make (or add --dry-run)")
-    plan, overwrite = make_plan(options), options.overwrite
-    folder = PromptFolder(options.out, plan.fingerprint())
+    plan = make_plan(options)
+    return prepare_plan(
+        plan, options.out, progress, overwrite=options.overwrite, num_workers=options.num_workers
+    )
+
+
+def prepare_plan(
+    plan: PromptPlan,
+    out: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+) -> Prepared:
+    """Make what a plan says; see `prepare_prompts`."""
+    folder = PromptFolder(out, plan.fingerprint())
     finished = folder.finished_manifest(overwrite)
     if finished and not (overwrite and finished["unavailable"]):
         missing = len(finished["unavailable"])
@@ -82,7 +97,7 @@ def _prepare(options: PreparePromptsSettings, progress: Progress) -> Prepared:
         return Prepared(folder.out, folder.complete(), False)
     for note in ignored_options(plan):
         progress.say(f"warning: {note}")
-    num_workers = options.num_workers or available_cores()
+    num_workers = num_workers or available_cores()
     work = _Preparation(plan, folder, earlier or {}, num_workers, progress)
     with naming(folder.partial):
         return Prepared(folder.out, work.run(), False)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from metro.data import datasets
 from metro.data.datasets import DatasetUnavailable, name_of
-from metro.data.jsonl_rows import JsonlRows, UnusableRow
+from metro.data.jsonl_rows import UnusableRow
+from metro.data.own_rows import read_rows
 from metro.data.prompts.mixtures import Mixture, find_mixture
 from metro.data.prompts.sandbox import unprotect
 from metro.data.prompts.templates import PromptTemplate, RenderedExample, TemplateTree
@@ -104,25 +105,9 @@ class Part(NamedTuple):
         first = 0
         for split, rows in self.splits:
             inside = [i - first for i in wanted if first <= i < first + len(rows)]
-            for index, row in _read_rows(rows, inside):
+            for index, row in read_rows(rows, inside):
                 yield PartRow(first + index, split, index, row)
             first += len(rows)
-
-
-def _read_rows(
-    rows: Sequence[dict], indices: list[int]
-) -> Iterator[tuple[int, dict | UnusableRow]]:
-    """Read numbered rows; of a jsonl file one by one, so that a broken line costs itself alone."""
-    if isinstance(rows, JsonlRows):
-        for index in indices:
-            try:
-                yield index, rows[index]
-            except UnusableRow as error:
-                yield index, error
-    elif indices:  # one read of the hub's tables costs less than many
-        is_run = indices[-1] - indices[0] + 1 == len(indices)
-        found = rows[indices[0] : indices[-1] + 1] if is_run else [rows[i] for i in indices]
-        yield from zip(indices, found, strict=True)
 
 
 class Unavailable(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 
 from metro.data.datasets import DatasetUnavailable, load_rows, name_of
 from metro.data.jsonl_rows import UnusableRow
-from metro.data.local_files import find_split, kind_of, open_rows, splits_in
+from metro.data.local_files import open_rows, splits_in
+from metro.data.own_rows import OwnData
 from metro.data.prompts.examples import (
     ExampleSettings,
     PromptedExample,
@@ -23,7 +24,7 @@ from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.evaluation.tasks.task import Sources, Task, choose_rows
 from metro.utils.files import inside
-from metro.utils.messages import UserError, shortened
+from metro.utils.messages import UserError
 
 SUBTASK_STRIDE = 1_000_000
 """Row numbers of the subtasks of a BIG-bench task begin at multiples of this."""
@@ -35,8 +36,10 @@ class TemplateTask(Task):
     def __init__(self, spec: TaskSpec, sources: Sources):
         super().__init__(spec, sources)
         self.split = ""
-        if spec.data is not None:
-            self.data: Sequence[dict] = own_rows(spec)
+        if spec.rows is not None:
+            self.data = spec.rows
+        elif spec.data is not None:
+            self.data = own_rows(spec)
         else:
             self.split = sources.split or spec.split
             name = spec.dataset if sources.data_dir is not None else spec.hub or spec.dataset
@@ -249,18 +252,13 @@ def own_rows(spec: TaskSpec) -> Sequence[dict]:
         DatasetUnavailable: it is not there, or a folder of other things.
     """
     assert spec.data is not None
-    if spec.data.is_dir() and kind_of(spec.data) is None:
-        splits = splits_in(spec.data)
-        split = find_split(splits, spec.split) if spec.split else next(iter(splits), None)
-        if split is None or (len(splits) > 1 and not spec.split):
-            raise DatasetUnavailable(
-                f"task {spec.name}: {spec.data} has {shortened(sorted(splits)) or 'no rows'}: name "
-                "one of them as the task's `split`"
-            )
-        return open_rows(splits[split])
     if not spec.data.exists():
         raise DatasetUnavailable(f"task {spec.name}: there is no file {spec.data}")
-    return open_rows(spec.data)
+    try:
+        data = OwnData(spec.data)
+        return data.rows(data.choose(spec.split or None, remedy="name it as the task's `split`"))
+    except UserError as error:
+        raise DatasetUnavailable(f"task {spec.name}: {error}") from None
 
 
 def load_tasks(suite: Suite, sources: Sources) -> tuple[list[Task], dict[str, str]]:

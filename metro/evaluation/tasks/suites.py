@@ -57,6 +57,8 @@ class TaskSpec:
     data: Path | None = None
     """Rows instead of a dataset: a file or a folder of ``save_to_disk``; of kind ``prepared`` the
     prepared folder."""
+    rows: Sequence[dict] | None = None
+    """Rows that are open already, instead of a dataset."""
     inline: dict[str, dict[str, str]] = field(default_factory=dict)
     """Templates written in the suite: ``{name: {"jinja", "answer_choices"}}``."""
     template: dict[str, Any] = field(default_factory=dict)
