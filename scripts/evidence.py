@@ -22,9 +22,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -37,24 +35,13 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torc
 
 from evidence_data import prepare
 from evidence_report import read_results, write_report
-from plot_training import read_log
+from evidence_runs import ROOT, ObjectiveRun, PretrainingRun, Run, pretrain, say
 
-import metro
-from metro.conversion.fairseq_to_hf import to_hf
-from metro.evaluation.runs.run_folder import read_run
-from metro.models.fairseq_checkpoint import read_checkpoint
 from metro.utils.files import read_json, read_yaml, write_json
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-CURVES = (
-    *("loss", "nll_loss", "generator_loss", "rtd_loss", "rtd_label_entropy", "replaced_accuracy"),
-    *("rtd_replaced_accuracy", "unigram_bits", "bigram_bits", "trigram_bits"),
-)
-"""Validation curves that a result keeps."""
 TIMED_UPDATES = (20, 120)
-TIMED_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Study:
             one_of_each = {kind: name for name, kind in kinds.items()}
             rounds = [
                 {kind: self.measure(name) for kind, name in one_of_each.items()}
-                for _ in range(TIMED_ROUNDS)
+                for _ in range(self.plan["timed_rounds"])
             ]
             found = {n: median(each[kind] for each in rounds) for n, kind in kinds.items()}
             write_json(path, found)
@@ -111,220 +98,47 @@ class Study:
             return round(updates * seconds[other] / seconds[arm])
         return updates
 
-    def tune(self) -> dict[str, tuple[float, float]]:
-        """Choose the rates of pretraining and finetuning of each arm, one after the other.
-
-        By accuracy on held-out training rows of the tuning seed; test rows are not looked at.
-        """
-        plan, rates = self.plan, self.plan["finetuning"]["rates"]
-        seed, middle = plan["tuning_seed"], rates[len(rates) // 2]
-
-        def best(runs: list[Run]) -> list[Run]:
-            work_through(runs)
-            by_arm = ([run for run in runs if run.arm == arm] for arm in plan["arms"])
-            return [max(tried, key=lambda run: run.tune_accuracy()) for tried in by_arm]
-
+    def tune(self) -> list[PretrainingRun]:
+        """Choose the rates of pretraining and finetuning of each arm, one after the other."""
+        arms, rates = self.plan["arms"], self.plan["finetuning"]["rates"]
+        seed, middle = self.plan["tuning_seed"], rates[len(rates) // 2]
         first = best([
-            Run(self, arm, seed, rate, middle, True)
-            for arm, options in plan["arms"].items()
+            PretrainingRun(self, arm, seed, rate, middle, True)
+            for arm, options in arms.items()
             for rate in options.get("rates", [0.0])
         ])  # fmt: skip
-        second = best([replace(run, finetuning_rate=rate) for run in first for rate in rates])
-        return {run.arm: (run.rate, run.finetuning_rate) for run in second}
+        return best([replace(run, finetuning_rate=rate) for run in first for rate in rates])
+
+    def run(self) -> None:
+        """Make all runs of the plan."""
+        chosen, objectives = self.tune(), self.plan.get("objectives")
+        self.repeat(chosen)
+        if objectives:
+            start = next(run for run in chosen if run.arm == objectives["from"])
+            tried = [
+                ObjectiveRun(self, arm, start.seed, start.rate, rate, True)
+                for arm in objectives["arms"]
+                for rate in self.plan["finetuning"]["rates"]
+            ]
+            self.repeat(best(tried))
+
+    def repeat(self, chosen: Sequence[Run]) -> None:
+        """Make the chosen runs with every seed."""
+        for run in chosen:
+            say(f"{run.arm}: rates {run.rate:g} and, of finetuning, {run.finetuning_rate:g}")
+        seeds = self.plan["seeds"]
+        work_through([replace(run, seed=n, tuning=False) for n in seeds for run in chosen])
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model: pretraining, minimal pairs, finetuning on every dataset."""
+def best(runs: Sequence) -> list:
+    """Do runs, and return each arm's best.
 
-    study: Study
-    arm: str
-    seed: int
-    rate: float
-    finetuning_rate: float
-    tuning: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-{self.rate:g}-s{self.seed}{'-tuning' * self.tuning}"
-
-    @property
-    def folder(self) -> Path:
-        return self.study.out / "runs" / self.name
-
-    @property
-    def record(self) -> dict:
-        return read_json(self.folder / "record.json") or {}
-
-    @property
-    def datasets(self) -> dict[str, str]:
-        """Dataset -> its key in the record, which has the rate of finetuning."""
-        return {name: f"{name} {self.finetuning_rate:g}" for name in self.study.plan["datasets"]}
-
-    def is_done(self) -> bool:
-        published = self.tuning or (self.study.results / f"{self.name}.json").is_file()
-        found = self.record.get("finetuning", {})
-        return published and all(key in found for key in self.datasets.values())
-
-    def tune_accuracy(self) -> float:
-        found = self.record["finetuning"]
-        return sum(found[key]["tune"] for key in self.datasets.values()) / len(self.datasets)
-
-    def keep(self, part: str, facts: dict) -> None:
-        """Add facts to a part of the record on disk."""
-        record = self.record
-        record[part] = record.get(part, {}) | facts
-        write_json(self.folder / "record.json", record)
-
-    def do(self) -> None:
-        """Do what is not done yet, and publish the result."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        study, model = self.study, self.folder / "model"
-        options = study.plan["arms"][self.arm]
-        if "pretraining" not in self.record:
-            say(f"{self.name}: pretraining")
-            updates = study.updates(self.arm, self.tuning)
-            pretrain(study, self.arm, self.rate, self.seed, updates, self.folder)
-            checkpoint = self.folder / "checkpoint_last.pt"
-            done = read_checkpoint(checkpoint).history[-1]["num_updates"]
-            if done < updates:
-                raise UserError(f"{self.name} stopped after {done} of {updates} updates: run again")
-            to_hf(checkpoint, model, vocab=study.out / "text", keep_auxiliary=True, overwrite=True)
-            curves = read_log(self.folder / "pretraining.log")
-            tokens = curves["train"].get("wpb")
-            facts = {
-                "updates": updates,
-                "tokens_per_update": sum(tokens.values) / len(tokens.values) if tokens else 0,
-                "valid": {n: list(c) for n, c in curves["valid"].items() if n in CURVES},
-            }
-            self.keep("pretraining", facts)
-        methods = ["decoder", *(["rtd"] if options.get("rtd") else [])]
-        for method in methods if study.plan.get("blimp_limit") else []:
-            if method not in self.record.get("blimp", {}):
-                say(f"{self.name}: minimal pairs, {method}")
-                self.keep("blimp", {method: self.minimal_pairs(model, method)})
-        for name, key in self.datasets.items():
-            if key not in self.record.get("finetuning", {}):
-                say(f"{self.name}: finetuning on {key}")
-                self.keep("finetuning", {key: self.finetune(model, name)})
-        if not self.tuning:
-            write_json(study.results / f"{self.name}.json", self.result(), indent=1)
-
-    def minimal_pairs(self, model: Path, method: str) -> dict:
-        evaluation = metro.evaluate(
-            str(model),
-            suite="blimp",
-            method=method,
-            data_dir=self.study.data_dir,
-            limit=self.study.plan["blimp_limit"],
-            out=self.folder / "pairs",
-            device="cpu" if self.study.plan["cpu"] else None,
-            progress=False,
-        )
-        summary = evaluation.summary
-        paradigms = {p: a for task in summary.tasks.values() for p, a in task.accuracies.items()}
-        return {"question": summary.question, "paradigms": paradigms}
-
-    def finetune(self, model: Path, dataset: str) -> dict:
-        """Accuracy on held-out training rows, and which test rows are answered rightly."""
-        plan, place = self.study.plan, self.study.out / "tasks" / dataset
-        options = {k: v for k, v in plan["finetuning"].items() if k != "rates"}
-        folder = self.folder / f"finetuned-{dataset}-{self.finetuning_rate:g}"
-        given = dict(
-            model=str(model),
-            data=str(place / "prompts"),
-            output_dir=str(folder / "model"),
-            learning_rate=self.finetuning_rate,
-            seed=self.seed,
-            use_cpu=plan["cpu"],
-            save_steps=0.5,
-            report_to="none",
-            **options,
-        )
-        metro.finetune(**given, progress=False)
-        found = {}
-        for part in ("tune", "test"):
-            evaluation = metro.evaluate(
-                given["output_dir"],
-                suite=str(place / f"{part}.yaml"),
-                out=folder / "evaluation",
-                max_source_length=options["max_input_length"],
-                device="cpu" if plan["cpu"] else None,
-                progress=False,
-            )
-            run = read_run(evaluation.folder)
-            found[part] = [score.right for score in run.scores(run.results[0]) or []]
-        shutil.rmtree(folder)
-        right = "".join(str(int(each)) for each in found["test"])
-        return {"tune": sum(found["tune"]) / len(found["tune"]), "right": right}
-
-    def result(self) -> dict:
-        """Everything that the report needs of this run."""
-        record, study = self.record, self.study
-        return {
-            "arm": self.arm,
-            "seed": self.seed,
-            "rate": self.rate,
-            "finetuning_rate": self.finetuning_rate,
-            "seconds_per_update": study.seconds_per_update.get(self.arm, 0),
-            **record["pretraining"],
-            "blimp": record.get("blimp", {}),
-            "right": {n: record["finetuning"][key]["right"] for n, key in self.datasets.items()},
-        }
-
-
-def pretrain(
-    study: Study,
-    arm: str,
-    rate: float,
-    seed: int,
-    updates: int,
-    folder: Path,
-    further: dict | None = None,
-) -> None:
-    """Run fairseq on an arm; its messages are in pretraining.log, and it resumes by itself."""
-    plan, options = study.plan, study.plan["arms"][arm]
-    untrained = bool(options.get("untrained"))
-    overrides = {
-        "common.user_dir": ROOT / "fairseq_plugins",
-        "common.seed": seed,
-        "common.cpu": plan["cpu"],
-        "common.log_interval": max(1, min(50, updates // 4)),
-        "task.data": study.out / "text",
-        "checkpoint.save_dir": folder,
-        "checkpoint.save_interval_updates": plan["validate_every"],
-        "dataset.validate_interval_updates": plan["validate_every"],
-        "dataset.num_workers": 0,
-        "distributed_training.distributed_world_size": 1,
-        "optimization.max_update": updates,
-        "optimization.lr": f"[{0.0 if untrained else rate}]",
-        **plan.get("pretraining", {}),
-        **options.get("set", {}),
-        **(further or {}),
-    }
-    configs = ROOT / "fairseq_plugins/configs/pretraining"
-    program = Path(sysconfig.get_path("scripts")) / "fairseq-hydra-train"
-    argv = [program, "--config-dir", configs, "--config-name", options["configuration"]]
-    argv += [f"++{name}={value}" for name, value in overrides.items()]  # also reads True
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "pretraining.log"
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [*map(str, argv)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.terminate()  # it saves after the current update
-            process.wait()
-            raise
-    if process.returncode:
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise UserError(f"pretraining of {arm} failed ({process.returncode}), see {log}:\n{last}")
+    By accuracy on held-out training rows of the tuning seed; test rows are not looked at.
+    """
+    work_through(runs)
+    arms = dict.fromkeys(run.arm for run in runs)
+    by_arm = ([run for run in runs if run.arm == arm] for arm in arms)
+    return [max(tried, key=lambda run: run.tune_accuracy()) for tried in by_arm]
 
 
 def seconds_used(cpu: bool) -> float:
@@ -362,10 +176,6 @@ def waiting(path: Path) -> ExitStack:
         time.sleep(1)
 
 
-def say(text) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -390,11 +200,7 @@ def main() -> int:
             study.out.mkdir(parents=True, exist_ok=True)
             with waiting(study.out / "prepared"):
                 prepare(plan, study.text, study.data_dir, study.out)
-            chosen = study.tune()
-            say(f"rates of pretraining and finetuning: {chosen}")
-            work_through(
-                [Run(study, arm, seed, *chosen[arm]) for seed in plan["seeds"] for arm in chosen]
-            )
+            study.run()
         write_report(plan, read_results(results), options.page)
         say(f"written: {options.page}")
     except UserError as error:

@@ -1,8 +1,9 @@
 """Data of scripts/evidence.py: binarised text, and prompts and suites of every dataset."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import metro
 from metro.data.datasets import load_rows
@@ -35,46 +36,94 @@ def prepare(plan: Mapping, text: Path, data_dir: Path, out: Path) -> None:
         valid_fraction=plan["valid_fraction"],
     )
     for name, options in plan["datasets"].items():
-        folder = out / "tasks" / name
-        if not (folder / "prompts").is_dir():
-            prepare_dataset(name, options, data_dir, folder)
+        rows = write_rows(name, options, data_dir, out / "rows")
+        asked = [Asked(name, [options["prompt"]], options["answer_choices"])]
+        for part in ("tune", "test"):
+            write_suite(out / "tasks" / name / f"{part}.yaml", asked, rows, part)
+        prepare_mixture(asked, out / "rows", out / "tasks" / name)
+    if objectives := plan.get("objectives"):
+        folder, seen, unseen = out / "tasks" / "objectives", [], []
+        for name, options in objectives["datasets"].items():
+            for found, choices in ((seen, plan["datasets"][name]), (unseen, options)):
+                found.append(Asked.about(name, options["prompts"], choices["answer_choices"]))
+        for part, asked in (("tune", seen), ("test", seen), ("unseen", unseen)):
+            write_suite(folder / f"{part}.yaml", asked, out / "rows", part)
+        prepare_mixture(seen, out / "rows", folder)
 
 
-def prepare_dataset(name: str, options: Mapping, data_dir: Path, folder: Path) -> None:
-    """Write the training rows as prompts, held-out and test rows as suites of one task."""
-    parts = {
-        split: load_rows(
-            options["dataset"], options.get("subset"), options[split], data_dir=data_dir
-        )
+class Asked(NamedTuple):
+    """A dataset, its prompts in Jinja and its answer choices."""
+
+    dataset: str
+    prompts: Sequence[str]
+    answer_choices: str
+
+    @classmethod
+    def about(cls, dataset: str, prompts: Sequence[str], answer_choices: str) -> Self:
+        """Write the answer choices into the prompts where they say ``LABELS``."""
+        labels = " or ".join(answer_choices.split(" ||| "))
+        return cls(dataset, [each.replace("LABELS", labels) for each in prompts], answer_choices)
+
+    def named(self) -> dict[str, dict]:
+        """Name -> prompt, as suites have it."""
+        return {
+            f"prompt {number}": {"jinja": jinja, "answer_choices": self.answer_choices}
+            for number, jinja in enumerate(self.prompts, 1)
+        }
+
+
+def write_rows(name: str, options: Mapping, data_dir: Path, folder: Path) -> Path:
+    """Write the rows to train on, held out of them, and to test on."""
+    train, test = (
+        [*load_rows(options["dataset"], options.get("subset"), options[split], data_dir=data_dir)]
         for split in ("train", "test")
-    }
-    train = list(parts["train"])
+    )
     rows = {
         "train": [row for number, row in enumerate(train) if number % TUNE_EVERY],
         "tune": train[::TUNE_EVERY],
-        "test": list(parts["test"]),
+        "test": test,
     }
     for part, chosen in rows.items():
-        place = folder / "rows" / name / "default" / f"{part}.jsonl"
+        place = folder / name / "default" / f"{part}.jsonl"
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, "".join(json.dumps(row) + "\n" for row in chosen))
-        prompt = {"jinja": options["prompt"], "answer_choices": options["answer_choices"]}
-        task = {"data": str(place.resolve()), "prompts": {"plain": prompt}}
-        write_text(folder / f"{part}.yaml", json.dumps({"tasks": {name: task}}))
-    write_text(folder / "mixture.yaml", json.dumps({"datasets": [name]}))
-    template = {key: json.dumps(value) for key, value in prompt.items()}
-    (folder / "templates" / name).mkdir(parents=True, exist_ok=True)
-    write_text(
-        folder / "templates" / name / "templates.yaml",
-        f"dataset: {name}\ntemplates:\n  1: !Template\n    name: plain\n"
-        f"    jinja: {template['jinja']}\n    answer_choices: {template['answer_choices']}\n"
-        "    metadata: !TemplateMetadata\n      original_task: true\n",
-    )
+    return folder
+
+
+def write_suite(path: Path, asked: Sequence[Asked], rows: Path, part: str) -> None:
+    """Write a suite with a task of each dataset."""
+    part = "test" if part == "unseen" else part
+    tasks = {
+        each.dataset: {
+            "data": str((rows / each.dataset / "default" / f"{part}.jsonl").resolve()),
+            "prompts": each.named(),
+        }
+        for each in asked
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"tasks": tasks}))
+
+
+def prepare_mixture(asked: Sequence[Asked], rows: Path, folder: Path) -> None:
+    """Write the training rows as prompts; those that are there already stay."""
+    if (folder / "prompts").is_dir():
+        return
+    write_text(folder / "mixture.yaml", json.dumps({"datasets": [each.dataset for each in asked]}))
+    for each in asked:
+        place = folder / "templates" / each.dataset / "templates.yaml"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        templates = "".join(
+            f"  {number}: !Template\n    name: {name}\n    jinja: {json.dumps(prompt['jinja'])}\n"
+            f"    answer_choices: {json.dumps(prompt['answer_choices'])}\n"
+            "    metadata: !TemplateMetadata\n      original_task: true\n"
+            for number, (name, prompt) in enumerate(each.named().items())
+        )
+        write_text(place, f"dataset: {each.dataset}\ntemplates:\n{templates}")
     metro.prepare_prompts(
         mixture=str(folder / "mixture.yaml"),
         out=folder / "prompts",
         format="jsonl",
-        data_dir=folder / "rows",
+        data_dir=rows,
         templates=folder / "templates",
         validation="none",
         progress=False,

@@ -45,7 +45,7 @@ def read_results(folder: Path) -> list[dict]:
 def outcomes(result: Mapping) -> dict[str, np.ndarray]:
     """What a run got right: dataset -> (N,) of 0 and 1; ``blimp`` -> accuracy of each paradigm."""
     found = {name: np.array([*map(int, right)], float) for name, right in result["right"].items()}
-    if "decoder" in result["blimp"]:
+    if "decoder" in result.get("blimp", {}):
         found["blimp"] = np.array([*result["blimp"]["decoder"]["paradigms"].values()])
     return found
 
@@ -149,6 +149,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
                 if first in arms and second in arms
             ],
         ),
+        *objectives_of(plan, results),
         "## What this does not show",
         plan["limits"].strip(),
         f"Made by `scripts/evidence.py` from {counted(len(results), 'run')}; seeds "
@@ -156,6 +157,35 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         + ".",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def objectives_of(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
+    """The section about objectives of finetuning, empty where nothing of it was run."""
+    options = plan.get("objectives")
+    arms = [name for name in options["arms"] if by_seed(results, name)] if options else []
+    if not options or not arms:
+        return []
+    title = {name: options["arms"][name]["title"] for name in arms}
+    sections = ["## Objectives of finetuning", options["about"].strip()]
+    for unseen in ("", ", unseen"):
+        datasets = [f"{name}{unseen}" for name in options["datasets"]]
+        rows = [
+            [title[name], *(f"{value:.1f}" for value in accuracies(results, name, datasets))]
+            for name in arms
+        ]
+        rows += [
+            [
+                f"{title[first]} − {title[second]}",
+                *(
+                    interval(difference(by_seed(results, first), by_seed(results, second), tasks))
+                    for tasks in [*([name] for name in datasets), datasets]
+                ),
+            ]
+            for first, second in options["compare"]
+            if first in arms and second in arms
+        ]
+        sections.append(table(["", *datasets, "mean"], rows))
+    return sections
 
 
 def arm_row(title: str, runs: Sequence[Mapping], tokens_per_update: float) -> list[str]:

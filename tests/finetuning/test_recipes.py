@@ -11,9 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-import torch
 
-import metro
 from metro.data.prompts.stored import PromptedExamples, read_manifest
 from tests.conftest import ROOT
 
@@ -73,22 +71,3 @@ def test_both_routes_from_a_checkpoint_to_accuracies(sources, tmp_path):
         config = json.loads((out / route / "config.json").read_text())
         assert config["decoder_start_token_id"] == 2
         assert (out / route / "modeling_metro_t5.py").is_file()
-
-
-@pytest.mark.slow
-def test_the_comparison_of_objectives_makes_a_table_and_resumes(sources, tmp_path):
-    script = ROOT / "scripts/compare_objectives.py"
-    options = [f"--{name.replace('_', '-')}={path}" for name, path in sources.items()]
-    options += ["--dataset", "quarel", "--unseen", "trec", "--max-steps", "2", "--batch-size", "4"]
-    options += ["--eval-limit", "2", "--use-cpu", "--fresh", "--out", str(tmp_path)]
-    run(sys.executable, script, *options)
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert set(table) == {"FLIPPED", "FLIPPED without unlikelihood", "DIRECT", "CHANNEL"}
-    for parts in table.values():
-        check_tasks(parts["trained"], tmp_path / "data_trained", 2)
-        check_tasks(parts["unseen"], tmp_path / "data_unseen", 2)
-    assert "training to update" not in run(sys.executable, script, *options)  # all kept
-    given, _ = metro.load(sources["model"], vocab=sources["vocab"])
-    start, _ = metro.load(tmp_path / "start")
-    assert start.config.d_model == given.config.d_model
-    assert not torch.equal(start.shared.weight, given.shared.weight)

@@ -76,6 +76,12 @@ def test_committed_plan_names_configurations_and_arms_that_exist():
     assert {name for pair in plan["compare"] for name in pair} <= plan["arms"].keys()
     assert len(plan["seeds"]) >= 5 and plan["tuning_seed"] not in plan["seeds"]
     assert len(plan["datasets"]) >= 6 and plan["endpoint"] and plan["primary"] >= 1
+    for name, options in plan["objectives"]["datasets"].items():
+        seen, unseen = (
+            each["answer_choices"].split(" ||| ") for each in (plan["datasets"][name], options)
+        )
+        assert len(seen) == len(unseen) and not {*seen} & {*unseen}
+        assert all("LABELS" in prompt for prompt in options["prompts"])
 
 
 def test_a_folder_belongs_to_one_plan(tmp_path):
@@ -137,6 +143,7 @@ vocab_size: 200
 valid_fraction: 0.1
 updates: 4
 tuning_updates: 2
+timed_rounds: 1
 validate_every: 2
 seeds: [1]
 tuning_seed: 9
@@ -164,6 +171,19 @@ datasets:
     test: test
     prompt: "{{thing}} ||| {{answer_choices[label]}}"
     answer_choices: red ||| green
+objectives:
+  about: Both ways.
+  from: metro
+  arms:
+    flipped: {title: FLIPPED, set: {objective: flipped}}
+    direct: {title: DIRECT, set: {objective: direct}}
+  compare: [[flipped, direct]]
+  datasets:
+    colours:
+      prompts:
+        - "{{thing}} Is it LABELS? ||| {{answer_choices[label]}}"
+        - "LABELS? {{thing}} ||| {{answer_choices[label]}}"
+      answer_choices: blue ||| grey
 """
 
 
@@ -191,12 +211,18 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     results = {
         path.stem.split("-")[0]: read_json(path) for path in (tmp_path / "results").iterdir()
     }
-    assert results.keys() == {"metro", "t5", "none"}
+    assert results.keys() == {"metro", "t5", "none", "flipped", "direct"}
+    for objective in ("flipped", "direct"):  # 6 rows under 2 prompts
+        right = results.pop(objective)["right"]
+        assert {n: len(rows) for n, rows in right.items()} == {"colours": 12, "colours, unseen": 12}
+    unseen = (tmp_path / "out/tasks/objectives/unseen.yaml").read_text()
+    assert "Is it blue or grey?" in unseen and "red" not in unseen
     assert all(len(run["right"]["colours"]) == 6 for run in results.values())
     assert results["metro"]["blimp"].keys() == {"decoder", "rtd"}
     assert results["t5"]["blimp"]["decoder"]["question"] == "blanks"
     seconds = {name: run["seconds_per_update"] for name, run in results.items()}
     assert results["t5"]["updates"] == round(4 * seconds["metro"] / seconds["t5"])
-    assert "| METRO − T5 |" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "| METRO − T5 |" in page and page.count("| FLIPPED − DIRECT |") == 2
     again = subprocess.run(argv, capture_output=True, text=True)
     assert again.returncode == 0 and "finetuning on" not in again.stdout
