@@ -102,8 +102,9 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
     seeds = {name: sorted(by_seed(results, name)) for name in arms}
     title = {name: plan["arms"][name]["title"] for name in arms}
     # T5's log counts the tokens of its targets; the batches of all arms are the same.
-    read = max(run["tokens_per_update"] for run in results)
-    sizes = [f"{name} {len(results[0]['right'][name])}" for name in datasets]
+    pretrained = [run for run in results if run["arm"] in arms]
+    read = max(run["tokens_per_update"] for run in pretrained)
+    sizes = [f"{name} {len(pretrained[0]['right'][name])}" for name in datasets]
     lines = [
         "# Evidence",
         f"{plan['about'].strip()}",

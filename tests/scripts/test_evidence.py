@@ -113,7 +113,15 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
         "about": "Toys.", "endpoint": "colours.", "limits": "All.", "primary": 1,
         "arms": {"a": {"title": "A"}, "b": {"title": "B"}, "c": {"title": "not run"}},
         "compare": [["a", "b"], ["a", "c"]], "datasets": {"colours": {}},
+        "objectives": {
+            "about": "Both.", "datasets": {"colours": {}}, "compare": [["f", "d"]],
+            "arms": {"f": {"title": "F"}, "d": {"title": "D"}},
+        },
     }  # fmt: skip
+    for name, seen, unseen in (("f", "1110", "1100"), ("d", "1010", "1100")):
+        right = {"colours": seen, "colours, unseen": unseen}
+        facts = {"arm": name, "seed": 1, "rate": 0.001, "finetuning_rate": 0.0005, "right": right}
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
     made = [
         ("a", 1, "1110", 0.6),
         ("a", 2, "1111", 0.7),
@@ -129,6 +137,8 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
     assert "| B | 2 | 0.001, 0.0005 | 100 | 0.10 |" in page
     assert "| A | 87.5 | 87.5 |" in page and "| B | 75.0 | 75.0 |" in page
     assert "| A − B | +12.5 [" in page and "+25.0 +0.0" in page and "not run" not in page
+    assert "| F | 75.0 | 75.0 |" in page and "| D | 50.0 | 50.0 |" in page
+    assert "| F − D | +25.0 [" in page and "| F − D | +0.0 [+0.0, +0.0] |" in page
     first = (tmp_path / "docs/images/evidence.svg").read_bytes()
     write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
     assert (tmp_path / "docs/images/evidence.svg").read_bytes() == first
