@@ -7,13 +7,12 @@ Every arm of the plan has the same sizes, vocabulary, data order, optimiser and 
 it is pretrained by fairseq with the project's plugins, scored on minimal pairs, and finetuned by
 `metro finetune` on each dataset. First, on the tuning seed, the rates of each arm are chosen by
 accuracy on rows held out of the training rows; then all seeds run with the choice, and accuracy is
-that of the test rows. Each run is one process with one thread, resumes where it was stopped, and
+that of the test rows. At last the objectives of finetuning, FLIPPED and DIRECT, are compared from
+the models of one arm. Each run is one process with one thread, resumes where it was stopped, and
 writes one JSON file when it is done. The same command started twice shares the runs. At the end, or
 with --report at any time, table, intervals and figure are made of the JSON files.
 
 The keys of a plan are explained in benchmarks/evidence/cpu.yaml.
-
-Why more than 400 lines: one comparison, from a plan to its table, read from top to bottom.
 """
 
 import argparse
