@@ -1,12 +1,35 @@
-"""Hooks of mkdocs: tables of settings classes; no traces of reStructuredText in docstrings."""
+"""Hooks of mkdocs: the notebook as a page, tables of settings classes, plain docstrings."""
 
 import importlib
+import json
 import re
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from mkdocs.structure.files import File
+
 SETTINGS = re.compile(r"<!-- settings: ([\w.]+)\.(\w+) -->")
+
+
+def on_files(files, config):
+    """Add the notebook as a page."""
+    text = as_markdown(Path(config.docs_dir) / "quickstart.ipynb")
+    files.append(File.generated(config, "quickstart.md", content=text))
+    return files
+
+
+def as_markdown(notebook: Path) -> str:
+    """Text, code, and what it printed or showed."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {"text/plain": output.get("text")})
+            html, text = "".join(shown.get("text/html", "")), "".join(shown["text/plain"])
+            parts.append(html or f"```text\n{text}\n```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -4,6 +4,7 @@ Each runs as it is printed, in a folder like the checkout; ``small.py`` makes th
 Oracle: the exit status, and the files that the pages promise.
 """
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_blocks_of_the_pages_run(checkout):
             shutil.copytree(checkout / "my_model", checkout / "demo/model")
     assert (checkout / "answers.txt").read_text().count("\n") == 2
     assert (checkout / "losses.png").exists() and (checkout / "report/report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(checkout):
+    """Oracle: its files, and that 200 rows help on rows that the model has not seen."""
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code.append("[(was, now)] = zip(before.accuracies.values(), after.accuracies.values())")
+    code.append("assert was < 0.6 and now > 0.9, (was, now)")
+    run(Block("python", "\n".join(code), "quickstart.ipynb", None), checkout)
+    assert (checkout / "quickstart/report/report.html").exists()
+    assert (checkout / "quickstart/ranked.csv").read_text().count("\n") == 61
 
 
 T5 = """
