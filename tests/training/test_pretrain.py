@@ -181,6 +181,15 @@ def test_every_configuration_gives_its_model(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_model_trains_the_same(pretrain):
+    options = dict(max_update=4, dropout=0.0, attention_dropout=0.0, disable_validation=True)
+    plain, compiled = (pretrain(str(how), compile=how, **options).folder for how in (False, True))
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert_same(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one_and_one_goes_on(pretrain, pretraining_data, tmp_path):
     """Behind the same share of the epoch; and without fairseq, which cannot be imported here."""
     for name in ("fairseq", "fairseq_cli", "hydra", "omegaconf"):
