@@ -13,7 +13,7 @@ dtype_option = click.option(
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
-@click.group()
+@click.group(epilog="\b\nExample:\n  metro convert to-hf checkpoint_best.pt --out model")
 def command() -> None:
     """Convert fairseq checkpoints to Hugging Face folders, and back, exactly."""
 

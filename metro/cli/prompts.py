@@ -26,7 +26,7 @@ templates_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 
 
-@click.group()
+@click.group(epilog="\b\nExample:\n  metro prompts show --dataset super_glue/rte")
 def command() -> None:
     """List prompt templates; show what a model will read and be asked for."""
 
@@ -201,7 +201,7 @@ def _print_view(view: dict, as_json: bool) -> None:
     click.echo("")
 
 
-@click.group()
+@click.group(epilog="\b\nExample:\n  metro templates fetch")
 def templates() -> None:
     """Fetch the prompt templates of promptsource."""
 

@@ -216,7 +216,7 @@ def test_help_explains_every_option(call):
 
 def commands(name: str) -> list[click.Command]:
     command = load_command(name)
-    return list(command.commands.values()) if isinstance(command, click.Group) else [command]
+    return [command, *getattr(command, "commands", {}).values()]
 
 
 LINES = {"pretrain": 48}
