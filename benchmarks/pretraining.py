@@ -35,6 +35,7 @@ from benchmarks.plain_pretraining import make_plain, plain_loss
 from benchmarks.timing import measure_rates, synchronize
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.ops.adamw import adamw_step
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel
@@ -158,30 +159,26 @@ def t5_batch(batch_size: int) -> dict[str, torch.Tensor]:
 
 
 class Optimizer:
-    """AdamW by PyTorch's fused kernel; half precision is trained by way of float32 copies."""
+    """AdamW as fairseq-train has it; half precision is trained by way of float32 copies."""
 
     def __init__(self, model: torch.nn.Module, lr: float = 1e-4):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.in_half = self.params[0].dtype != torch.float32
-        self.masters = [p.detach().float() for p in self.params] if self.in_half else self.params
-        self.adamw = torch.optim.AdamW(
-            self.masters, lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
-        )
+        self.masters = [p.detach().float() for p in self.params]  # in float32 the weights
+        self.moments = [[torch.zeros_like(m) for m in self.masters] for _ in range(2)]
+        self.lr, self.num_steps = lr, 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the weights and forget the gradients."""
-        if self.in_half:
-            used = [
-                (m, p) for m, p in zip(self.masters, self.params, strict=True) if p.grad is not None
-            ]
-            for master, _ in used:
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_([m.grad for m, _ in used], [p.grad for _, p in used])
-            for param in self.params:
-                param.grad = None
-        self.adamw.step()
-        self.adamw.zero_grad()
+        self.num_steps += 1
+        used = [i for i, p in enumerate(self.params) if p.grad is not None]
+        grads = [self.params[i].grad.float() for i in used]
+        for param in self.params:
+            param.grad = None
+        of_used = [[x[i] for i in used] for x in (self.masters, *self.moments)]
+        settings = dict(lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+        adamw_step(of_used[0], grads, *of_used[1:], self.num_steps, **settings)
         if self.in_half:
             torch._foreach_copy_(self.params, self.masters)
 

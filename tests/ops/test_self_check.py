@@ -161,6 +161,20 @@ def test_a_kernel_is_tried_once_and_distrusted_with_one_warning(monkeypatch, cap
     assert "PyTorch's operation takes its place" in record.getMessage()
 
 
+@interpreted
+def test_a_kernel_can_be_tried_while_the_compiler_traces(monkeypatch):
+    """As `takes_kernel` asks."""
+    monkeypatch.setattr(self_check, "_faults", {})
+    op, device, dtype, width, flags = RIGHT[1]
+    ask = torch.compiler.assume_constant_result(self_check.is_trusted)
+
+    def step(x):
+        return x + (2.0 if ask(op, device, dtype, width, flags) else 1.0)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.zeros(1, requires_grad=True)).item() == 2.0
+
+
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")
 def test_trials_pass_in_the_interpreter():
     """The tests above, in a process that imports Triton with its interpreter."""
