@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateSyntaxError, meta
-
 from metro.data.datasets import name_of
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.own_prompts import DEFAULT_TEMPLATE
 from metro.data.prompts.examples import ExampleSettings, make_example
 from metro.data.prompts.instruction import split_template
+from metro.data.prompts.limits import TemplateError
+from metro.data.prompts.sandbox import fields_read
 from metro.data.prompts.templates import PromptTemplate, find_templates
 from metro.data.settings import check_options
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.ranking.settings import RankSettings
 from metro.utils.messages import UserError
 
+REMEDY = "write 'What is this? {{text}}'"
 OPTIONS = "options_to_rank"
 """Name of the options inside a template's answer choices."""
 
@@ -53,7 +54,10 @@ class Questions:
         self.options = settings.fixed_options()
         self.has_options = bool(self.options or self.options_field)
         self.templates = [self._asking(template) for template in choose_templates(settings)]
-        self.fields = [fields_read(template) for template in self.templates]
+        self.fields = [self._fields_of(template) for template in self.templates]
+        for template in self.templates if flipped else ():
+            if not any(map(str.strip, split_template(template.jinja).runs)):
+                raise UserError(f"{template.name} has no instruction for method flipped: {REMEDY}")
         self.settings = ExampleSettings(
             settings.seed, settings.instruction_text, needs_choices=True, with_instruction=flipped
         )
@@ -68,9 +72,28 @@ class Questions:
         jinja = f"{prompt} ||| {{{{ answer_choices[0] }}}}"
         return replace(template, jinja=jinja, answer_choices=choices)
 
-    def _text(self, row: str | Mapping[str, Any]) -> str | None:
+    def _fields_of(self, template: PromptTemplate) -> set[str]:
+        """Find the fields of a row that a question reads, its answer choices left aside.
+
+        Raises:
+            UserError: it is no Jinja template, its answer's mark is inside a condition, or it asks
+                the same of every row.
+        """
+        try:
+            found = fields_read(template.jinja)
+            of_choices = fields_read(template.answer_choices or "")
+        except TemplateError as error:
+            raise UserError(f"{template.name} {error.problem}; {REMEDY}") from None
+        found -= {"answer_choices", OPTIONS}
+        if not found and (of_choices == set() or self.options):
+            raise UserError(f"{template.name} reads no field, and asks the same of all: {REMEDY}")
+        return found
+
+    def _text(self, row: Any) -> str | None:
         if isinstance(row, str):
             text: Any = row
+        elif not isinstance(row, Mapping):
+            raise UnusableRow("no text", f"the row is {row!r}, not a text and not fields")
         elif self.text_field is None:
             return row.get("text") if isinstance(row.get("text"), str) else None
         else:
@@ -139,18 +162,3 @@ def _named(prompt: str, tree: Any) -> list[PromptTemplate]:
     if name:
         return [templates.template(*names, name)]
     return [each for each in templates.templates(*names) if each.answer_choices]
-
-
-def fields_read(template: PromptTemplate) -> set[str]:
-    """Find the fields of a row that a template's question reads.
-
-    Raises:
-        UserError: it is not a Jinja template, or its answer's mark is inside a condition.
-    """
-    try:
-        parsed = Environment().parse(template.jinja)
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"{template.name} is not a template ({error}): write 'What is this? {{{{text}}}}'"
-        ) from None
-    return meta.find_undeclared_variables(parsed) - {"answer_choices", OPTIONS}

@@ -79,6 +79,13 @@ def test_several_templates_are_averaged_and_their_agreement_is_told(model):
     assert alone[0][0].agreement is None
 
 
+def test_templates_may_draw_and_use_functions_of_promptsource(model):
+    """Oracle: the same question without them; `zip` is no field of the row."""
+    fancy = "{{ ['Is'] | choice }} {% for a, b in zip([body], [1]) %}{{a}}{% endfor %} it?"
+    ranked = Ranker(model, OPTIONS, template=[fancy])(TEXTS[:2])
+    assert ranked == Ranker(model, OPTIONS, template=["Is {{body}} it?"])(TEXTS[:2])
+
+
 def test_windows_change_nothing(model):
     ranker = Ranker(model, OPTIONS)
     expected = ranker(TEXTS)
@@ -145,6 +152,8 @@ def test_templates_of_a_dataset_bring_their_answer_choices(model, tmp_path):
     ("row", "problem"),
     [
         ("  ", "empty text"),
+        (5, "no text: the row is 5, not a text"),
+        (None, "no text: the row is None"),
         ({"other": "a"}, "missing field: the row has no 'body'"),
         ({"body": "a\ud83d"}, "half a character"),
         ({"body": "a", "answer_choices": "x"}, "cannot render a row with a field"),
@@ -167,7 +176,14 @@ def test_a_row_that_cannot_be_ranked_has_a_problem_and_costs_no_other_row(model,
         (OPTIONS, {"options_field": "x"}, "options and options_field both say"),
         (OPTIONS, {"template": ["{{x}}"], "prompt": ["a:b"]}, "template and prompt both say"),
         (OPTIONS, {"template": ["{{x"]}, "is not a template"),
+        (OPTIONS, {"template": ["{{x.__class__}}"]}, "template 0 reads the attribute '__class__'"),
+        (
+            OPTIONS,
+            {"template": ["{{x}}?", "Which?"]},
+            "template 1 reads no field, and asks the same",
+        ),
         (OPTIONS, {"template": ["{% if x %} a ||| b {% endif %}"]}, "is not a template"),
+        (OPTIONS, {"template": ["{{x}} "], "method": "flipped"}, "template 0 has no instruction"),
         (OPTIONS, {"out": "a.txt"}, "ends in .csv, .jsonl, .parquet"),
         (None, {"options_file": "none.txt"}, "there is no file none.txt of options"),
         (OPTIONS, {"method": "channel", "normalization": "calibrated"}, "channel scores are prob"),

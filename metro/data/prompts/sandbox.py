@@ -291,6 +291,18 @@ def compile_source(source: str):
         raise TemplateError(f"is not a template: {type(error).__name__}: {error}") from None
 
 
+def fields_read(source: str) -> set[str]:
+    """Find the fields of a row that a template reads.
+
+    Raises:
+        TemplateError: see :func:`compile_source`.
+    """
+    from jinja2 import meta
+
+    compile_source(source)
+    return meta.find_undeclared_variables(_environment().parse(source))
+
+
 @lru_cache(maxsize=8192)
 def _changes_lists(source: str) -> bool:
     return bool(_CHANGE.search(source))
