@@ -24,6 +24,8 @@ def flip(settings: FlipSettings) -> None:
     from metro.evaluation.flip_demo import flip_choices
 
     shown = flip_choices(settings)
+    for note in shown.notes:
+        Progress().say(f"warning: {note}")
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     table.add_column("answer choice")

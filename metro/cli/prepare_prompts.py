@@ -61,6 +61,8 @@ def print_unavailable(console, rows: list[dict]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from metro.data.prompts.sources import Unavailable
+
     if not rows:
         return
     table = Table(title="not available")
@@ -68,7 +70,7 @@ def print_unavailable(console, rows: list[dict]) -> None:
         table.add_column(column)
     same: dict[str, list[dict]] = {}  # without a network all have one reason
     for row in rows:
-        same.setdefault(row["reason"].replace(row["name"], "it", 1), []).append(row)
+        same.setdefault(Unavailable(**row).reason_of_any, []).append(row)
     for reason, group in same.items():
         if len(group) > 2:
             names = shortened(dict.fromkeys(row["name"] for row in group), 3)

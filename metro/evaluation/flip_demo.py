@@ -39,6 +39,8 @@ class FlipResult(NamedTuple):
     """The instruction that the scores belong to."""
     rows: list[ChoiceRow]
     winner: str
+    notes: list[str]
+    """What was cut."""
 
 
 def flip_choices(settings: FlipSettings) -> FlipResult:
@@ -86,7 +88,12 @@ def flip_choices(settings: FlipSettings) -> FlipResult:
         ChoiceRow(choice, score, weight / sum(weights), as_text(tokenizer, ids))
         for choice, score, weight, ids in zip(choices, scores, weights, generated, strict=True)
     ]
-    return FlipResult(instruction, rows, choices[scores.index(best)])
+    notes = []
+    if encoder.num_cut_sources:
+        notes.append(f"the input was cut at {encoder.max_source_length} tokens, losing its end")
+    if encoder.num_cut_targets:
+        notes.append(f"the instruction was cut at {encoder.max_target_length} tokens")
+    return FlipResult(instruction, rows, choices[scores.index(best)], notes)
 
 
 def check_sentinels(text: str, instruction: str) -> None:

@@ -39,6 +39,13 @@ def test_scores_are_log_probabilities_of_the_instruction(golden, model):
     assert sum(row.share for row in shown.rows) == pytest.approx(1)
 
 
+def test_a_long_input_or_instruction_is_said_to_be_cut(model):
+    """Oracle: FLIPPED's lengths, 512 and 64 tokens; the model's table may be shorter."""
+    shown = flip(model, "so it is " * 300, ["yes", "no"], instruction="say " * 100)
+    assert len(shown.notes) == 2 and all("was cut at" in note for note in shown.notes)
+    assert not flip(model, "so it is", ["yes", "no"], instruction="say").notes
+
+
 def test_without_an_instruction_the_likeliest_suggestion_is_taken(model):
     """Oracle: the instruction is one of those generated; the winner has the best score."""
     shown = flip(model, "so it is", ["yes", "no"], max_new_tokens=6)

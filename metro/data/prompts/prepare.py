@@ -36,7 +36,7 @@ from metro.data.prompts.stored import (
 )
 from metro.data.settings import PreparePromptsSettings
 from metro.utils.files import naming
-from metro.utils.messages import UserError, shortened
+from metro.utils.messages import UserError, one_line, shortened
 from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
@@ -183,8 +183,8 @@ class _Preparation:
                 continue
             try:
                 part = self.plan.sources.load(plan)
-            except UserError as error:  # also of a damaged file
-                self.unavailable.append(Unavailable(plan.side, plan.name, str(error)))
+            except (UserError, FileNotFoundError, PermissionError) as error:  # also if damaged
+                self.unavailable.append(Unavailable(plan.side, plan.name, one_line(error) or ""))
                 continue
             self._do(plan, part, number, len(plans))
         self._show("all", len(plans), len(plans))
@@ -328,8 +328,7 @@ class _Preparation:
         name = self.plan.mixture.name
         named: dict[str, list[str]] = {}
         for row in self.unavailable:
-            reason = row.reason.replace(row.name, "it", 1)
-            named.setdefault(reason, []).append(f"{row.name} ({row.side})")
+            named.setdefault(row.reason_of_any, []).append(f"{row.name} ({row.side})")
         reasons = [f"{shortened(names, 4)}: {reason}" for reason, names in named.items()]
         reasons += [f"{d['count']:,} dropped: {why} ({d['first']})" for why, d in dropped.items()]
         shown = "".join(f"\n  {reason}" for reason in reasons[:20])

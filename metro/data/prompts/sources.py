@@ -5,6 +5,7 @@ rendered: one configuration per task, fields ``inputs_pretokenized``, ``targets_
 in some tasks ``answer_choices``.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -116,6 +117,11 @@ class Unavailable(NamedTuple):
     side: str
     name: str
     reason: str
+
+    @property
+    def reason_of_any(self) -> str:
+        """The reason without the name, as without a network all datasets have one."""
+        return re.sub(rf"(?<![\w/]){re.escape(self.name)}(?![\w/])", "it", self.reason, count=1)
 
 
 class PromptSources:
@@ -239,7 +245,7 @@ class PromptSources:
                         for file in files or [place]:
                             name = file.relative_to(self.data_dir).as_posix()
                             found.append([name, files_identity([file])])
-            except DatasetUnavailable:
+            except (UserError, OSError):
                 continue  # listed when it is loaded
         return found
 
@@ -249,7 +255,7 @@ class PromptSources:
         if self.data_dir is None:
             return []
         for plan in self.plans():
-            with suppress(DatasetUnavailable):  # listed when it is loaded
+            with suppress(UserError, OSError):  # listed when it is loaded
                 for path in datasets.stray_files(self.data_dir, *self._names(plan)):
                     found[path.relative_to(self.data_dir).as_posix()] = None
         return list(found)

@@ -30,6 +30,7 @@ from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError, did_you_mean
 
 _MAX_YAML_DEPTH = 20
+_MAX_TASK_NAME = 200  # of 255 bytes
 _HEADER = re.compile(r"^(dataset|subset):[ \t]*(.+?)[ \t]*$", re.M)
 _REMEDY = (
     "give a promptsource tree with --templates DIR (or METRO_TEMPLATES), or run "
@@ -77,12 +78,15 @@ class PromptTemplate:
         """Name of this task in the published mixtures: ``dataset[_subset]_template``.
 
         Everything but letters, digits, ``_`` and ``.`` becomes ``_``. Names that would lose other
-        letters or symbols end with a checksum, which no published one does.
+        letters or symbols, or are too long for a folder, end with a checksum, which no published
+        one does.
         """
         whole = "_".join([self.dataset, *([self.subset] if self.subset else []), self.name])
         name = re.sub(r"[^a-zA-Z0-9_.]+", "_", whole)
         loses = any(not c.isascii() and unicodedata.category(c)[0] not in "PZ" for c in whole)
-        return f"{name}_{zlib.crc32(whole.encode('utf-8', 'replace')):08x}" if loses else name
+        if not loses and len(name) <= _MAX_TASK_NAME:
+            return name
+        return f"{name[:_MAX_TASK_NAME]}_{zlib.crc32(whole.encode('utf-8', 'replace')):08x}"
 
     def render(self, row: dict, *, seed: int | None = 0) -> RenderedExample:
         """Render prompt, answer and answer choices of a row.

@@ -3,6 +3,7 @@
 import pytest
 
 from metro.data import datasets
+from metro.data.prompts.sources import Unavailable
 from metro.data.prompts.stored import PromptedExamples
 from metro.data.prompts.templates import TemplateTree
 from tests.data.prompts.toys import YES_NO, prepare, random_rows, write_rows, write_templates
@@ -78,19 +79,25 @@ def test_datasets_with_a_name_space_are_found(tmp_path):
 def test_bad_templates_and_files_are_left_out_alone(tmp_path):
     """Oracle: by hand, the templates that are left; the others, and a file that is no text, by
     their names. Names of other scripts never share a task."""
-    names = ["is it?", "is it!", "好吗", "坏吗", "twice"]
+    long = ["x" * 300, "x" * 299 + "y"]
+    names = ["is it?", "is it!", "好吗", "坏吗", *long, "twice"]
     write_templates(tmp_path / "templates", "one", dict.fromkeys(names, YES_NO["ask"]))
     file = tmp_path / "templates/one/templates.yaml"
     text = file.read_text(encoding="utf-8")
-    more = text[text.index("  4: !Template") :].replace("  4:", "  5:")
-    file.write_text(f"{text}{more}  6: !Template\n    name: no text\n", encoding="utf-8")
+    more = text[text.index("  6: !Template") :].replace("  6:", "  7:")
+    nul = more.replace("7:", "9:").replace("twice", '"half \\0"')
+    text += f"{more}  8: !Template\n    name: no text\n{nul}"
+    file.write_text(text, encoding="utf-8")
     write_templates(tmp_path / "templates", "two", {"ask": YES_NO["ask"]})
     write_rows(tmp_path / "data", "one", "train", random_rows(0, 5))
     write_rows(tmp_path / "data", "two", "train", []).write_bytes("{}".encode("utf-16"))
-    (tmp_path / "mix.yaml").write_text("datasets: [one, two]\n")
+    write_templates(tmp_path / "templates", "gone", {"ask": YES_NO["ask"]})
+    write_rows(tmp_path / "data", "gone", "train", []).unlink()
+    (tmp_path / "data/gone/default/train.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    (tmp_path / "mix.yaml").write_text("datasets: [one, two, gone]\n")
     result, _ = prepare(tmp_path, tmp_path / "out")
     made = result.manifest["splits"]["train"]
-    assert [facts["prompt_name"] for facts in made.values()] == ["is it?", "好吗", "坏吗"]
+    assert [facts["prompt_name"] for facts in made.values()] == ["is it?", "好吗", "坏吗", *long]
     left_out = [row for row in result.manifest["unavailable"] if row["side"] == "train"]
     reasons = {row["name"]: row["reason"] for row in left_out}
     for name, words in (
@@ -98,9 +105,17 @@ def test_bad_templates_and_files_are_left_out_alone(tmp_path):
         ("one/twice", "two templates named 'twice'"),
         ("one/no text", "has no text `jinja`"),
         ("two", "is UTF-16 and not UTF-8"),
+        ("one/half \0", "template 9 has a text with a NUL character"),
+        ("gone", "train.jsonl does not exist: correct the path"),
     ):
         assert words in reasons.pop(name)
     assert not reasons
     tree = TemplateTree(tmp_path / "templates")
     with pytest.raises(ValueError, match="two templates named 'twice'"):
         tree.template("one", None, "twice")
+
+
+def test_a_reason_is_told_without_the_name_that_stands_alone_in_it():
+    """Oracle: by hand; a name of one letter occurs in other words."""
+    reason = Unavailable("train", "d", "no split of d in data/d/default: it has validation")
+    assert reason.reason_of_any == "no split of it in data/d/default: it has validation"
