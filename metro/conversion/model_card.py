@@ -27,7 +27,7 @@ tags:
 
 ## Use
 
-Needed: `pip install 'transformers>=4.57,<6' torch sentencepiece`.
+Needed: `pip install 'transformers>=5.14,<6' torch sentencepiece`.
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

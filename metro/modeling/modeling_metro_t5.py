@@ -31,7 +31,7 @@ from .layers_metro_t5 import MetroT5Stack, initialize_weights
 class SelfAttentionCache:
     """Takes the keys and values of each step; never complete.
 
-    ``positions``: where a cache of a fixed size writes them, which transformers 5 knows by itself.
+    ``positions``: where a cache of a fixed size writes them, which newer transformers know anyhow.
     """
 
     is_complete = False

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
-from metro.models.adapters import adapter_folder, has_tokenizer, merge_adapter
+from metro.models.adapters import TOKENIZER_FILES, adapter_folder, has_tokenizer, merge_adapter
 from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import (
     PRETRAINING_WEIGHTS,
@@ -276,6 +276,13 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
 
 
 def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Read a tokenizer; of a folder without one, transformers would make an empty one."""
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{source} has no tokenizer: save it beside the model (tokenizer.save_pretrained), or "
+            "copy its files from the model that this one was made from"
+        )
     with _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -302,10 +309,7 @@ def read_config(source: str | os.PathLike) -> PretrainedConfig:
 
 
 def _generation_config(source: str, config) -> GenerationConfig:
-    """Read the generation settings, lest transformers do it.
-
-    Versions before 5 run a folder's ``custom_generate/generate.py`` unasked while doing so.
-    """
+    """Read the generation settings, and check them, which transformers does not."""
     path = cached_file(
         source, "generation_config.json", _raise_exceptions_for_missing_entries=False
     )
@@ -323,7 +327,6 @@ def _generation_config(source: str, config) -> GenerationConfig:
         except (ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} is damaged ({reason}): copy it again") from None
-    generation._from_model_config = False  # version 4 compares it with the config otherwise
     return generation
 
 

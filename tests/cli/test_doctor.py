@@ -176,7 +176,7 @@ def test_every_part_is_declared_but_the_one_to_choose():
                 assert declared[part.name].marker.evaluate({"extra": part.extra}) or (
                     part.name == "datasets"  # of two extras
                 )
-    assert str(declared["transformers"].specifier) == "<6,>=4.57"
+    assert str(declared["transformers"].specifier) == "<6,>=5.23"
 
 
 def test_broken_torch_is_reported_and_the_rest_still_shown():

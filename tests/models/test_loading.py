@@ -103,7 +103,7 @@ def test_a_model_that_only_its_own_code_can_load_is_refused(hub_folder):
 
 
 def test_code_beside_the_auto_map_is_not_run_either(hub_folder):
-    """Oracle: the trap; transformers 4.57 runs such a file of a folder by itself."""
+    """Oracle: the trap; transformers 4 ran such a file of a folder by itself."""
     folder = hub_folder("t5_prompt_tiny_f")
     (folder / "custom_generate").mkdir()
     trap = folder / "configuration_fairseq_t5.py"
@@ -260,6 +260,17 @@ def test_a_sharded_folder_loads(exported, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     again = metro.load(tmp_path).model
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["MetroT5", "T5"])
+def test_a_model_saved_without_its_tokenizer_is_refused(tmp_path, kind):
+    """Transformers makes an empty T5 tokenizer, which reads every text as unknown tokens."""
+    sizes = dict(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    package = metro if kind == "MetroT5" else transformers
+    config = getattr(package, f"{kind}Config")(**sizes)
+    getattr(package, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer: save it beside the model"):
+        metro.load(tmp_path)
 
 
 def test_names_in_an_index_stay_in_the_folder(exported, tmp_path):
