@@ -5,6 +5,7 @@ A benchmark is a module `benchmarks/<subject>.py`, run from the root of the proj
 it is compared with runs in the same call, on the same cores.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -76,14 +77,20 @@ def results_folder() -> Path:
 
 def write_results(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
     """Store the rows with the machine they were measured on in `<results>/<subject>.json`."""
-    from metro.environment import inspect_environment
-
     path = results_folder() / f"{subject}.json"
     result = {"subject": subject, **facts, "rows": list(rows)}
-    result["environment"] = inspect_environment().as_dict()
+    result["environment"] = environment()
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written: {path}")
     return path
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What `metro doctor` shows; looked at once, as it imports much."""
+    from metro.environment import inspect_environment
+
+    return inspect_environment().as_dict()
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> None:

@@ -239,10 +239,20 @@ def main() -> None:
     sources = Sources(options.data_dir, options.templates, limit=options.rows)
     tasks, _ = load_tasks(find_suite("t0"), sources)
     rows, speed = [], product_speed(options.width, options.device)
+    store = partial(
+        write_results,
+        "evaluation_gpu" if on_gpu else "evaluation",
+        layers=options.layers, width=options.width, rows_per_task=options.rows,
+        prompts_per_task=options.prompts, threads=torch.get_num_threads(),
+        gflops_per_second=speed / 1e9,
+    )  # fmt: skip
     for method in options.methods:
         compare = partial(compare_on_task, model, plain, tokenizer, method=method, speed=speed)
         compare(tasks[0], tasks[0].prompts[:1])  # warm up, and fill the tokenizer's memory of words
-        mine = [compare(task, task.prompts[: options.prompts]) for task in tasks]
+        mine = []
+        for task in tasks:
+            mine.append(compare(task, task.prompts[: options.prompts]))
+            store(rows + mine)  # in case that the rest runs out of time
         rows += [*mine, summed(mine, "all"), summed(mine, "whole suite", whole_sizes(tasks))]
     hidden = {"published_s", "ours_s", "floor_s", "different_predictions"}
     shown = [{key: x for key, x in row.items() if key not in hidden} for row in rows]
@@ -250,12 +260,7 @@ def main() -> None:
     for row in rows:
         if row["task"] == "whole suite":
             print(judge(row))
-    write_results(
-        "evaluation_gpu" if on_gpu else "evaluation", rows,
-        layers=options.layers, width=options.width, rows_per_task=options.rows,
-        prompts_per_task=options.prompts, threads=torch.get_num_threads(),
-        gflops_per_second=speed / 1e9,
-    )  # fmt: skip
+    store(rows)
 
 
 if __name__ == "__main__":
