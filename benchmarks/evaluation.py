@@ -36,7 +36,7 @@ from torch.nn import Linear
 
 from benchmarks.common import ROOT, print_table, write_results
 from metro.data.prompts.encoding import PromptEncoder
-from metro.evaluation.scoring.pair_scoring import PairScorer
+from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import Sources, load_tasks
 from metro.evaluation.tasks.suites import find_suite
@@ -88,11 +88,17 @@ def pad(rows, value):
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+def pairs_of(classifier: RankClassifier, examples) -> list[Pair]:
+    """A pair per answer choice of each example."""
+    texts = classifier.sources(examples), classifier.targets(examples)
+    return [Pair(source, target) for source, target in zip(*texts, strict=True)]
+
+
 @torch.inference_mode()
 def published_way(model, encoder, examples, method):
     """Scores of all examples, computed as the published scripts do."""
     classifier = RankClassifier(PairScorer(model), encoder, method)
-    pairs, counts = classifier.pairs(examples)
+    pairs, counts = pairs_of(classifier, examples), [len(e.choices) for e in examples]
     start, filler = model.config.decoder_start_token_id, model.config.pad_token_id
     scores, end = [], 0
     for first in range(0, len(examples), BATCH):
@@ -166,7 +172,7 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speed):
             scores[way] = way(network, encoder, examples, method)
             seconds[way] += seconds_now(device) - started
         count += len(examples)
-        pairs, _ = RankClassifier(PairScorer(model), encoder, method).pairs(examples)
+        pairs = pairs_of(RankClassifier(PairScorer(model), encoder, method), examples)
         floor += floor_seconds(model, pairs, speed)
         for theirs, ours in zip(scores[published_way], scores[our_way], strict=True):
             if theirs.index(max(theirs)) != ours.index(max(ours)):
@@ -190,7 +196,7 @@ def as_row(method, task, examples, num_different, farthest, published_s, ours_s,
 
 def whole_sizes(tasks):
     """Examples of each task in a run over everything: its rows times its prompts."""
-    return {task.name: len(task.rows) * len(task.prompts) for task in tasks}
+    return {task.name: len(task.data) * len(task.prompts) for task in tasks}
 
 
 def summed(rows, name, sizes=None):
