@@ -23,6 +23,7 @@ from fairseq.trainer import Trainer
 from fairseq_plugins.compat.writing import link_or_copy
 from fairseq_plugins.replaced import replaces
 from metro.models.reading import allowed_classes, explain_refusal
+from metro.utils.checksums import check_archive
 from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def fall_back_from_damaged_checkpoints(original, path, *args, **kwargs) -> dict:
 
     def load(file) -> dict:
         try:
+            if zipfile.is_zipfile(file):
+                check_archive(file)
             return correct_depth(original(file, *args, **kwargs))
         except pickle.UnpicklingError as error:
             raise UserError(explain_refusal(Path(file), error)) from error
@@ -56,9 +59,10 @@ def fall_back_from_damaged_checkpoints(original, path, *args, **kwargs) -> dict:
     try:
         return load(path)
     except Exception as error:
-        if path != resuming_from or not os.path.isfile(path) or not is_damage(path, error):
+        if not os.path.isfile(path) or not is_damage(path, error):
             raise
-        for other in newest_checkpoints(os.path.dirname(path), besides=os.path.basename(path)):
+        folder, name = os.path.split(path)
+        for other in newest_checkpoints(folder, besides=name) if path == resuming_from else ():
             try:
                 state = load(other)
             except Exception as other_error:
@@ -74,9 +78,11 @@ def fall_back_from_damaged_checkpoints(original, path, *args, **kwargs) -> dict:
                 other,
             )
             return state
+        reason = str(error).partition("\n")[0]
+        others = " and no other checkpoint in its folder can be loaded; remove it to start again"
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}) and no other checkpoint in its "
-            "folder can be loaded; remove it to start again"
+            f"{path} is damaged ({type(error).__name__}: {reason})"
+            f"{others if path == resuming_from else ': copy it again'}"
         ) from error
 
 

@@ -1,15 +1,31 @@
 """Base of every task: a vocabulary with sentinels, guards, a clean stop."""
 
 import logging
+from pathlib import Path
 
 from fairseq.data import Dictionary
 from fairseq.tasks import FairseqTask
 
 from fairseq_plugins.compat.running import stop
 from metro.pretraining.loss_guard import LossGuard
+from metro.utils.checksums import refuse_damage
 from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def load_dictionary(path: Path) -> Dictionary:
+    """Read a `dict.txt`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    refuse_damage(path.parent, [path.name])
+    try:
+        path.read_text(encoding="utf-8")
+        return Dictionary.load(str(path))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a dictionary of fairseq ({error}): copy it again") from None
 
 
 class SentinelTask(FairseqTask):

@@ -12,7 +12,7 @@ from omegaconf import II, MISSING
 
 from fairseq_plugins.data import FairseqPretrainingDataset
 from fairseq_plugins.option import config_option, options_of
-from fairseq_plugins.tasks._common import SentinelTask
+from fairseq_plugins.tasks._common import SentinelTask, load_dictionary
 from metro.data.indexed_file import check_dictionaries, check_split
 from metro.pretraining.settings import TaskOptions, check_shares
 from metro.utils.messages import UserError
@@ -48,7 +48,7 @@ class PretrainingTask(SentinelTask):
     @classmethod
     def setup_task(cls, cfg: PretrainingConfig, **kwargs):
         path = check_dictionaries([Path(folder) for folder in utils.split_paths(cfg.data)])
-        dictionary = Dictionary.load(str(path))
+        dictionary = load_dictionary(path)
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         return cls(cfg, dictionary)
 

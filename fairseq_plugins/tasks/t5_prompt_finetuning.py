@@ -22,10 +22,11 @@ from fairseq_plugins.prompt_data import (
     is_text,
     task_names,
 )
-from fairseq_plugins.tasks._common import SentinelTask
+from fairseq_plugins.tasks._common import SentinelTask, load_dictionary
 from metro.data.prompts.encoding import PromptEncoder
 from metro.finetuning.data import BinarisedTasks, PromptData
 from metro.models.vocabulary_folder import build_tokenizer
+from metro.utils.checksums import refuse_damage
 from metro.utils.messages import UserError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class T5PromptFinetuningTask(SentinelTask):
                     f"no {name} in {folder}; give the folder of the model's vocabulary as "
                     "++task.vocab=DIR (--vocab DIR), or check task.data"
                 )
-        return cls(cfg, Dictionary.load(os.path.join(folder, "dict.txt")))
+        return cls(cfg, load_dictionary(Path(folder, "dict.txt")))
 
     def build_criterion(self, cfg):
         criterion = super().build_criterion(cfg)
@@ -130,6 +131,7 @@ class T5PromptFinetuningTask(SentinelTask):
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
         """Open the tasks of a split, memory-mapped."""
+        refuse_damage(self.cfg.data)
         dataset = self._text(split) if self.is_text else self._binarised(split)
         dataset.set_epoch(epoch)
         self.datasets[split] = dataset

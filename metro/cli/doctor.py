@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,16 +17,14 @@ from metro.utils.messages import UserError
 def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show versions, devices and what is missing, with the command that installs it.
 
-    With FOLDERs of prepare-text or prepare-prompts, check their files instead: sizes, and the
-    checksums of token files, for which every byte is read.
+    With FOLDERs, check their files instead, every byte: of prepare-text and prepare-prompts, of
+    exported and finetuned models with their checkpoints, of evaluations, and fairseq's checkpoints.
 
     On a GPU every Triton kernel computes a small example beside PyTorch's operations.
 
     Exit status 1: something that METRO cannot do without is missing or broken.
     """
     if folders:
-        from metro.data.prepared_folder import damaged_files
-
         damage = {str(folder): damaged_files(folder) for folder in folders}
         lines = [line for name, bad in damage.items() for line in bad or [f"{name}: ok"]]
         click.echo(json.dumps(damage, indent=2) if as_json else "\n".join(lines))
@@ -39,6 +39,41 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
         show(environment)
         show_kernels(kernels)
     raise click.exceptions.Exit(1 if environment.missing else 0)
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """List what is damaged in a folder that METRO or fairseq wrote.
+
+    Raises:
+        UserError: nothing there has checksums.
+    """
+    from metro.evaluation.runs.run_folder import check_run
+    from metro.utils.checksums import RECORDS, check_archive, damage
+
+    def check(path: Path) -> Iterator[str]:
+        if path.name in RECORDS:
+            yield from damage(path.parent)
+        elif path.name == "run.json":
+            check_run(path.parent)
+        else:
+            check_archive(path)
+
+    kinds = (*RECORDS, "run.json", "*.pt", "*.pth")
+    found: list[str] = []
+    paths = [path for kind in kinds for path in sorted(folder.rglob(kind))]
+    for path in paths:
+        try:
+            found += check(path)
+        except UserError as error:
+            found.append(str(error))
+        except zipfile.BadZipFile as error:
+            found.append(f"{path} was damaged: {error}")
+    if not paths:
+        raise UserError(
+            f"nothing in {folder} has checksums: name a folder that `metro prepare-text`, "
+            "`prepare-prompts`, `convert`, `finetune` or `evaluate` made, or fairseq's checkpoints"
+        )
+    return found
 
 
 def show(environment) -> None:

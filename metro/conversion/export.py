@@ -3,7 +3,7 @@
 An export has these files:
 
 ==========================================  ======================================================
-``config.json``                             sizes, dropout, ``auto_map``; written last
+``config.json``                             sizes, dropout, ``auto_map``
 ``generation_config.json``                  start and end tokens of generation
 ``model.safetensors``                       weights; the embedding matrix once: ``shared.weight``
 ``sp.model``, ``dict.txt``,                 vocabulary and tokenizer settings
@@ -13,6 +13,7 @@ An export has these files:
                                             transformers runs with ``trust_remote_code=True``
 ``training.json``                           training settings, if made from a fairseq checkpoint
 ``pretraining.safetensors``                 auxiliary model and RTD head, with ``--keep-auxiliary``
+``checksums.json``                          sizes and checksums of the files above
 ==========================================  ======================================================
 
 ``metro.load`` reads the folder with METRO's own classes and runs none of its Python files.
@@ -40,6 +41,7 @@ from metro.models.adapters import adapter_folder
 from metro.models.fairseq_checkpoint import PRETRAINING_WEIGHTS, TRAINING, untied
 from metro.models.loading import load
 from metro.models.source import model_source
+from metro.utils.checksums import record
 from metro.utils.files import check_output, new_folder, read_json, write_json, write_text
 from metro.utils.messages import UserError
 
@@ -76,6 +78,7 @@ def write_model(
     with new_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        record(folder, (path.name for path in folder.iterdir()))
 
 
 def merge_to_hf(
@@ -195,12 +198,13 @@ def write_folder(
         if pretraining_weights:
             _save(pretraining_weights, folder / PRETRAINING_WEIGHTS)
         if training is not None:
-            write_json(folder / TRAINING, training, indent=2)
+            write_json(folder / TRAINING, training, indent=2, seal=True)
         _save_tokenizer(tokenizer, folder, config.max_positions)
         generation.save_pretrained(folder)
         write_text(folder / "README.md", card)
         fields = config_fields(config, weights["shared.weight"].dtype)
         write_json(folder / "config.json", fields, indent=2)
+        record(folder, {path.name for path in folder.iterdir()} - {"README.md"})
 
 
 def config_fields(config: MetroT5Config, dtype: torch.dtype) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from metro.models.fairseq_checkpoint import (
 from metro.models.fairseq_names import MODEL_OPTIONS, original_state, plugin_state
 from metro.models.loading import check_vocabulary, read_config, read_tokenizer
 from metro.models.reading import check_weights, expected_shapes, read_folder
-from metro.models.source import check_model_folder
+from metro.models.source import check_as_written, check_model_folder
 from metro.models.vocabulary_folder import build_tokenizer
 from metro.utils.files import check_output, new_file, read_json
 from metro.utils.messages import UserError, shortened
@@ -147,6 +147,7 @@ def to_fairseq(
 
 def _read_metro_config(folder: Path) -> MetroT5Config:
     check_model_folder(folder)
+    check_as_written(folder)
     config = read_config(folder)
     if not isinstance(config, MetroT5Config):
         raise UserError(
@@ -201,7 +202,7 @@ def _without_other_rows(
 def _num_sentinels(folder: Path) -> int:
     try:
         return int(read_json(folder / "tokenizer_config.json")["n_sentinel_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return 512  # as all published models have
 
 

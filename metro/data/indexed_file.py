@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from metro.modeling.text_metro_t5 import DICT_FILE
+from metro.utils.checksums import refuse_damage
 from metro.utils.messages import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -185,6 +186,7 @@ def check_split(path: Path) -> None:
             "text again"
         )
     check_indexed_file(path)
+    refuse_damage(path.parent, [index.name, tokens.name])
 
 
 def check_dictionaries(folders: Sequence[Path]) -> Path:

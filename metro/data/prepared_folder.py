@@ -8,12 +8,12 @@ text of a split that the new manifest lacks; all others stay.
 
 import os
 import shutil
-import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from metro.modeling.text_metro_t5 import VOCABULARY_FILES
+from metro.utils import checksums
 from metro.utils.files import inside, read_json, write_json
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
@@ -43,16 +43,13 @@ class PreparedFolder:
     Args:
         out: the folder to make.
         settings: JSON content; an earlier run is resumed only if it had the same.
-        manifest_name: file with settings, results and the size of every file.
+        manifest_name: file with settings, results, and size and checksum of every file.
         command: that makes such folders, for messages.
-        checksums: record the CRC-32 of every file too.
     """
 
-    def __init__(
-        self, out: Path, settings: dict, manifest_name: str, command: str, checksums: bool = False
-    ):
+    def __init__(self, out: Path, settings: dict, manifest_name: str, command: str):
         self.out, self.settings = Path(out).resolve(), settings
-        self.manifest_name, self.command, self.checksums = manifest_name, command, checksums
+        self.manifest_name, self.command = manifest_name, command
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._lock = ExitStack()
 
@@ -117,7 +114,7 @@ class PreparedFolder:
 
     def save_state(self, state: dict) -> None:
         """Record the progress, in one step."""
-        write_json(self.partial / STATE, {**state, "settings": self.settings})
+        write_json(self.partial / STATE, {**state, "settings": self.settings}, seal=True)
 
     def copy_vocabulary(self, folder: Path) -> None:
         """Copy ``sp.model`` and ``dict.txt`` into the work folder."""
@@ -144,7 +141,7 @@ class PreparedFolder:
             files = {name: self._facts(name) for name in _files_below(self.partial)}
             files = {name: facts for name, facts in files.items() if facts}
             manifest = {"settings": self.settings, **manifest, "files": files}
-            write_json(path, manifest)
+            write_json(path, manifest, seal=True)
         for name in _files_below(self.partial):
             if name not in manifest["files"] and name != self.manifest_name:
                 (self.partial / name).unlink()
@@ -184,8 +181,7 @@ class PreparedFolder:
         path = self.partial / name
         if name in (STATE, self.manifest_name) or path.suffix in (_SIZES, ".tmp"):
             return {}
-        facts: dict = {"bytes": path.stat().st_size}
-        return {**facts, "crc32": _crc32(path)} if self.checksums else facts
+        return checksums.facts(path)
 
     def _remove_earlier_output(self, manifest: dict) -> None:
         """Delete the files of an earlier run, then its manifest, which lists them.
@@ -220,35 +216,6 @@ class PreparedFolder:
                 path.unlink()
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """List the files of a prepared folder that are not as they were written: size and checksum.
-
-    Every byte is read, which takes minutes for a large corpus; ``metro doctor FOLDER`` does it.
-
-    Raises:
-        UserError: no prepared folder, or its manifest is damaged.
-    """
-    for name, command in ((TEXT_MANIFEST, "prepare-text"), (PROMPTS_MANIFEST, "prepare-prompts")):
-        if (folder / name).is_file():
-            prepared = PreparedFolder(folder, {}, name, f"metro {command}")
-            break
-    else:
-        raise UserError(
-            f"{folder} has neither {TEXT_MANIFEST} nor {PROMPTS_MANIFEST}: name a folder that "
-            "`metro prepare-text` or `metro prepare-prompts` made"
-        )
-    found = []
-    for name, facts in (prepared.read_manifest() or {})["files"].items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif path.stat().st_size != facts["bytes"]:
-            found.append(f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}")
-        elif facts.get("crc32") not in (None, _crc32(path)):
-            found.append(f"{path} was damaged: its content is not what was written")
-    return found
-
-
 def describe_differences(earlier: dict, now: dict) -> str:
     """Describe the settings that differ, each with its earlier and present value."""
     parts = []
@@ -273,11 +240,3 @@ def _describe_input_change(earlier: list[dict], now: list[dict]) -> str:
 def _files_below(folder: Path) -> list[str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def _crc32(path: Path) -> str:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from metro.data.prompts.stored import read_manifest
 from metro.finetuning.lora import write_adapter
 from metro.finetuning.settings import FinetuningSettings
 from metro.training.output_folder import RunFolder, last_metrics, ran_out_of_patience
 from metro.utils.identity import digest
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
@@ -60,7 +63,7 @@ def rows_identity(folder: Path) -> str:
     return digest([manifest.get("settings"), manifest["splits"], manifest.get("files"), sizes])
 
 
-def save(model, tokenizer, settings: FinetuningSettings) -> None:
+def save(model, tokenizer, settings: FinetuningSettings, state: TrainerState) -> None:
     """Write the finished model or adapter into the output folder."""
     from metro.conversion.export import write_model
 
@@ -68,7 +71,7 @@ def save(model, tokenizer, settings: FinetuningSettings) -> None:
     partial = folder.new_partial()
     if settings.lora:
         write_adapter(model, tokenizer, partial)
-        folder.take(partial)
+        folder.take(partial, state)
         return
     facts = {
         "objective": settings.objective,
@@ -78,4 +81,4 @@ def save(model, tokenizer, settings: FinetuningSettings) -> None:
     }
     summary = f"METRO-T5, prompt-finetuned with the objective {settings.objective}."
     write_model(model, tokenizer, partial, summary=summary, training=facts)
-    folder.take(partial)
+    folder.take(partial, state)

@@ -37,6 +37,7 @@ from metro.models.projection import (
 )
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
+from metro.utils.checksums import refuse_damage
 from metro.utils.files import naming
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
@@ -99,6 +100,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
     with args.main_process_first(local=False, desc="data"):
         folder = _data_folder(settings, progress)
         if is_main_process:
+            refuse_damage(folder)
             inputs = {**model_identity(model, tokenizer), "data": rows_identity(folder)}
             places = {**dict.fromkeys(inputs, settings.model), "data": settings.data}
             output.check_inputs(inputs, places)
@@ -131,8 +133,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         if is_main_process:
             for name, weight in model.named_parameters():
                 refuse_not_finite(name, weight, DIVERGED)
-            save(model, tokenizer, settings)
-        trainer.save_state()
+            save(model, tokenizer, settings, state)
     return FinetuneResult(
         Path(settings.output_dir), state.global_step, last_metrics(state.log_history)
     )

@@ -37,11 +37,12 @@ from metro.models.fairseq_checkpoint import (
     shared_with_main,
     untied,
 )
-from metro.models.reading import read_folder, refuse_weights, shards
-from metro.models.source import adapter_base, model_source
+from metro.models.reading import check_readable, read_folder, refuse_weights, shards
+from metro.models.source import adapter_base, check_as_written, model_source
 from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel
+from metro.utils.checksums import damage
 from metro.utils.messages import UserError
 from metro.utils.network import hub_address, is_reachable, use_cache_without_network
 
@@ -114,6 +115,7 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
     if path.is_file():
         return _from_checkpoint(path, vocab, dtype, options)
     source = model_source(path_or_name)
+    check_as_written(path)
     if not path.exists():
         use_cache_without_network()
     with _explained(source):
@@ -327,6 +329,8 @@ def _generation_config(source: str, config) -> GenerationConfig:
         except (ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} is damaged ({reason}): copy it again") from None
+    if generation.decoder_start_token_id is None and generation.bos_token_id is None:
+        generation.decoder_start_token_id = getattr(config, "decoder_start_token_id", None)
     return generation
 
 
@@ -370,7 +374,9 @@ def _explained(source: str):
         yield
     except UserError:
         raise
-    except BAD_FOLDER as error:
+    except Exception as error:
+        if not isinstance(error, BAD_FOLDER) and type(error) is not Exception:  # of tokenizers
+            raise
         raise UserError(_explain(source, error)) from None
 
 
@@ -385,13 +391,10 @@ def _explain(source: str, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if Path(source).is_dir():
-        return f"{source} cannot be loaded ({text[:600]})"
+        check_readable(Path(source))
+        return f"{source} cannot be loaded ({'; '.join([text[:600], *damage(Path(source))])})"
     if not is_reachable(hub_address()):
-        return (
-            f"{source} is neither a folder nor in the cache, and the hub {hub_address()} cannot be "
-            "reached: copy its folder here and name the folder"
-        )
-    return (
-        f"{source} is not a folder, and cannot be loaded from the Hugging Face hub ({text[:300]}); "
-        "without a network, copy its folder here and name the folder"
-    )
+        why = f"is neither a folder nor in the cache, and the hub {hub_address()} cannot be reached"
+        return f"{source} {why}: copy its folder here and name the folder"
+    why = f"is not a folder, and cannot be loaded from the Hugging Face hub ({text[:300]})"
+    return f"{source} {why}; without a network, copy its folder here and name the folder"

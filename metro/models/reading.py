@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from metro.models.source import check_file
-from metro.utils.files import inside
+from metro.utils.checksums import check_archive
+from metro.utils.files import inside, read_json
 from metro.utils.messages import UserError, install_command, shortened
 
 WEIGHT_FILES = (
@@ -93,6 +94,8 @@ def load_tensors_and_settings(path: str | Path):
         # Mapped, not read: the optimizer state is never touched and takes no memory.
         mapped = file.read(2) == b"PK"
     try:
+        if mapped:
+            check_archive(path)
         with torch.serialization.safe_globals(new):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -176,9 +179,24 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
             raise UserError(f"{path} does not hold bare weights; is it a fairseq checkpoint?")
         return content
+    check_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_readable(folder: Path) -> None:
+    """Raise a ``UserError`` for the first file of a folder that is not what its name says."""
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        check_header(path)
+
+
+def check_header(path: Path) -> None:
+    """Raise a ``UserError`` if a safetensors file is cut or its header damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt"):
+            pass
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from error
 

@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 
 from metro.models.registry import find_registered, suggest
+from metro.utils.checksums import RECORD, refuse_damage
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter of PEFT; it names the base model."""
+
+EDITED = ("config.json", "generation_config.json", "tokenizer_config.json", "training.json")
+"""Files of a model that people change; ``metro doctor`` compares them, too."""
 
 
 def model_source(path_or_name: str | os.PathLike, above: tuple[Path, ...] = ()) -> str:
@@ -85,6 +89,17 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is a folder: name a file in it")
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+
+
+def check_as_written(folder: Path) -> None:
+    """Refuse damaged files of a model that METRO wrote; those that people edit are not read.
+
+    Nor are optimizer states. What is missing is named by who needs it.
+    """
+    names = {path.name for path in folder.glob("*") if path.suffix not in (".py", ".pt", ".pth")}
+    names -= {*EDITED}
+    remedy = f"copy it again (if it was replaced on purpose, delete {folder / RECORD})"
+    refuse_damage(folder, names, remedy=remedy, most_bytes=None)
 
 
 def check_model_folder(folder: Path) -> None:

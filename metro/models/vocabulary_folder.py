@@ -48,7 +48,7 @@ def is_lower(folder: Path, vocabulary: Vocabulary) -> bool:
     for name in (TEXT_MANIFEST, PROMPTS_MANIFEST):
         try:
             return bool(read_json(folder / name)["settings"]["lower"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             continue
     return not vocabulary.is_cased
 

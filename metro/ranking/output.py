@@ -1,21 +1,22 @@
 """Files of ranked rows: written as they are ranked, resumed by row, finished in one step.
 
 While rows are ranked they are appended to a hidden file beside the output: a line of JSON with all
-that decides the numbers, then a line per row, with the digest of the row that it was made of. A run
-that was stopped goes on behind the last complete line, if model, settings and rows are the same.
+that decides the numbers, then a line per row, with the digest of the row that it was made of, each
+with a checksum. A run that was stopped goes on behind the last line before an incomplete or damaged
+one, if model, settings and rows are the same.
 At the end the file is turned into csv, jsonl or parquet, which appears complete.
 """
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
 from metro.ranking.ranker import Ranked
-from metro.utils.files import check_output, new_file
+from metro.utils.files import check_output, naming, new_file, sealed, unsealed
 from metro.utils.identity import digest
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
@@ -73,7 +74,8 @@ class RankedFile:
                             break
                         self.num_done += 1
                         end += len(line)
-        self.file = self._stack.enter_context(self.partial.open("ab"))
+        self.file = self.partial.open("ab")
+        self._stack.callback(self._close)
         self.file.truncate(end)
         if not end:
             self._append([header])
@@ -100,7 +102,7 @@ class RankedFile:
             UserError: a row has changed, or is gone.
         """
         for number, (line, row) in enumerate(zip_longest(self._lines(), rows)):
-            if row is None or json.loads(line)["digest"] != row_digest(row):
+            if row is None or line["digest"] != row_digest(row):
                 raise UserError(
                     f"row {number} of the input has changed since {self.partial} was begun: delete "
                     "that file to begin again"
@@ -111,21 +113,26 @@ class RankedFile:
         self._append({"digest": digest, **_record(ranked)} for digest, ranked in rows)
 
     def _append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.file.write(lines.encode())
-        self.file.flush()
+        lines = "".join(json.dumps(sealed(dict(record))) + "\n" for record in records)
+        with naming(self.partial):
+            self.file.write(lines.encode())
+            self.file.flush()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # of a write that failed, which was named
+            self.file.close()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Read back what was written, row by row."""
-        for number, line in enumerate(self._lines()):
-            record = json.loads(line)
+        for number, record in enumerate(self._lines()):
             record.pop("digest")
             yield {"row": number, **record}
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self) -> Iterator[dict[str, Any]]:
         with self.partial.open("rb") as file:
             file.readline()
-            yield from file
+            for number, line in enumerate(file):
+                yield unsealed(json.loads(line), f"{self.partial}, row {number}")
 
     def finish(self, options: list[str] | None) -> None:
         """Make the output of all rows.
@@ -150,9 +157,10 @@ def _record(ranked: Ranked) -> dict[str, Any]:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
+        parsed = unsealed(json.loads(line), "") if line.endswith(b"\n") else None
     except ValueError:
         return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _flat(record: dict[str, Any], options: list[str] | None) -> dict[str, Any]:

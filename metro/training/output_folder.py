@@ -2,7 +2,9 @@
 
 It holds ``checkpoint-N`` (to resume from), ``runs`` (TensorBoard), a YAML file of the settings,
 ``inputs.json`` (digests of what is trained on) and at the end the model itself, or its adapter:
-``config.json`` or ``adapter_config.json`` there means that the run is complete.
+``config.json`` or ``adapter_config.json`` there means that the run is complete. The model is made
+in ``.model.partial``, whose ``checksums.json`` lists the Trainer's state, too, once all is there;
+killed while the files are moved out of it, the next run moves the rest.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import yaml
 
 from metro.models.source import ADAPTER_CONFIG
-from metro.utils.files import read_json, read_yaml, write_json, write_text
+from metro.utils.checksums import RECORD, check_archive, record, recorded, refuse_damage
+from metro.utils.files import link, read_json, read_yaml, write_json, write_text
 from metro.utils.locks import INSIDE
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 INPUTS = "inputs.json"
 TRAINER_STATE, PARTIAL_MODEL = "trainer_state.json", ".model.partial"
@@ -59,6 +67,21 @@ def ran_out_of_patience(callbacks: dict, patience: int | None) -> bool:
     return note["attributes"]["early_stopping_patience_counter"] >= patience
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a damaged checkpoint-N.
+
+    Raises:
+        UserError: names the file.
+    """
+    remedy = f"delete {folder} to resume from the checkpoint before it, or to start again"
+    refuse_damage(folder, remedy=remedy, most_bytes=None)
+    for path in sorted(folder.glob("rng_state_*.pth")):  # which each process writes for itself
+        try:
+            check_archive(path)
+        except BadZipFile as error:
+            raise UserError(f"{path} was damaged ({error}): {remedy}") from None
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The output folder of one command's runs."""
@@ -76,7 +99,10 @@ class RunFolder:
     def state(self) -> dict | None:
         """Return the Trainer's state at the end of a complete run; None where there is none."""
         state = read_json(self.out / TRAINER_STATE)
-        return state if self.has_model else None
+        if state is None or not self.has_model:
+            return None
+        refuse_damage(self.out, remedy="copy it again, or train into another --output-dir")
+        return state
 
     @property
     def has_model(self) -> bool:
@@ -104,8 +130,11 @@ class RunFolder:
                     f"resume is {resume!r}, which is not a complete checkpoint-N folder of "
                     f"{self.command}; use auto, never or such a folder"
                 )
+            check_checkpoint(Path(resume))
             return resume
         out, earlier = self.out, self.settings_file
+        if is_main_process and TRAINER_STATE in recorded(out / PARTIAL_MODEL):
+            self._move()
         names = {path.name for path in out.iterdir()} if out.exists() else set()
         if not earlier.is_file() and names - {INSIDE}:
             raise UserError(
@@ -119,6 +148,8 @@ class RunFolder:
             )
         if checkpoints or (out / TRAINER_STATE).is_file():
             self._refuse_other_settings(settings)
+        if is_main_process and checkpoints:
+            check_checkpoint(checkpoints[-1])
         out.mkdir(parents=True, exist_ok=True)
         if is_main_process:
             write_text(earlier, yaml.safe_dump(settings.as_dict(), sort_keys=False))
@@ -141,8 +172,8 @@ class RunFolder:
         ]
         if changed:
             raise UserError(
-                f"{self.out} holds a run with other settings: {'; '.join(changed)}. Use the same "
-                "ones to continue it, or another --output-dir"
+                f"{self.settings_file} is of a run with other settings: {'; '.join(changed)}. Use "
+                "the same ones to continue it, or another --output-dir"
             )
 
     def check_inputs(self, inputs: Mapping[str, str], places: Mapping[str, str]) -> None:
@@ -164,16 +195,26 @@ class RunFolder:
                     f"{out} holds a run on other {name} of {places[name]}: changed or replaced "
                     "since; use another --output-dir"
                 )
-        write_json(out / INPUTS, inputs)
+        write_json(out / INPUTS, dict(inputs), seal=True)
 
-    def take(self, partial: Path) -> None:
-        """Move the finished model or adapter from ``partial`` into the folder."""
-        for name in LAST_FILES:
-            (self.out / name).unlink(missing_ok=True)
-        names = sorted(path.name for path in partial.iterdir())
-        for name in sorted(names, key=LAST_FILES.__contains__):
-            os.replace(partial / name, self.out / name)
-        partial.rmdir()
+    def take(self, partial: Path, state: TrainerState) -> None:
+        """Move the finished model or adapter from ``partial`` into the folder, with the state."""
+        state.save_to_json(str(partial / TRAINER_STATE))
+        names = {path.name for path in partial.iterdir() if path.is_file()}
+        record(partial, names - {"README.md"})
+        self._move()
+
+    def _move(self) -> None:
+        """Move a whole model to its place; without one of ``LAST_FILES`` the folder is not one."""
+        partial = self.out / PARTIAL_MODEL
+        names = sorted(path.name for path in partial.iterdir() if path.name != RECORD)
+        if {*names} & {*LAST_FILES}:  # else all were moved
+            for name in LAST_FILES:
+                (self.out / name).unlink(missing_ok=True)
+            link(partial / RECORD, self.out / RECORD)
+            for name in sorted(names, key=LAST_FILES.__contains__):
+                os.replace(partial / name, self.out / name)
+        shutil.rmtree(partial)
 
     def new_partial(self) -> Path:
         """Return where the finished model is written first, which does not exist."""

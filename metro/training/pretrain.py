@@ -173,8 +173,7 @@ def _pretrain_alone(
             partial_model = output.new_partial()
             keeps, done = settings.keep_auxiliary, trainer.state.global_step
             write_model(trainer.model, settings, partial_model, done, trainer.last_valid, keeps)
-            output.take(partial_model)
-        trainer.save_state()
+            output.take(partial_model, trainer.state)
     history = trainer.state.log_history
     return PretrainResult(output.out, trainer.state.global_step, last_metrics(history))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a n
 from transformers.trainer_callback import PrinterCallback
 
 from metro.training.stopping import StopCallback
+from metro.utils.checksums import record
 from metro.utils.identity import refuse_not_finite
 from metro.utils.messages import UserError
 from metro.utils.progress import SILENT, Progress
@@ -80,6 +82,11 @@ class MetroTrainer(Trainer):
         for name, weight in self.model.named_parameters():
             refuse_not_finite(name, weight, f"after update {self.state.global_step}: {DIVERGED}")
         super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+            # Other processes write theirs at the same time.
+            record(folder, {name for name in names if not name.startswith("rng_state_")})
 
 
 class ConsoleCallback(TrainerCallback):

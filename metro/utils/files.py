@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from metro.utils.characters import bad_character
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
+SEAL = "crc32"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -200,8 +202,9 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
+def write_json(path: Path, content: Any, indent: int = 1, *, seal: bool = False) -> None:
     """Replace a JSON file atomically; NaN and infinity, which JSON does not have, are refused."""
+    content = sealed(content) if seal else content
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -210,14 +213,39 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; return None if it does not exist.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is not JSON, or is not what was sealed.
     """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not the JSON file that METRO wrote") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not the JSON file that METRO wrote: copy it again") from None
+    return unsealed(content, str(path))
+
+
+def sealed(content: dict) -> dict:
+    """Add the checksum of a JSON object to it, as its field ``crc32``."""
+    content = json.loads(json.dumps(content))  # its keys are texts then
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, SEAL: f"{zlib.crc32(text.encode()):08x}"}
+
+
+def unsealed(content: Any, where: str) -> Any:
+    """Return JSON without its checksum, and unchanged if it has none.
+
+    Raises:
+        UserError: it is not what was sealed.
+    """
+    if not isinstance(content, dict) or SEAL not in content:
+        return content
+    bare = {name: value for name, value in content.items() if name != SEAL}
+    if sealed(bare) != content:
+        raise UserError(
+            f"{where} was damaged or changed since METRO wrote it: make it again (after a change "
+            f"on purpose take out its {SEAL!r})"
+        )
+    return bare
 
 
 def read_yaml(path: Path) -> Any:

@@ -35,8 +35,9 @@ def test_doctor_checks_the_files_of_a_prepared_folder(text, vocab, tmp_path):
         (folder / "train.bin").write_bytes(content)
         done = CliRunner().invoke(load_command("doctor"), [str(folder)])
         assert done.exit_code == 1 and said in done.output
-    with pytest.raises(UserError, match="neither prepare_text.json nor prompts.json"):
-        load_command("doctor")([str(tmp_path)], standalone_mode=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nothing in .* has checksums"):
+        load_command("doctor")([str(tmp_path / "empty")], standalone_mode=False)
 
 
 # Runs doctor where no shared library of torch loads.

@@ -34,6 +34,11 @@ HYDRA_TINY = (
     f"optimization.max_update={UPDATES} checkpoint.save_interval_updates=3 "
     "++checkpoint.keep_interval_updates=2 hydra.run.dir=. hydra.output_subdir=null"
 )
+FINETUNE = (
+    "metro finetune --model {{w}}/t5 --data {data} --max-steps {steps} --logging-steps 1 "
+    "--batch-size 8 --use-cpu --report-to none --dropout 0.1 --gradient-accumulation-steps 2 "
+    "--learning-rate 0.001"
+)
 SENTENCES = ["{{text}} Is it good?", "Good or bad: {{text}}", "{{text}} So it is", "Say: {{text}}"]
 
 
@@ -85,7 +90,7 @@ class World:
             run(["metro", "report", *runs, "--out", f"report_{name}/report"], folder)
 
 
-def evaluation(world: Path, model: str, name: str) -> list[str]:
+def evaluation(world: Path | str, model: str, name: str) -> list[str]:
     words = f"metro evaluate {world}/{model} --suite {world}/suite.yaml --out runs --device cpu"
     return [*words.split(), "--run-name", name]
 
@@ -122,6 +127,10 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True, mmap=False)
 
 
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
 def saved_updates(folder: Path, log: str) -> float:
     said = [
         int(number) for number in re.findall(r"Saved checkpoint \S+ \(epoch \d+ @ (\d+) upd", log)
@@ -139,8 +148,8 @@ def saved_updates(folder: Path, log: str) -> float:
     return updates
 
 
-def trained(folder: Path) -> dict[str, bytes]:
-    state = load(folder / "save/checkpoint_last.pt")
+def trained(folder: Path, name: str = "save") -> dict[str, bytes]:
+    state = load(folder / name / "checkpoint_last.pt")
     tensors = dict(state["model"])
     for key, values in state["last_optimizer_state"]["state"].items():
         tensors |= {
@@ -177,7 +186,7 @@ def checkpoints(folder: Path, log: str) -> float:
 
 
 def finetuned(folder: Path) -> dict:
-    history = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
+    history = load_json(folder / "out/trainer_state.json")["log_history"]
     losses = {line["step"]: line["loss"] for line in history if "loss" in line}
     return {"weights": (folder / "out/model.safetensors").read_bytes(), "losses": losses}
 
@@ -206,7 +215,8 @@ def evaluated(folder: Path) -> dict:
 
 def without_seconds(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_seconds(each) for name, each in value.items() if name != "seconds"}
+        left_out = ("seconds", "crc32")  # the latter is of a line with the former
+        return {name: without_seconds(v) for name, v in value.items() if name not in left_out}
     return [without_seconds(each) for each in value] if isinstance(value, list) else value
 
 
@@ -221,7 +231,7 @@ def contents(folder: Path) -> dict[str, Any]:
             found[path.relative_to(folder).as_posix()] = path.read_bytes()
     for name in ("prepare_text.json", "prompts.json"):
         if name in found:
-            found[name] = {**json.loads(found[name]), "settings": None}
+            found[name] = {**json.loads(found[name]), "settings": None, "crc32": None}
     return found
 
 
@@ -290,11 +300,7 @@ JOBS = [
     ),
     Job(
         "metro finetune",
-        words(
-            "metro finetune --model {w}/t5 --data {w}/prompts --output-dir out --max-steps 12 "
-            "--save-steps 2 --logging-steps 1 --batch-size 8 --use-cpu --report-to none "
-            "--dropout 0.1 --gradient-accumulation-steps 2 --learning-rate 0.001"
-        ),
+        words(FINETUNE.format(data="{w}/prompts", steps=12) + " --output-dir out --save-steps 2"),
         begun=r"update \d+/12",
         ended="update 12/12",
         kept=checkpoints,

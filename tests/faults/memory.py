@@ -1,6 +1,6 @@
 """Peak memory of commands on large inputs and on a tenth of them.
 
-python -m tests.faults.memory [--scale 1] [--page docs/reliability.md]
+python -m tests.faults.memory [--scale 1] [--only NAME] [--page docs/reliability.md]
 """
 
 import argparse
@@ -41,7 +41,8 @@ def text(folder: Path, megabytes: int) -> list[str]:
     with path.open("w", encoding="utf-8") as file:
         for number in range(-(-megabytes * 1_000_000 // len(block.encode()))):
             file.write(f"{block}\nblock {number}\n\n")
-    return ["prepare-text", "--input", str(path), "--vocab", "vocab", "--out", f"{megabytes}.out"]
+    words = f"prepare-text --input {path} --vocab vocab --out {megabytes}.out --workers 1"
+    return words.split()
 
 
 def prompts(folder: Path, rows: int) -> list[str]:
@@ -85,6 +86,7 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", type=float, default=1.0, help="of the inputs")
+    parser.add_argument("--only", default="", help="commands with this in their name")
     parser.add_argument("--page", type=Path, help="page that gets the table")
     options = parser.parse_args()
     lines = ["| command and input | a tenth | all | seconds for all |", "|---|---|---|---|"]
@@ -94,7 +96,7 @@ def main() -> None:
         words = "prepare-text --input text.txt --train-vocab 150 --out vocab --workers 1"
         measure(words.split(), folder)
         write_t5(folder / "t5")
-        for title, make, size in reversed(CASES):
+        for title, make, size in reversed([case for case in CASES if options.only in case[0]]):
             size = int(size * options.scale)
             small, _ = measure(make(folder, size // 10), folder)
             large, seconds = measure(make(folder, size), folder)

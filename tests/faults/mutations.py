@@ -1,6 +1,6 @@
 """Damage files of METRO's at random, and see whether their readers say so.
 
-python -m tests.faults.mutations [--each 4] [--seed 1] [--page docs/reliability.md]
+python -m tests.faults.mutations [--each 4] [--seed 1] [--only NAME] [--page docs/reliability.md]
 """
 
 import argparse
@@ -8,97 +8,181 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tests.faults import processes
-from tests.faults.jobs import METRO_TINY, UPDATES, contents
+from tests.faults.jobs import (
+    FINETUNE,
+    METRO_TINY,
+    UPDATES,
+    contents,
+    evaluation,
+    file_result,
+    finetuned,
+    load_json,
+    logged_losses,
+    trained,
+    without_seconds,
+)
 from tests.faults.kills import make_inputs, put_into, start
 
-TWO_UPDATES = METRO_TINY.replace(f"--max-update {UPDATES}", "--max-update 2")
+TRAIN = f"fairseq-train {{data}} {METRO_TINY.replace(f'--max-update {UPDATES}', '--max-update 4')}"
+MOST_ALIKE = 3
+"""Files of one folder with one ending that are damaged."""
+NOT_READ = (".py", ".md", ".tmp", ".lock")
+
+
+class Reader(NamedTuple):
+    """A command that reads what is damaged."""
+
+    source: str
+    """Folder or file of the inputs, which is copied to ``damaged``."""
+    words: str
+    """The command; ``{w}`` stands for the inputs."""
+    result: Callable[[Path], Any]
+    """What must be equal to that of undamaged files, from the folder it ran in."""
+
+
+def said(folder: Path) -> str:
+    """Everything that a command said but times."""
+    return (folder / "log").read_text(errors="replace")
+
+
 READERS = {
-    "pretraining data": ("data", f"fairseq-train {{0}} --save-dir save {TWO_UPDATES} --no-save"),
-    "prepared prompts": (
-        "prompts",
-        "metro finetune --model {w}/t5 --data {0} --output-dir out --max-steps 2 --save-steps 0 "
-        "--logging-steps 1 --batch-size 64 --use-cpu --report-to none",
+    "text, pretraining": Reader(
+        "data", TRAIN.format(data="damaged") + " --save-dir save --no-save",
+        lambda folder: logged_losses(said(folder)),
     ),
-    "run folder": ("runs/new", "metro report {0} --out report"),
-    "exported model": ("hf_new/model", "metro convert to-fairseq {0} --out out.pt"),
-    "fairseq checkpoint": (
-        "new",
-        "metro convert to-hf {0}/checkpoint_last.pt --out model --vocab {w}/vocab",
+    "prompts, `metro finetune`": Reader(
+        "old_prompts",
+        FINETUNE.format(data="damaged", steps=2) + " --output-dir out --save-steps 0",
+        finetuned,
     ),
-}
-"""What is damaged -> (its folder, a command that reads it)."""
-NOT_READ = {"README.md", "training.json", "log", "prepare_text.json"}
+    "run, `metro report`": Reader(
+        "runs/new", "metro report damaged --out report", lambda folder: contents(folder / "report")
+    ),
+    "run, the same `metro evaluate`": Reader(
+        "runs", " ".join(evaluation("{w}", "hf_new/model", "new")).replace("runs", "damaged"),
+        lambda folder: without_seconds(load_json(folder / "damaged/new/summary.json")),
+    ),
+    "finetuning, resumed": Reader(
+        "out", FINETUNE.format(data="{w}/prompts", steps=4) + " --output-dir out --save-steps 1",
+        finetuned,
+    ),
+    "exported model, `metro generate`": Reader(
+        "hf_new/model", "metro generate damaged the_sea --max-new-tokens 9", said
+    ),
+    "exported model, `metro convert`": Reader(
+        "hf_new/model", "metro convert to-fairseq damaged --out out.pt", file_result
+    ),
+    "fairseq checkpoint, resumed": Reader(
+        "new", TRAIN.format(data="{w}/data") + " --save-dir damaged --no-epoch-checkpoints",
+        lambda folder: trained(folder, "damaged"),
+    ),
+    "fairseq checkpoint, `metro convert`": Reader(
+        "new.pt", "metro convert to-hf damaged --out model --vocab {w}/vocab",
+        lambda folder: contents(folder / "model"),
+    ),
+}  # fmt: skip
+KINDS = ("named", "named by `metro doctor`", "no difference", "unnamed", "traceback", "unnoticed")
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Flip a bit, cut the file, or empty it; return which."""
+    """Flip a bit, cut the file, empty it, or swap two parts of it; return which."""
     content = bytearray(path.read_bytes())
-    kind = draw.choice(["flip", "flip", "cut", "empty"])
+    kind = draw.choice(["flip", "flip", "cut", "empty", "swap"])
+    place = draw.randrange(len(content)) if content else 0
     if kind == "flip" and content:
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        content[place] ^= 1 << draw.randrange(8)
+    elif kind == "swap":
+        content = content[place:] + content[:place]
     else:
-        del content[draw.randrange(len(content)) if kind == "cut" and content else 0 :]
+        del content[place if kind == "cut" else 0 :]
     path.unlink()  # it may have another name
     path.write_bytes(content)
     return kind
 
 
-def judge(status: int | None, log: str, place: Path, result: dict, expected: dict) -> str:
-    if status == 0:
-        return "no difference" if result == expected else "unnoticed"
-    if "Traceback" in log:
-        return "a traceback"
-    last = log.strip().splitlines()[-1] if log.strip() else ""
-    return "an error that names it" if str(place) in log or place.name in last else "another error"
+class Mutator:
+    """Damages what one command reads."""
+
+    def __init__(self, reader: Reader, inputs: Path, work: Path):
+        self.reader, self.inputs, self.work = reader, inputs, work
+        self.words = reader.words.format(w=inputs).split()
+        self.name = "out" if reader.source == "out" else "damaged"
+        self.copy()
+        status = self.run(self.words)
+        assert status == 0, said(work)[-3000:]
+        self.expected = reader.result(work)
+        self.files = self.copy()
+
+    def copy(self) -> list[Path]:
+        """Copy what is read; return its files."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        source, place = self.inputs / self.reader.source, self.work / self.name
+        if source.is_file():
+            shutil.copyfile(source, place)
+            return [place]
+        shutil.copytree(source, place)
+        alike, files = Counter[tuple](), []
+        for path in sorted(place.rglob("*")):
+            if path.is_file() and path.suffix not in NOT_READ and "events" not in path.name:
+                alike[path.parent, path.suffix] += 1
+                if alike[path.parent, path.suffix] <= MOST_ALIKE:
+                    files.append(path)
+        return files
+
+    def run(self, words: list[str]) -> int | None:
+        (self.work / "log").unlink(missing_ok=True)
+        return processes.wait(start(words, self.work, {}), 300)
+
+    def mutate(self, number: int, seed: str) -> tuple[str, str]:
+        """Damage a file and let the command read it; the verdict, and what to say of it."""
+        self.copy()
+        path = self.files[number]
+        kind = damage(path, random.Random(seed))
+        status = self.run(self.words)
+        log = said(self.work).strip()
+        last = log.splitlines()[-1] if log else ""
+        where = f"{path.relative_to(self.work)} {kind}: {last[:300]}"
+        if status == 0 and self.reader.result(self.work) == self.expected:
+            return "no difference", where
+        if status == 0:
+            self.copy()
+            damage(path, random.Random(seed))
+            words = ["metro", "doctor", str(path.parent if path.parent == self.work else self.name)]
+            is_named = self.run(words) == 1 and path.name in said(self.work)
+            return KINDS[1] if is_named else "unnoticed", where
+        if "Traceback" in log:
+            return "traceback", where
+        return "named" if path.name in last else "unnamed", where
 
 
-KINDS = ("an error that names it", "another error", "a traceback", "no difference", "unnoticed")
-
-
-def mutate_all(folder: Path, each: int, seed: int) -> dict[str, Counter]:
+def mutate_all(folder: Path, each: int, seed: int, only: str = "") -> dict[str, Counter]:
     inputs, found = make_inputs(folder), {}
-    for name, (source, words) in READERS.items():
-        draw = random.Random(f"{seed} {name}")
-        counts = found[name] = Counter[str]()
-
-        def read(place: Path, work: Path, words=words) -> tuple[int | None, str, dict]:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            pid = start(words.format(place, w=inputs).split(), work, {})
-            status = processes.wait(pid, 120)
-            log = (work / "log").read_text(errors="replace")
-            files = contents(work)
-            files.pop("log")
-            files = {key: value for key, value in files.items() if "events" not in key}
-            return status, log, files
-
-        place = folder / "damaged"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(inputs / source, place)
-        status, log, expected = read(place, folder / "work")
-        assert status == 0, log[-3000:]
-        files = [path for path in sorted(place.rglob("*")) if path.is_file()]
-        files = [path for path in files if path.name not in NOT_READ and path.suffix != ".py"]
-        for path in files * each:
-            before = path.read_bytes()
-            kind = damage(path, draw)
-            status, log, result = read(place, folder / "work")
-            verdict = judge(status, log, path, result, expected)
-            counts[verdict] += 1
-            if verdict in ("unnoticed", "a traceback", "another error"):
-                last = log.strip().splitlines()[-1:] or [""]
-                print(f"{name}: {path.name} {kind}: {verdict}: {last[0][:200]}", flush=True)
-            path.write_bytes(before)
-        print(f"{name}: {dict(counts)}", flush=True)
+    words = FINETUNE.format(data="{w}/prompts", steps=2).format(w=inputs)
+    pid = start([*words.split(), "--output-dir", "out", "--save-steps", "1"], inputs, {})
+    assert processes.wait(pid, 300) == 0, said(inputs)[-3000:]
+    for name, reader in READERS.items():
+        if only in name:
+            counts = found[name] = Counter[str]()
+            mutator = Mutator(reader, inputs, folder / "work")
+            for number in range(len(mutator.files)):
+                for turn in range(each):
+                    verdict, where = mutator.mutate(number, f"{seed} {name} {number} {turn}")
+                    counts[verdict] += 1
+                    if verdict not in KINDS[:3]:
+                        print(f"{name}: {where}: {verdict}", flush=True)
+            print(f"{name}: {dict(counts)}", flush=True)
     return found
 
 
 def table(found: dict[str, Counter]) -> str:
-    lines = [f"| damaged | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
-    for name, counts in found.items():
+    lines = [f"| damaged, read by | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for name, counts in [*found.items(), ("all", sum(found.values(), Counter()))]:
         lines.append(f"| {name} | {' | '.join(str(counts[kind]) for kind in KINDS)} |")
     return "\n".join(lines)
 
@@ -107,10 +191,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--each", type=int, default=4, help="times that each file is damaged")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="readers with this in their name")
     parser.add_argument("--page", type=Path, help="page that gets the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = mutate_all(Path(folder), options.each, options.seed)
+        found = mutate_all(Path(folder), options.each, options.seed, options.only)
     print(table(found))
     if options.page:
         put_into(options.page, "mutations", table(found))

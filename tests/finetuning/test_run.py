@@ -141,6 +141,55 @@ def test_a_run_that_was_cut_off_while_saving_goes_on_from_the_checkpoint_before(
         assert torch.equal(tensor, expected[name])
 
 
+@pytest.mark.parametrize("num_moved", [0, 1, 4])
+def test_a_run_cut_off_while_its_model_is_moved_ends_as_if_left_alone(
+    settings, capsys, monkeypatch, num_moved
+):
+    """Oracle: the run left alone. Without checkpoints, yet nothing is trained again."""
+    whole = finetune(settings("whole", save_steps=0, max_steps=3))
+    finetune(settings(save_steps=0, max_steps=2))
+    replace, moves = os.replace, iter(range(num_moved))
+
+    def replace_some(source, target):
+        is_move = Path(source).parent.name == ".model.partial" and Path(target).parent.name == "out"
+        if is_move and next(moves, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings(save_steps=0, max_steps=3))
+    monkeypatch.undo()
+    capsys.readouterr()
+    again = finetune(settings(save_steps=0, max_steps=3))
+    assert "nothing to do" in capsys.readouterr().err and again.num_updates == 3
+    assert_same(again.folder, whole.folder)
+    assert not (again.folder / ".model.partial").exists()
+
+
+def test_a_changed_byte_of_a_run_is_named(settings):
+    """Oracle: by hand: a digit or byte in the middle becomes another, in one file after another."""
+    out = finetune(settings(save_steps=2, max_steps=2)).folder
+    states = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for name, steps in (
+        *((f"checkpoint-2/{state}", 4) for state in (*states, "model.safetensors")),
+        *(("inputs.json", 4), ("trainer_state.json", 2), ("model.safetensors", 2)),
+    ):
+        content = bytearray((out / name).read_bytes())
+        digits = [i for i, byte in enumerate(content) if byte in b"12345678"]
+        is_text = name.endswith(".json")
+        content[digits[len(digits) // 2] if is_text else len(content) // 2] ^= 1
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{Path(name).name} was damaged"):
+            finetune(settings(save_steps=2, max_steps=steps))
+        if name == "model.safetensors":
+            with pytest.raises(UserError, match="was damaged.*delete .*checksums"):
+                metro.load(out)
+        (out / name).write_bytes(before)
+    assert finetune(settings(save_steps=2, max_steps=4)).num_updates == 4
+
+
 def test_a_finished_run_started_again_trains_nothing_and_goes_on_where_more_is_asked_for(
     settings, capsys
 ):

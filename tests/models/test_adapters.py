@@ -312,6 +312,7 @@ def test_an_evaluation_is_of_base_and_adapter(base, tmp_path, changed):
     """Scores are those of the merged model, and a run of other weights is not resumed."""
     own_base, adapter = tmp_path / "base", tmp_path / "a"
     shutil.copytree(base, own_base)
+    (own_base / "checksums.json").unlink()
     adapt(own_base, adapter)
     suite = write_suite(tmp_path / "suite")
     options = dict(suite=str(suite), out=tmp_path / "out", tasks=["truth"], progress=False)

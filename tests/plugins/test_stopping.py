@@ -11,6 +11,7 @@ from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
 from fairseq_plugins.tasks.t5_metro import T5MetroTask
+from metro.utils.messages import UserError
 from tests.plugins.conftest import (
     METRO,
     ROOT,
@@ -164,7 +165,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_loadable_last_checkpoint(tmp_pa
             load(tmp_path / "checkpoint_1_2.pt")
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "missing"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "flip", "missing"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_loads(train, tmp_path, damage):
     options = "--max-update 4 --save-interval-updates 2 --disable-validation"
     train(tmp_path, options)
@@ -175,8 +176,9 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_newest_that_loads(train, tmp
     (tmp_path / "checkpoint_1_4.pt").unlink()
     (tmp_path / LAST).unlink()
     if damage != "missing":
-        half = content[: len(content) // 2]
-        left = {"empty": b"", "cut": half, "zeros": bytes(len(content))}[damage]
+        half, rest = content[: len(content) // 2], content[len(content) // 2 :]
+        left = {"empty": b"", "cut": half, "zeros": bytes(len(content))}
+        left = {**left, "flip": half + bytes([rest[0] ^ 4]) + rest[1:]}[damage]
         (tmp_path / LAST).write_bytes(left)
         (tmp_path / "checkpoint_1_4.pt").write_bytes(left)
     resumed = train(tmp_path, options)
@@ -199,9 +201,9 @@ def test_a_damaged_checkpoint_that_the_user_named_is_an_error(train, tmp_path):
     content = named.read_bytes()
     named.unlink()
     named.write_bytes(content[:1000])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=f"{named} is damaged .*: copy it again"):
         checkpoint_utils.load_checkpoint_to_cpu(str(named))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=f"{named} is damaged .*: copy it again"):
         train(tmp_path / "b", f"--max-update 3 --restore-file {named}")
 
 

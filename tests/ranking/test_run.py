@@ -141,6 +141,20 @@ def test_a_stopped_run_is_resumed_behind_its_last_row(rank, expected, stopped, m
         assert row["log_probabilities"] == pytest.approx(each.log_probabilities, abs=1e-5)
 
 
+def test_a_damaged_row_of_a_stopped_run_and_those_behind_it_are_ranked_again(
+    rank, expected, stopped
+):
+    """Oracle: the ranker; a digit of the second row's probability was changed."""
+    partial = stopped.with_name(f".{stopped.name}.partial")
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 8 and '"probability": 0.' in lines[2]
+    before, name, after = lines[2].rpartition('"probability": 0.')
+    lines[2] = f"{before}{name}{int(after[0]) ^ 1}{after[1:]}"
+    partial.write_text("".join(lines))
+    for row, each in zip(read(rank(stopped).out), expected, strict=True):
+        assert row["probability"] == pytest.approx(each.probability, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -127,6 +127,11 @@ def _numbers(path: Path) -> np.ndarray:
     raise UserError(f"{path} is damaged: prepare the folder again with `metro prepare-prompts`")
 
 
+def files_of(side: str) -> tuple[str, str, str]:
+    """Names of the files of a task: its examples, their offsets and their source rows."""
+    return f"{side}.jsonl", f"{side}.offsets.npy", f"{side}.rows.npy"
+
+
 def read_manifest(folder: str | Path) -> dict:
     """Read the manifest of a folder that `metro prepare-prompts` made.
 
@@ -176,12 +181,13 @@ class JsonlTaskWriter:
     def __init__(self, folder: Path, side: str, position: list[int] | None):
         self.num_examples, self.num_bytes = position or (0, 0)
         self._files = []
-        for suffix, size in (
-            (".jsonl", self.num_bytes),
-            (".offsets.npy", _HEADER_BYTES + self.num_examples * _INT64.itemsize),
-            (".rows.npy", _HEADER_BYTES + self.num_examples * _INT32.itemsize),
-        ):
-            path = folder / f"{side}{suffix}"
+        sizes = (
+            self.num_bytes,
+            _HEADER_BYTES + self.num_examples * _INT64.itemsize,
+            _HEADER_BYTES + self.num_examples * _INT32.itemsize,
+        )
+        for name, size in zip(files_of(side), sizes, strict=True):
+            path = folder / name
             if not position:
                 path.write_bytes(bytes(size))  # room for a header
             self._files.append(open_at(path, size))

@@ -71,9 +71,7 @@ def _prepare(settings: PrepareTextSettings, progress: Progress) -> Prepared:
         "lower": lower,
         "valid_fraction": settings.valid_fraction,
     }
-    folder = PreparedFolder(
-        settings.out, facts, TEXT_MANIFEST, "metro prepare-text", checksums=True
-    )
+    folder = PreparedFolder(settings.out, facts, TEXT_MANIFEST, "metro prepare-text")
     if finished := folder.finished_manifest(overwrite):
         progress.say(f"{folder.out} is already finished; nothing to do")
         return Prepared(folder.out, finished, True)

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from metro.data.text.encoding import WordCounter
 from metro.data.text.reading import Chunk, TextSource, bytes_before, read_chunks, total_bytes
-from metro.modeling.text_metro_t5 import DICT_FILE, NUM_SPECIAL_IDS, SPM_FILE, Vocabulary
+from metro.modeling.text_metro_t5 import (
+    DICT_FILE,
+    NUM_SPECIAL_IDS,
+    SPM_FILE,
+    VOCABULARY_FILES,
+    Vocabulary,
+)
+from metro.utils.checksums import refuse_damage
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 from metro.utils.worker_pool import map_in_order
@@ -31,6 +38,7 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
     Raises:
         UserError: one of them is missing, damaged, or does not belong to the other.
     """
+    refuse_damage(folder, VOCABULARY_FILES)
     try:
         return Vocabulary.from_folder(folder)
     except (ValueError, FileNotFoundError) as error:

@@ -11,6 +11,8 @@
       scores/<task>/<prompt>.jsonl   one object per example:
                       {"index", "scores", "prediction", "label"}
 
+``run.json`` and each line of ``results.jsonl`` end with the checksum of their content, ``crc32``.
+
 "tasks" of run.json lists the whole suite in its order, whatever the run was narrowed to, so that a
 reader sees which tasks are partial. A run without it counts as listing the prompts that it has.
 
@@ -28,7 +30,8 @@ from os.path import samefile
 from pathlib import Path
 from typing import Any
 
-from metro.utils.files import file_name, read_json, write_json, write_text
+from metro.utils.checksums import facts
+from metro.utils.files import file_name, read_json, sealed, unsealed, write_json, write_text
 from metro.utils.messages import UserError
 
 RUN_FORMAT = 3
@@ -74,6 +77,8 @@ class PromptResult:
     seconds: float | None = None
     scores_file: str | None = None
     """Relative to the run folder."""
+    scores_crc32: str | None = None
+    """Checksum of that file."""
 
 
 @dataclass
@@ -113,6 +118,11 @@ class Run:
         if result.scores_file is None or not (self.folder / result.scores_file).is_file():
             return None
         path = self.folder / result.scores_file
+        if result.scores_crc32 not in (None, facts(path)["crc32"]):
+            raise UserError(
+                f"{path} was damaged or changed since it was written: evaluate again into a new "
+                "folder, or copy it again"
+            )
         scores = []
         for number, line in read_json_lines(path):
             try:
@@ -123,6 +133,17 @@ class Run:
                     f"{path}, line {number}: no {error}; delete the file and evaluate again"
                 ) from None
         return scores
+
+
+def check_run(folder: Path) -> None:
+    """Read everything in a run folder, with its checksums.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    run = read_run(folder)
+    for result in run.results:
+        run.scores(result)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -139,9 +160,9 @@ def read_run(folder: str | Path) -> Run:
             "evaluate` wrote"
         )
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
         run = Run(folder, info["model"], info["method"], info["suite"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} is corrupt ({error!r}); evaluate again into a new folder"
         ) from None
@@ -206,7 +227,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 ) from None
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]}")
-            yield number, value
+            yield number, unsealed(value, f"{path}, line {number}")
 
 
 def refuse_another_model(folder: Path, model: str) -> None:
@@ -252,10 +273,9 @@ class RunFolder:
 
     def _check_same(self, path: Path) -> dict[str, Any]:
         """Refuse to mix the results of two runs; return what ``run.json`` holds."""
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is corrupt; delete {self.folder} and start again") from None
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise UserError(f"{path} is corrupt; delete {self.folder} and start again")
         now = self.info
         if (format := before.get("format", 1)) != RUN_FORMAT:
             which = "an earlier" if format < RUN_FORMAT else "another"
@@ -310,14 +330,16 @@ class RunFolder:
             extra: further fields of its line.
         """
         name = f"scores/{file_name(result.task)}/{file_name(result.prompt)}.jsonl"
-        result = replace(result, scores_file=name)
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "run.json", self.info)
+        write_json(self.folder / "run.json", self.info, seal=True)
         lines = (json.dumps(score, allow_nan=False) + "\n" for score in scores)
         write_text(self.folder / name, "".join(lines))
+        checksum = facts(self.folder / name)["crc32"]
+        result = replace(result, scores_file=name, scores_crc32=checksum)
         listed = self.folder / "results.jsonl"
         before = listed.read_text(encoding="utf-8") if listed.is_file() else ""
-        line = json.dumps({**asdict(result), **extra}, ensure_ascii=False, allow_nan=False)
+        content = sealed({**asdict(result), **extra})
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False)
         write_text(listed, f"{before}{line}\n")
         self.results.append(result)
         return result

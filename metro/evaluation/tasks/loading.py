@@ -16,13 +16,14 @@ from metro.data.prompts.examples import (
 )
 from metro.data.prompts.instruction import NO_INSTRUCTION
 from metro.data.prompts.labels import NO_LABEL
-from metro.data.prompts.stored import PromptedExamples, read_manifest
+from metro.data.prompts.stored import PromptedExamples, files_of, read_manifest
 from metro.data.prompts.templates import PromptTemplate
 from metro.evaluation.tasks import bigbench
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.label_generalization import replace_label_words
 from metro.evaluation.tasks.suites import WHOLE_TASK, Suite, TaskSpec
 from metro.evaluation.tasks.task import Sources, Task, choose_rows
+from metro.utils.checksums import refuse_damage
 from metro.utils.files import inside
 from metro.utils.messages import UserError
 
@@ -204,6 +205,8 @@ class PreparedTask(Task):
         def read(prompt: str) -> PromptedExamples:
             if prompt not in files:
                 raise DatasetUnavailable(f"{folder} has no {side} examples of it")
+            place = files[prompt].parent.relative_to(folder)
+            refuse_damage(folder, [f"{place}/{name}" for name in files_of(side)])
             return PromptedExamples(files[prompt])
 
         self.files = self.for_prompts(read)

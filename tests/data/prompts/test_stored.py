@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metro.data.prompts.stored import PromptedExamples, read_manifest
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 from tests.data.prompts.toys import prepare, random_rows, write_rows
 
@@ -69,7 +70,7 @@ def test_every_bit_of_the_numbers_beside_the_examples_may_be_damaged(world, tmp_
 def test_damaged_manifests_are_named(world, tmp_path, change):
     result, _ = prepare(world, tmp_path / "out", limit=3)
     path = result.folder / "prompts.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     content["splits"]["train"]["one_ask"] |= change
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="prompts.json is not the manifest .* damaged"):

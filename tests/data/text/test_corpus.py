@@ -16,6 +16,7 @@ from metro.data.indexed_file import IndexedFileWriter, WritePosition
 from metro.data.text import reading
 from metro.data.text.corpus import is_validation_document
 from metro.modeling.text_metro_t5 import Vocabulary
+from metro.utils.files import read_json
 from metro.utils.messages import UserError
 from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_text
 from tests.processes import run_python
@@ -367,7 +368,7 @@ def test_names_in_a_manifest_stay_in_the_folder(text, vocab, tmp_path, name):
         (folder / "thesis.tex").write_text("years of work")
     prepare([text], out, vocab)
     (out / "link").symlink_to(tmp_path / "elsewhere")
-    manifest = json.loads((out / "prepare_text.json").read_text())
+    manifest = read_json(out / "prepare_text.json")
     manifest["files"][name.format(folder=tmp_path)] = {"bytes": 13, "crc32": ""}
     (out / "prepare_text.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="leads out of|takes out of"):

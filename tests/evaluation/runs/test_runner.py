@@ -12,12 +12,13 @@ import torch
 
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.runs.processes import join_processes
-from metro.evaluation.runs.run_folder import read_run, refuse_another_model
+from metro.evaluation.runs.run_folder import check_run, read_run, refuse_another_model
 from metro.evaluation.scoring.pair_scoring import NotFinite, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.loading import load_task
 from metro.evaluation.tasks.suites import read_suite
 from metro.evaluation.tasks.task import Sources, choose_rows
+from metro.utils.files import read_json
 from metro.utils.identity import model_identity
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
@@ -47,7 +48,7 @@ def finished(tmp_path_factory, suite_file, loaded):
 
 def without_times(folder):
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "crc32")} for line in lines]
 
 
 def all_scores(folder):
@@ -147,7 +148,7 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
         spoilt = tmp_path / f"spoilt{len(content)}{content[-1]}"
         spoilt.mkdir()
         (spoilt / "run.json").write_text(content)
-        with pytest.raises(ValueError, match="run.json is corrupt; delete"):
+        with pytest.raises(ValueError, match="run.json is (corrupt; delete|not the JSON)"):
             run(spoilt, suite_file, *loaded)
     other = tmp_path / "mine"
     other.mkdir()
@@ -155,6 +156,27 @@ def test_another_run_in_the_same_folder_is_refused(finished, suite_file, loaded,
     with pytest.raises(ValueError, match="is not empty and has no run.json"):
         run(other, suite_file, *loaded)
     assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_a_changed_digit_in_a_run_is_named_by_whoever_reads_it(
+    finished, suite_file, loaded, tmp_path
+):
+    """Oracle: by hand: the file, and whether the evaluation itself reads it."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    [scores, *_] = sorted(folder.glob("scores/*/*.jsonl"))
+    for path, is_read in (("run.json", True), ("results.jsonl", True), (scores, False)):
+        path = folder / path
+        content = path.read_text()
+        digit = content.index("0." if path != folder / "run.json" else '"format": 3') + 10
+        place = next(i for i in range(digit, len(content)) if content[i] in "1234567")
+        path.write_text(f"{content[:place]}{int(content[place]) ^ 1}{content[place + 1 :]}")
+        with pytest.raises(UserError, match=f"{path.name}.* was damaged"):
+            check_run(folder)
+        if is_read:
+            with pytest.raises(UserError, match=f"{path.name}.* was damaged"):
+                run(folder, suite_file, *loaded)
+        path.write_text(content)
+    check_run(folder)
 
 
 def test_what_a_finished_prompt_reads_is_compared_by_content(
@@ -187,7 +209,7 @@ def test_a_run_of_an_earlier_version_is_refused_with_the_true_reason(
 ):
     """Oracle: run.json as earlier versions wrote it, with another digest of the same suite."""
     folder = shutil.copytree(finished, tmp_path / "run")
-    info = json.loads((folder / "run.json").read_text())
+    info = read_json(folder / "run.json")
     del info["format"], info["data"]
     info["suite_content"] = "0" * 16
     (folder / "run.json").write_text(json.dumps(info))

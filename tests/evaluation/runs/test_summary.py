@@ -203,7 +203,7 @@ def test_many_missing_tasks_are_counted(tmp_path):
         (RESULTS, lambda t: '{"task": "rte", "accuracy": 0.5}\n', r"jsonl, line 1: .*'suite'"),
         (RESULTS, lambda t: t.replace(": 0.5", ": 50.0"), r"jsonl, line 1: accuracy 50\.0"),
         (RESULTS, lambda t: t.replace('"t0"', '"mmlu"'), r"says suite t0, .* rte / a is of mmlu"),
-        ("run.json", lambda t: '{"model": "x"', r"run\.json is corrupt"),
+        ("run.json", lambda t: '{"model": "x"', r"run\.json is not the JSON"),
         ("run.json", lambda t: '{"model": "x"}', r"run\.json is corrupt .*'method'"),
         ("run.json", None, r"is not a run folder: it has no run\.json"),
     ],

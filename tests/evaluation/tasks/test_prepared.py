@@ -183,6 +183,10 @@ def test_damaged_prompts_and_lines_are_left_out_alone(prepared, tmp_path):
     short = folder / "valid/one_random_order/valid.jsonl"
     short.write_bytes(short.read_bytes()[:-20])
     tasks, missing = load_tasks(find_suite(str(folder)), Sources())
+    assert "ask" not in {task.name: task.prompts for task in tasks}.get("one", [])
+    assert "one_ask/valid.jsonl was damaged" in str(missing)
+    (folder / "prompts.json").write_text(json.dumps({**read_manifest(folder), "files": {}}))
+    tasks, missing = load_tasks(find_suite(str(folder)), Sources())
     assert {task.name: task.prompts for task in tasks}["one"] == ["ask"]
     assert list(missing) == ["one / random order"] and "does not end where" in str(missing)
     found = next(task for task in tasks if task.name == "one").examples("ask")
@@ -202,6 +206,7 @@ def test_examples_with_fields_of_another_kind_are_left_out_alone(prepared, tmp_p
     rows[10]["label"] = 1 - rows[10]["label"]
     rows[11]["input"] = " "
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.json").write_text(json.dumps({**read_manifest(folder), "files": {}}))
     tasks, _ = load_tasks(find_suite(str(folder)), Sources())
     found = next(task for task in tasks if task.name == "one").examples("ask")
     assert [example.index for example in found.examples] == [row["row"] for row in rows[12:]]
