@@ -188,7 +188,7 @@ def test_a_suites_own_data_may_be_any_kind(tmp_path, caches):
     suite = read_suite(tmp_path / "s.yaml")
     sizes = [len(load_task(suite.tasks[name], Sources()).data) for name in "abc"]
     assert sizes == [1, 3, 1]
-    with pytest.raises(DatasetUnavailable, match="two has test, train: name one of them"):
+    with pytest.raises(DatasetUnavailable, match="two has the splits test, train: name it"):
         load_task(suite.tasks["d"], Sources())
 
 

@@ -87,5 +87,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
         if path.is_file()
     }
     manifest = json.loads(found.pop("prompts.json"))
-    manifest.pop("settings")
+    for name in ("settings", "crc32"):  # the latter is the checksum of the former, too
+        manifest.pop(name)
     return {**found, "prompts.json": json.dumps(manifest).encode()}
