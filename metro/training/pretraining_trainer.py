@@ -171,7 +171,7 @@ class PretrainingTrainer(MetroTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with the published metrics over everything since the last line of training."""
         self.state.epoch = self.position.epoch - 1 + self.position.done / max(self.position.of, 1)
-        if "loss" in logs and self.sums:
+        if "loss" in logs:  # in all processes, also where no batch of this one counted
             speed = torch.tensor([float(self.num_tokens)], device=self.args.device)
             now = time.monotonic()
             wps = self.sum_over_processes(speed).item() / max(now - self.since, 1e-6)

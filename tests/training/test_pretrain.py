@@ -189,6 +189,16 @@ def test_a_compiled_model_trains_the_same(pretrain):
     assert_same(compiled, plain, rtol=1e-3, atol=1e-4)
 
 
+def in_two_processes(data, folder, environment=None, **options) -> None:
+    flags = []
+    for key, value in {**TINY, **options, "data": data, "output_dir": folder}.items():
+        flag = f"--{key.replace('_', '-')}"
+        flags += [flag] if value is True else [flag, str(value)]
+    torchrun = ("-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--nproc_per_node", "2")
+    torchrun += ("--rdzv_endpoint", "localhost:0")
+    run_python(*torchrun, *METRO, "pretrain", *flags, env=environment or {"PYTHONPATH": str(ROOT)})
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_model_of_one_and_one_goes_on(pretrain, pretraining_data, tmp_path):
     """Behind the same share of the epoch; and without fairseq, which cannot be imported here."""
@@ -197,16 +207,18 @@ def test_two_processes_train_the_model_of_one_and_one_goes_on(pretrain, pretrain
         (tmp_path / f"none/{name}.py").write_text("raise ModuleNotFoundError(__name__)\n")
     options = dict(dropout=0.0, attention_dropout=0.0, seed=3)
     alone = pretrain("alone", update_freq=2, max_update=6, **options).folder
-    flags = []
-    given = {**TINY, **options, "data": pretraining_data, "output_dir": tmp_path / "both"}
-    for key, value in given.items():
-        flag = f"--{key.replace('_', '-')}"
-        flags += [flag] if value is True else [flag, str(value)]
-    torchrun = ("-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--nproc_per_node", "2")
-    torchrun += ("--rdzv_endpoint", "localhost:0")
-    path = os.pathsep.join([str(tmp_path / "none"), str(ROOT)])
-    environment = {"PYTHONPATH": path}
-    run_python(*torchrun, *METRO, "pretrain", *flags, "--max-update", "3", env=environment)
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "none"), str(ROOT)])}
+    in_two_processes(pretraining_data, tmp_path / "both", path, max_update=3, **options)
     both = pretrain("both", update_freq=2, max_update=6, **options).folder
     assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
     assert_same(alone, both, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_without_batches_waits_for_the_other(pretrain, pretraining_data, tmp_path):
+    """All text is one batch, so that the second process only ever fills in."""
+    options = dict(dropout=0.0, attention_dropout=0.0, seed=3, max_update=2)
+    options |= dict(max_tokens=10**6, required_batch_size_multiple=1)
+    alone = pretrain("alone", **options).folder
+    in_two_processes(pretraining_data, tmp_path / "both", **options)
+    assert losses(tmp_path / "both") == pytest.approx(losses(alone), rel=1e-5)
