@@ -94,7 +94,7 @@ class Letters:
     def get_vocab(self):
         return {"<extra_id_0>": 90}
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         if isinstance(text, list):
             return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         ids = [ord(letter) for letter in text]
