@@ -83,6 +83,8 @@ class Study:
             before = seconds_used(self.plan["cpu"])
             pretrain(self, arm, 0.001, 1, updates, folder, off)
             ends.append(seconds_used(self.plan["cpu"]) - before)
+        if ends[1] <= ends[0]:
+            raise UserError(f"the time of {arm} could not be measured: leave the machine alone")
         return (ends[1] - ends[0]) / (TIMED_UPDATES[1] - TIMED_UPDATES[0])
 
     def updates(self, arm: str, tuning: bool) -> int:

@@ -153,7 +153,6 @@ vocab_size: 200
 valid_fraction: 0.1
 updates: 4
 tuning_updates: 2
-timed_rounds: 1
 validate_every: 2
 seeds: [1]
 tuning_seed: 9
@@ -210,6 +209,8 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     pair = json.dumps({"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."})
     (rows / "blimp/causative.jsonl").write_text(f"{pair}\n" * 4)
     (tmp_path / "plan.yaml").write_text(TINY)
+    (tmp_path / "out").mkdir()  # such small models cannot be timed
+    (tmp_path / "out/timing.json").write_text(json.dumps({"metro": 0.03, "t5": 0.01}))
     (tmp_path / "text.txt").write_text(random_text(3, 600))
     argv = [
         sys.executable, SCRIPTS / "evidence.py", tmp_path / "plan.yaml",
@@ -230,8 +231,7 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     assert all(len(run["right"]["colours"]) == 6 for run in results.values())
     assert results["metro"]["blimp"].keys() == {"decoder", "rtd"}
     assert results["t5"]["blimp"]["decoder"]["question"] == "blanks"
-    seconds = {name: run["seconds_per_update"] for name, run in results.items()}
-    assert results["t5"]["updates"] == round(4 * seconds["metro"] / seconds["t5"])
+    assert results["t5"]["updates"] == 12
     page = (tmp_path / "page.md").read_text()
     assert "| METRO − T5 |" in page and page.count("| FLIPPED − DIRECT |") == 2
     again = subprocess.run(argv, capture_output=True, text=True)
