@@ -1,11 +1,9 @@
 """Options, shards and dataset of both pretraining tasks."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq import utils
 from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II, MISSING
@@ -13,7 +11,8 @@ from omegaconf import II, MISSING
 from fairseq_plugins.data import FairseqPretrainingDataset
 from fairseq_plugins.option import config_option, options_of
 from fairseq_plugins.tasks._common import SentinelTask, load_dictionary
-from metro.data.indexed_file import check_dictionaries, check_split
+from metro.data.indexed_file import check_dictionaries, check_shards
+from metro.data.prepared_folder import shard_folders
 from metro.pretraining.settings import TaskOptions, check_shares
 from metro.utils.messages import UserError
 
@@ -28,8 +27,8 @@ OF_T5 = ("empty_prob",)
 class PretrainingConfig(FairseqDataclass):
     data: str = config_option(
         MISSING,
-        "folder with dict.txt and binarised splits; several shards: folders joined by "
-        "colons, one is read per epoch, in turn",
+        "folder of metro prepare-text, or with dict.txt and binarised splits; several, joined by "
+        "colons, or shards: one is read per epoch, in turn",
     )
     seed: int = II("common.seed")
 
@@ -41,25 +40,29 @@ class PretrainingTask(SentinelTask):
 
     def __init__(self, cfg: PretrainingConfig, dictionary: Dictionary):
         super().__init__(cfg, dictionary)
+        self.folders = shard_folders(cfg.data)
         check_shares(cfg, "mask_prob")
         if cfg.mask_multiple_length < 1:
             raise UserError(f"mask_multiple_length is {cfg.mask_multiple_length}; use 1 or more")
 
     @classmethod
     def setup_task(cls, cfg: PretrainingConfig, **kwargs):
-        path = check_dictionaries([Path(folder) for folder in utils.split_paths(cfg.data)])
+        path = check_dictionaries(shard_folders(cfg.data))
         dictionary = load_dictionary(path)
         logger.info("dictionary: %s types", f"{len(dictionary):,}")
         return cls(cfg, dictionary)
 
+    def has_sharded_data(self, split) -> bool:
+        return len(self.folders) > 1
+
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
         """Open one split, memory-mapped; with several shards, the one of this epoch."""
-        folders = utils.split_paths(self.cfg.data)
-        path = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        folders = self.folders
+        path = str(folders[(epoch - 1) % len(folders)] / split)
         # `combine` is what the trainer asks for where it trains. All shards are looked at then, so
         # that a bad one stops the run now and not epochs later.
-        for folder in folders if combine else [os.path.dirname(path)]:
-            check_split(Path(folder, split))
+        if split not in self.datasets:
+            check_shards(folders if combine else [Path(path).parent], split)
         self.datasets[split] = FairseqPretrainingDataset(
             data_utils.load_indexed_dataset(path, self.dictionary, combine=combine),
             self.cfg,

@@ -1,9 +1,7 @@
 """Task `t5_metro`: masked text for the auxiliary model, the original as the decoder's target."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from fairseq import utils
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
@@ -36,7 +34,7 @@ class T5MetroTask(PretrainingTask):
                 "(no published run used them): set it to 0"
             )
         check_shares(cfg, "leave_unmasked_prob", "random_token_prob")
-        manifest = read_json(Path(utils.split_paths(cfg.data)[0], TEXT_MANIFEST)) or {}
+        manifest = read_json(self.folders[0] / TEXT_MANIFEST) or {}
         self.reference_bits = manifest.get("reference_bits") or {}
 
     def reduce_metrics(self, logging_outputs, criterion):

@@ -11,6 +11,7 @@ training example is made of, a run of neighbouring items or, with break mode `no
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ def _follow_whole_items(
     items at once (a binary search in the running totals), and a loop hops from block to block.
     """
     num_items = len(sizes)
-    starts, stops = [], []
+    starts, stops = array("q"), array("q")
     if is_separator is not None:
         separators = np.flatnonzero(is_separator)
         separators = np.append(separators, num_items)

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from metro.modeling.text_metro_t5 import DICT_FILE
-from metro.utils.checksums import refuse_damage
+from metro.utils.checksums import AT_START, refuse_damage
 from metro.utils.messages import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -163,8 +163,19 @@ def check_indexed_file(prefix: Path) -> None:
         )
 
 
-def check_split(path: Path) -> None:
-    """Refuse a missing, half missing, empty, cut or damaged split."""
+def check_shards(folders: Sequence[Path], split: str) -> None:
+    """Check a split of all shards, of all together no more bytes than of one, see `check_split`."""
+    for folder in folders:
+        check_split(folder / split, AT_START // len(folders))
+
+
+def check_split(path: Path, most_bytes: int = AT_START) -> None:
+    """Refuse a missing, half missing, empty, cut or damaged split.
+
+    Args:
+        path: such as ``data/train``.
+        most_bytes: that are read for their checksums.
+    """
     index, tokens = (path.with_name(path.name + suffix) for suffix in (".idx", ".bin"))
     if not index.exists():
         without = (
@@ -186,7 +197,7 @@ def check_split(path: Path) -> None:
             "text again"
         )
     check_indexed_file(path)
-    refuse_damage(path.parent, [index.name, tokens.name])
+    refuse_damage(path.parent, [index.name, tokens.name], most_bytes=most_bytes)
 
 
 def check_dictionaries(folders: Sequence[Path]) -> Path:

@@ -21,6 +21,8 @@ from metro.utils.messages import UserError
 TEXT_MANIFEST = "prepare_text.json"
 PROMPTS_MANIFEST = "prompts.json"
 SPLITS = ("train", "valid")
+SHARDS = "[0-9]" * 5 + "-of-" + "[0-9]" * 5
+"""Pattern of the folders in a corpus in shards, whose manifest lists them as ``shards``."""
 STATE = "state.json"
 TEXT_FILES = [split + suffix for split in SPLITS for suffix in (".bin", ".idx")]
 _SIZES = ".sizes"  # of files that metro.data.indexed_file needs during the work only
@@ -214,6 +216,29 @@ class PreparedFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def shard_folders(data: str) -> list[Path]:
+    """Return the folders that ``--data`` names, in the order in which the epochs read them.
+
+    Args:
+        data: a folder of ``prepare-text``, in shards or not; or several, joined by colons.
+
+    Raises:
+        UserError: shards are missing, or do not belong to the others.
+    """
+    finish = "run the same `metro prepare-text` without --shard"
+    found: list[Path] = []
+    for folder in (Path(part) for part in data.split(":") if part):
+        manifest = read_json(folder / TEXT_MANIFEST) or {}
+        if shards := manifest.get("shards"):
+            checksums.refuse_damage(folder, remedy=f"{finish} again")
+            found += [inside(folder, name) for name in shards]
+        elif any(folder.glob(SHARDS)):
+            raise UserError(f"the shards in {folder} are not finished or not listed: {finish}")
+        else:
+            found.append(folder)
+    return found
 
 
 def describe_differences(earlier: dict, now: dict) -> str:

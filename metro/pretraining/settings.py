@@ -8,9 +8,11 @@ Each group is a class below; fairseq's own classes for them are made of these.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from metro.data.prepared_folder import shard_folders
 from metro.utils.files import read_yaml
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
@@ -257,9 +259,7 @@ class PretrainingSettings(
 
     CONFIGS = Path(__file__).parent / "configs"
 
-    data: str = option(
-        help="Folder of metro prepare-text; several, joined by colons: one per epoch, in turn."
-    )
+    data: str = option(help="Folder of metro prepare-text, or several, joined by colons.")
     output_dir: str = option(help="Where checkpoints, logs and the model go.")
     task: str = option("t5_metro", "METRO, or span corruption (t5).", choices=tuple(TASKS))
     arch: str | None = option(
@@ -316,10 +316,10 @@ class PretrainingSettings(
         except ValueError:
             raise UserError(f"adam_betas is {self.adam_betas!r}; give two numbers") from None
 
-    @property
+    @cached_property
     def folders(self) -> list[Path]:
         """The shards of the data."""
-        return [Path(part) for part in self.data.split(":") if part]
+        return shard_folders(self.data)
 
     def resolved(self) -> "PretrainingSettings":
         """Return the settings with the values that task and architecture decide."""

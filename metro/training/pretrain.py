@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metro.data.indexed_file import IndexedFile, check_dictionaries, check_split
+from metro.data.indexed_file import IndexedFile, check_dictionaries, check_shards, check_split
 from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.data.text.vocabulary import read_vocabulary
 from metro.pretraining.settings import PretrainingSettings
@@ -80,8 +80,8 @@ def check_data(settings: PretrainingSettings) -> int:
     if not settings.folders:
         raise UserError("data is empty; give a folder made by metro prepare-text")
     check_dictionaries(settings.folders)
+    check_shards(settings.folders, "train")
     for folder in settings.folders:
-        check_split(folder / "train")
         if (folder / "train1.idx").exists():
             raise UserError(
                 f"{folder} has its text in several files (train1.idx), which fairseq-train reads; "

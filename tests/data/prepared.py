@@ -37,6 +37,19 @@ class Said(Progress):
         self.lines.append(line)
 
 
+class StopsAfter(Said):
+    """Progress that interrupts after so many calls."""
+
+    def __init__(self, num_calls: int):
+        super().__init__()
+        self.num_left = num_calls
+
+    def show(self, *state) -> None:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise KeyboardInterrupt
+
+
 def prepare(inputs, out, vocab, **settings):
     """With defaults that make a test quick, and what the user was told."""
     progress = Said()

@@ -128,6 +128,9 @@ def write_inputs(folder: Path) -> None:
     """Text, rows and templates, under the names that the pages use."""
     for seed, name in enumerate(("books.txt", "more.txt")):
         (folder / name).write_text(random_text(seed, 300))
+    (folder / "corpus").mkdir()
+    for number in range(16):
+        (folder / f"corpus/{number}.txt").write_text(random_text(number, 30))
     documents = random_text(2, 100).split("\n\n")
     with gzip.open(folder / "web.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)

@@ -34,10 +34,10 @@ def import_everything() -> None:
     import metro.finetuning.run
     import metro.finetuning.trainer  # noqa: F401
     from metro.data.prompts import prepare
-    from metro.data.text import corpus, reading
+    from metro.data.text import reading, writing
 
     # Small inputs are to be interrupted as often as large ones.
-    reading.CHUNK_BYTES, corpus.CHECKPOINT_SECONDS = 4000, 0
+    reading.CHUNK_BYTES, writing.CHECKPOINT_SECONDS = 4000, 0
     prepare.CHUNK_EXAMPLES, prepare.CHECKPOINT_SECONDS = 40, 0
 
 

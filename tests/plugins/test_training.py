@@ -93,11 +93,17 @@ def test_a_resumed_run_is_bit_exact_with_dropout(train, tmp_path, kind):
 
 @pytest.mark.parametrize("stop", [3, 6])
 def test_a_run_over_several_shards_resumes_bit_exactly(train, tmp_path, stop):
-    """Shards of 4 and 3 updates, so it stops in the first shard or in the second."""
+    """Shards of 4 and 3 updates, so it stops in the first shard or in the second.
+
+    Joined by colons, and in a folder that lists them as `metro prepare-text --shards` does.
+    """
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder, num_documents in zip(folders, (16, 11), strict=True):
         write_corpus(folder, num_documents)
     data = os.pathsep.join(map(str, folders))
+    if stop == 6:
+        data = tmp_path
+        (data / "prepare_text.json").write_text('{"shards": ["first", "second"]}')
     whole = train(tmp_path / "whole", "--max-update 10", data=data)
     train(tmp_path / "halves", f"--max-update {stop}", data=data)
     resumed = train(tmp_path / "halves", "--max-update 10", data=data)

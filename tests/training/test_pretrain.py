@@ -118,7 +118,10 @@ def test_recomputing_activations_changes_no_number_and_bf16_trains(pretrain):
 
 
 def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_data, tmp_path):
-    """Oracle: a run that was left alone, over two shards of different length."""
+    """Oracle: a run that was left alone, over two shards of different length.
+
+    In a folder that lists them, too, as `metro prepare-text --shards` does.
+    """
     other = tmp_path / "other"
     shutil.copytree(pretraining_data, other, ignore=shutil.ignore_patterns("prepare_text.json"))
     for suffix in (".bin", ".idx"):
@@ -130,6 +133,9 @@ def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_d
     for path in (part / "config.json", part / TRAINER_STATE):
         path.unlink()
     shutil.rmtree(part / "checkpoint-8")
+    shutil.copytree(pretraining_data, tmp_path / "second")
+    (tmp_path / "prepare_text.json").write_text('{"shards": ["other", "second"]}')
+    options["data"] = str(tmp_path)
     assert_same(whole, pretrain("part", **options).folder)
 
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from metro.data.datasets import hub_errors
 from metro.utils.characters import refuse_utf16
-from metro.utils.identity import files_identity
+from metro.utils.identity import digest, files_identity
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.network import use_cache_without_network
 
@@ -58,7 +60,7 @@ class Chunk(NamedTuple):
     """Number of the first line, counted from 1."""
     end: ReadPosition
     bytes_on_disk: int
-    """Position in the file (the compressed one, if it is) where this chunk ends."""
+    """Bytes up to its end, of the source as it is stored (compressed, if it is)."""
     skips: tuple[Skip, ...] = ()
     """Lines skipped because of their length."""
 
@@ -70,9 +72,18 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TextSource:
-    """One ``--input``: a file, or ``hf:DATASET[:CONFIG]``."""
+    """One ``--input``, a file or ``hf:DATASET[:CONFIG]``; or a part of a file for a shard."""
 
     name: str
+    start: int = 0
+    """Byte at which the part begins."""
+    end: int | None = None
+    """Byte behind the part; None: it ends with the file."""
+
+    @property
+    def label(self) -> str:
+        """Its name for messages, which count lines from its beginning."""
+        return f"{self.name} (from byte {self.start:,})" if self.start else self.name
 
     @property
     def is_dataset(self) -> bool:
@@ -88,10 +99,16 @@ class TextSource:
 
     def size(self) -> int | None:
         """Return the bytes on disk, None where unknown."""
-        return None if self.is_dataset else os.path.getsize(self.name)
+        if self.is_dataset:
+            return None
+        return (os.path.getsize(self.name) if self.end is None else self.end) - self.start
 
     def fingerprint(self) -> dict:
         """Return the facts that must not change before an interrupted run is resumed."""
+        if self.end is not None:
+            part = np.memmap(self.name, np.uint8, "r", self.start, (self.end - self.start,))
+            place = {"bytes": [self.start, self.end]}
+            return {"name": self.name, **place, "content": digest([part.data])}
         paths = [Path(self.name)]
         if self.is_dataset:
             folder = Path(self.dataset_and_config()[0])
@@ -147,6 +164,7 @@ def read_chunks(sources: list[TextSource], start: ReadPosition = START) -> Itera
     """Yield all chunks of all sources in order, from ``start`` on."""
     for index in range(start.source, len(sources)):
         here = start if index == start.source else ReadPosition(index, 0, 0)
+        here = here._replace(offset=max(here.offset, sources[index].start))
         yield from sources[index].chunks(index, here)
 
 
@@ -155,9 +173,10 @@ def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterato
         stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if source.is_gzip else raw
         try:
             stream.seek(start.offset)
-            for payload, skips, end in _split_lines(stream, index, start):
+            for payload, skips, end in _split_lines(stream, index, start, source.end):
                 first_line, start = start.line + 1, end
-                yield Chunk(payload, source.is_jsonl, first_line, end, raw.tell(), skips)
+                on_disk = raw.tell() - source.start
+                yield Chunk(payload, source.is_jsonl, first_line, end, on_disk, skips)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
                 f"{source.name} is not a complete gzip file ({error}); it can be read up to line "
@@ -166,9 +185,9 @@ def _file_chunks(source: TextSource, index: int, start: ReadPosition) -> Iterato
 
 
 def _split_lines(
-    stream: BinaryIO | gzip.GzipFile, index: int, start: ReadPosition
+    stream: BinaryIO | gzip.GzipFile, index: int, start: ReadPosition, stop: int | None
 ) -> Iterator[tuple[bytes, tuple[Skip, ...], ReadPosition]]:
-    """Yield (complete lines, skips, position after them) until the stream ends.
+    """Yield (complete lines, skips, position after them) until the stream or the part ends.
 
     Lines are skipped for their length alone, whatever the cuts between chunks.
     """
@@ -176,7 +195,8 @@ def _split_lines(
     parts: list[bytes] = []  # of a line that has not ended yet
     length = 0  # of that line, also where it is too long to be kept
     while True:
-        block = stream.read(CHUNK_BYTES)
+        left = CHUNK_BYTES if stop is None else stop - offset - length
+        block = stream.read(min(CHUNK_BYTES, left))
         newline = block.find(b"\n")
         if block and newline < 0:
             length += len(block)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks.plain_chain import normalize_plainly
-from metro.data.indexed_file import IndexedFileWriter, WritePosition
 from metro.data.text import reading
-from metro.data.text.corpus import is_validation_document
+from metro.data.text.writing import is_validation_document
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
@@ -43,42 +42,6 @@ def test_bytes_equal_fairseq_preprocess_on_the_same_lines(text, vocab, tmp_path)
     prepare([text, tmp_path / "hard.txt"], tmp_path / "ours", vocab)
     for name in ("train.bin", "train.idx", "dict.txt"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
-
-
-def test_writer_reproduces_recorded_files(golden, tmp_path):
-    """Oracle: fairseq's own files; written in two parts with a crash's leftovers between them."""
-    prefix = tmp_path / "recorded"
-    for suffix in (".bin", ".idx"):
-        recorded = golden / f"prompt_T0-bin/train/taskA_yesno/train.src-tgt.src{suffix}"
-        shutil.copyfile(recorded, prefix.with_suffix(suffix))
-    items = items_of(prefix)
-    sizes = np.array([*map(len, items)], np.int32)
-    ids = np.concatenate(items).astype(np.uint16)
-    half, split = 20, int(sizes[:20].sum())
-    writer = IndexedFileWriter(tmp_path / "train", np.uint16)
-    writer.append(ids[:split], sizes[:half])
-    position = writer.position
-    writer.append(ids[:77], np.array([77]))
-    writer.close()
-    writer = IndexedFileWriter(tmp_path / "train", np.uint16, WritePosition(*position))
-    writer.append(ids[split:], sizes[half:])
-    writer.finish()
-    for suffix in (".bin", ".idx"):
-        written = (tmp_path / "train").with_suffix(suffix).read_bytes()
-        assert written == prefix.with_suffix(suffix).read_bytes()
-
-
-def test_index_of_items_beyond_four_gigabytes_has_exact_offsets(tmp_path, monkeypatch):
-    """Oracle: offsets are sums of sizes; the data file is sparse."""
-    monkeypatch.setattr("metro.data.indexed_file._ITEMS_AT_ONCE", 2)
-    sizes = np.array([1_500_000_000, 3, 2_000_000_000, 5, 7], np.int32)
-    (tmp_path / "big.sizes").write_bytes(sizes.tobytes())
-    with (tmp_path / "big.bin").open("wb") as file:
-        file.truncate(2 * int(sizes.sum(dtype=np.int64)))
-    position = WritePosition(5, int(sizes.sum(dtype=np.int64)))
-    IndexedFileWriter(tmp_path / "big", np.uint16, position).finish()
-    starts = np.frombuffer((tmp_path / "big.idx").read_bytes(), "<i8", 5, 26 + 20)
-    assert starts.tolist() == [0, 3_000_000_000, 3_000_000_006, 7_000_000_006, 7_000_000_016]
 
 
 @pytest.mark.parametrize(
@@ -374,45 +337,6 @@ def test_names_in_a_manifest_stay_in_the_folder(text, vocab, tmp_path, name):
     with pytest.raises(UserError, match="leads out of|takes out of"):
         prepare([text], out, vocab, valid_fraction=0.1, overwrite=True)
     assert (tmp_path / "thesis.tex").exists() and (tmp_path / "elsewhere/thesis.tex").exists()
-
-
-@pytest.mark.parametrize("lower", [True, False])
-def test_trained_vocabulary_has_the_published_layout_and_is_the_same_each_time(
-    text, tmp_path, lower
-):
-    """Oracle: the layout of the published sp.model files."""
-    for name, workers in (("a", 1), ("b", 2)):
-        settings = {"train_vocab": 200, "cased": not lower, "num_workers": workers}
-        prepare([text], tmp_path / name, None, **settings)
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    vocabulary = Vocabulary.from_folder(tmp_path / "a")
-    processor = vocabulary.processor
-    assert len(vocabulary) == 200
-    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-    assert processor.id_to_piece(list(range(5))) == special
-    assert processor.encode("a[MASK]")[-1] == 4
-    assert (vocabulary.encode("ÉTA", lower) == vocabulary.encode("éta", lower)) == lower
-
-
-@pytest.mark.parametrize(
-    "size, remedy",
-    [(5000, r"the largest that this text allows is \d+"), (9, "the smallest .* allows is 14$")],
-)
-def test_vocabulary_size_that_does_not_fit_the_text_is_refused(tmp_path, size, remedy):
-    (tmp_path / "small.txt").write_text("some few words\n")
-    message = f"vocabulary of {size} pieces on 3 distinct words: {remedy}"
-    with pytest.raises(ValueError, match=message):
-        prepare([tmp_path / "small.txt"], tmp_path / "out", None, train_vocab=size)
-    assert [path.name for path in tmp_path.iterdir()] == ["small.txt"]
-
-
-def test_small_vocabulary_gives_up_rare_characters(tmp_path):
-    """Oracle: a vocabulary of 60 ids cannot hold 300 characters, and is trained all the same."""
-    rare = " ".join(chr(0x4E00 + number) for number in range(300))
-    (tmp_path / "text.txt").write_text(random_text(6, 3000) + rare, encoding="utf-8")
-    result, _ = prepare([tmp_path / "text.txt"], tmp_path / "out", None, train_vocab=60)
-    assert result.manifest["counts"]["vocab_size"] == 60
-    assert result.manifest["counts"]["unknown_tokens"] >= 250
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from metro.data.indexed_file import IndexedFileWriter
-from metro.data.text import corpus, reading
+from metro.data.text import reading, writing
 from metro.modeling.text_metro_t5 import Vocabulary
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.data.prepared import (
-    Said,
+    StopsAfter,
     files_of,
     items_of,
     kill_after_next_save,
@@ -26,9 +26,9 @@ from tests.data.prepared import (
 
 RUN = """
 import sys
-from metro.data.text import corpus, reading
+from metro.data.text import reading, writing
 from metro.data.text.corpus import prepare_text
-reading.CHUNK_BYTES, corpus.CHECKPOINT_SECONDS = 2000, 0
+reading.CHUNK_BYTES, writing.CHECKPOINT_SECONDS = 2000, 0
 vocab, out, workers, *inputs = sys.argv[1:]
 prepare_text(inputs=inputs, out=out, vocab=vocab, num_workers=int(workers), valid_fraction=0.1)
 """
@@ -108,25 +108,12 @@ def test_kill_in_every_step_of_finishing_is_survived(text, vocab, tmp_path, monk
     assert steps > 20
 
 
-class StopsAfter(Said):
-    """Progress that interrupts after so many calls."""
-
-    def __init__(self, num_calls: int):
-        super().__init__()
-        self.num_left = num_calls
-
-    def show(self, *state) -> None:
-        self.num_left -= 1
-        if self.num_left < 0:
-            raise KeyboardInterrupt
-
-
 def test_resuming_with_other_settings_or_changed_input_is_refused(vocab, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(random_text(2, 500), encoding="utf-8")
     out = tmp_path / "out"
     monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(corpus, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(writing, "CHECKPOINT_SECONDS", 0)
 
     with pytest.raises(KeyboardInterrupt):
         prepare([text], out, vocab, progress=StopsAfter(5))
@@ -152,7 +139,7 @@ def test_interrupted_dataset_continues_at_its_record(vocab, tmp_path, monkeypatc
     source, out = f"hf:{tmp_path / 'data'}", tmp_path / "out"
     expected, _ = prepare([source], tmp_path / "expected", vocab)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(corpus, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(writing, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         prepare([source], out, vocab, progress=StopsAfter(5))
     result, said = prepare([source], out, vocab)
