@@ -86,3 +86,9 @@ def run(
         progress,
     )  # fmt: skip
     return num_new
+
+
+def without_times(folder):
+    """Results of a run, without what differs from one run to the next."""
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "crc32")} for line in lines]

@@ -1,11 +1,43 @@
-"""Small models of several kinds."""
+"""Small models of several kinds, and the settings of short runs."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from metro.finetuning.settings import FinetuningSettings
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from tests.finetuning.prepared import write_prepared
 from tests.recorded_models import load_tiny_t5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("prepared") / "data", 120)
+
+
+@pytest.fixture
+def settings(t5_folder, folder, tmp_path):
+    def make(name: str = "out", **options) -> FinetuningSettings:
+        common = dict(model=str(t5_folder), data=str(folder), output_dir=str(tmp_path / name))
+        common |= dict(batch_size=16, max_steps=12, learning_rate=1e-2, logging_steps=4)
+        common |= dict(save_steps=0, use_cpu=True, report_to="none")
+        return FinetuningSettings(**{**common, **options})
+
+    return make
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same(one, other, **tolerance) -> None:
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from metro.data.datasets import DatasetUnavailable
 from metro.data.prompts.instruction import encoder_text
 from metro.evaluation.tasks.loading import SUBTASK_STRIDE, load_task, load_tasks
 from metro.evaluation.tasks.suites import TaskSpec, find_suite
-from metro.evaluation.tasks.task import Sources
+from metro.evaluation.tasks.task import Sources, choose_rows
 from metro.utils.messages import UserError
 
 
@@ -244,3 +244,12 @@ def test_rows_without_a_question_are_left_out_and_named(tmp_path):
     }
     assert found.skipped["missing field"].first == "row 2: the row has no 'thing'"
     assert task.weight("plain") > 700
+
+
+def test_rows_are_chosen_evenly_and_repeatably():
+    """Oracle: by hand."""
+    assert choose_rows(10, None, None) == list(range(10))
+    assert choose_rows(10, None, 4) == [0, 2, 5, 7]
+    sample = choose_rows(5000, 1000, None)
+    assert len(set(sample)) == 1000
+    assert sample == sorted(sample) == choose_rows(5000, 1000, None)
