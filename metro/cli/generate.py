@@ -33,7 +33,7 @@ def generate(
     line from stdin. One answer per line, in the order of the texts; an empty line stays empty.
     """
     from metro.data.text.vocabulary import read_vocabulary
-    from metro.models.source import model_source
+    from metro.models.source import model_source, trained_method
     from metro.utils.files import check_output
 
     source = open_texts(texts, input)
@@ -42,9 +42,15 @@ def generate(
     place = model_source(model)
     if settings.vocab:
         read_vocabulary(settings.vocab)
+    method = trained_method(model)
     hub = "" if Path(place).exists() else f" ({place} on the Hugging Face hub)"
     with Progress() as progress, open_output(output, overwrite) as write:
         progress.say(f"loading {model}{hub}")
+        if method not in (None, "direct"):
+            progress.say(
+                f"{model} was trained for method {method}: it writes what is asked, not the "
+                "answer; `metro rank` chooses among answers"
+            )
         from huggingface_hub.utils import logging as hub_logging
 
         from metro.models.generation import answer_texts, load_for_generation, remark_on_cut

@@ -259,8 +259,8 @@ def _evaluate_model(
 
         folder = processes.on_first(open_folder)
         asked = f" ({scoring.question})" if scoring.question else ""
-        progress.say(f"{name} on {suite.title}, method {method}{asked}, into {path}")
-        progress.say(f"protocol {scored.protocol.describe()}")
+        progress.say(f"{name} on {suite.title}, into {path}")
+        progress.say(f"{scored.describe()}{asked}")
         num_new, left_out = runner.evaluate_prompts(
             model,
             scored.tokenizer,

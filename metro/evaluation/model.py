@@ -11,6 +11,7 @@ from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import LoadedModel, load
 from metro.models.registry import RegisteredModel, find_registered
+from metro.models.source import trained_method
 from metro.utils.identity import model_identity
 
 
@@ -29,6 +30,13 @@ class ScoredModel(NamedTuple):
     method: str
     protocol: Protocol
     batch_tokens: int
+    is_own_method: bool
+    """The model was trained for the method, and nobody chose another."""
+
+    def describe(self) -> str:
+        """Say how it is scored, for the log."""
+        why = ", which the model was trained for" if self.is_own_method else ""
+        return f"method {self.method}{why}; protocol {self.protocol.describe()}"
 
 
 def open_model(
@@ -64,6 +72,8 @@ def open_model(
     if is_cuda and isinstance(model.config, MetroT5Config):
         fuse(model)  # on the CPU packed_scoring.py does more
     batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
+    is_own_method = settings.method is None and trained_method(name) is not None
     return ScoredModel(
-        name, registered, model, tokenizer, identity, dtype, method, protocol, batch_tokens
+        *(name, registered, model, tokenizer, identity, dtype),
+        *(method, protocol, batch_tokens, is_own_method),
     )

@@ -9,7 +9,8 @@ from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
 from metro.data.settings import OwnRowsSettings
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
-from metro.models.registry import METHODS, find_registered
+from metro.models.registry import METHODS
+from metro.models.source import trained_method
 from metro.utils.files import file_name
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
@@ -61,8 +62,7 @@ class ScoringSettings(Settings):
         Raises:
             UserError: the normalization does not suit it.
         """
-        registered = find_registered(model)
-        method = self.method or (registered.method if registered else "direct")
+        method = self.method or trained_method(model) or "direct"
         if self.normalization == "calibrated" and method == "channel":
             raise UserError(
                 "calibrated scores compare an answer choice with and without the input; "

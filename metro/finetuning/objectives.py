@@ -30,6 +30,11 @@ from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError
 
 
+def scoring_method(objective: str) -> str:
+    """Return the method that scores answer choices as the objective trains them."""
+    return "direct" if objective == "direct+ul" else objective
+
+
 class Unusable(UserError):
     """The example cannot be used under the objective; the message is the reason."""
 

@@ -17,6 +17,7 @@ from metro.evaluation.runs.processes import Processes
 from metro.finetuning.data import PromptData
 from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
+from metro.finetuning.objectives import scoring_method
 from metro.finetuning.output_folder import (
     FinetuneResult,
     finished_run,
@@ -35,6 +36,7 @@ from metro.models.projection import (
     refused_if_it_fails,
     start_token,
 )
+from metro.models.source import SCORING_METHOD
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
 from metro.utils.checksums import refuse_damage
@@ -277,7 +279,8 @@ def check_trainable(model, tokenizer) -> None:
 
 
 def set_up_for_training(model, settings: FinetuningSettings) -> None:
-    """Set start symbol, fused operations and dropout as finetuning wants them."""
+    """Set start symbol, fused operations and dropout as finetuning wants them; note the method."""
+    setattr(model.generation_config, SCORING_METHOD, scoring_method(settings.objective))
     if isinstance(model.config, MetroT5Config):
         # after pretraining it is <sen000>; a prompt-finetuned METRO-T0 starts with </s>
         start = model.config.eos_token_id

@@ -11,6 +11,7 @@ from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.finetuning.data import PromptData
+from metro.finetuning.objectives import scoring_method
 from metro.models.projection import unwrap
 
 
@@ -24,7 +25,7 @@ class ValidationRows:
 
     def __init__(self, data: PromptData, processes: Processes):
         self.encoder, self.processes = data.encoder, processes
-        self.method = "direct" if data.objective == "direct+ul" else data.objective
+        self.method = scoring_method(data.objective)
         self.examples: list[EvaluationExample] = []
         for task, index in zip(*data.plan(0), strict=True):
             try:

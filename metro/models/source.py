@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from metro.models.registry import find_registered, suggest
+from metro.models.registry import METHODS, find_registered, suggest
 from metro.utils.checksums import RECORD, refuse_damage
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
@@ -13,6 +13,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 EDITED = ("config.json", "generation_config.json", "tokenizer_config.json", "training.json")
 """Files of a model that people change; ``metro doctor`` compares them, too."""
+
+SCORING_METHOD = "scoring_method"
+"""Field of ``generation_config.json``: the method that ``metro finetune`` trained the model for."""
 
 
 def model_source(path_or_name: str | os.PathLike, above: tuple[Path, ...] = ()) -> str:
@@ -111,3 +114,25 @@ def check_model_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give a Hugging Face folder")
+
+
+def trained_method(model: str | os.PathLike) -> str | None:
+    """Return the scoring method that a model was trained for.
+
+    Args:
+        model: registered name, hub id, folder or checkpoint.
+
+    Returns:
+        None where neither the registry nor the folder says.
+
+    Raises:
+        UserError: the folder says one that there is not.
+    """
+    if registered := find_registered(os.fspath(model)):
+        return registered.method
+    file = Path(model) / "generation_config.json"
+    settings = read_json(file) if os.path.isfile(file) else None  # also of names too long for one
+    method = settings.get(SCORING_METHOD) if isinstance(settings, dict) else None
+    if method not in (None, *METHODS):
+        raise UserError(f"{file}: {SCORING_METHOD} is {method!r}; use {', '.join(METHODS)}")
+    return method

@@ -87,8 +87,7 @@ class RankRun:
         self.rows = each_row(rows)
         self.num_rows = 0
         self.left_out: dict[str, LeftOut] = {}
-        scored = self.ranker.scored
-        progress.say(f"method {scored.method}, protocol {scored.protocol.describe()}")
+        progress.say(self.ranker.scored.describe())
         if not settings.template and not settings.prompt:
             from metro.ranking.questions import DEFAULT_TEMPLATE
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import metro
+from metro.cli.main import load_command
 from metro.data.prompts.stored import PromptedExamples
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
@@ -55,12 +56,12 @@ def settings(t5_folder, mails, tmp_path):
     return make
 
 
-def measure(folder, mails, out, method):
+def measure(folder, mails, out, **options):
     found = metro.evaluate(
         str(folder),
-        **{"data": str(mails), "template": [ASK], "out": out, "method": method, "progress": False},
+        **{"data": str(mails), "template": [ASK], "out": out, "progress": False, **options},
     )
-    return found.accuracies["mails"]
+    return found.summary.method, found.accuracies["mails"]
 
 
 def accuracies(folder):
@@ -87,12 +88,34 @@ def test_the_best_model_is_kept_and_is_as_good_as_it_said(
     assert f"answer choices, the values of 'label' in {mails}: Bad, Good" in capsys.readouterr().err
     said = accuracies(result.folder)
     method = "direct" if objective == "direct+ul" else objective
-    assert measure(result.folder, mails, tmp_path / "results", method) == max(said) > 0.5
+    assert measure(result.folder, mails, tmp_path / "results") == (method, max(said))
+    assert max(said) > 0.5
     first_best = said.index(max(said))
     assert len(said) == min(6, first_best + 1 + patience)
     assert (result.folder / ("adapter_config.json" if lora else "config.json")).is_file()
     assert (result.folder / "model.safetensors").is_file() is not lora
     assert finetune(chosen) == result and "nothing to do" in capsys.readouterr().err
+
+
+def test_the_method_that_a_model_was_trained_for_is_its_default(settings, mails, tmp_path, capsys):
+    """Oracle: the objective; the log of each command, and numbers of the method given by name.
+
+    It is still known after a merge, and of a checkpoint.
+    """
+    folder = finetune(settings(objective="channel", max_steps=10, save_steps=10)).folder
+    metro.load(folder)
+    for model in (folder, folder / "checkpoint-10"):
+        options = dict(input=str(mails / "dev.csv"), template=[ASK], options=["Bad", "Good"])
+        [own, given, other] = [
+            [each.log_probabilities for each in metro.rank(model=str(model), **options, **more)[0]]
+            for more in ({}, {"method": "channel"}, {"method": "direct"})
+        ]
+        assert own == given != other
+        said = capsys.readouterr().err
+        assert said.count("method channel, which the model was trained for") == 1
+    assert measure(folder, mails, tmp_path / "direct", method="direct")[0] == "direct"
+    load_command("generate")([str(folder), "it was good"], standalone_mode=False)
+    assert "trained for method channel: it writes what is asked" in capsys.readouterr().err
 
 
 def test_examples_are_those_of_prepare_prompts(settings, mails):
@@ -132,9 +155,9 @@ def test_own_rows_begin_from_their_configuration_and_a_rate_for_the_width(
 def test_a_resumed_run_of_own_rows_is_bit_exact(settings, lora):
     """Dropout, too; the checkpoint is that of the best evaluation so far."""
     common = dict(lora=lora, dropout=0.1, lr_scheduler="constant", early_stopping=5, eval_steps=4)
-    whole = finetune(settings("whole", **common, max_steps=24))
-    finetune(settings("halves", **common, max_steps=8))
-    again = finetune(settings("halves", **common, max_steps=24))
+    whole = finetune(settings("whole", **common, max_steps=12))
+    finetune(settings("halves", **common, max_steps=4))
+    again = finetune(settings("halves", **common, max_steps=12))
     assert accuracies(again.folder) == accuracies(whole.folder)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     one, other = (load_file(Path(run.folder) / name) for run in (whole, again))

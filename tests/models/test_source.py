@@ -2,7 +2,8 @@
 
 import pytest
 
-from metro.models.source import model_source
+from metro.models.source import model_source, trained_method
+from metro.utils.messages import UserError
 from tests.processes import run_python
 
 COMMANDS = """
@@ -56,3 +57,18 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(tmp_path):
 def test_a_name_leads_to_the_hub_and_a_path_to_itself(name, source):
     """Oracle: by hand."""
     assert model_source(name) == source
+
+
+def test_a_folder_says_what_method_it_was_trained_for(tmp_path):
+    """Oracle: by hand."""
+    assert trained_method("flipped_3b") == "flipped" and trained_method("nowhere") is None
+    for content, method in (
+        ("{}", None),
+        ("[]", None),
+        ('{"scoring_method": "channel"}', "channel"),
+    ):
+        (tmp_path / "generation_config.json").write_text(content)
+        assert trained_method(tmp_path) == method
+    (tmp_path / "generation_config.json").write_text('{"scoring_method": "guess"}')
+    with pytest.raises(UserError, match="scoring_method is 'guess'; use direct, channel, flipped"):
+        trained_method(tmp_path)
