@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def need_fairseq() -> None:
+    """Skip where fairseq is not installed."""
+    pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fairseq"):
+        need_fairseq()
+
+
 @pytest.fixture(scope="session")
 def testdata() -> Path:
     """Published vocabularies, templates and datasets, which are not part of the project.

@@ -98,9 +98,9 @@ def test_commands_work_outside_of_the_checkout(environment, tmp_path):
     assert str(environment) in run(environment / "bin/python", "-P", "-c", code, cwd=tmp_path)
 
 
+@pytest.mark.fairseq
 def test_fairseq_trains_with_the_plugins_and_configurations_of_the_wheel(environment, tmp_path):
     """Oracle: the checkpoint of two updates, converted by the same environment."""
-    pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
     metro, python = environment / "bin/metro", environment / "bin/python"
     plugins = Path(run(metro, "plugins", cwd=tmp_path).strip())
     assert plugins.is_relative_to(environment)

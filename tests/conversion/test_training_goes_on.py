@@ -4,12 +4,10 @@ import pytest
 import torch
 
 from metro.conversion.hf_to_fairseq import to_fairseq
+from tests.plugins import conftest as plugins
+from tests.plugins.conftest import METRO, NO_DROPOUT, T5, assert_equal_runs, load
 
-pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
-
-from tests.plugins import conftest as plugins  # noqa: E402
-from tests.plugins.conftest import METRO, NO_DROPOUT, T5, assert_equal_runs, load  # noqa: E402
-
+pytestmark = pytest.mark.fairseq
 corpus, run_here, train = plugins.corpus, plugins.run_here, plugins.train  # fixtures
 
 SIZES = [

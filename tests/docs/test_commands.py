@@ -14,8 +14,6 @@ import pytest
 from .pages import ROOT, Block, blocks
 from .small import environment, write_inputs, write_programs
 
-pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
-
 DOCS = [
     ROOT / "docs" / f"{name}.md"
     for name in (
@@ -93,6 +91,7 @@ def test_blocks_of_the_readme_run(checkout):
 
 
 @pytest.mark.slow
+@pytest.mark.fairseq
 def test_blocks_of_the_pages_run(checkout):
     for page in DOCS:
         if page.stem == "models":  # a model pretrained with span corruption, the demo's output

@@ -8,9 +8,9 @@ from tests.processes import run_python
 
 
 @pytest.mark.slow
+@pytest.mark.fairseq
 def test_a_kill_inside_each_command_loses_nothing():
     """Oracle: each command left alone; `kills.py` compares weights, losses and files."""
-    pytest.importorskip("fairseq")
     pytest.importorskip("accelerate")
     done = run_python("-m", "tests.faults.kills", "--kills", "1", "--seed", "1", timeout=900)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]

@@ -58,8 +58,8 @@ def check_tasks(tasks: dict[str, dict], prompts: Path, limit: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fairseq
 def test_both_routes_from_a_checkpoint_to_accuracies(sources, tmp_path):
-    pytest.importorskip("fairseq")
     out = tmp_path / "out"
     script = ROOT / "scripts/finetune_both_routes.sh"
     small = dict(DATASETS="quarel", UPDATES="3", LIMIT="4", TOKENS="600", BATCH="8")

@@ -187,9 +187,9 @@ def test_a_step_can_be_captured_as_a_cuda_graph(model):
         assert (a - b).float().norm() <= 1e-2 * b.float().norm() + 1e-6
 
 
+@pytest.mark.fairseq
 def test_what_is_logged_is_fetched_with_one_wait():
     """Oracle: the warnings of PyTorch, one for each wait."""
-    pytest.importorskip("fairseq", reason="fairseq is not installed")
     from fairseq_plugins.criterions.t5_metro import on_host
 
     sums = {"loss": torch.tensor(1.5, device=DEVICE), "missing": 0}

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("fairseq", reason="fairseq is not installed")
-
-from tests.plugins.conftest import METRO, NO_DROPOUT, T5, TINY, load, run, write_corpus  # noqa: E402
+from tests.plugins.conftest import METRO, NO_DROPOUT, T5, TINY, load, run, write_corpus
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.fairseq,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

@@ -47,10 +47,10 @@ def test_unknown_impl_names_the_valid_ones():
         adamw_step([], [], [], [], 1, impl="fast", **SETTINGS)
 
 
+@pytest.mark.fairseq
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fairseqs_optimiser_takes_the_steps_of_its_own(dtype):
     """Also going on from its state; half precision goes the old way, with float32 moments."""
-    pytest.importorskip("fairseq", reason="fairseq is not installed")
     from fairseq.optim.adam import Adam
 
     from fairseq_plugins.adam import FusedAdam

@@ -11,11 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
-
-from tests.conftest import ROOT
+from tests.conftest import ROOT, need_fairseq
 
 NUM_WORDS = 96
+
+
+class Plugins(pytest.Module):
+    """A module of this folder: what it imports imports fairseq."""
+
+    def collect(self):
+        need_fairseq()
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Plugins:
+    return Plugins.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(scope="session")

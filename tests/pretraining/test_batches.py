@@ -71,11 +71,13 @@ def test_every_process_gets_the_batches_of_the_original(original):
             assert [batch.tolist() for batch in found] == expected
 
 
+@pytest.mark.fairseq
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize(("number", "processes", "size"), [(7, 1, 3), (9, 2, 2), (10, 2, 4)])
 def test_an_epoch_ends_as_that_of_fairseq(number, processes, size, skips):
     """Oracle: fairseq's iterators, with every process's numbers of examples and of batches."""
-    iterators = pytest.importorskip("fairseq.data.iterators")
+    from fairseq.data import iterators
+
     chosen = settings(update_freq=size, skip_remainder_batch=skips, sample_break_mode="eos")
     chosen.batch_size = chosen.required_batch_size_multiple = 2
     dataset = text(Sentences(2 * number), chosen)

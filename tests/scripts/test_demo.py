@@ -1,5 +1,6 @@
 """The demonstration, in few updates: it ends with curves, and what was stopped resumes."""
 
+import importlib.util
 import json
 import os
 import re
@@ -70,7 +71,8 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     assert "2 updates of METRO on" in output
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert_the_model_is_there(folder, output)
-    assert_fairseq_trains_the_same(folder)
+    if importlib.util.find_spec("fairseq"):
+        assert_fairseq_trains_the_same(folder)
 
     second = start(1000)
     read_until(second, "update 20/1000")
@@ -106,7 +108,6 @@ def assert_the_model_is_there(folder: Path, output: str) -> None:
 
 def assert_fairseq_trains_the_same(folder: Path) -> None:
     """The other entrance, with the same configuration, on the same text."""
-    pytest.importorskip("fairseq", reason="fairseq is not installed (make install)")
     options = [f"task.data={folder}/data", f"checkpoint.save_dir={folder}/fairseq"]
     options += ["optimization.max_update=2", "common.log_interval=2"]
     configs = ROOT / "fairseq_plugins/configs/pretraining"

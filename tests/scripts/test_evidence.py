@@ -197,9 +197,9 @@ objectives:
 
 
 @pytest.mark.slow
+@pytest.mark.fairseq
 def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     """Oracle: what is published at the end, and that a second call makes nothing anew."""
-    pytest.importorskip("fairseq")
     rows = tmp_path / "rows"
     (rows / "colours/default").mkdir(parents=True)
     (rows / "blimp").mkdir()

@@ -21,10 +21,9 @@ from tests.data.prepared import ALL_FILES, files_of, items_of, prepare, random_t
 from tests.processes import run_python
 
 
+@pytest.mark.fairseq
 def test_bytes_equal_fairseq_preprocess_on_the_same_lines(text, vocab, tmp_path):
     """Oracle: fairseq-preprocess on pieces made by the plain normaliser and SentencePiece."""
-    if importlib.util.find_spec("fairseq") is None:
-        pytest.skip("fairseq is not installed")
     processor = Vocabulary.from_folder(vocab).processor
     hard = (
         "plain\r\n\r\n \t \n''x'' ´y´\u200b\n日本 ☃☃ x\n[MASK] a[MASK]b <s>\n\x01\nlast, no newline"
