@@ -89,14 +89,26 @@ _listening: list[Stop] = []
 
 
 def _forget_in_child() -> None:
-    """In a forked process, such as a data loader's: SIGTERM ends it, Ctrl-C is for its parent."""
+    """In a forked process, such as a data loader's: only its parent ends it, by SIGTERM.
+
+    torchrun, Slurm and a terminal send a signal to all processes of a run. The parent, which saves
+    and stops, needs its data loaders until then.
+    """
+    if not _listening:
+        return
     while _listening:
-        pipe = _listening.pop()._pipe
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for descriptor in pipe or ():
+        for descriptor in _listening.pop()._pipe or ():
             os.close(descriptor)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

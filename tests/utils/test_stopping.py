@@ -56,8 +56,8 @@ def test_a_single_request_is_seen_after_the_operation():
     assert process.returncode == 0
 
 
-def test_a_forked_process_does_not_pass_its_signals_to_its_parent():
-    """A data loader's process: Ctrl-C is for its parent, SIGTERM ends it."""
+def test_a_forked_process_is_ended_by_its_parent_alone():
+    """A data loader's process, when torchrun, Slurm or a terminal signal all processes of a run."""
     before = signal.getsignal(signal.SIGTERM)
     stop = Stop()
     with stop.listen("stopping soon"):
@@ -66,7 +66,9 @@ def test_a_forked_process_does_not_pass_its_signals_to_its_parent():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(30)
             os._exit(1)
-        time.sleep(0.2)
+        subprocess.run(["kill", "-TERM", str(child)], check=True)
+        time.sleep(0.5)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     assert not stop.requested_here and signal.getsignal(signal.SIGTERM) == before
