@@ -8,11 +8,12 @@ per module, one line per paragraph. Enough to try a pretraining run without a ne
 import ast
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from metro.utils.files import write_text
 from metro.utils.messages import UserError
+from metro.utils.worker_pool import available_cores, map_in_order
 
 # In this order, so that a short text is mostly about Python and mathematics.
 PACKAGES = ["numpy", "scipy", "sklearn", "sympy", "networkx", "matplotlib", "pandas", "torch"]
@@ -39,15 +40,24 @@ def default_roots() -> list[Path]:
 def documents(roots: Iterable[Path]) -> Iterator[list[str]]:
     """Yield the paragraphs of one module at a time, in a fixed order and without repetitions."""
     seen: set[str] = set()
+    for _, paragraphs in map_in_order(_reader, (), modules(roots), available_cores()):
+        fresh = [text for text in dict.fromkeys(paragraphs) if text not in seen]
+        seen.update(fresh)
+        if fresh:
+            yield fresh
+
+
+def _reader() -> Callable[[Path], list[str]]:
+    return module_paragraphs
+
+
+def modules(roots: Iterable[Path]) -> Iterator[Path]:
+    """Yield the Python files to read, in a fixed order."""
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             folders = path.relative_to(root).parts[:-1]
-            if SKIPPED_FOLDERS.intersection(folders) or path.stat().st_size > LONGEST_MODULE:
-                continue
-            fresh = [text for text in dict.fromkeys(module_paragraphs(path)) if text not in seen]
-            seen.update(fresh)
-            if fresh:
-                yield fresh
+            if SKIPPED_FOLDERS.isdisjoint(folders) and path.stat().st_size <= LONGEST_MODULE:
+                yield path
 
 
 def module_paragraphs(path: Path) -> list[str]:
