@@ -47,6 +47,7 @@ def finetune(settings: FinetuningSettings) -> None:
 command = settings_command(
     finetune,
     FinetuningSettings,
-    example="metro finetune --model metro_t0_base --data prompts --output-dir finetuned",
+    example="metro finetune --model metro_t0_base --data mails.csv --output-dir mails "
+    "\\\n    --template 'What is this mail? {{body}} ||| {{label}}'",
     resumes=True,
 )

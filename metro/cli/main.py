@@ -44,7 +44,7 @@ GROUPS = {
         "generate": ("generate:command", "Let a model answer a text."),
         "rank": ("rank:command", "Choose a label for each of your texts, with probabilities."),
         "flip": ("flip:command", "Show which choice makes an instruction most probable."),
-        "evaluate": ("evaluate:command", "Evaluate zero-shot: T0's tasks, BIG-bench, MMLU, ..."),
+        "evaluate": ("evaluate:command", "Measure zero-shot: T0's tasks, MMLU, ..., or your rows."),
         "report": (
             "evaluate:report_command",
             "Make tables and plots, beside the published numbers.",

@@ -34,9 +34,10 @@ def settings_command(
     """
     own_names = [parameter.name for parameter in extra]
     kinds = get_type_hints(settings)
-    title, own_fields = "Options", settings.__annotations__
+    title, parts = "Options", {part.name: part for part in fields(settings)}
     sections: dict[str, list[click.Parameter]] = {title: []}
-    for part in sorted(fields(settings), key=lambda part: part.name not in own_fields):
+    for name in dict.fromkeys([*settings.__annotations__, *parts]):  # its own ones first
+        part = parts[name]
         title = part.metadata["section"] or title
         sections.setdefault(title, []).extend(parameters_of(part, kinds[part.name]))
     sections["Options"] += [*extra, _config_option(settings, extra)]

@@ -114,16 +114,17 @@ class PreparePromptsSettings(Settings):
     overwrite: bool = option(False, "Replace a result made with other settings.")
 
 
+TEMPLATE_HELP = "Ask about rows: '{{body}} What is it? ||| {{label}}'."
+
+
 @dataclass(kw_only=True)
 class OwnRowsSettings(Settings):
     """Options that make prompts of rows of one's own."""
 
-    template: list[str] | None = option(
-        None,
-        "How to ask, and the answer: 'What is this mail? {{body}} ||| {{label}}'; repeatable.",
-        section="Own rows",
+    template: list[str] | None = option(None, TEMPLATE_HELP)
+    input_field: str | None = option(
+        None, "Field of the text, where there is no --template.", section="Own rows"
     )
-    input_field: str | None = option(None, "Field of the text, where there is no --template.")
     target_field: str | None = option(None, "Field of the answer, where no template has one.")
     options: list[str] | None = option(
         None, "Answers to choose from; default: the values of the answer's field.", many=True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
-from metro.data.settings import OwnRowsSettings
+from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
 from metro.models.registry import METHODS
@@ -84,9 +84,8 @@ class EvaluationSettings(ScoringSettings, OwnRowsSettings):
         "t0",
         "t0, flipped14, bigbench, label_generalization, mmlu, blimp, FILE.yaml, prepared prompts.",
     )
-    data: str | None = option(
-        None, "Instead of a suite, with --template: a file, a folder of splits, the hub's."
-    )
+    data: str | None = option(None, "Own rows instead of a suite: FILE, FOLDER, the hub's.")
+    template: list[str] | None = option(None, TEMPLATE_HELP)
     out: Path = option("results", "A folder per run is made in it.")
     method: str | None = option(
         None,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from metro.data.prompts.encoding import TRUNCATION_SIDES
-from metro.data.settings import OwnRowsSettings
+from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
 from metro.utils.messages import UserError
 from metro.utils.settings import option
 
@@ -25,7 +25,8 @@ class FinetuningSettings(OwnRowsSettings):
     CONFIGS = Path(__file__).parent / "configs"
 
     model: str = option(help="Name, hub id, folder or fairseq .pt.")
-    data: str = option(help="Rows (csv, ...), a folder of prepare-prompts, or a mixture.")
+    data: str = option(help="Rows (csv, ...), prepared prompts, or a mixture.")
+    template: list[str] | None = option(None, TEMPLATE_HELP)
     output_dir: str = option(help="Folder of model, checkpoints and logs.")
     objective: str = option("direct", "Training objective.", choices=OBJECTIVES)
 
@@ -37,7 +38,7 @@ class FinetuningSettings(OwnRowsSettings):
     dataset: list[str] | None = option(None, "Of a mixture, these datasets only.")
 
     max_input_length: int = option(
-        512, "Encoder tokens; longer inputs are cut.", least=3, section="Examples and loss"
+        512, "Encoder tokens; longer inputs are cut.", least=3, section="Examples, loss"
     )
     max_target_length: int = option(256, "Decoder tokens; longer targets are cut.", least=3)
     truncation_side: str = option(
