@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _PUBLIC: dict[str, str] = {
     "load": "metro.models.loading",
-    "generate": "metro.models.generation",
+    "generate": "metro.generation.answers",
     "prepare_text": "metro.data.text.corpus",
     "prepare_prompts": "metro.data.prompts.prepare",
     "pretrain": "metro.training.pretrain",

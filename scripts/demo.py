@@ -22,7 +22,8 @@ from demo_text import write_demo_text
 from plot_training import LOSSES, draw, read_log
 from rich.console import Console
 
-from metro.models.loading import load_pretraining_model, read_tokenizer
+from metro.models.loading import read_tokenizer
+from metro.models.pretraining_model import load_pretraining_model
 from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,8 +44,9 @@ MAY_IMPORT = {
         "training",
     },
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
+    "generation": {"utils", "models"},
     "ranking": {"utils", "data", "models", "evaluation"},
-    "integrations": {"utils", "data", "models", "evaluation", "ranking"},
+    "integrations": {"utils", "data", "models", "generation", "evaluation", "ranking"},
 }
 ON_TOP = {"cli", "fairseq_plugins", "scripts", "benchmarks", "tests"}
 EXPORTED_FILES_MAY_IMPORT = set(sys.stdlib_module_names) | {

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from metro.cli.options import settings_command
-from metro.models.generation_settings import GenerationSettings
+from metro.generation.settings import GenerationSettings
 from metro.utils.characters import refuse_utf16, usable_texts
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
@@ -53,7 +53,7 @@ def generate(
             )
         from huggingface_hub.utils import logging as hub_logging
 
-        from metro.models.generation import answer_texts, load_for_generation, remark_on_cut
+        from metro.generation.answers import answer_texts, load_for_generation, remark_on_cut
 
         hub_logging.set_verbosity_error()  # without a network it logs every one of its attempts
         loaded = load_for_generation(model, settings)

@@ -26,10 +26,10 @@ from metro.models.fairseq_checkpoint import (
     shared_with_main,
 )
 from metro.models.fairseq_names import MODEL_OPTIONS, original_state, plugin_state
-from metro.models.loading import check_vocabulary, read_config, read_tokenizer
+from metro.models.loading import read_config, read_tokenizer
 from metro.models.reading import check_weights, expected_shapes, read_folder
 from metro.models.source import check_as_written, check_model_folder
-from metro.models.vocabulary_folder import build_tokenizer
+from metro.models.vocabulary_folder import build_tokenizer, check_vocabulary
 from metro.utils.files import check_output, new_file, read_json
 from metro.utils.messages import UserError, shortened
 

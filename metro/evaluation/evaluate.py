@@ -129,7 +129,7 @@ def evaluate_models(
         raise UserError(f"no task of {suite.name} can be evaluated: {first}")
     from metro.evaluation.runs.processes import join_processes  # and torch with it
 
-    processes = join_processes(settings.device)
+    processes = join_processes(settings.device, settings.device_map)
     try:
         for model in settings.models:
             try:
@@ -153,7 +153,7 @@ def by_method(
     if settings.method != "rtd":
         yield replace(settings, method="decoder")
     if settings.method != "decoder":
-        from metro.models.loading import load_rtd_head
+        from metro.models.pretraining_model import load_rtd_head
 
         if load_rtd_head(model) is not None:
             name = settings.run_name
@@ -223,7 +223,7 @@ def _evaluate_model(
     from metro.evaluation.runs.run_folder import RunFolder, read_run, refuse_another_model
     from metro.evaluation.runs.summary import summarize, write_summary
     from metro.evaluation.scoring.minimal_pairs import question_of
-    from metro.models.loading import load_rtd_head
+    from metro.models.pretraining_model import load_rtd_head
     from metro.utils.identity import weights_identity
 
     path = settings.out / settings.folder_name(name, suite.name)

@@ -15,6 +15,7 @@ from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.settings import FlipSettings
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.models.loading import load
+from metro.models.placement import input_device
 from metro.models.registry import find_registered
 from metro.utils.characters import usable_texts
 from metro.utils.messages import UserError
@@ -60,7 +61,10 @@ def flip_choices(settings: FlipSettings) -> FlipResult:
         else:
             check_sentinels(text, instruction)
     model, tokenizer = load(
-        settings.model, dtype=settings.dtype, device=settings.device, vocab=settings.vocab
+        settings.model,
+        dtype=settings.dtype,
+        vocab=settings.vocab,
+        **settings.placed(settings.device),
     )
     sentinels_for(tokenizer)
     registered = find_registered(settings.model)
@@ -126,7 +130,7 @@ def generate(
     """Generate the most probable continuation of every source, ending with the end symbol."""
     found = []
     for source in sources:
-        ids = torch.tensor([source], device=model.device)
+        ids = torch.tensor([source], device=input_device(model))
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -10,6 +10,7 @@ from metro.evaluation.tasks.protocol import Protocol, choose_protocol
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import LoadedModel, load
+from metro.models.placement import input_device, is_dispatched
 from metro.models.registry import RegisteredModel, find_registered
 from metro.models.source import trained_method
 from metro.utils.identity import model_identity
@@ -54,9 +55,9 @@ def open_model(
         model, tokenizer = load(
             name,
             dtype=settings.dtype,
-            device=device,
             attn_implementation=settings.attention,
             vocab=settings.vocab,
+            **settings.placed(device),
         )
     registered, method = find_registered(name), settings.method_of(name)
     protocol = choose_protocol(
@@ -68,8 +69,10 @@ def open_model(
         truncation_side=settings.truncation_side,
     )
     identity, dtype = model_identity(model, tokenizer), str(model.dtype).removeprefix("torch.")
-    is_cuda = model.device.type == "cuda"
-    if is_cuda and isinstance(model.config, MetroT5Config):
+    if settings.load_in is not None:
+        dtype = f"{settings.load_in} {dtype}"
+    is_cuda = input_device(model).type == "cuda"
+    if is_cuda and isinstance(model.config, MetroT5Config) and not is_dispatched(model):
         fuse(model)  # on the CPU packed_scoring.py does more
     batch_tokens = settings.batch_tokens or (65536 if is_cuda else 4096)
     is_own_method = settings.method is None and trained_method(name) is not None

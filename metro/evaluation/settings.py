@@ -9,6 +9,7 @@ from metro.data.prompts.instruction import INSTRUCTION_TEXTS, SENTINEL
 from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
 from metro.evaluation.tasks.label_generalization import LABEL_WORDS
 from metro.evaluation.tasks.protocol import PROTOCOLS
+from metro.models.placement import PlacementSettings
 from metro.models.registry import METHODS
 from metro.models.source import trained_method
 from metro.utils.files import file_name
@@ -21,7 +22,7 @@ PAIR_METHODS = ("decoder", "rtd")
 
 
 @dataclass(kw_only=True)
-class ScoringSettings(Settings):
+class ScoringSettings(PlacementSettings):
     """Options of scoring answer choices with a model."""
 
     normalization: str = option(
@@ -50,7 +51,6 @@ class ScoringSettings(Settings):
     attention: str | None = option(
         None, "Implementation; default: the model's.", choices=("sdpa", "eager")
     )
-    device: str | None = option(None, "cpu, cuda, cuda:1; default: a GPU.")
     batch_tokens: int | None = option(
         None, "Tokens of a batch; changes speed and memory only.", least=1
     )
@@ -177,7 +177,7 @@ class ReportSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class FlipSettings(Settings):
+class FlipSettings(PlacementSettings):
     """Options of FLIPPED on one input."""
 
     model: str = option(

@@ -94,7 +94,9 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
     progress.say(f"loading {settings.model}")
     model, tokenizer = load(
         settings.model,
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if settings.load_in and args.bf16 else torch.float32,
+        device=args.device if settings.load_in else None,
+        load_in=settings.load_in,
         attn_implementation=settings.attn_implementation,
         vocab=settings.vocab,
     )

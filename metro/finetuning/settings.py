@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
+from metro.models.placement import BITS
 from metro.utils.messages import UserError
 from metro.utils.settings import option
 
@@ -117,6 +118,9 @@ class FinetuningSettings(OwnRowsSettings):
     lora_r: int = option(16, "Rank of the adapters.", least=1)
     lora_alpha: int = option(32, "Their scale is this over the rank.", least=1)
     lora_dropout: float = option(0.05, "Of their input.", least=0)
+    load_in: str | None = option(
+        None, "QLoRA: the weights beside the adapters in so many bits.", choices=BITS
+    )
 
     valid_fraction: float | None = option(
         None,
@@ -132,6 +136,8 @@ class FinetuningSettings(OwnRowsSettings):
             raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
         if self.early_stopping and not self.eval_steps:
             raise UserError("early_stopping needs evaluations: give eval_steps")
+        if self.load_in and not self.lora:
+            raise UserError(f"weights in {self.load_in} cannot be trained: add lora")
         if self.lora_dropout >= 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}; use 0 up to less than 1")
         if self.dropout is not None and self.dropout >= 1:

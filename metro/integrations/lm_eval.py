@@ -26,8 +26,8 @@ from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.instruction import model_texts
 from metro.evaluation.scoring.pair_scoring import Pair
 from metro.evaluation.scoring.rank_classification import encode_once
-from metro.models.generation import answer_texts
-from metro.models.generation_settings import GenerationSettings
+from metro.generation.answers import answer_texts
+from metro.generation.settings import GenerationSettings
 from metro.ranking.ranker import Ranker
 from metro.utils.messages import MissingPackage, UserError
 

@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
+from metro.models.placement import is_dispatched
 from metro.models.reading import check_weights, read_tensors
 from metro.models.source import ADAPTER_CONFIG
 from metro.utils.files import read_json
@@ -55,8 +56,13 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
 
-def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(base: PreTrainedModel, folder: Path, merge: bool = True) -> PreTrainedModel:
     """Merge the adapter in ``folder`` into the weights of ``base``, which are changed.
+
+    Args:
+        base: changed in place.
+        folder: of the adapter.
+        merge: if not, the adapter stays beside the weights, which are rounded to few bits.
 
     Raises:
         UserError: the package peft is missing, the adapter is damaged or of another model, or its
@@ -66,6 +72,11 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise MissingPackage(f"the adapter {folder}", "peft", "peft")
     import peft
 
+    if is_dispatched(base):
+        raise UserError(
+            f"{folder} is an adapter, which cannot be merged into weights on several devices: "
+            f"merge it first, metro convert to-hf {folder} --out MODEL"
+        )
     settings = read_json(folder / ADAPTER_CONFIG)
     kind, task = settings.get("peft_type"), settings.get("task_type")
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
@@ -100,6 +111,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     _check_fit(adapted, tensors, folder)
     _refuse_shared(adapted, owners, folder)
     peft.set_peft_model_state_dict(adapted, tensors)
+    if not merge:
+        return adapted.get_base_model()
     return adapted.merge_and_unload().requires_grad_(True)
 
 

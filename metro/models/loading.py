@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pickle
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,26 +30,19 @@ from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.adapters import TOKENIZER_FILES, adapter_folder, has_tokenizer, merge_adapter
 from metro.models.auto_classes import register
 from metro.models.fairseq_checkpoint import (
-    PRETRAINING_WEIGHTS,
     TIED,
     generation_config,
-    kept_pretraining_weights,
     read_checkpoint,
-    read_training,
-    shared_with_main,
     untied,
 )
+from metro.models.placement import Memory, placement
 from metro.models.reading import check_readable, read_folder, refuse_weights, shards
 from metro.models.source import adapter_base, check_as_written, model_source
-from metro.models.vocabulary_folder import build_tokenizer, find_vocabulary
-from metro.pretraining.configuration import MetroPretrainingConfig
-from metro.pretraining.model import MetroPretrainingModel
+from metro.models.vocabulary_folder import build_tokenizer, check_vocabulary, find_vocabulary
 from metro.utils.checksums import damage
 from metro.utils.messages import UserError
 from metro.utils.network import hub_address, is_reachable, use_cache_without_network
 
-PADDED_ROWS = 128
-"""Upper bound on the padding rows of an embedding, beyond the tokenizer's entries."""
 BAD_FOLDER = (
     OSError,
     ValueError,
@@ -79,6 +74,9 @@ def load(
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
     vocab: str | os.PathLike | None = None,
+    device_map: str | dict | None = None,
+    max_memory: Memory | None = None,
+    load_in: str | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer, never running code that comes with a model.
 
@@ -92,20 +90,36 @@ def load(
         attn_implementation: ``"eager"`` or ``"sdpa"``.
         vocab: folder with ``sp.model`` and ``dict.txt``, for fairseq checkpoints; by default the
             folder that the checkpoint was trained on.
+        device_map: instead of a device, for a large model: ``"auto"`` spreads it over GPUs, CPU and
+            disk; or a part of the model -> device, ``"cpu"`` or ``"disk"``.
+        max_memory: limits of a ``device_map`` by name, such as ``{0: "70GB", "cpu": "100GB"}``; by
+            default what is free, under ``torchrun`` this process's share of it.
+        load_in: ``"8bit"`` or ``"4bit"``: linear layers in so many bits, computed in ``dtype``. An
+            adapter stays beside them.
 
     Raises:
-        UserError: no such model, or files that are damaged or do not belong together.
+        UserError: no such model, an option that does not suit it, or files that are damaged or do
+            not belong together.
+        MissingPackage: accelerate or bitsandbytes, which an option needs, is not installed.
     """
     register()
     dtype = resolve_dtype(dtype)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = placement(device, device_map, load_in, dtype, max_memory)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    # Weights on disk are read from the model's own files; other kinds of files are written anew.
+    scratch = tempfile.TemporaryDirectory(prefix="metro-") if device_map is not None else None
+    if scratch is not None:
+        options["offload_folder"] = scratch.name
     with _quiet():
         loaded = _load(path_or_name, vocab, dtype, options)
     model = loaded.model.eval()
+    if scratch is not None:
+        weakref.finalize(model, scratch.cleanup)
     if padding := [*range(len(loaded.tokenizer), getattr(model.config, "vocab_size", 0))]:
         known = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*known, *padding})  # rows of no token
-    if device is not None:
+    if device is not None and not load_in:
         model = model.to(device)
     return LoadedModel(model, loaded.tokenizer)
 
@@ -125,7 +139,7 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
         loaded = _load(base, vocab, dtype, options, (*above, folder.resolve()))
         tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else loaded.tokenizer
         with _explained(source):
-            model = merge_adapter(loaded.model, folder)
+            model = merge_adapter(loaded.model, folder, merge="quantization_config" not in options)
             if (folder / "generation_config.json").is_file():  # as after finetuning
                 model.generation_config = _generation_config(str(folder), model.config)
                 start = model.generation_config.decoder_start_token_id
@@ -137,46 +151,6 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
             "other models bring their own vocabulary; leave vocab out"
         )
     return _from_pretrained(source, dtype, options)
-
-
-def load_pretraining_model(path_or_name: str | os.PathLike) -> MetroPretrainingModel | None:
-    """Load auxiliary model, main model and RTD head, of what METRO pretraining has left.
-
-    Args:
-        path_or_name: a fairseq checkpoint ``.pt``, or an export made with ``--keep-auxiliary``.
-
-    Returns:
-        The model in evaluation mode; None for models that are, or have kept, nothing of the kind.
-
-    Raises:
-        UserError: the files are damaged or do not belong together.
-    """
-    path = Path(path_or_name)
-    pretraining: MetroPretrainingConfig | None = None
-    if path.is_file():
-        checkpoint = read_checkpoint(path)
-        config, pretraining = checkpoint.config, checkpoint.auxiliary
-        main, extra = checkpoint.main, checkpoint.extra
-    elif (path / PRETRAINING_WEIGHTS).is_file():
-        config = cast(MetroT5Config, read_config(path))
-        settings = read_training(path).get("settings") or {"model": {}}
-        extra, pretraining = kept_pretraining_weights(path, settings, config)
-        main = read_folder(path)
-    if pretraining is None:
-        return None
-    model = MetroPretrainingModel(config, pretraining)
-    # Both readers have checked names and shapes; shared tensors may be there under one name only.
-    state = {f"main.{name}": tensor for name, tensor in main.items()}
-    found = model.load_state_dict({**state, **extra}, strict=False)
-    shared = {*(f"main.{name}" for name in TIED), *shared_with_main(pretraining)}
-    assert not found.unexpected_keys and {*found.missing_keys} <= shared
-    return model.eval()
-
-
-def load_rtd_head(path_or_name: str | os.PathLike) -> torch.nn.Module | None:
-    """Load the head of replaced token detection; None where there is none."""
-    model = load_pretraining_model(path_or_name)
-    return None if model is None else model.rtd_head
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -219,6 +193,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_checkpoint(path: Path, vocab, dtype, options: dict) -> LoadedModel:
+    if "offload_folder" in options or "quantization_config" in options:
+        raise UserError(
+            f"{path} is a fairseq checkpoint, which is loaded whole: for device_map and load_in "
+            f"convert it first, metro convert to-hf {path} --out MODEL"
+        )
     checkpoint = read_checkpoint(path)
     folder = vocab or find_vocabulary(checkpoint.task, path)
     count = checkpoint.task.get("tokens_per_sample")
@@ -353,17 +332,6 @@ def _check_one_embedding(source: str, model: PreTrainedModel) -> None:
         raise UserError(
             f"{source}: {', '.join(apart)} differs from shared.weight, but METRO-T5 has one "
             "embedding matrix: take out the copies that were not trained"
-        )
-
-
-def check_vocabulary(source: str, rows: int, entries: int) -> None:
-    """Allow one embedding per entry, or a few more that pad the vocabulary to a multiple of 8."""
-    padded = rows % 8 == 0 and 0 < rows - entries < PADDED_ROWS
-    if rows != entries and not padded:
-        raise UserError(
-            f"{source}: the tokenizer has {entries} entries but config.json says vocab_size {rows}:"
-            " sp.model, dict.txt, tokenizer_config.json (n_sentinel_tokens) and config.json must "
-            "come from the same model"
         )
 
 

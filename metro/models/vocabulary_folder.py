@@ -11,6 +11,9 @@ from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
 
+PADDED_ROWS = 128
+"""Upper bound on the padding rows of an embedding, beyond the tokenizer's entries."""
+
 
 def find_vocabulary(task: Mapping[str, Any], checkpoint: Path) -> Path:
     """Find the folder with ``sp.model`` and ``dict.txt`` of a checkpoint.
@@ -86,3 +89,14 @@ def build_tokenizer(
         lower=is_lower(folder, vocabulary) if lower is None else lower,
         n_sentinel_tokens=num_sentinels,
     )
+
+
+def check_vocabulary(source: str, rows: int, entries: int) -> None:
+    """Allow one embedding per entry, or a few more that pad the vocabulary to a multiple of 8."""
+    padded = rows % 8 == 0 and 0 < rows - entries < PADDED_ROWS
+    if rows != entries and not padded:
+        raise UserError(
+            f"{source}: the tokenizer has {entries} entries but config.json says vocab_size {rows}:"
+            " sp.model, dict.txt, tokenizer_config.json (n_sentinel_tokens) and config.json must "
+            "come from the same model"
+        )

@@ -80,7 +80,7 @@ class Ranker:
         self.settings = RankSettings.of(settings, model=name or "model", **more)
         method = self.settings.method_of(self.settings.model)
         self.questions = Questions(self.settings, flipped=method == "flipped")
-        self.processes = join_processes(self.settings.device)
+        self.processes = join_processes(self.settings.device, self.settings.device_map)
         opened = model if isinstance(model, LoadedModel) else name
         self.scored = open_model(opened, self.settings, self.processes.device)
         scorer = PairScorer(

@@ -11,7 +11,8 @@ from metro.conversion.fairseq_to_hf import write_checkpoint
 from metro.conversion.hf_to_fairseq import NO_HISTORY
 from metro.modeling.text_metro_t5 import DICT_FILE
 from metro.models.fairseq_checkpoint import FairseqCheckpoint
-from metro.models.loading import load, load_pretraining_model
+from metro.models.loading import load
+from metro.models.pretraining_model import load_pretraining_model
 from metro.models.reading import check_weights
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel

@@ -67,6 +67,13 @@ def weights_identity(model) -> str:
 
     def content(named: tuple[str, Any]) -> str:
         name, tensor = named
+        if tensor.is_meta:  # offloaded
+            from accelerate.utils import align_module_device
+
+            module, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(module)
+            with align_module_device(owner):
+                return content((name, getattr(owner, leaf)))
         if name in parameters:
             refuse_not_finite(name, tensor, "the model is damaged; use another checkpoint")
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

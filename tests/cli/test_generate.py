@@ -14,7 +14,7 @@ import torch
 
 import metro
 from metro.cli.main import load_command
-from metro.models.generation import (
+from metro.generation.answers import (
     GenerationSettings,
     answer_texts,
     with_sentinels,

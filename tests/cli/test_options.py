@@ -16,7 +16,7 @@ from metro.cli.options import settings_command
 from metro.data.settings import PreparePromptsSettings, PrepareTextSettings
 from metro.evaluation.settings import EvaluationSettings, FlipSettings, ReportSettings
 from metro.finetuning.settings import FinetuningSettings
-from metro.models.generation_settings import GenerationSettings
+from metro.generation.settings import GenerationSettings
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
 

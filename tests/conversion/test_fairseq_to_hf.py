@@ -13,8 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import metro
 from metro.conversion.fairseq_to_hf import to_hf
+from metro.generation.answers import GenerationSettings, answer_texts
 from metro.models.fairseq_names import metro_name
-from metro.models.generation import GenerationSettings, answer_texts
 from tests.conftest import CHECKPOINTS, RECORDED
 
 

@@ -73,8 +73,8 @@ def write_task(folder: Path, split: str, examples: list[dict]) -> None:
     np.save(folder / f"{split}.rows.npy", np.array([e["row"] for e in examples], np.int32))
 
 
-def write_t5(folder: Path) -> Path:
-    """A random T5 of d_model 32 with a tokenizer of its own, as a Hugging Face folder."""
+def write_t5(folder: Path, max_shard_size: str = "50GB", **sizes) -> Path:
+    """A random T5 (of d_model 32) with a tokenizer of its own, as a Hugging Face folder."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -97,8 +97,8 @@ def write_t5(folder: Path) -> Path:
         extra_special_tokens=special[3:],
     ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.get_vocab_size(), d_model=32, d_kv=16, d_ff=64)
-    sizes |= dict(num_layers=1, num_heads=2, dropout_rate=0.1, decoder_start_token_id=0)
-    config = transformers.T5Config(**sizes)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tiny = dict(vocab_size=tokenizer.get_vocab_size(), d_model=32, d_kv=16, d_ff=64)
+    tiny |= dict(num_layers=1, num_heads=2, dropout_rate=0.1, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**tiny | sizes))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

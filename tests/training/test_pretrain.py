@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import metro
-from metro.models.loading import load_pretraining_model
+from metro.models.pretraining_model import load_pretraining_model
 from metro.pretraining.settings import PretrainingSettings
 from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.utils.files import read_json

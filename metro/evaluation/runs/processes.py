@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
+from metro.models.placement import own_gpus
 from metro.utils.messages import UserError
 
 Value = TypeVar("Value")
@@ -67,11 +68,13 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
-def join_processes(device: str | None = None) -> Processes:
+def join_processes(device: str | None = None, device_map: str | None = None) -> Processes:
     """Join the processes that ``torchrun`` started.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``...; by default a GPU per process if there are any.
+        device_map: with one, each process has an equal share of the GPUs, the first of which is
+            its device.
 
     Raises:
         UserError: the device is not available.
@@ -86,7 +89,8 @@ def join_processes(device: str | None = None) -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device is {device!r}, but there is no GPU here; use cpu")
-        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        first = own_gpus(torch.cuda.device_count()).start if device_map else local
+        chosen = torch.device("cuda", first if chosen.index is None else chosen.index)
         if chosen.index >= torch.cuda.device_count():
             raise UserError(
                 f"process {rank} would use {chosen}, but there are {torch.cuda.device_count()} "

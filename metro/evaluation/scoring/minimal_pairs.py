@@ -45,6 +45,7 @@ from metro.evaluation.scoring.pair_scoring import NotFinite, Pair, PairScorer, p
 from metro.evaluation.scoring.rank_classification import Ranking
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.modeling.configuration_metro_t5 import MetroT5Config
+from metro.models.placement import input_device
 
 TIE_DIGITS = 6
 WORD_STARTS = ("▁", "Ġ", " ")
@@ -159,7 +160,7 @@ class RtdScorer:
 
     def __init__(self, model, head: torch.nn.Module, batch_tokens: int = 4096):
         self.model, self.batch_tokens = model, batch_tokens
-        self.head = head.to(model.device, model.dtype).eval()
+        self.head = head.to(input_device(model), model.dtype).eval()
 
     def forget(self) -> None:
         """Nothing is remembered."""
@@ -171,7 +172,7 @@ class RtdScorer:
         """Compute the log-probability that no token of each source was replaced."""
         found: dict[tuple[int, ...], float] = {}
         distinct = sorted({pair.source for pair in pairs}, key=lambda ids: (-len(ids), ids))
-        device, filler = self.model.device, self.model.config.pad_token_id
+        device, filler = input_device(self.model), self.model.config.pad_token_id
         while len(found) < len(distinct):
             rows = distinct[len(found) :]
             rows = rows[: max(1, self.batch_tokens // len(rows[0]))]

@@ -28,6 +28,7 @@ from metro.fusion import fused_feed_forward
 from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.placement import is_dispatched
 
 TREE_TOKENS = 192
 """Size above which a tree is split: attention computes all pairs of a tree's tokens."""
@@ -36,7 +37,9 @@ TREE_TOKENS = 192
 def can_pack(model) -> bool:
     """Tell METRO models on the CPU whose attention may be replaced."""
     is_metro = isinstance(model, MetroT5ForConditionalGeneration)
-    return is_metro and model.device.type == "cpu" and model.config._attn_implementation != "eager"
+    if not is_metro or is_dispatched(model):
+        return False
+    return model.device.type == "cpu" and model.config._attn_implementation != "eager"
 
 
 class Tree:

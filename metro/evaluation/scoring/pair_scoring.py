@@ -31,6 +31,7 @@ from metro.evaluation.scoring.target_projection import (
     concatenate,
 )
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
+from metro.models.placement import input_device
 from metro.models.projection import (
     padding,
     projection_input,
@@ -52,7 +53,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, device) -> torch.Tensor:
 @torch.inference_mode()
 def decode_batch(model, batch: Batch) -> Decoded:
     """Compute the hidden states that predict the targets of a batch, padded."""
-    device, start, filler = model.device, start_token(model), padding(model)
+    device, start, filler = input_device(model), start_token(model), padding(model)
     source_ids_US = pad(batch.sources, filler, device)
     lengths_U = torch.tensor([len(source) for source in batch.sources], device=device)
     mask_US = (torch.arange(source_ids_US.shape[1], device=device) < lengths_U[:, None]).long()
@@ -74,8 +75,14 @@ def decode_batch(model, batch: Batch) -> Decoded:
         attention_mask=mask_US,
         decoder_input_ids=input_ids_PT.expand(len(targets), -1),
     )
+    return where_targets_are(target_ids_PT, hidden_PTD, weight, bias)
+
+
+def where_targets_are(target_ids_PT, hidden_PTD, weight, bias) -> Decoded:
+    """Keep the hidden states of target tokens, on their device: that of the projection."""
+    target_ids_PT = target_ids_PT.to(hidden_PTD.device)
     pair_N, position_N = (target_ids_PT != IGNORED).nonzero(as_tuple=True)
-    row_N = torch.arange(len(pair_N), device=device)
+    row_N = torch.arange(len(pair_N), device=hidden_PTD.device)
     hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N]
     return Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)
 
@@ -96,8 +103,9 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
         past_key_values=cache,
         use_cache=True,
     )
-    pair_P = torch.arange(len(targets), device=mask_US.device)
-    first = Decoded(first_U1D[:, 0], owner_P, target_ids_PT[:, 0], pair_P, weight, bias)
+    pair_P = torch.arange(len(targets), device=first_U1D.device)
+    of_first = owner_P.to(pair_P.device), target_ids_PT[:, 0].to(pair_P.device)
+    first = Decoded(first_U1D[:, 0], *of_first, pair_P, weight, bias)
     if target_ids_PT.shape[1] == 1:
         return first
     cache.batch_select_indices(owner_P)
@@ -111,10 +119,7 @@ def decode_shared_sources(model, encoded, mask_US, owner_P, targets, target_ids_
         past_key_values=cache,
         use_cache=True,
     )
-    pair_N, position_N = (target_ids_PT[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    hidden_ND, target_N = hidden_PTD[pair_N, position_N], target_ids_PT[pair_N, position_N + 1]
-    row_N = torch.arange(len(pair_N), device=mask_US.device)
-    return concatenate([first, Decoded(hidden_ND, row_N, target_N, pair_N, weight, bias)])
+    return concatenate([first, where_targets_are(target_ids_PT[:, 1:], hidden_PTD, weight, bias)])
 
 
 def check_scores(model) -> None:

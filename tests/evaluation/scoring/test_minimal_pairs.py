@@ -30,7 +30,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.loading import load_task
 from metro.evaluation.tasks.suites import TaskSpec, find_suite
 from metro.evaluation.tasks.task import Sources
-from metro.models.loading import load_pretraining_model, load_rtd_head
+from metro.models.pretraining_model import load_pretraining_model, load_rtd_head
 from metro.utils.messages import UserError
 from metro.utils.progress import SILENT
 from tests.evaluation.golden import score_alone

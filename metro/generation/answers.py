@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from metro.models.generation_settings import GenerationSettings
+from metro.generation.settings import GenerationSettings
 from metro.models.loading import LoadedModel, load
+from metro.models.placement import input_device
 from metro.models.projection import position_limits
 from metro.utils.characters import usable_texts
 from metro.utils.messages import UserError
@@ -62,7 +63,7 @@ def generate(
     """
     settings = GenerationSettings.of(settings, **options)
     if isinstance(model, LoadedModel):
-        for name in ("device", "dtype", "vocab"):
+        for name in ("device", "dtype", "vocab", "device_map", "load_in"):
             if (value := getattr(settings, name)) is not None:
                 raise UserError(
                     f"{name} is {str(value)!r}, but the model is loaded already: give it to "
@@ -91,8 +92,7 @@ def load_for_generation(name: str | Path, settings: GenerationSettings) -> Loade
         UserError: the device is not available, or there is no such model.
     """
     device, dtype = settings.device, settings.dtype
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -101,7 +101,7 @@ def load_for_generation(name: str | Path, settings: GenerationSettings) -> Loade
     if dtype is None:
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
-    return load(name, device=device, dtype=dtype, vocab=settings.vocab)
+    return load(name, dtype=dtype, vocab=settings.vocab, **settings.placed(device))
 
 
 def remark_on_cut(num_cut: int, model, settings: GenerationSettings) -> str:
@@ -128,7 +128,8 @@ def answer_texts(
     longest = min(longest, positions) if positions else longest
     texts = usable_texts(texts)
     reader = with_sentinels(tokenizer) if settings.sentinels else tokenizer
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = input_device(model)
+    devices = [device] if device.type == "cuda" else []
     for number in itertools.count():
         window = list(itertools.islice(texts, settings.batch_size * WINDOW))
         if not window:
@@ -190,7 +191,7 @@ def _answer_window(model, reader, tokenizer, texts, longest, options, settings) 
             truncation=True,
             max_length=longest,
             return_tensors="pt",
-        ).to(model.device)
+        ).to(input_device(model))
         refuse = LogitsProcessorList([RefuseNaN([texts[index] for index in batch])])
         with torch.inference_mode():
             sequences = model.generate(

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metro.models.placement import PlacementSettings
 from metro.utils.messages import UserError
-from metro.utils.settings import Settings, option
+from metro.utils.settings import option
 
 MOST_NEW_TOKENS = 256
 
 
 @dataclass(kw_only=True)
-class GenerationSettings(Settings):
+class GenerationSettings(PlacementSettings):
     """Options of generation; the defaults are those of the released cards."""
 
     max_new_tokens: int | None = option(
@@ -31,7 +32,6 @@ class GenerationSettings(Settings):
     batch_size: int = option(8, "Texts at once.", least=1, section="Model and device")
     max_input_tokens: int = option(512, "Longer texts are truncated.", least=3)
     sentinels: bool = option(False, "Read <sen001> in a text as that sentinel, not as text.")
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
     dtype: str | None = option(
         None, "float32, bfloat16, float16; default: float32, bfloat16 on a GPU."
     )

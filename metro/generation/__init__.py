@@ -1,0 +1,1 @@
+"""Answers of a model to texts: `metro generate` and `metro.generate`."""
