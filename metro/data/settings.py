@@ -24,7 +24,7 @@ class PrepareTextSettings(Settings):
         flag="--input,-i",
         many=True,
     )
-    out: Path = option(help="Folder to make, for fairseq-train. It appears when it is complete.")
+    out: Path = option(help="Folder to make, for pretraining. It appears when it is complete.")
     vocab: Path | None = option(None, "Folder with sp.model and dict.txt.")
     train_vocab: int | None = option(
         None,

@@ -1,7 +1,7 @@
 """Text to pretraining data: normalise, encode, split into train and valid, write fairseq's format.
 
 The output folder holds ``train.bin/.idx``, ``valid.bin/.idx``, ``dict.txt``, ``sp.model`` and a
-manifest, ready for ``fairseq-train``. One line is one item and ends with ``</s>``; an item of
+manifest, ready for pretraining. One line is one item and ends with ``</s>``; an item of
 ``</s>`` alone separates documents, as ``sample_break_mode: complete_doc`` expects. The output is
 the same to the byte whatever the number of workers, the cuts between chunks and interruptions.
 """
@@ -31,7 +31,7 @@ def prepare_text(
     progress: bool | Progress = True,
     **options: Any,
 ) -> Prepared:
-    """Turn text into a folder that ``fairseq-train`` reads; resume an earlier, killed call.
+    """Turn text into a folder that pretraining reads; resume an earlier, killed call.
 
     Args:
         settings: all options, or give them one by one.
@@ -65,7 +65,7 @@ def _prepare_shards(
         own = replace(settings, out=out / names[shard])
         if shard:
             vocab = settings.vocab or out / names[0]
-            if not (vocab / SPM_FILE).exists():
+            if not settings.vocab and not (vocab / SPM_FILE).exists():
                 raise UserError(f"no {SPM_FILE} in {vocab} yet: make shard 0 first (--shard 0)")
             own = replace(own, vocab=vocab, train_vocab=None, valid_fraction=0.0)
         progress.say(f"shard {shard} of {number}")

@@ -68,20 +68,20 @@ def count_words(
     return counts
 
 
-def sample_chunks(sources: list[TextSource], sample_bytes: int = SAMPLE_BYTES) -> Iterator[Chunk]:
-    """Yield about ``sample_bytes`` of chunks, spread evenly over the inputs, always the same ones.
+def sample_chunks(sources: list[TextSource]) -> Iterator[Chunk]:
+    """Yield about ``SAMPLE_BYTES`` of chunks, spread evenly over the inputs, always the same ones.
 
     Inputs of unknown length are read from their beginning until that is enough.
     """
     total = total_bytes(sources)
-    stride = 1 if total is None else max(1, -(-total // sample_bytes))
+    stride = 1 if total is None else max(1, -(-total // SAMPLE_BYTES))
     seen = 0
     for chunk in itertools.islice(read_chunks(sources), 0, None, stride):
         seen += (
             sum(map(len, chunk.payload)) if isinstance(chunk.payload, list) else len(chunk.payload)
         )
         yield chunk
-        if total is None and seen >= sample_bytes:
+        if total is None and seen >= SAMPLE_BYTES:
             return
 
 
