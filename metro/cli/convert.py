@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from metro.sharding import SHARDS
 from metro.utils.messages import UserError
 
 PATH = click.Path(path_type=Path)
@@ -43,14 +44,21 @@ def convert_to_hf(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder that loads anywhere.
 
-    Takes checkpoints of this project and of the original METRO-T0 code, and adapters of PEFT (a
-    folder or hub id), which are merged into their base model.
+    Takes checkpoints of this project and of the original METRO-T0 code, adapters of PEFT (a folder
+    or hub id), which are merged into their base model, and checkpoint-N folders of metro pretrain
+    and metro finetune with --fsdp.
     """
     from metro.data.text.vocabulary import read_vocabulary
     from metro.models.source import check_file, model_source
     from metro.utils.files import check_output
 
     check_output(out, overwrite, (checkpoint,))  # here too, before seconds of imports
+    if (checkpoint / SHARDS).is_dir():
+        if vocab or cased is not None:
+            raise UserError("--vocab and --cased are for fairseq checkpoints: leave them out")
+        count = join_shards(checkpoint, out, dtype, keep_auxiliary)
+        click.echo(f"{out}: {count:,} parameters, joined")
+        return
     is_adapter = not checkpoint.is_file() and checkpoint.suffix != ".pt"
     if is_adapter:
         model_source(checkpoint)
@@ -88,6 +96,30 @@ def convert_to_hf(
     for note in done.notes:
         click.echo(f"note: {note}")
     click.echo(f"try it: metro generate {done.out} 'A text.'")
+
+
+def join_shards(checkpoint: Path, out: Path, dtype: str | None, keep_auxiliary: bool) -> int:
+    """Join a sharded checkpoint-N, of whichever command; return its number of parameters."""
+    from metro.finetuning import output_folder as finetuning
+    from metro.models.loading import resolve_dtype
+    from metro.training import pretrain as pretraining
+    from metro.training.output_folder import TRAINER_STATE, check_checkpoint
+
+    if not (checkpoint / TRAINER_STATE).is_file():
+        raise UserError(f"{checkpoint} is not complete: give the checkpoint before it")
+    check_checkpoint(checkpoint)
+    if (checkpoint.parent / pretraining.SETTINGS).is_file():
+        return pretraining.join_shards(checkpoint, out, resolve_dtype(dtype), keep_auxiliary)
+    if not (checkpoint.parent / finetuning.SETTINGS).is_file():
+        raise UserError(
+            f"{checkpoint.parent} has neither {pretraining.SETTINGS} nor {finetuning.SETTINGS}: "
+            "give the checkpoint within the output folder of its run"
+        )
+    from metro.finetuning.run import join_shards as of_finetuning
+
+    if keep_auxiliary:
+        raise UserError("--keep-auxiliary is for pretraining: leave it out")
+    return of_finetuning(checkpoint, out, resolve_dtype(dtype))
 
 
 @command.command(

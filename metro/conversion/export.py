@@ -41,6 +41,7 @@ from metro.models.adapters import adapter_folder
 from metro.models.fairseq_checkpoint import PRETRAINING_WEIGHTS, TRAINING, untied
 from metro.models.loading import load
 from metro.models.source import model_source
+from metro.sharding import whole
 from metro.utils.checksums import record
 from metro.utils.files import check_output, new_folder, read_json, write_json, write_text
 from metro.utils.messages import UserError
@@ -69,14 +70,20 @@ MACHINE_FIELDS = ("is_local", "local_files_only", "name_or_path")
 
 
 def write_model(
-    model: PreTrainedModel, tokenizer, out: Path, *, overwrite: bool = False, **card: Any
+    model: PreTrainedModel,
+    tokenizer,
+    out: Path,
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    overwrite: bool = False,
+    **card: Any,
 ) -> None:
-    """Write any model as a Hugging Face folder; ``card``: see :func:`export_model`."""
+    """Write any model as a Hugging Face folder; ``state``, ``card``: see :func:`export_model`."""
     if isinstance(model, MetroT5ForConditionalGeneration):
-        export_model(model, tokenizer, out, overwrite=overwrite, **card)
+        export_model(model, tokenizer, out, state=state, overwrite=overwrite, **card)
         return
     with new_folder(out, overwrite) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         record(folder, (path.name for path in folder.iterdir()))
 
@@ -120,6 +127,7 @@ def export_model(
     tokenizer: MetroT5Tokenizer,
     out: str | Path,
     *,
+    state: Mapping[str, torch.Tensor] | None = None,
     summary: str = "",
     training: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -132,6 +140,7 @@ def export_model(
         model: a METRO-T5; its weights are written with the types they have.
         tokenizer: of the model.
         out: the folder to create.
+        state: all its weights; by default they are asked of the model.
         summary: a sentence or two on the model, for its card.
         training: rows of the card's table on training, by label.
         overwrite: replace an existing folder.
@@ -145,19 +154,32 @@ def export_model(
         )
     out = Path(out)
     check_output(out, overwrite)
-    state = untied(model.state_dict())
-    is_sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-    state = {name: whole(tensor).detach().cpu() for name, tensor in state.items()}
-    if not is_sharded or torch.distributed.get_rank() == 0:
-        card = model_card(out.name, summary, model.config, state, training or {})
-        write_folder(out, model.config, model.generation_config, state, tokenizer, card, overwrite)
-    if is_sharded:
-        torch.distributed.barrier()
+    if (state := state or whole_state(model)) is not None:
+        weights = {name: tensor.detach().cpu() for name, tensor in untied(state).items()}
+        card = model_card(out.name, summary, model.config, weights, training or {})
+        write_folder(
+            out, model.config, model.generation_config, weights, tokenizer, card, overwrite
+        )
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor, in all processes at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return the state dict of a model, gathered on the CPU where it is sharded.
+
+    Of a model that is sharded over processes (FSDP), all of them call this, and all but the first
+    get None. Weights under several names are one tensor.
+    """
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return state
+    is_first = torch.distributed.get_rank() == 0
+    owners = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    gathered: dict[Any, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if (key := owners.get(name, name)) not in gathered:
+            full = whole(tensor)
+            gathered[key] = full.detach().cpu() if is_first else full.new_empty(0)
+        state[name] = gathered[key]
+    return state if is_first else None
 
 
 def write_folder(

@@ -41,8 +41,8 @@ def _absolute(model: str) -> str | Path:
     return Path(model).resolve() if Path(model).exists() else model
 
 
-def write_adapter(model, tokenizer, folder: Path) -> None:
+def write_adapter(model, weights, tokenizer, folder: Path) -> None:
     """Write the adapter, the tokenizer, and how the model is asked: its start symbol."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     model.get_base_model().generation_config.save_pretrained(folder)

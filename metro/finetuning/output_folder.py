@@ -14,11 +14,13 @@ from metro.utils.identity import digest
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+SETTINGS = "finetune.yaml"
+"""Settings of a run, in its output folder."""
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),
     *("eval_batch_size", "resume", "report_to", "gradient_checkpointing", "attn_implementation"),
-    *("templates", "data_dir", "early_stopping"),
+    *("templates", "data_dir", "early_stopping", "fsdp", "fsdp_offload"),
 }
 """Settings that do not affect what was trained so far: a resumed run may have others."""
 
@@ -63,16 +65,22 @@ def rows_identity(folder: Path) -> str:
     return digest([manifest.get("settings"), manifest["splits"], manifest.get("files"), sizes])
 
 
-def save(model, tokenizer, settings: FinetuningSettings, state: TrainerState) -> None:
+def save(model, weights, tokenizer, settings: FinetuningSettings, state: TrainerState) -> None:
     """Write the finished model or adapter into the output folder."""
-    from metro.conversion.export import write_model
-
     folder = run_folder(settings)
     partial = folder.new_partial()
     if settings.lora:
-        write_adapter(model, tokenizer, partial)
+        write_adapter(model, weights, tokenizer, partial)
         folder.take(partial, state)
         return
+    write(model, weights, tokenizer, settings, partial)
+    folder.take(partial, state)
+
+
+def write(model, weights, tokenizer, settings: FinetuningSettings, out: Path) -> None:
+    """Write a whole model with these weights as a Hugging Face folder."""
+    from metro.conversion.export import write_model
+
     facts = {
         "objective": settings.objective,
         "data": Path(settings.data).name,
@@ -80,5 +88,4 @@ def save(model, tokenizer, settings: FinetuningSettings, state: TrainerState) ->
         "optimizer": settings.optimizer,
     }
     summary = f"METRO-T5, prompt-finetuned with the objective {settings.objective}."
-    write_model(model, tokenizer, partial, summary=summary, training=facts)
-    folder.take(partial, state)
+    write_model(model, tokenizer, out, state=weights, summary=summary, training=facts)

@@ -19,11 +19,13 @@ from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.objectives import scoring_method
 from metro.finetuning.output_folder import (
+    SETTINGS,
     FinetuneResult,
     finished_run,
     rows_identity,
     run_folder,
     save,
+    write,
 )
 from metro.finetuning.settings import NEED_CHOICES, FinetuningSettings, check_sources
 from metro.finetuning.validation import ValidationRows
@@ -37,10 +39,12 @@ from metro.models.projection import (
     start_token,
 )
 from metro.models.source import SCORING_METHOD
+from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
+from metro.training.sharding import is_sharded, load_shards, shard
 from metro.utils.checksums import refuse_damage
-from metro.utils.files import naming
+from metro.utils.files import naming, read_yaml
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
@@ -115,6 +119,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
     set_up_for_training(model, settings)
     if settings.lora:
         model = add_adapters(model, settings)
+    model = shard(model, settings, args)
     if settings.learning_rate is None:
         args.learning_rate = default_rate(model, settings)
         progress.say(f"learning rate {args.learning_rate:.2g}, from the model's width")
@@ -134,13 +139,39 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
             best = f"{args.metric_for_best_model} {state.best_metric:.4g}"
             at = f"{state.best_global_step} of {state.global_step}"
             progress.say(f"the best model is kept, that after update {at}: {best}")
-        if is_main_process:
-            for name, weight in model.named_parameters():
-                refuse_not_finite(name, weight, DIVERGED)
-            save(model, tokenizer, settings, state)
+        weights = trainer.whole_state()
+        if weights is not None:
+            for name, _ in model.named_parameters():
+                refuse_not_finite(name, weights[name], DIVERGED)
+            save(model, weights, tokenizer, settings, state)
     return FinetuneResult(
         Path(settings.output_dir), state.global_step, last_metrics(state.log_history)
     )
+
+
+def join_shards(checkpoint: Path, out: Path, dtype=None) -> int:
+    """Write a sharded checkpoint-N of a run as a Hugging Face folder, in one process.
+
+    Adapters are merged into the model that was finetuned.
+
+    Args:
+        checkpoint: within the run's output folder.
+        out: the folder to write.
+        dtype: of the weights; float32 by default.
+
+    Returns:
+        Parameters of the model.
+    """
+    settings = FinetuningSettings.of(**read_yaml(checkpoint.parent / SETTINGS))
+    model, tokenizer = load(settings.model, dtype=torch.float32, vocab=settings.vocab)
+    set_up_for_training(model, settings)
+    if settings.lora:
+        model = add_adapters(model, settings)
+    load_shards(checkpoint / SHARDS, model)
+    if settings.lora:
+        model = model.merge_and_unload()
+    write(model.to(dtype or torch.float32), None, tokenizer, settings, out)
+    return model.num_parameters()
 
 
 def build_trainer(
@@ -191,6 +222,8 @@ def build_trainer(
             replace=False,
         )
         processes = Processes(args.process_index, args.world_size, args.device)
+        if is_sharded(model):  # all of them gather the weights for each batch of any
+            processes = Processes(0, 1, args.device)
         ranked = ValidationRows(valid_data, processes)
         if not ranked.examples:
             ranked, args.metric_for_best_model, args.greater_is_better = None, "loss", False
@@ -211,6 +244,7 @@ def build_trainer(
         ranked=ranked,
         processing_class=tokenizer,
         progress=progress,
+        saves_shards=bool(settings.fsdp),
     )
     if settings.early_stopping and args.load_best_model_at_end:
         trainer.add_callback(Patience(settings.early_stopping))

@@ -7,6 +7,7 @@ from typing import Any, Self
 from metro.data.prompts.encoding import TRUNCATION_SIDES
 from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
 from metro.models.placement import BITS
+from metro.sharding import ShardingSettings
 from metro.utils.messages import UserError
 from metro.utils.settings import option
 
@@ -17,7 +18,7 @@ OWN_ROWS = "own_rows"
 
 
 @dataclass(kw_only=True)
-class FinetuningSettings(OwnRowsSettings):
+class FinetuningSettings(OwnRowsSettings, ShardingSettings):
     """Options of a finetuning run.
 
     From options (`of`, `combine`) those of own rows begin from the configuration ``own_rows``.
@@ -132,12 +133,15 @@ class FinetuningSettings(OwnRowsSettings):
     def check(self) -> None:
         """Refuse values that do not fit together."""
         self.check_own_rows(self.data)
+        self.check_sharding()
         if self.valid_fraction is not None and self.valid_fraction >= 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
         if self.early_stopping and not self.eval_steps:
             raise UserError("early_stopping needs evaluations: give eval_steps")
         if self.load_in and not self.lora:
             raise UserError(f"weights in {self.load_in} cannot be trained: add lora")
+        if self.load_in and self.fsdp:
+            raise UserError(f"weights in {self.load_in} are not sharded: leave load_in or fsdp out")
         if self.lora_dropout >= 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}; use 0 up to less than 1")
         if self.dropout is not None and self.dropout >= 1:

@@ -15,6 +15,7 @@ from metro.finetuning.collation import EncodedPrompt, collate_prompts
 from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
 from metro.finetuning.validation import ValidationRows
+from metro.training.sharding import is_sharded
 from metro.training.trainer import DIVERGED, MetroTrainer
 from metro.utils.messages import UserError, shortened
 
@@ -218,7 +219,8 @@ class FinetuningTrainer(MetroTrainer):
         self.model.eval()
         longest_first = np.argsort(-dataset.data.lengths(0), kind="stable")
         size, world_size = self.args.per_device_eval_batch_size, self.args.world_size
-        for start in range(self.args.process_index * size, len(dataset), world_size * size):
+        for done in range(0, len(dataset), world_size * size):
+            start = done + self.args.process_index * size
             self.progress.show("evaluating", start, len(dataset))
             if world_size == 1 and self.stop.requested_here:
                 self.stopping.save_and_stop(self.args, self.state, self.control)
@@ -228,6 +230,8 @@ class FinetuningTrainer(MetroTrainer):
             inputs = self._prepare_inputs(batch)
             skipped += inputs["num_skipped"]
             if "source_ids" not in inputs:
+                if is_sharded(self.model):
+                    self._take_part()
                 continue
             with self.compute_loss_context_manager():
                 loss = self._loss(self.model, inputs, None)
@@ -267,6 +271,11 @@ class FinetuningTrainer(MetroTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _take_part(self) -> None:
+        """Help the other processes to gather a sharded model's weights, for a batch of theirs."""
+        ids = torch.full((1, 2), 3, device=self.args.device)
+        batch_loss(self.model, self.loss_options, ids, ids, ids)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """Keep the best so far where an evaluation was stopped in the middle."""

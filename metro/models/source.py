@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from metro.models.registry import METHODS, find_registered, suggest
+from metro.sharding import SHARDS
 from metro.utils.checksums import RECORD, refuse_damage
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
@@ -35,6 +36,11 @@ def model_source(path_or_name: str | os.PathLike, above: tuple[Path, ...] = ()) 
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
             adapter_base(path, above)
+        elif (path / SHARDS).is_dir():
+            raise UserError(
+                f"{name} holds the parts of several processes: join them first, with `metro "
+                f"convert to-hf {name} --out MODEL`"
+            )
         elif not (path / "config.json").is_file():
             checkpoints = sorted(found.name for found in path.glob("checkpoint*.pt"))
             remedy = (

@@ -4,6 +4,7 @@ import torch
 
 from metro.ops.adamw import adamw_step
 from metro.pretraining.settings import PretrainingSettings
+from metro.sharding import local
 
 
 class Adam(torch.optim.Optimizer):
@@ -29,10 +30,10 @@ class Adam(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             [step] = {int(state["step"]) for state in states} or {0}
             adamw_step(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 step,
                 lr=group["lr"],
                 betas=tuple(group["betas"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metro.data.prepared_folder import shard_folders
+from metro.sharding import ShardingSettings
 from metro.utils.files import read_yaml
 from metro.utils.messages import UserError
 from metro.utils.settings import Settings, option
@@ -53,9 +54,7 @@ class TaskOptions(Settings):
     )
     mask_prob: float = option(0.15, "Share of tokens that are masked.")
     shorten_method: str = option(
-        "none",
-        "What to do with items longer than an example.",
-        choices=SHORTEN_METHODS,
+        "none", "What to do with items longer than an example.", choices=SHORTEN_METHODS
     )
     shorten_data_split_list: str = option("", "Splits to shorten, as train,valid; empty: all.")
     mask_multiple_length: int | None = option(
@@ -254,6 +253,7 @@ class PretrainingSettings(
     TaskOptions,
     CheckpointOptions,
     CommonOptions,
+    ShardingSettings,
 ):
     """Options of a pretraining run."""
 
@@ -270,9 +270,7 @@ class PretrainingSettings(
         section="Run",
     )
     lr_scheduler: str = option(
-        "polynomial_decay",
-        "After the warm-up.",
-        choices=("polynomial_decay", "inverse_sqrt"),
+        "polynomial_decay", "After the warm-up.", choices=("polynomial_decay", "inverse_sqrt")
     )
     keep_auxiliary: bool = option(
         False, "METRO: keep auxiliary model and RTD head in the finished folder, too."
@@ -286,6 +284,7 @@ class PretrainingSettings(
 
     def check(self) -> None:
         """Refuse values that do not fit together."""
+        self.check_sharding()
         check_shares(self, "mask_prob")
         check_shares(self, "leave_unmasked_prob", "random_token_prob")
         check_shares(self, "empty_prob")

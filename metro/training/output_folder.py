@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import yaml
 
 from metro.models.source import ADAPTER_CONFIG
+from metro.sharding import SHARDS
 from metro.utils.checksums import RECORD, check_archive, record, recorded, refuse_damage
 from metro.utils.files import link, read_json, read_yaml, write_json, write_text
 from metro.utils.locks import INSIDE
@@ -74,7 +75,8 @@ def check_checkpoint(folder: Path) -> None:
         UserError: names the file.
     """
     remedy = f"delete {folder} to resume from the checkpoint before it, or to start again"
-    refuse_damage(folder, remedy=remedy, most_bytes=None)
+    for part in (folder, folder / SHARDS):
+        refuse_damage(part, remedy=remedy, most_bytes=None)
     for path in sorted(folder.glob("rng_state_*.pth")):  # which each process writes for itself
         try:
             check_archive(path)

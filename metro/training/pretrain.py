@@ -11,13 +11,16 @@ from metro.data.indexed_file import IndexedFile, check_dictionaries, check_shard
 from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.data.text.vocabulary import read_vocabulary
 from metro.pretraining.settings import PretrainingSettings
-from metro.training.output_folder import RunFolder, last_metrics
-from metro.utils.files import naming, read_json
+from metro.sharding import SHARDS
+from metro.training.output_folder import TRAINER_STATE, RunFolder, last_metrics
+from metro.utils.files import naming, read_json, read_yaml
 from metro.utils.identity import digest
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
+SETTINGS = "pretrain.yaml"
+"""Settings of a run, in its output folder."""
 MAY_CHANGE = frozenset(
     {
         *("output_dir", "data", "max_update", "total_num_update", "num_workers", "fp16", "bf16"),
@@ -25,6 +28,7 @@ MAY_CHANGE = frozenset(
         *("keep_interval_updates_pattern", "validate_interval_updates", "disable_validation"),
         *("checkpoint_activations", "compile", "keep_auxiliary", "resume", "max_tokens"),
         *("batch_size", "update_freq", "required_batch_size_multiple"),
+        *("fsdp", "fsdp_offload"),
     }
 )
 """Settings that do not affect what was trained so far: a resumed run may have others."""
@@ -138,7 +142,6 @@ def _pretrain_alone(
     settings: PretrainingSettings, args, first_sentinel: int, progress: Progress
 ) -> PretrainResult:
     """Pretrain in an output folder that no other run writes into."""
-    from metro.training.pretraining_files import write_model
     from metro.training.pretraining_trainer import Stopped
 
     output = RunFolder(Path(settings.output_dir), "metro pretrain", MAY_CHANGE)
@@ -149,12 +152,10 @@ def _pretrain_alone(
             places = {f"data {i + 1}": folder for i, folder in enumerate(settings.folders)}
             inputs = {name: data_identity(folder) for name, folder in places.items()}
             output.check_inputs(inputs, {name: str(folder) for name, folder in places.items()})
-    state = output.state()
-    if state is not None and state["global_step"] >= settings.max_update:
-        progress.say(
-            f"nothing to do: {output.out} is finished after {state['global_step']} updates"
-        )
-        return PretrainResult(output.out, state["global_step"], last_metrics(state["log_history"]))
+    earlier = output.state()
+    if earlier is not None and (done := earlier["global_step"]) >= settings.max_update:
+        progress.say(f"nothing to do: {output.out} is finished after {done} updates")
+        return PretrainResult(output.out, done, last_metrics(earlier["log_history"]))
     trainer = build_trainer(settings, args, first_sentinel, checkpoint, progress)
     with (
         naming(output.out),
@@ -169,13 +170,42 @@ def _pretrain_alone(
                 f"stopped after update {trainer.state.global_step}; the same command resumes here"
             )
             raise KeyboardInterrupt
-        if is_main_process:
+        state = trainer.whole_state()
+        if state is not None:
             partial_model = output.new_partial()
-            keeps, done = settings.keep_auxiliary, trainer.state.global_step
-            write_model(trainer.model, settings, partial_model, done, trainer.last_valid, keeps)
+            trainer.write(partial_model, state, settings.keep_auxiliary)
             output.take(partial_model, trainer.state)
     history = trainer.state.log_history
     return PretrainResult(output.out, trainer.state.global_step, last_metrics(history))
+
+
+def join_shards(checkpoint: Path, out: Path, dtype=None, keep_auxiliary: bool = False) -> int:
+    """Write a sharded checkpoint-N of a run as a Hugging Face folder, in one process.
+
+    Args:
+        checkpoint: within the run's output folder.
+        out: the folder to write; one that is there is replaced.
+        dtype: of the weights; float32 by default.
+        keep_auxiliary: keep the auxiliary model and the RTD head.
+
+    Returns:
+        Parameters of the main model.
+    """
+    import torch
+
+    from metro.pretraining.building import build_model
+    from metro.training.pretraining_files import write_model
+    from metro.training.sharding import load_shards
+
+    settings = PretrainingSettings.of(**read_yaml(checkpoint.parent / SETTINGS))
+    model = build_model(settings, len(read_vocabulary(settings.folders[0])))
+    load_shards(checkpoint / SHARDS, model)
+    state = read_json(checkpoint / TRAINER_STATE)
+    valid = last_metrics(state["log_history"])
+    losses = {"loss": valid["valid_loss"]} if "valid_loss" in valid else {}
+    weights = model.to(dtype or torch.float32).state_dict()
+    write_model(model, weights, settings, out, state["global_step"], losses, keep_auxiliary)
+    return model.main.num_parameters()
 
 
 def read_position(checkpoint: Path):
@@ -208,6 +238,7 @@ def build_trainer(
     from metro.pretraining.building import build_model
     from metro.training.pretraining_files import load_weights
     from metro.training.pretraining_trainer import PretrainingTrainer
+    from metro.training.sharding import shard
 
     progress.say("building the model")
     set_seed(settings.seed)
@@ -223,6 +254,7 @@ def build_trainer(
                 attributes |= {"gradient_checkpointing": True}
                 attributes |= {"_gradient_checkpointing_func": recompute}
     count = sum(parameter.numel() for parameter in model.parameters())
+    model = shard(model, settings, args)
     progress.say(f"{count:,} parameters; opening the data")
     text = Text(settings, first_sentinel)
     share = Share(args.process_index, args.world_size)
@@ -247,6 +279,7 @@ def build_trainer(
             f"{n}_bits": bits[n] for n in ("unigram", "bigram", "trigram") if n in bits
         },
         progress=progress,
+        saves_shards=bool(settings.fsdp),
     )
 
 

@@ -24,6 +24,7 @@ Model = MetroPretrainingModel | T5PretrainingModel
 
 def write_model(
     model: Model,
+    state: Mapping[str, torch.Tensor],
     settings: PretrainingSettings,
     out: Path,
     num_updates: int,
@@ -34,13 +35,13 @@ def write_model(
 
     Args:
         model: in memory.
+        state: its weights, all of them.
         settings: of the run.
         out: the folder to create.
         num_updates: that it was trained for.
         valid: its last validation metrics.
         keep_auxiliary: keep the auxiliary model and the RTD head.
     """
-    state = model.state_dict()
     groups = settings.grouped()
     auxiliary = None
     if settings.is_metro:

@@ -200,9 +200,10 @@ class PretrainingTrainer(MetroTrainer):
                 self.stopping.save_and_stop(self.args, self.state, self.control)
                 return {}
             self.progress.show("validating", done)
+            with self.compute_loss_context_manager():  # where it does not count, too: sharded
+                losses = self.losses(self.model, micro.batch)  # weights are gathered by all
             if micro.counts:
-                with self.compute_loss_context_manager():
-                    self.add(sums, self.losses(self.model, micro.batch), micro)
+                self.add(sums, losses, micro)
         self.num_tokens, self.since = tokens, self.since + time.monotonic() - began
         found = {**self.summary(sums), **self.reference_bits}
         self.last_valid = found
@@ -216,15 +217,21 @@ class PretrainingTrainer(MetroTrainer):
     # --- checkpoints ---
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a Hugging Face folder, with the auxiliary model, and the place in the data."""
+        """Write a Hugging Face folder with the auxiliary model, and the place in the data."""
         if self.args.should_save:
             out = Path(output_dir or str(self.args.output_dir))
             if out.exists():  # of a run that was killed while it saved
                 shutil.rmtree(out)
-            write_model(
-                self.model, self.settings, out, self.state.global_step, self.last_valid, True
-            )
+            if self.saves_shards:
+                out.mkdir()
+            else:
+                self.write(out, self.model.state_dict(), keep_auxiliary=True)
             write_json(out / POSITION, self.position._asdict())
+
+    def write(self, out: Path, state: Mapping[str, torch.Tensor], keep_auxiliary: bool) -> None:
+        """Write the model with these weights as a Hugging Face folder."""
+        done = self.state.global_step
+        write_model(self.model, state, self.settings, out, done, self.last_valid, keep_auxiliary)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         super()._save_checkpoint(*args, **kwargs)
@@ -237,8 +244,8 @@ class PretrainingTrainer(MetroTrainer):
         if self.state.global_step and f"checkpoint-{self.state.global_step}" not in saved:
             self._save_checkpoint(self.model_wrapped, None)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint), self.settings)
+    def _load_whole(self, checkpoint, model=None) -> None:
+        load_weights(self.model, Path(checkpoint), self.settings)
 
     def _save_rng_state(self, output_dir) -> None:
         """Save nothing: every update seeds by itself."""

@@ -11,7 +11,7 @@ Whoever reads a file checks it. Of large data only the smaller files are read fo
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from metro.utils.files import flush, inside, read_json, write_json
@@ -38,6 +38,11 @@ def record(folder: Path, names: Iterable[str]) -> None:
     for name in sorted({*names} - {RECORD}):
         flush(folder / name)
         files[name] = facts(folder / name)
+    write_record(folder, files)
+
+
+def write_record(folder: Path, files: Mapping[str, dict]) -> None:
+    """Write ``checksums.json`` of files whose `facts` are known."""
     write_json(folder / RECORD, {"files": files}, seal=True)
 
 

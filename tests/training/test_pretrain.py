@@ -3,11 +3,9 @@
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import metro
 from metro.models.pretraining_model import load_pretraining_model
@@ -17,30 +15,10 @@ from metro.utils.files import read_json
 from metro.utils.messages import UserError
 from tests.conftest import ROOT
 from tests.processes import METRO, run_python
-from tests.training.tiny import TINY
+from tests.training.tiny import TINY, assert_same, losses, weights
 
 pytest.importorskip("accelerate")
 from metro.training.pretraining_trainer import PretrainingTrainer  # noqa: E402
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    found = {}
-    for name in ("model.safetensors", "pretraining.safetensors"):
-        if (Path(folder) / name).is_file():
-            found |= load_file(Path(folder) / name)
-    return found
-
-
-def assert_same(one, other, **tolerance) -> None:
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def losses(folder) -> list[float]:
-    history = read_json(Path(folder) / TRAINER_STATE)["log_history"]
-    return [line["loss"] for line in history if "grad_norm" in line]
 
 
 @pytest.mark.parametrize("task", ["t5_metro", "t5"])

@@ -1,4 +1,12 @@
-"""Options of a pretraining run small enough for a test."""
+"""Training runs small enough for a test, and what is asked of their folders."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from metro.training.output_folder import TRAINER_STATE
+from metro.utils.files import read_json
 
 TINY = dict(
     encoder_embed_dim=16,
@@ -22,3 +30,23 @@ TINY = dict(
     cpu=True,
     report_to="none",
 )
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("model", "pretraining", "adapter_model"):
+        if (path := Path(folder) / f"{name}.safetensors").is_file():
+            found |= load_file(path)
+    return found
+
+
+def assert_same(one, other, **tolerance) -> None:
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def losses(folder) -> list[float]:
+    history = read_json(Path(folder) / TRAINER_STATE)["log_history"]
+    return [line["loss"] for line in history if "grad_norm" in line]

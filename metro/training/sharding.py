@@ -1,0 +1,143 @@
+"""Models sharded over processes by torch's FSDP2, and their checkpoints.
+
+Every process keeps a part of each weight, gradient and optimizer state, in float32. A block of
+layers is gathered while it is computed, in the precision of the training, and its gradients are
+averaged in float32 after each micro-batch.
+
+Checkpoints are those of ``torch.distributed.checkpoint``: each process writes its own parts, and
+any number of processes reads them. Weights that are not trained are not in them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from metro.sharding import ShardingSettings
+from metro.training.output_folder import TRAINER_STATE
+from metro.utils.checksums import facts, write_record
+from metro.utils.messages import UserError
+
+# Every view may be changed in place, which these models do not; one process is one on purpose.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shard(model: Model, settings: ShardingSettings, args) -> Model:
+    """Shard a model in place, as the settings say; one process alone keeps all of it.
+
+    Args:
+        model: with whole weights, the same in all processes.
+        settings: of the run.
+        args: of the Trainer: its device and precision.
+
+    Raises:
+        UserError: the model does not say what its blocks are, or there are no processes.
+    """
+    if not settings.fsdp:
+        return model
+    if not dist.is_initialized():
+        if settings.fsdp_offload:
+            raise UserError(
+                "fsdp_offload needs torchrun, also for one process: torchrun --nproc_per_node 1 "
+                "$(which metro) ..."
+            )
+        return model
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    options: dict[str, Any] = {
+        "mesh": _mesh(settings.fsdp, args.device.type),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": offload if settings.fsdp_offload else OffloadPolicy(),
+    }
+    for block in blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def _mesh(how: str, device: str) -> DeviceMesh:
+    """Lay the processes out; ``hybrid`` has one row per node."""
+    count = dist.get_world_size()
+    if how == "full":
+        return init_device_mesh(device, (count,))
+    of_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (count // of_node, of_node), mesh_dim_names=names)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that transformers says must not be split."""
+    lists = (getattr(module, "_no_split_modules", None) for module in model.modules())
+    names = {name for names in lists for name in names or ()}
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} does not name its blocks (_no_split_modules), which fsdp "
+            "shards: leave fsdp out"
+        )
+    return found
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that are trained, each once, in the parts of this process."""
+    state = model.state_dict()  # which also frees what an evaluation left gathered
+    return {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write weights and optimizer states; all processes call this, and each writes its parts."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:  # what there is is of a run that was killed while it saved, or replaced now
+        (folder.parent / TRAINER_STATE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    states = {
+        "model": trained_weights(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.save(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    files = {path.name: facts(path) for path in folder.glob(f"__{rank}_*")}
+    gathered = [files]
+    if dist.is_initialized():
+        gathered = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, files)
+    if rank == 0:
+        whole = {".metadata": facts(folder / ".metadata")}
+        write_record(folder, whole | {k: v for each in gathered for k, v in each.items()})
+
+
+def load_shards(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Read what `save_shards` wrote, in as many processes as there are now."""
+    states: dict[str, Any] = {"model": trained_weights(model)}
+    if optimizer is not None:
+        states["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())  # weights in place
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, states["optimizer"])
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)

@@ -1,0 +1,29 @@
+"""One process of several (``torchrun``): the runs that a JSON file lists, one after the other.
+
+With a number N, the second process is killed inside its N-th write of shards.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+
+from metro.finetuning.run import finetune
+from metro.training.pretrain import pretrain
+
+_, runs, *kill_at = sys.argv
+if kill_at and os.environ["RANK"] == "1":
+    write, saves = dcp.FileSystemWriter.write_data, []
+
+    def write_and_die(*args):
+        saves.append(write(*args))
+        if len(saves) == int(kill_at[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return saves[-1]
+
+    dcp.FileSystemWriter.write_data = write_and_die
+for command, options in json.loads(Path(runs).read_text()):
+    {"pretrain": pretrain, "finetune": finetune}[command](progress=False, **options)

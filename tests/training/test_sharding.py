@@ -1,0 +1,194 @@
+"""Runs whose weights are shared among processes: two on the CPU, of tiny models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import metro
+from metro.cli.convert import command as convert
+from metro.pretraining.settings import PretrainingSettings
+from metro.sharding import SHARDS
+from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
+from metro.utils.files import read_json
+from metro.utils.messages import UserError
+from tests.finetuning.prepared import write_prepared
+from tests.processes import run_python
+from tests.training.tiny import TINY, assert_same, losses
+
+pytest.importorskip("accelerate")
+from metro.training.pretrain import pretrain  # noqa: E402
+
+ONE_AFTER_ANOTHER = Path(__file__).with_name("several_runs.py")
+QUICK = {
+    "metro": dict(update_freq=2, clip_norm=2.0, checkpoint_activations=True),
+    "flipped": dict(objective="flipped", lora=True, optimizer="sgd", gradient_accumulation_steps=2),
+}
+SLOW = {
+    "t5": dict(task="t5", bf16=True),
+    "direct": dict(objective="direct", optimizer="adamw", weight_decay=0.1),
+    "direct+ul": dict(objective="direct+ul", optimizer="sgd", gradient_checkpointing=True),
+    "channel": dict(objective="channel", optimizer="adafactor", early_stopping=3),
+}
+CASES = QUICK | SLOW
+"""Of each objective, with optimizers, and ways to save memory, between them."""
+EXACT = dict(dropout=0.0, attention_dropout=0.0, seed=3)
+CLOSE = dict(rtol=1e-4, atol=2e-6)
+"""For weights after sums over processes, and norms of parts, in another order."""
+
+
+def in_two_processes(folder: Path, runs: list, *kill_at: int, code: int | None = 0) -> None:
+    (folder / "runs.json").write_text(json.dumps(runs, default=str))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    run_python(*torchrun, ONE_AFTER_ANOTHER, folder / "runs.json", *kill_at, code=code)
+
+
+@pytest.fixture(scope="module")
+def options(pretraining_data, t5_folder, exported, tmp_path_factory):
+    """`options(name, **more)`: command and options of a run that saves after 2 of 4 updates."""
+    folder = tmp_path_factory.mktemp("sharded")
+    prompts = write_prepared(folder / "prompts", 25)
+    pretraining = dict(TINY, data=pretraining_data, max_update=4, save_interval_updates=2)
+    common = dict(data=prompts, batch_size=4, max_steps=4, save_steps=2, eval_steps=2)
+    common |= dict(
+        learning_rate=1e-2, logging_steps=1, use_cpu=True, report_to="none", batching="random"
+    )
+
+    def make(name: str, case: str, **more) -> tuple[str, dict]:
+        own = CASES[case]
+        is_pretraining = "objective" not in own
+        base = pretraining if is_pretraining else common
+        if not is_pretraining:
+            is_t5 = case in ("direct", "channel")
+            base = dict(base, model=t5_folder if is_t5 else exported("metro_tiny_a"))
+        chosen = {**base, **own, **more, "output_dir": folder / name}
+        return "pretrain" if is_pretraining else "finetune", chosen
+
+    make.folder = folder
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(options):
+    """The folder with the runs of two processes: CASE, "CASE sharded", and others."""
+    alone = options("one-two", "metro", **EXACT, fsdp="full", max_update=2)[1]
+    pretrain(progress=False, **{**alone, "update_freq": 4})
+    in_two_processes(
+        options.folder,
+        [
+            *(options(case, case) for case in QUICK),
+            *(options(f"{case} sharded", case, fsdp="full") for case in QUICK),
+            options("exact", "metro", **EXACT),
+            options("one-two", "metro", **EXACT, fsdp="full"),
+            options("two-one", "metro", **EXACT, fsdp="full", max_update=2),
+        ],
+    )
+    return options.folder
+
+
+def check_same_run(one: Path, other: Path, rel: float = 1e-5) -> None:
+    """Losses agree, and the same numbers are logged."""
+    found, expected = (read_json(run / TRAINER_STATE)["log_history"] for run in (other, one))
+    assert losses(other) == pytest.approx(losses(one), rel=rel) and losses(one)
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_a_sharded_run_is_the_unsharded_one(runs, case):
+    """With dropout."""
+    check_same_run(runs / case, runs / f"{case} sharded")
+    assert_same(runs / case, runs / f"{case} sharded", **CLOSE)
+
+
+@pytest.mark.slow
+def test_sharded_runs_are_the_unsharded_ones(runs, options):
+    """As above. In bf16 sharded weights are rounded before they are used: losses are near."""
+    in_two_processes(
+        options.folder,
+        [
+            *(options(case, case) for case in SLOW),
+            *(options(f"{case} sharded", case, fsdp="full") for case in SLOW),
+            options("offloaded", "metro", fsdp="full", fsdp_offload=True),
+        ],
+    )
+    for case in SLOW:
+        is_rounded = SLOW[case].get("bf16")
+        check_same_run(runs / case, runs / f"{case} sharded", rel=1e-3 if is_rounded else 1e-5)
+        if not is_rounded:
+            assert_same(runs / case, runs / f"{case} sharded", **CLOSE)
+    assert_same(runs / "metro sharded", runs / "offloaded", **CLOSE)
+
+
+@pytest.mark.parametrize("fsdp", ["full", None])
+def test_one_process_goes_on_with_the_shards_of_two(runs, options, tmp_path, fsdp):
+    """With sharding and without. Oracle: two processes, unsharded, that were left alone."""
+    shutil.copytree(runs / "two-one", tmp_path / "two-one")
+    chosen = options("two-one", "metro", **EXACT, fsdp=fsdp, update_freq=4)[1]
+    result = pretrain(progress=False, **{**chosen, "output_dir": tmp_path / "two-one"})
+    check_same_run(runs / "exact", result.folder)
+    assert_same(runs / "exact", result.folder, **CLOSE)
+
+
+def test_two_processes_go_on_with_the_shards_of_one(runs):
+    check_same_run(runs / "exact", runs / "one-two")
+    assert_same(runs / "exact", runs / "one-two", **CLOSE)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_an_interrupted_runs_shards_become_a_model(runs, case, tmp_path):
+    """Oracle: the finished model, of the same weights; an adapter is merged."""
+    checkpoint = complete_checkpoints(runs / f"{case} sharded")[-1]
+    command = ["to-hf", str(checkpoint), "--out", str(tmp_path / "joined")]
+    done = CliRunner().invoke(convert, command)
+    assert done.exit_code == 0 and "joined" in done.output, done.output
+    finished = runs / f"{case} sharded"
+    if case == "flipped":
+        command = ["to-hf", str(finished), "--out", str(tmp_path / "merged")]
+        assert CliRunner().invoke(convert, command).exit_code == 0
+        finished = tmp_path / "merged"
+    assert_same(finished, tmp_path / "joined")
+
+
+def test_what_cannot_be_joined_or_loaded_is_one_line(runs, tmp_path):
+    checkpoint = complete_checkpoints(runs / "metro sharded")[-1]
+    command = ["to-hf", str(tmp_path / "copy"), "--out", str(tmp_path / "out")]
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    done = CliRunner().invoke(convert, command)
+    assert "has neither pretrain.yaml nor finetune.yaml" in str(done.exception)
+    with pytest.raises(UserError, match="holds the parts of several processes: join them first"):
+        metro.load(checkpoint)
+    part = sorted((tmp_path / "copy" / SHARDS).glob("__1_*"))[0]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    done = CliRunner().invoke(convert, command)
+    assert f"{part} was damaged" in str(done.exception)
+    (tmp_path / "copy" / TRAINER_STATE).unlink()
+    assert "is not complete" in str(CliRunner().invoke(convert, command).exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["metro", "flipped"])
+def test_a_run_killed_while_it_writes_shards_goes_on_from_those_before(runs, options, case):
+    """A process dies with its parts written. Oracle: the run that was left alone."""
+    run = options(f"{case} killed", case, fsdp="full")
+    in_two_processes(options.folder, [run], 2, code=None)
+    folder = run[1]["output_dir"]
+    assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-2"]
+    assert (folder / "checkpoint-4" / SHARDS).is_dir()
+    in_two_processes(options.folder, [run])
+    assert_same(runs / f"{case} sharded", folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fsdp_offload": True}, "fsdp_offload is an option of fsdp"),
+        ({"fsdp": "half"}, "use one of full, hybrid"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        PretrainingSettings.of(data="data", output_dir="out", **given)
