@@ -38,7 +38,7 @@ def generate(
 
     source = open_texts(texts, input)
     if output:
-        check_output(output, overwrite)
+        check_output(output, overwrite, (input,) if input else ())
     place = model_source(model)
     if settings.vocab:
         read_vocabulary(settings.vocab)

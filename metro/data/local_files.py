@@ -24,6 +24,7 @@ from typing import Any
 
 from metro.data.jsonl_rows import JsonlRows, with_names
 from metro.utils.characters import refuse_utf16
+from metro.utils.checksums import RECORDS
 from metro.utils.files import cache_folder, new_file
 from metro.utils.identity import files_identity
 from metro.utils.messages import MissingPackage, UserError, shortened
@@ -35,7 +36,7 @@ VALIDATION = ("validation", "valid", "val", "dev")
 """Names of one split, in the order in which they are looked for."""
 _SPLIT_WORDS = ("train", "training", "test", "eval", "heldout", "challenge", *VALIDATION)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?:-[0-9a-f]{16})?$")
-_DATASETS_OWN = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", *RECORDS)
 _MARKS = {".csv": ",", ".tsv": "\t"}
 _MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})?$"
@@ -49,7 +50,7 @@ def kind_of(path: Path) -> str | None:
     if path.is_dir():
         return "" if (path / "state.json").is_file() else None
     ending = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return ending if ending in KINDS and path.name not in _DATASETS_OWN else None
+    return ending if ending in KINDS and path.name not in _NO_ROWS else None
 
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:

@@ -15,6 +15,7 @@ from metro.data.prompts.instruction import split_template
 from metro.data.prompts.mixtures import Mixture
 from metro.data.prompts.plan import PromptPlan
 from metro.data.prompts.prepare import prepare_plan
+from metro.data.prompts.sandbox import fields_read
 from metro.data.prompts.sources import Part, PartPlan, PromptSources, SplitRows, Unavailable
 from metro.data.prompts.templates import PromptTemplate
 from metro.data.settings import OwnRowsSettings, check_options
@@ -68,6 +69,10 @@ def own_templates(
             raise UserError(
                 f"{name} has no answer: write it behind |||, as '... ||| {{{{label}}}}', or name "
                 "its field with target_field"
+            )
+        if not settings.input_field and not fields_read(text.partition("|||")[0]):
+            raise UserError(
+                f"{name} reads no field, and asks the same of all: write '{{{{text}}}}'"
             )
         options, field = settings.options, _FIELD.fullmatch(answer)
         if options is None and field is not None:

@@ -50,6 +50,8 @@ class OwnData:
         texts: Sequence[str] = (),
     ):
         self.data, path = str(data), Path(data)
+        if subset and path.exists():
+            raise UserError(f"{path} has no subset {subset!r}: leave it out")
         self.places = [path]
         self.name = path.resolve().name
         self._open: dict[str, Callable[[], Sequence[dict]]]
@@ -120,7 +122,8 @@ class OwnData:
             raise UserError(f"{self.data} is a single file and has no split {wanted!r}")
         if found is None:
             known = shortened(sorted(self._open))
-            raise UserError(f"{self.data} has the splits {known}: {remedy}")
+            missing = f"has no split {wanted!r}, but" if wanted else "has the splits"
+            raise UserError(f"{self.data} {missing} {known}: {remedy}")
         return found
 
 

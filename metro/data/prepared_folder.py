@@ -98,8 +98,8 @@ class PreparedFolder:
         """
         self._lock.enter_context(locked(self.out))
         earlier = self._read(self.partial / self.manifest_name) or self._read(self.partial / STATE)
-        if not earlier and not overwrite and self.out.exists():
-            if not self.out.is_dir() or any(self.out.iterdir()):
+        if not earlier and self.out.exists():
+            if not self.out.is_dir() or (not overwrite and any(self.out.iterdir())):
                 raise UserError(f"{self.out} exists and is not empty: choose another --out")
         self.partial.mkdir(parents=True, exist_ok=True)
         if earlier and earlier["settings"] != self.settings:

@@ -12,6 +12,7 @@ import torch
 
 from metro.data.prompts.instruction import METRO_SENTINEL, SENTINEL, encoder_text, sentinels_for
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
+from metro.evaluation.scoring.rank_classification import check_distinct
 from metro.evaluation.settings import FlipSettings
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.models.loading import load
@@ -109,18 +110,6 @@ def check_sentinels(text: str, instruction: str) -> None:
             f"--input has the sentinels {names[0]}, --instruction {names[1]}; put each where its "
             "piece of the instruction was in the input, and in front of the piece"
         )
-
-
-def check_distinct(sources: list[list[int]], choices: list[str]) -> None:
-    """Check that all answer choices differ in their tokens, as equal ones would tie."""
-    seen: dict[tuple[int, ...], str] = {}
-    for source, choice in zip(sources, choices, strict=True):
-        if (other := seen.get(tuple(source))) is not None:
-            raise UserError(
-                f"answer choices {other!r} and {choice!r} are the same to the model (equal "
-                "tokens); give different ones"
-            )
-        seen[tuple(source)] = choice
 
 
 @torch.inference_mode()

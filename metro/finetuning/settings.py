@@ -1,6 +1,6 @@
 """Settings of `metro finetune` and `metro.finetune`. Nothing heavy is imported here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -142,6 +142,10 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
             raise UserError(f"weights in {self.load_in} cannot be trained: add lora")
         if self.load_in and self.fsdp:
             raise UserError(f"weights in {self.load_in} are not sharded: leave load_in or fsdp out")
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if part.name.startswith("lora_") and not self.lora and value != part.default:
+                raise UserError(f"{part.name} is {value}, but nothing trains adapters: add lora")
         if self.lora_dropout >= 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}; use 0 up to less than 1")
         if self.dropout is not None and self.dropout >= 1:

@@ -97,7 +97,8 @@ def at_projection(
         )
     if inner not in _checked:  # once per model: comparing synchronises with the GPU
         first = results[0][0]
-        if not torch.equal(output.logits.to(first), first):
+        logits = output.logits.to(first)
+        if not torch.allclose(logits, first, rtol=0, atol=0, equal_nan=True):
             raise UserError(
                 f"{type(inner).__name__} changes its logits after the output embedding (soft "
                 "capping?), which this computation would miss; use another model"

@@ -42,7 +42,7 @@ class ByteDropout(torch.autograd.Function):
     def forward(ctx, x, p):
         kept = draw_kept(x.shape, p, random_of(seed_from_torch()))
         ctx.save_for_backward(kept)
-        ctx.scale = 1.0 / (1.0 - drop_rate(p))
+        ctx.scale = scale_of_kept(p)
         return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
 
     @staticmethod
@@ -64,6 +64,12 @@ def random_of(*seeds: int) -> np.random.Generator:
 def drop_rate(p: float) -> float:
     """The probability with which :func:`draw_kept` drops: ``p`` in steps of 2 ** -16."""
     return round(p * 2**16) / 2**16
+
+
+def scale_of_kept(p: float) -> float:
+    """What the elements that :func:`draw_kept` keeps are multiplied by."""
+    rate = drop_rate(p)
+    return 1.0 / (1.0 - rate) if rate < 1 else 0.0
 
 
 def draw_kept(shape: torch.Size, p: float, random: np.random.Generator) -> torch.Tensor:

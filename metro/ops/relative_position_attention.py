@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import check_kernel, computed_type, is_eager_cpu, takes_kernel
-from metro.ops.dropout import draw_kept, drop_rate, random_of, seed_from_torch
+from metro.ops.dropout import draw_kept, random_of, scale_of_kept, seed_from_torch
 from metro.ops.threads import for_each
 
 CAUSAL_BLOCK = 128
@@ -190,7 +190,7 @@ class CachedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, mask, query_positions)
         ctx.seed, ctx.dropout = seed_from_torch() if dropout else 0, dropout
         ctx.in_blocks = is_causal and query_positions is None and q.shape[2] == k.shape[2]
-        kept_scale = 1.0 / (1.0 - drop_rate(dropout))
+        kept_scale = scale_of_kept(dropout)
         out = empty_by_position(q)
 
         def compute(head):
@@ -210,7 +210,7 @@ class CachedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, bias, mask, query_positions = ctx.saved_tensors
-        scale, kept_scale = q.shape[-1] ** -0.5, 1.0 / (1.0 - drop_rate(ctx.dropout))
+        scale, kept_scale = q.shape[-1] ** -0.5, scale_of_kept(ctx.dropout)
         grad_q, grad_k, grad_v = (empty_by_position(x) for x in (q, k, v))
         grad_bias = None if bias is None else torch.empty_like(bias)
 

@@ -22,6 +22,8 @@ def open_input(settings: RankSettings) -> Iterable[Any]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise UserError(f"there is no file {path}")
+        if not path.stat().st_size:
+            raise UserError(f"{path} has no rows")
         return read_lines(path)
     data = OwnData(settings.input, settings.subset, texts=(settings.text or "text",))
     rows = data.rows(data.choose(settings.split))

@@ -15,7 +15,7 @@ from metro.data.jsonl_rows import UnusableRow
 from metro.evaluation.model import open_model
 from metro.evaluation.runs.processes import join_processes
 from metro.evaluation.scoring.pair_scoring import PairScorer
-from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking
+from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking, check_distinct
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.models.loading import LoadedModel
 from metro.ranking.questions import Asked, Questions
@@ -91,9 +91,12 @@ class Ranker:
             gather=self.processes.add_up if self.processes.count > 1 else None,
             with_misses=self.with_misses,
         )
+        encoder = self.scored.protocol.encoder(self.scored.tokenizer)
+        if options := self.questions.options:
+            check_distinct(encoder.targets(options), options)
         self.classifier = RankClassifier(
             scorer,
-            self.scored.protocol.encoder(self.scored.tokenizer),
+            encoder,
             self.scored.method,
             self.settings.normalization,
         )

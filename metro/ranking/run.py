@@ -56,8 +56,7 @@ def rank(
         if settings.out is not None:
             run.write(settings.out)
         run.say_left_out()
-    num_left_out = sum(left_out.num_rows for left_out in run.left_out.values())
-    return RankResult(ranked, settings.out, run.num_rows, num_left_out)
+    return RankResult(ranked, settings.out, run.num_rows, run.num_left_out)
 
 
 class RankRun:
@@ -101,7 +100,27 @@ class RankRun:
                 reason, _, detail = each.problem.partition(": ")
                 count_row(self.left_out, UnusableRow(reason, detail), f"row {self.num_rows}")
             self.num_rows += 1
+            if self.num_rows == self.ranker.window:
+                self.refuse_useless()
             yield each
+        self.refuse_useless()
+
+    def refuse_useless(self) -> None:
+        """Stop where none of the first rows can be ranked: the template or a field is wrong.
+
+        Raises:
+            UserError: the problem of the first row.
+        """
+        if self.left_out and self.num_left_out == self.num_rows:
+            reason, left_out = next(iter(self.left_out.items()))
+            raise UserError(
+                f"none of the first {self.num_rows} rows can be ranked: {reason} ({left_out.first})"
+            )
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows without a label so far."""
+        return sum(left_out.num_rows for left_out in self.left_out.values())
 
     def _show(self, done: float) -> None:
         self.progress.show("ranking", done, self.total, f"{int(done):,} rows")
@@ -130,8 +149,6 @@ class RankRun:
             self.rows = _noted(self.rows, lambda row: digests.append(row_digest(row)))
             ranked = iter(self)
             while window := list(itertools.islice(ranked, self.ranker.window)):
-                if self.num_rows == len(window):
-                    refuse_useless(window)
                 if file is not None:
                     file.write(zip(digests, window, strict=False))
                 del digests[: len(window)]
@@ -165,16 +182,6 @@ class RankRun:
         for reason, left_out in self.left_out.items():
             rows = counted(left_out.num_rows, "row")
             self.progress.say(f"{rows} without a label: {reason} (first: {left_out.first})")
-
-
-def refuse_useless(window: "Sequence[Ranked]") -> None:
-    """Stop where no row can be ranked: the template or a field is wrong.
-
-    Raises:
-        UserError: the problem of the first row.
-    """
-    if window and all(each.problem is not None for each in window):
-        raise UserError(f"none of the first {len(window)} rows can be ranked: {window[0].problem}")
 
 
 def _inputs(settings: RankSettings) -> tuple[Path, ...]:

@@ -69,6 +69,8 @@ def load_weights(model: Model, source: Path, settings: PretrainingSettings) -> N
     Raises:
         UserError: it has another vocabulary or other sizes, or lacks METRO's auxiliary model.
     """
+    if not source.exists():
+        raise UserError(f"there is no file or folder {source} to take the weights of")
     folder = settings.folders[0]
     dictionary = source / DICT_FILE
     if dictionary.is_file() and dictionary.read_bytes() != (folder / DICT_FILE).read_bytes():

@@ -112,6 +112,10 @@ def test_the_output_file_appears_complete_or_not_at_all(generate, folder, record
     texts, output = recorded["sentences"], tmp_path / "answers.txt"
     assert generate(folder, *texts, "--output", output) == []
     assert output.read_text().splitlines() == recorded["greedy_text"]
+    texts_file = tmp_path / "texts.txt"
+    texts_file.write_text("a text")
+    with pytest.raises(ValueError, match="is an input of this command"):
+        generate(folder, "--input", texts_file, "--output", texts_file, "--overwrite")
     with pytest.raises(ValueError, match="exists.*--overwrite"):
         generate(folder, *texts, "--output", output)
     broken = tmp_path / "broken.jsonl"
@@ -119,7 +123,8 @@ def test_the_output_file_appears_complete_or_not_at_all(generate, folder, record
     other = tmp_path / "other.txt"
     with pytest.raises(ValueError, match="line 201 has no text"):
         generate(folder, "--input", broken, "--output", other, "--max-new-tokens", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.txt", "broken.jsonl"]
+    names = ["answers.txt", "broken.jsonl", "texts.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     generate(folder, texts[0], "--output", output, "--overwrite")
     assert output.read_text().splitlines() == recorded["greedy_text"][:1]
 

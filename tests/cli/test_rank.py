@@ -46,6 +46,17 @@ def test_texts_of_the_command_line_and_of_stdin_are_ranked(call, model):
     assert lines == [each._asdict() for each in expected]
 
 
+def test_rows_none_of_which_can_be_ranked_are_an_error(call, model, tmp_path):
+    """Also where the labels are printed."""
+    (tmp_path / "mails.jsonl").write_text('{"body": "My parcel never came."}\n' * 2)
+    (tmp_path / "empty.txt").touch()
+    arguments = ("--input", tmp_path / "mails.jsonl", "--template", "{{subject}} {{body}}")
+    with pytest.raises(UserError, match="none of the first 2 rows .*the row has no 'subject'"):
+        call(model, *arguments, "--options", *OPTIONS)
+    with pytest.raises(UserError, match="empty.txt has no rows"):
+        call(model, "--input", tmp_path / "empty.txt", "--options", *OPTIONS)
+
+
 def test_a_file_is_ranked_into_a_file(call, model, tmp_path):
     """The command of README, and a row that has no text."""
     (tmp_path / "mails.csv").write_text("id,body\n1,My parcel never came.\n2,\n")

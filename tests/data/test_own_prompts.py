@@ -97,6 +97,7 @@ def test_changed_rows_are_prepared_again_and_equal_ones_are_not(prepare):
     ("options", "message"),
     [
         ({"template": ["{{body}}"]}, "template 1 has no answer: write it behind"),
+        ({"template": ["Which? ||| {{label}}"]}, "template 1 reads no field, and asks the same"),
         ({"input_field": "text", "target_field": "label"}, "no field 'text': it has body, label"),
         ({"input_field": "body"}, "target_field is missing"),
         ({"template": [ASK], "input_field": "body"}, "both say how to ask"),

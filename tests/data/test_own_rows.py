@@ -58,7 +58,13 @@ def test_files_of_a_folder_are_splits_and_nothing_is_guessed(tmp_path):
     write(tmp_path, ".jsonl").rename(tmp_path / "val.jsonl")
     data = OwnData(tmp_path)
     assert sorted(data.splits) == ["train", "val"]
+    (tmp_path / "prepare_text.json").write_text("{}")
+    assert sorted(OwnData(tmp_path).splits) == ["train", "val"]
     assert data.choose("validation") == "val" == data.choose(None, "test", "validation")
+    with pytest.raises(UserError, match="has no split 'test', but train, val"):
+        data.choose("test")
+    with pytest.raises(UserError, match="has no subset 'de'"):
+        OwnData(tmp_path, "de")
     with pytest.raises(UserError, match="has the splits train, val: choose one with --split"):
         data.choose(None)
     with pytest.raises(UserError, match="has no field 'parts': it has body, label, part"):

@@ -14,17 +14,22 @@ from tests.data.prompts.toys import make_world
 from tests.finetuning.prepared import write_prepared, write_t5
 
 UPDATES = 20
-METRO_TINY = (
-    "--task t5_metro --arch t5_metro_base_rpe --criterion t5_metro --generator-layers 1 "
-    f"--user-dir {ROOT}/fairseq_plugins --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 "
-    "--encoder-layers 1 --encoder-attention-heads 2 --max-positions 64 --tokens-per-sample 32 "
-    "--sample-break-mode complete_doc --shorten-method random_crop --shorten-data-split-list train "
-    "--skip-invalid-size-inputs-valid-test --max-tokens 256 --optimizer adam --adam-eps 1e-6 "
-    "--adam-betas (0.9,0.98) --lr 0.003 --lr-scheduler polynomial_decay --warmup-updates 2 "
-    "--total-num-update 40 --clip-norm 2.0 --seed 1 --log-format json --log-interval 1 "
-    f"--num-workers 0 --cpu --max-update {UPDATES} --save-interval-updates 3 --update-freq 2 "
-    "--keep-interval-updates 2 --validate-interval-updates 9 --no-epoch-checkpoints"
+TINY = (
+    "--task t5_metro --arch t5_metro_base_rpe --generator-layers 1 --encoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 32 --encoder-layers 1 --encoder-attention-heads 2 --max-positions 64 "
+    "--tokens-per-sample 32 --sample-break-mode complete_doc --shorten-method random_crop "
+    "--shorten-data-split-list train --max-tokens 256 --adam-eps 1e-6 --adam-betas (0.9,0.98) "
+    "--lr 0.003 --lr-scheduler polynomial_decay --warmup-updates 2 --total-num-update 40 "
+    "--clip-norm 2.0 --seed 1 --log-interval 1 --num-workers 0 --cpu --max-update {updates} "
+    "--save-interval-updates 3 --update-freq 2 --keep-interval-updates 2 "
+    "--validate-interval-updates 9"
 )
+FAIRSEQ = (
+    f"fairseq-train {{data}} {TINY} --criterion t5_metro --user-dir {ROOT}/fairseq_plugins "
+    "--skip-invalid-size-inputs-valid-test --optimizer adam --log-format json "
+    "--no-epoch-checkpoints"
+)
+PRETRAIN = f"metro pretrain --data {{data}} --output-dir {{out}} {TINY}"
 HYDRA_TINY = (
     f"--config-dir {ROOT}/fairseq_plugins/configs/pretraining --config-name metro_t5_tiny "
     f"common.user_dir={ROOT}/fairseq_plugins common.fp16=false common.log_interval=1 "
@@ -35,9 +40,9 @@ HYDRA_TINY = (
     "++checkpoint.keep_interval_updates=2 hydra.run.dir=. hydra.output_subdir=null"
 )
 FINETUNE = (
-    "metro finetune --model {{w}}/t5 --data {data} --max-steps {steps} --logging-steps 1 "
-    "--batch-size 8 --use-cpu --report-to none --dropout 0.1 --gradient-accumulation-steps 2 "
-    "--learning-rate 0.001"
+    "metro finetune --model {{w}}/t5 --data {data} --output-dir {out} --max-steps {steps} "
+    "--logging-steps 1 --batch-size 8 --use-cpu --report-to none --dropout 0.1 "
+    "--gradient-accumulation-steps 2 --learning-rate 0.001 --save-steps {save}"
 )
 SENTENCES = ["{{text}} Is it good?", "Good or bad: {{text}}", "{{text}} So it is", "Say: {{text}}"]
 
@@ -66,11 +71,10 @@ class World:
         write_prepared(folder / "prompts", 60)
         in_child(lambda: write_t5(folder / "t5"))
         for name, seed in (("old", 2), ("new", 3)):
-            options = METRO_TINY.replace("--seed 1", f"--seed {seed}").replace(
-                f"--max-update {UPDATES}", "--max-update 2"
-            )
-            run(["fairseq-train", "data", *options.split(), "--save-dir", name], folder)
+            train = FAIRSEQ.replace("--seed 1", f"--seed {seed}").format(data="data", updates=2)
+            run(f"{train} --save-dir {name}".split(), folder)
             shutil.copyfile(folder / name / "checkpoint_last.pt", folder / f"{name}.pt")
+            (folder / name / "checkpoint_best.pt").unlink()  # the same one
             words = f"metro convert to-hf {name}.pt --out hf_{name}/model --vocab vocab"
             run(words.split(), folder)
         lines = [line for line in random_text(5, 30).split("\n") if line]
@@ -84,14 +88,14 @@ class World:
         tasks = {name: {"data": "rows.jsonl", "prompts": prompts} for name in ("one", "two")}
         (folder / "suite.yaml").write_text(json.dumps({"tasks": tasks}))
         for name in ("old", "new"):
-            run(evaluation(folder, f"hf_{name}/model", name), folder)
+            run(evaluation(folder, f"{folder}/hf_{name}/model", name), folder)
             more = "old" if name == "new" else ""
             runs = [f"runs/{each}" for each in (name, more) if each]
             run(["metro", "report", *runs, "--out", f"report_{name}/report"], folder)
 
 
-def evaluation(world: Path | str, model: str, name: str) -> list[str]:
-    words = f"metro evaluate {world}/{model} --suite {world}/suite.yaml --out runs --device cpu"
+def evaluation(world: Path | str, model: str, name: str, out: str = "runs") -> list[str]:
+    words = f"metro evaluate {model} --suite {world}/suite.yaml --out {out} --device cpu"
     return [*words.split(), "--run-name", name]
 
 
@@ -170,7 +174,7 @@ BEGUN, ENDED = r'train_inner.*"num_updates"', rf'"num_updates": "{UPDATES}"'
 training = dict(begun=BEGUN, ended=ENDED, kept=saved_updates, result=trained, losses=logged_losses)
 
 
-# --- finetuning and evaluation ------------------------------------------------------------------
+# --- training with the Trainer, and evaluation --------------------------------------------------
 
 
 def checkpoints(folder: Path, log: str) -> float:
@@ -185,10 +189,18 @@ def checkpoints(folder: Path, log: str) -> float:
     return int(found[-1].name.split("-")[1]) if found else 0
 
 
-def finetuned(folder: Path) -> dict:
-    history = load_json(folder / "out/trainer_state.json")["log_history"]
+def finished_model(folder: Path, name: str = "out") -> dict:
+    history = load_json(folder / name / "trainer_state.json")["log_history"]
     losses = {line["step"]: line["loss"] for line in history if "loss" in line}
-    return {"weights": (folder / "out/model.safetensors").read_bytes(), "losses": losses}
+    return {"weights": (folder / name / "model.safetensors").read_bytes(), "losses": losses}
+
+
+def trainer(updates: int) -> dict:
+    """Of a job that trains with Hugging Face's Trainer: when it is at work, how it is checked."""
+    return {
+        **{"begun": rf"update \d+/{updates}", "ended": f"update {updates}/{updates}"},
+        **{"kept": checkpoints, "result": finished_model},
+    }
 
 
 def finished_prompts(folder: Path, log: str) -> float:
@@ -205,8 +217,8 @@ def finished_prompts(folder: Path, log: str) -> float:
     return len(run.results)
 
 
-def evaluated(folder: Path) -> dict:
-    found = contents(folder / "runs/run")
+def evaluated(folder: Path, name: str = "runs/run") -> dict:
+    found = contents(folder / name)
     lines = [json.loads(line) for line in found["results.jsonl"].decode().splitlines()]
     found["results.jsonl"] = without_seconds(lines)
     found["summary.json"] = without_seconds(json.loads(found["summary.json"]))
@@ -281,10 +293,12 @@ def words(text: str) -> Callable[[Path], list[str]]:
     return lambda world: text.format(w=world).split()
 
 
+PRETRAINING = words(PRETRAIN.format(data="{w}/data", out="out", updates=UPDATES))
+
 JOBS = [
     Job(
         "fairseq-train",
-        words("fairseq-train {w}/data --save-dir save " + METRO_TINY),
+        words(FAIRSEQ.format(data="{w}/data", updates=UPDATES) + " --save-dir save"),
         **training,
     ),
     Job(
@@ -294,21 +308,20 @@ JOBS = [
     ),
     Job(
         "fairseq-train, one of two workers",
-        words("fairseq-train {w}/data --save-dir save " + METRO_TINY),
+        words(FAIRSEQ.format(data="{w}/data", updates=UPDATES) + " --save-dir save"),
         **training,
         processes=2,
     ),
+    Job("metro pretrain", PRETRAINING, **trainer(UPDATES)),
+    Job("metro pretrain, one of two workers", PRETRAINING, **trainer(UPDATES), processes=2),
     Job(
         "metro finetune",
-        words(FINETUNE.format(data="{w}/prompts", steps=12) + " --output-dir out --save-steps 2"),
-        begun=r"update \d+/12",
-        ended="update 12/12",
-        kept=checkpoints,
-        result=finetuned,
+        words(FINETUNE.format(data="{w}/prompts", out="out", steps=12, save=2)),
+        **trainer(12),
     ),
     Job(
         "metro evaluate",
-        lambda world: evaluation(world, "hf_new/model", "run"),
+        lambda world: evaluation(world, f"{world}/hf_new/model", "run"),
         begun=r"(one|two) / p\d: [\d.]+ %",
         ended=r"two / p7: [\d.]+ %",
         kept=finished_prompts,

@@ -1,6 +1,6 @@
 """Kill every command at random inside its work, and check what is left: `make faults`.
 
-python -m tests.faults.kills [--kills 10] [--seed 1] [--page docs/reliability.md]
+python -m tests.faults.kills [--kills 8] [--seed 1] [--page docs/reliability.md]
 """
 
 import argparse
@@ -270,7 +270,7 @@ def put_into(page: Path, name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=10, help="inside each command's work")
+    parser.add_argument("--kills", type=int, default=8, help="inside each command's work")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="commands with this in their name")
     parser.add_argument("--page", type=Path, help="page that gets the table")

@@ -1,11 +1,12 @@
 """Damage files of METRO's at random, and see whether their readers say so.
 
-python -m tests.faults.mutations [--each 4] [--seed 1] [--only NAME] [--page docs/reliability.md]
+python -m tests.faults.mutations [--each 3] [--seed 1] [--only NAME] [--page docs/reliability.md]
 """
 
 import argparse
 import random
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -14,23 +15,29 @@ from typing import Any, NamedTuple
 
 from tests.faults import processes
 from tests.faults.jobs import (
+    FAIRSEQ,
     FINETUNE,
-    METRO_TINY,
-    UPDATES,
+    PRETRAIN,
     contents,
+    evaluated,
     evaluation,
     file_result,
-    finetuned,
-    load_json,
+    finished_model,
     logged_losses,
     trained,
-    without_seconds,
 )
-from tests.faults.kills import make_inputs, put_into, start
+from tests.faults.kills import make_inputs, put_into, run, start
 
-TRAIN = f"fairseq-train {{data}} {METRO_TINY.replace(f'--max-update {UPDATES}', '--max-update 4')}"
+RANK = (
+    "metro rank {w}/hf_new/model --input {w}/rows.jsonl --text text --options good bad "
+    "--out {out}/mails.jsonl --device cpu"
+)
+DAMAGED = "damaged"
+"""What the copy is called in the folder that the command runs in."""
 MOST_ALIKE = 3
 """Files of one folder with one ending that are damaged."""
+LEAST_TURNS = 12
+"""Times that the files of a reader are damaged in all."""
 NOT_READ = (".py", ".md", ".tmp", ".lock")
 
 
@@ -45,45 +52,62 @@ class Reader(NamedTuple):
     """What must be equal to that of undamaged files, from the folder it ran in."""
 
 
+def resumed_model(folder: Path) -> dict:
+    return finished_model(folder, "damaged")
+
+
 def said(folder: Path) -> str:
     """Everything that a command said but times."""
     return (folder / "log").read_text(errors="replace")
 
 
 READERS = {
-    "text, pretraining": Reader(
-        "data", TRAIN.format(data="damaged") + " --save-dir save --no-save",
+    "text, `metro pretrain`": Reader(
+        "data", PRETRAIN.format(data="damaged", out="out", updates=2), finished_model
+    ),
+    "text, fairseq": Reader(
+        "data", FAIRSEQ.format(data="damaged", updates=2) + " --save-dir save --no-save",
         lambda folder: logged_losses(said(folder)),
     ),
     "prompts, `metro finetune`": Reader(
         "old_prompts",
-        FINETUNE.format(data="damaged", steps=2) + " --output-dir out --save-steps 0",
-        finetuned,
+        FINETUNE.format(data="damaged", out="out", steps=2, save=0),
+        finished_model,
     ),
     "run, `metro report`": Reader(
         "runs/new", "metro report damaged --out report", lambda folder: contents(folder / "report")
     ),
     "run, the same `metro evaluate`": Reader(
-        "runs", " ".join(evaluation("{w}", "hf_new/model", "new")).replace("runs", "damaged"),
-        lambda folder: without_seconds(load_json(folder / "damaged/new/summary.json")),
+        "runs", " ".join(evaluation("{w}", "{w}/hf_new/model", "new", "damaged")),
+        lambda folder: evaluated(folder, "damaged/new"),
     ),
-    "finetuning, resumed": Reader(
-        "out", FINETUNE.format(data="{w}/prompts", steps=4) + " --output-dir out --save-steps 1",
-        finetuned,
+    "rows ranked so far, `metro rank`": Reader(
+        "ranked", RANK.format(w="{w}", out="damaged"),
+        lambda folder: (folder / "damaged/mails.jsonl").read_bytes(),
+    ),
+    "checkpoint, `metro pretrain`": Reader(
+        "pretrained", PRETRAIN.format(data="{w}/data", out="damaged", updates=4), resumed_model
+    ),
+    "checkpoint, `metro finetune`": Reader(
+        "finetuned", FINETUNE.format(data="{w}/prompts", out="damaged", steps=4, save=1),
+        resumed_model,
+    ),
+    "checkpoint, fairseq": Reader(
+        "new", FAIRSEQ.format(data="{w}/data", updates=4) + " --save-dir damaged",
+        lambda folder: trained(folder, "damaged"),
+    ),
+    "checkpoint of fairseq, `metro convert`": Reader(
+        "new.pt", "metro convert to-hf damaged --out model --vocab {w}/vocab",
+        lambda folder: contents(folder / "model"),
     ),
     "exported model, `metro generate`": Reader(
         "hf_new/model", "metro generate damaged the_sea --max-new-tokens 9", said
     ),
+    "exported model, `metro evaluate`": Reader(
+        "hf_new/model", " ".join(evaluation("{w}", "damaged", "run")), evaluated
+    ),
     "exported model, `metro convert`": Reader(
         "hf_new/model", "metro convert to-fairseq damaged --out out.pt", file_result
-    ),
-    "fairseq checkpoint, resumed": Reader(
-        "new", TRAIN.format(data="{w}/data") + " --save-dir damaged --no-epoch-checkpoints",
-        lambda folder: trained(folder, "damaged"),
-    ),
-    "fairseq checkpoint, `metro convert`": Reader(
-        "new.pt", "metro convert to-hf damaged --out model --vocab {w}/vocab",
-        lambda folder: contents(folder / "model"),
     ),
 }  # fmt: skip
 KINDS = ("named", "named by `metro doctor`", "no difference", "unnamed", "traceback", "unnoticed")
@@ -111,7 +135,6 @@ class Mutator:
     def __init__(self, reader: Reader, inputs: Path, work: Path):
         self.reader, self.inputs, self.work = reader, inputs, work
         self.words = reader.words.format(w=inputs).split()
-        self.name = "out" if reader.source == "out" else "damaged"
         self.copy()
         status = self.run(self.words)
         assert status == 0, said(work)[-3000:]
@@ -122,7 +145,7 @@ class Mutator:
         """Copy what is read; return its files."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        source, place = self.inputs / self.reader.source, self.work / self.name
+        source, place = self.inputs / self.reader.source, self.work / DAMAGED
         if source.is_file():
             shutil.copyfile(source, place)
             return [place]
@@ -153,7 +176,7 @@ class Mutator:
         if status == 0:
             self.copy()
             damage(path, random.Random(seed))
-            words = ["metro", "doctor", str(path.parent if path.parent == self.work else self.name)]
+            words = ["metro", "doctor", str(path.parent if path.parent == self.work else DAMAGED)]
             is_named = self.run(words) == 1 and path.name in said(self.work)
             return KINDS[1] if is_named else "unnoticed", where
         if "Traceback" in log:
@@ -161,17 +184,29 @@ class Mutator:
         return "named" if path.name in last else "unnamed", where
 
 
+def stop_ranking(inputs: Path) -> None:
+    """Kill a run that has ranked all rows, before it makes the output of them."""
+    folder = inputs / "ranked"
+    folder.mkdir()
+    words = RANK.format(w=inputs, out="ranked").split()
+    status = processes.wait(start(words, inputs, {}, processes.kill_before(4, folder)), 300)
+    assert status == -signal.SIGKILL, said(inputs)
+    assert (folder / ".mails.jsonl.partial").exists() and not (folder / "mails.jsonl").exists()
+
+
 def mutate_all(folder: Path, each: int, seed: int, only: str = "") -> dict[str, Counter]:
     inputs, found = make_inputs(folder), {}
-    words = FINETUNE.format(data="{w}/prompts", steps=2).format(w=inputs)
-    pid = start([*words.split(), "--output-dir", "out", "--save-steps", "1"], inputs, {})
-    assert processes.wait(pid, 300) == 0, said(inputs)[-3000:]
+    pretrained = PRETRAIN.format(data="{w}/data", out="pretrained", updates=2)
+    finetuned = FINETUNE.format(data="{w}/prompts", out="finetuned", steps=2, save=1)
+    for words in (pretrained, finetuned):
+        run(words.format(w=inputs).split(), inputs)
+    stop_ranking(inputs)
     for name, reader in READERS.items():
         if only in name:
             counts = found[name] = Counter[str]()
             mutator = Mutator(reader, inputs, folder / "work")
             for number in range(len(mutator.files)):
-                for turn in range(each):
+                for turn in range(max(each, LEAST_TURNS // len(mutator.files))):
                     verdict, where = mutator.mutate(number, f"{seed} {name} {number} {turn}")
                     counts[verdict] += 1
                     if verdict not in KINDS[:3]:
@@ -189,7 +224,7 @@ def table(found: dict[str, Counter]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--each", type=int, default=4, help="times that each file is damaged")
+    parser.add_argument("--each", type=int, default=3, help="times that each file is damaged")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="readers with this in their name")
     parser.add_argument("--page", type=Path, help="page that gets the table")

@@ -32,7 +32,10 @@ def import_everything() -> None:
     import metro.evaluation.report.build
     import metro.evaluation.runs.runner
     import metro.finetuning.run
-    import metro.finetuning.trainer  # noqa: F401
+    import metro.finetuning.trainer
+    import metro.ranking.run
+    import metro.training.pretrain
+    import metro.training.pretraining_trainer  # noqa: F401
     from metro.data.prompts import prepare
     from metro.data.text import reading, writing
 

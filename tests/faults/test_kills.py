@@ -15,4 +15,4 @@ def test_a_kill_inside_each_command_loses_nothing():
     done = run_python("-m", "tests.faults.kills", "--kills", "1", "--seed", "1", timeout=900)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     total = [int(cell) for cell in rows[-1].strip("| ").split(" | ")[1:]]
-    assert total[0] == len(rows) - 2 == 12 and total[2] == 0 and total[4] == 11, json.dumps(rows)
+    assert total[0] == len(rows) - 2 == 14 and total[2] == 0 and total[4] == 12, json.dumps(rows)

@@ -77,6 +77,12 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused():
         projection_input(model, **batch())
 
 
+def test_weights_that_are_nan_are_not_taken_for_changed_logits():
+    model = small_model("t5")
+    torch.nn.init.constant_(model.decoder.final_layer_norm.weight, torch.nan)
+    assert projection_input(model, **batch()).hidden_BTD.isnan().all()
+
+
 def test_a_model_without_output_embedding_is_refused():
     model = small_model("t5")
     with pytest.raises(ValueError, match="has no output embedding"):

@@ -38,6 +38,14 @@ def test_a_seeded_run_drops_the_same_elements_and_another_seed_others():
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
+def test_all_may_be_dropped():
+    """Also where a rate rounds to 1."""
+    x = torch.randn(10).requires_grad_()
+    for p in (1.0, 1 - 2**-20):
+        out = dropout(x, p, impl="bytes")
+        assert not out.any() and not torch.autograd.grad(out.sum(), x)[0].any()
+
+
 def test_nothing_is_dropped_in_evaluation():
     x = torch.randn(10)
     assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x

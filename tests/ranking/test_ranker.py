@@ -192,3 +192,9 @@ def test_a_row_that_cannot_be_ranked_has_a_problem_and_costs_no_other_row(model,
 def test_wrong_settings_are_refused_before_the_model_is_loaded(options, more, message):
     with pytest.raises(UserError, match=message):
         Ranker("no/such-model", options, **more)
+
+
+def test_options_that_are_the_same_to_the_model_are_refused(model):
+    """The toy model's vocabulary is lowercase."""
+    with pytest.raises(UserError, match="'praise' and 'Praise' are the same to the model"):
+        Ranker(model, ["praise", "b", "Praise"])

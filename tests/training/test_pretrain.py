@@ -127,6 +127,7 @@ def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_d
         ({"arch": "transformer_t5"}, "arch transformer_t5 is not of the task t5_metro"),
         ({"fp16": True}, "fp16 needs a GPU"),
         ({"data": "nowhere"}, "no dict.txt in the data folder nowhere"),
+        ({"finetune_from_model": "nowhere.pt"}, "there is no file or folder nowhere.pt"),
         ({"max_tokens": 20}, "more than max_tokens 20"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from metro.data.datasets import hub_errors
+from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.utils.characters import refuse_utf16
 from metro.utils.identity import digest, files_identity
 from metro.utils.messages import MissingPackage, UserError
@@ -153,6 +154,8 @@ def _inputs_named(name: str) -> list[str]:
     """Return the files of a folder or pattern, in the order of their names; else the name."""
     if name.startswith(HF_PREFIX) or os.path.isfile(name):
         return [name]
+    if (Path(name) / TEXT_MANIFEST).is_file():
+        raise UserError(f"the folder {name} is not text: metro prepare-text made it of text")
     pattern = os.path.join(glob.escape(name), "**") if os.path.isdir(name) else name
     found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
     if not found and os.path.isdir(name):

@@ -22,6 +22,7 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.instruction import model_texts
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.tasks.examples import EvaluationExample
+from metro.utils.messages import UserError
 
 
 class Ranking(NamedTuple):
@@ -103,6 +104,18 @@ class RankClassifier:
             for e in examples
             for choice in e.choices
         ]
+
+
+def check_distinct(sources: list[list[int]], choices: list[str]) -> None:
+    """Check that all answer choices differ in their tokens, as equal ones would tie."""
+    seen: dict[tuple[int, ...], str] = {}
+    for source, choice in zip(sources, choices, strict=True):
+        if (other := seen.get(tuple(source))) is not None:
+            raise UserError(
+                f"answer choices {other!r} and {choice!r} are the same to the model (equal "
+                "tokens); give different ones"
+            )
+        seen[tuple(source)] = choice
 
 
 def encode_once(

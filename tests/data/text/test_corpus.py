@@ -228,6 +228,7 @@ def test_bad_input_is_refused_with_its_name(text, vocab, tmp_path):
         ([tmp_path / "nowhere.txt", text], {}, UserError, "no such input file: .*nowhere"),
         ([tmp_path / "nothing"], {}, UserError, "the folder .*nothing has no files"),
         ([tmp_path / "*.tex"], {}, UserError, "no such input file: .*\\*.tex"),
+        ([vocab], {}, UserError, "made it of text"),
         ([tmp_path / "rows.parquet"], {}, ValueError, "rows.parquet is not text"),
         ([tmp_path / "wide.txt"], {}, ValueError, "wide.txt is UTF-16"),
         ([], {}, ValueError, "no input"),
@@ -314,6 +315,8 @@ def test_folder_of_other_things_is_not_touched(text, vocab, tmp_path):
     (tmp_path / "out/thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not empty"):
         prepare([text], tmp_path / "out", vocab)
+    with pytest.raises(UserError, match="thesis.tex exists and is not empty"):
+        prepare([text], tmp_path / "out/thesis.tex", vocab, overwrite=True)
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial/thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files .thesis.tex"):
