@@ -65,7 +65,9 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
     batching: str = option(
         "length", "length: examples of similar length together.", choices=("length", "random")
     )
-    max_steps: int = option(-1, "Updates; -1: as num_train_epochs says.")
+    max_steps: int | None = option(
+        -1, "Updates; -1: as num_train_epochs says; of own rows by default from their number."
+    )
     num_train_epochs: float = option(1.0, "Passes over the mixture.", least=0)
     learning_rate: float | None = option(
         1e-3, "Peak learning rate; of own rows by default from the model's width."
@@ -160,7 +162,7 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
                 raise UserError(f"{name} is {steps}; use a whole number, or less than 1 as a share")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}; use more than 0")
-        if self.max_steps == 0 or self.max_steps < -1:
+        if self.max_steps is not None and (self.max_steps == 0 or self.max_steps < -1):
             raise UserError(f"max_steps is {self.max_steps}; use 1 or more, or -1")
         if self.label_smoothing and self.objective not in ("direct", "channel"):
             raise UserError(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import metro
 from metro.cli.main import load_command
 from metro.data.prompts.stored import PromptedExamples
-from metro.finetuning.run import finetune
+from metro.finetuning.run import default_updates, finetune
 from metro.finetuning.settings import FinetuningSettings
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import sentiment
@@ -126,6 +126,20 @@ def test_examples_are_those_of_prepare_prompts(settings, mails):
         for made, number in zip(PromptedExamples(path), numbers, strict=True):
             expected = sentiment(number, 0)
             assert {name: made[name] for name in expected} == expected
+
+
+def test_updates_are_five_passes_over_the_rows_and_at_least_a_hundred(settings):
+    """Oracle: by hand, of 48 training rows, in batches of 16 where nothing is said."""
+    chosen = settings(max_steps=1, early_stopping=None, eval_steps=None)
+    folder = finetune(chosen).folder / "data"
+    for options, processes, expected in [
+        ({}, 1, 100),
+        ({"batch_size": 1}, 1, 240),
+        ({"batch_size": 1}, 2, 120),
+        ({"batch_size": 1, "gradient_accumulation_steps": 7}, 1, 100),
+        ({"batch_size": 1, "gradient_accumulation_steps": 2}, 1, 120),
+    ]:
+        assert default_updates(folder, settings(**options), processes) == expected
 
 
 def test_without_validation_rows_the_schedule_is_fixed_and_said(settings, mails, capsys):

@@ -42,7 +42,7 @@ def test_every_shipped_configuration_is_complete(name):
     settings = FinetuningSettings.combine(
         name, {"output_dir": "o", **(NEEDED if name in ("tiny", "own_rows") else {})}
     )
-    assert settings.max_steps > 0
+    assert settings.max_steps is None if name == "own_rows" else settings.max_steps > 0
 
 
 def test_published_facts_of_the_configurations():
