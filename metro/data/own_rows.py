@@ -167,11 +167,17 @@ def read_rows(
             yield index, error
 
 
-def values_of(rows: Sequence[dict], field: str) -> Iterator[Any]:
-    """Yield a field's value in every row; None where there is none, or no row that can be read."""
+def all_rows(rows: Sequence[dict]) -> Iterator[dict | UnusableRow]:
+    """Read every row, some of them at a time."""
     for start in range(0, len(rows), ROWS_READ_AT_ONCE):
         for _, row in read_rows(rows, range(start, min(start + ROWS_READ_AT_ONCE, len(rows)))):
-            yield None if isinstance(row, UnusableRow) else row.get(field)
+            yield row
+
+
+def values_of(rows: Sequence[dict], field: str) -> Iterator[Any]:
+    """Yield a field's value in every row; None where there is none, or no row that can be read."""
+    for row in all_rows(rows):
+        yield None if isinstance(row, UnusableRow) else row.get(field)
 
 
 def fields_of(rows: Sequence[dict]) -> list[str]:

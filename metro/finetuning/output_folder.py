@@ -46,10 +46,10 @@ def finished_run(settings: FinetuningSettings) -> FinetuneResult | None:
     folder = run_folder(settings)
     if (state := folder.state()) is None:
         return None
-    by_steps = settings.max_steps > 0
+    max_steps = settings.max_steps or -1
     ended_early = ran_out_of_patience(state["stateful_callbacks"], settings.early_stopping)
-    reached = state["global_step"] if by_steps else state["epoch"] + 1e-6
-    wanted = settings.max_steps if by_steps else settings.num_train_epochs
+    reached = state["global_step"] if max_steps > 0 else state["epoch"] + 1e-6
+    wanted = max_steps if max_steps > 0 else settings.num_train_epochs
     if reached < wanted and not ended_early:
         return None
     return FinetuneResult(folder.out, state["global_step"], last_metrics(state["log_history"]))

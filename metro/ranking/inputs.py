@@ -1,10 +1,9 @@
 """Rows to rank: from a file, a folder of splits, or a dataset of the hub."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metro.data.jsonl_rows import UnusableRow
 from metro.data.own_rows import OwnData, check_fields, fields_of
 from metro.ranking.settings import RankSettings
 from metro.utils.messages import UserError, shortened
@@ -48,15 +47,3 @@ def read_lines(path: Path) -> Iterator[str]:
                 yield line.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error}): write it again") from None
-
-
-def each_row(rows: Iterable[Any]) -> Iterator[Any]:
-    """Yield the rows; an ``UnusableRow`` in the place of one that cannot be read."""
-    if not isinstance(rows, Sequence):
-        yield from rows
-        return
-    for number in range(len(rows)):
-        try:
-            yield rows[number]
-        except UnusableRow as error:
-            yield error

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metro.data.jsonl_rows import UnusableRow
+from metro.data.own_rows import all_rows
 from metro.data.prompts.examples import VALUE_CUT, LeftOut, count_row
 from metro.models.source import model_source
-from metro.ranking.inputs import each_row, open_input
+from metro.ranking.inputs import open_input
 from metro.ranking.settings import RankSettings
 from metro.utils.files import check_output
 from metro.utils.messages import UserError, counted
@@ -83,7 +84,7 @@ class RankRun:
         self.ranker: Ranker = Ranker(settings.model, settings=settings)
         if self.ranker.processes.count > 1 and self.total is None:
             raise UserError("several processes cannot share these texts: give them as --input FILE")
-        self.rows = each_row(rows)
+        self.rows = all_rows(rows) if isinstance(rows, Sequence) else iter(rows)
         self.num_rows = 0
         self.left_out: dict[str, LeftOut] = {}
         progress.say(self.ranker.scored.describe())
