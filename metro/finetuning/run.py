@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import read_manifest
 from metro.evaluation.runs.processes import Processes
 from metro.finetuning.data import PromptData
+from metro.finetuning.defaults import default_rate, default_updates
 from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.objectives import scoring_method
@@ -53,8 +53,6 @@ from metro.utils.messages import UserError
 from metro.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
-RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
-PASSES, LEAST_UPDATES = 5, 100
 
 
 def finetune(
@@ -335,27 +333,6 @@ def set_up_for_training(model, settings: FinetuningSettings) -> None:
         set_dropout(model, settings.dropout)
     model.config.use_cache = True
     model.train()
-
-
-def default_updates(folder: Path, settings: FinetuningSettings, num_processes: int) -> int:
-    """Choose a number of updates: some passes over the training examples, and not too few.
-
-    Tried on 16 to 2,000 rows (docs/finetuning.md).
-    """
-    tasks = read_manifest(folder)["splits"]["train"].values()
-    num_examples = sum(facts["num_examples"] for facts in tasks)
-    of_update = settings.batch_size * settings.gradient_accumulation_steps * num_processes
-    return max(LEAST_UPDATES, math.ceil(PASSES * num_examples / of_update))
-
-
-def default_rate(model, settings: FinetuningSettings) -> float:
-    """Choose a learning rate of AdamW: less for wider models, more for adapters.
-
-    Tried on a METRO of width 128 (docs/finetuning.md). Of width 768 it is 1.3e-4, where METRO-T0
-    base took 1e-4, and of 2048 it is 5e-5, as FLIPPED-3B took.
-    """
-    width = getattr(model.config, "d_model", None) or model.config.hidden_size
-    return RATE_TIMES_WIDTH / width * (LORA_RATE if settings.lora else 1)
 
 
 def set_dropout(model, dropout: float) -> None:

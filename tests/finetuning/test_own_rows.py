@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import metro
 from metro.cli.main import load_command
 from metro.data.prompts.stored import PromptedExamples
-from metro.finetuning.run import default_updates, finetune
+from metro.finetuning.defaults import default_updates
+from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import sentiment
