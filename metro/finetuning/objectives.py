@@ -24,7 +24,7 @@ from itertools import chain
 import numpy as np
 
 from metro.data.prompts.encoding import PromptEncoder
-from metro.data.prompts.instruction import SENTINEL, encoder_text, model_texts
+from metro.data.prompts.instruction import SENTINEL, encoder_text, has_text, model_texts
 from metro.finetuning.collation import EncodedPrompt
 from metro.utils.characters import bad_character_in
 from metro.utils.messages import UserError
@@ -77,7 +77,7 @@ def _flipped(
     text, instance = example.get("instruction"), example.get("flipped_input")
     if not text or instance is None:
         raise Unusable("no instruction")
-    if not SENTINEL.sub("", text).strip():
+    if not has_text(text):
         raise Unusable("instruction without text")
     instruction = encoder.targets([text])[0]
     if len(instruction) == encoder.max_target_length:  # it may have been cut

@@ -164,6 +164,8 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
             raise UserError(f"learning_rate is {self.learning_rate}; use more than 0")
         if self.max_steps is not None and (self.max_steps == 0 or self.max_steps < -1):
             raise UserError(f"max_steps is {self.max_steps}; use 1 or more, or -1")
+        if self.max_steps == -1 and not self.num_train_epochs:
+            raise UserError("num_train_epochs is 0.0; use more than 0, or give max_steps")
         if self.label_smoothing and self.objective not in ("direct", "channel"):
             raise UserError(
                 f"label_smoothing is {self.label_smoothing}, which {self.objective} does not have; "

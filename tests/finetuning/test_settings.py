@@ -17,6 +17,7 @@ NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
         ({"dropout": 1.0}, "use 0 up to less than 1"),
         ({"learning_rate": 0}, "use more than 0"),
         ({"lora_r": 4}, "lora_r is 4, but nothing trains adapters"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0.0; use more than 0"),
         ({"max_steps": 0}, "use 1 or more, or -1"),
         ({"objective": "flipped", "label_smoothing": 0.1}, "which flipped does not have"),
         ({"seed": None}, "seed is empty"),

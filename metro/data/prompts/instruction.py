@@ -120,6 +120,11 @@ def join_instruction(runs: Sequence[str]) -> str:
     return "".join(f"<extra_id_{number}> {run}" for number, run in enumerate(runs))
 
 
+def has_text(instruction: str | None) -> bool:
+    """Tell whether an instruction has more than sentinels."""
+    return bool(SENTINEL.sub("", instruction or "").strip())
+
+
 def flip(
     template: Template, row: dict, *, instruction_text: str = "published", seed: int | None = 0
 ) -> Flipped:

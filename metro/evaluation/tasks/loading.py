@@ -14,7 +14,6 @@ from metro.data.prompts.examples import (
     PromptedExample,
     make_example,
 )
-from metro.data.prompts.instruction import NO_INSTRUCTION
 from metro.data.prompts.labels import NO_LABEL
 from metro.data.prompts.stored import PromptedExamples, files_of, read_manifest
 from metro.data.prompts.templates import PromptTemplate
@@ -223,8 +222,6 @@ class PreparedTask(Task):
             raise UnusableRow("missing field", f"the line has no {', '.join(map(repr, missing))}")
         if not example["input"].strip():
             raise UnusableRow("empty input")
-        if flipped and not example["instruction"]:
-            raise UnusableRow(NO_INSTRUCTION)
         return EvaluationExample.of(example)
 
 

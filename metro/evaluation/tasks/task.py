@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.prompts.examples import LeftOut, count_row
+from metro.data.prompts.instruction import NO_INSTRUCTION, has_text
 from metro.data.prompts.templates import TemplateTree, find_templates
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.evaluation.tasks.suites import TaskSpec
@@ -158,7 +159,10 @@ class Task:
         found = Examples()
         for number in self.rows(prompt):
             try:
-                found.examples.append(prepare(self.example(prompt, number, flipped=flipped)))
+                example = self.example(prompt, number, flipped=flipped)
+                if flipped and not has_text(example.instruction):
+                    raise UnusableRow(NO_INSTRUCTION)
+                found.examples.append(prepare(example))
             except UnusableRow as error:
                 count_row(found.skipped, error, f"row {number}")
         if not found.examples:

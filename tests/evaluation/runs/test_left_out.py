@@ -51,6 +51,15 @@ def test_a_prompt_that_cannot_be_evaluated_is_left_out_and_named(tmp_path, loade
     assert found == [("colour", "listed"), ("truth", "ask")]
 
 
+def test_flipped_does_not_score_an_instruction_without_words(tmp_path, loaded):
+    suite_file = write_suite(tmp_path)
+    suite_file.write_text(suite_file.read_text().replace("What colour is {{thing}}?", "{{thing}}"))
+    said = Said()
+    assert run(tmp_path / "run", suite_file, *loaded, method="flipped", progress=said) == 2
+    reason = "colour / plain: left out: no row can be evaluated: no instruction to guess"
+    assert any(line.startswith(reason) for line in said.lines)
+
+
 def test_long_options_are_cut_with_a_note(tmp_path, loaded):
     """Oracle: an option of 300 words against a limit of 256 tokens."""
     suite_file = write_suite(tmp_path)
