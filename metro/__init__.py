@@ -33,6 +33,7 @@ _PUBLIC: dict[str, str] = {
     "finetune": "metro.finetuning.run",
     "evaluate": "metro.evaluation.evaluate",
     "report": "metro.evaluation.report.build",
+    "plan": "metro.planning.plan",
     "rank": "metro.ranking.run",
     "Ranker": "metro.ranking.ranker",
     "fuse": "metro.fusion",

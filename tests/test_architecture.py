@@ -56,6 +56,7 @@ MAY_IMPORT = {
     },
     "evaluation": {"utils", "modeling", "ops", "fusion", "data", "models"},
     "generation": {"utils", "models"},
+    "planning": {"utils", "models", "pretraining", "finetuning"},
     "ranking": {"utils", "data", "models", "evaluation"},
     "integrations": {"utils", "data", "models", "generation", "evaluation", "ranking"},
 }

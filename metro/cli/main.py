@@ -51,6 +51,7 @@ GROUPS = {
         ),
     },
     "This machine": {
+        "plan": ("models:plan_command", "Show what fits on your GPUs, with which options."),
         "doctor": ("doctor:command", "Show versions, devices, and how to install what is missing."),
     },
 }

@@ -1,10 +1,12 @@
-"""`metro models`: the released checkpoints and their published results."""
+"""`metro models`: the released checkpoints and their results; `metro plan`: memory of a model."""
 
 import json
 from pathlib import Path
 
 import click
 
+from metro.cli.options import settings_command
+from metro.planning.settings import PlanSettings
 from metro.utils.messages import UserError
 
 
@@ -100,3 +102,21 @@ def show_one(model) -> None:
         table.add_row(results.mean_title, *results.means, style="bold")
         console.print()
         console.print(table)
+
+
+def plan(settings: PlanSettings) -> None:
+    """Show what fits on your GPUs, with which options: to use, finetune or pretrain a model.
+
+    Memory of one GPU in GB (10^9 bytes) by a formula, the most comfortable way first; below a table
+    the command of the first that fits. No weights are read.
+    """
+    from metro.planning.plan import plan as run
+
+    click.echo(run(settings))
+
+
+plan_command = settings_command(
+    plan,
+    PlanSettings,
+    example="metro plan --model flipped_11b --gpus 8 --memory 80",
+)

@@ -217,7 +217,7 @@ def shown_default(part: Field) -> str:
 
 
 def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -> click.Option:
-    about = "YAML file of options, without the --"
+    about = "YAML file of options"
     alone = [
         parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
         for parameter in extra
@@ -227,5 +227,5 @@ def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -
     if shipped := settings.shipped():
         about += f", or one of METRO's: {', '.join(shipped)}"
     return click.Option(
-        ["--config"], metavar="FILE", help=f"{about}. The command line overrides it."
+        ["--config"], metavar="FILE", help=f"{about}. Options override it."
     )

@@ -32,6 +32,8 @@ class RegisteredModel:
     """``metro``, ``t0`` or ``flipped``: decides how inputs are built."""
     parameters: int
     """Number of weights, shared ones counted once."""
+    config: dict[str, Any]
+    """Sizes, by the names of its ``config.json``."""
     vocabulary: str
     pretraining: str
     """Pretraining objective and data."""
@@ -65,6 +67,14 @@ def registered_models() -> dict[str, RegisteredModel]:
         name: RegisteredModel(name=name, **{**fields, "published": tuple(fields["published"])})
         for name, fields in content["models"].items()
     }
+
+
+def known_config(name: str) -> dict[str, Any] | None:
+    """Return the sizes of a registered model, or of one that a configuration begins from."""
+    registered = find_registered(name)
+    if registered is not None:
+        return registered.config
+    return read_yaml(registry_folder() / "registry.yaml")["bases"].get(name)
 
 
 def find_registered(name: str) -> RegisteredModel | None:
