@@ -7,7 +7,7 @@ from metro.data.prompts.stored import read_manifest
 from metro.finetuning.settings import FinetuningSettings
 
 RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
-PASSES, LEAST_UPDATES = 5, 100
+PASSES, LEAST_UPDATES = 10, 200
 
 
 def default_updates(folder: Path, settings: FinetuningSettings, num_processes: int) -> int:

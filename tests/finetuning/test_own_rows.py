@@ -129,16 +129,16 @@ def test_examples_are_those_of_prepare_prompts(settings, mails):
             assert {name: made[name] for name in expected} == expected
 
 
-def test_updates_are_five_passes_over_the_rows_and_at_least_a_hundred(settings):
+def test_updates_are_ten_passes_over_the_rows_and_at_least_two_hundred(settings):
     """Oracle: by hand, of 48 training rows, in batches of 16 where nothing is said."""
     chosen = settings(max_steps=1, early_stopping=None, eval_steps=None)
     folder = finetune(chosen).folder / "data"
     for options, processes, expected in [
-        ({}, 1, 100),
-        ({"batch_size": 1}, 1, 240),
-        ({"batch_size": 1}, 2, 120),
-        ({"batch_size": 1, "gradient_accumulation_steps": 7}, 1, 100),
-        ({"batch_size": 1, "gradient_accumulation_steps": 2}, 1, 120),
+        ({}, 1, 200),
+        ({"batch_size": 1}, 1, 480),
+        ({"batch_size": 1}, 2, 240),
+        ({"batch_size": 1, "gradient_accumulation_steps": 7}, 1, 200),
+        ({"batch_size": 1, "gradient_accumulation_steps": 2}, 1, 240),
     ]:
         assert default_updates(folder, settings(**options), processes) == expected
 
