@@ -6,7 +6,7 @@ from pathlib import Path
 from metro.data.prompts.stored import read_manifest
 from metro.finetuning.settings import FinetuningSettings
 
-RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
+RATE_TIMES_WIDTH, LORA_RATE = 0.1, 3
 PASSES, LEAST_UPDATES = 10, 200
 
 

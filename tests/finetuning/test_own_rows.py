@@ -163,7 +163,7 @@ def test_own_rows_begin_from_their_configuration_and_a_rate_for_the_width(
     )
     assert FinetuningSettings.of(**given).max_steps == -1
     finetune(FinetuningSettings.of(chosen, use_cpu=True, report_to="none", lora=True))
-    assert "learning rate 0.031, from the model's width" in capsys.readouterr().err
+    assert "learning rate 0.0094, from the model's width" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [False, True])
