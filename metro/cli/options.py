@@ -226,6 +226,4 @@ def _config_option(settings: type[Settings], extra: Sequence[click.Parameter]) -
         about += f" (all but {', '.join(alone)})"
     if shipped := settings.shipped():
         about += f", or one of METRO's: {', '.join(shipped)}"
-    return click.Option(
-        ["--config"], metavar="FILE", help=f"{about}. Options override it."
-    )
+    return click.Option(["--config"], metavar="FILE", help=f"{about}. Options override it.")

@@ -27,7 +27,7 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
     CONFIGS = Path(__file__).parent / "configs"
 
     model: str = option(help="Name, hub id, folder or fairseq .pt.")
-    data: str = option(help="Rows (csv, ...), prepared prompts, or a mixture.")
+    data: str = option(help="Own rows, prepared prompts, or a mixture.")
     template: list[str] | None = option(None, TEMPLATE_HELP)
     output_dir: str = option(help="Folder of model, checkpoints and logs.")
     objective: str = option("direct", "Training objective.", choices=OBJECTIVES)
