@@ -12,6 +12,7 @@ import metro
 from metro.data.local_files import open_rows
 from metro.ranking.output import RankedFile
 from metro.ranking.ranker import Ranker
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.data.prepared import Said
 from tests.ranking.conftest import MAILS, OPTIONS, TEMPLATE
@@ -95,6 +96,12 @@ def test_options_of_each_row_are_written_as_json(rank, tmp_path):
     rank(tmp_path / "out.csv", input=tmp_path / "rows.jsonl", options=None, options_field="o")
     found = [list(json.loads(row["probabilities"])) for row in read(tmp_path / "out.csv")]
     assert found == [["x", "y"], ["z", "x", "ü"]]
+
+
+def test_two_do_not_rank_into_one_file(rank, tmp_path):
+    partial = tmp_path / ".out.csv.partial"
+    with locked(partial), pytest.raises(UserError, match="is being written by"):
+        rank(tmp_path / "out.csv")
 
 
 class Killed(Exception):

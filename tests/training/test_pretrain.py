@@ -12,6 +12,7 @@ from metro.models.pretraining_model import load_pretraining_model
 from metro.pretraining.settings import PretrainingSettings
 from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.utils.files import read_json
+from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.conftest import ROOT
 from tests.processes import METRO, run_python
@@ -134,6 +135,11 @@ def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_d
 def test_what_does_not_fit_together_is_one_line(pretrain, options, message):
     with pytest.raises(UserError, match=message):
         pretrain(max_update=1, **options)
+
+
+def test_two_do_not_train_in_one_folder(pretrain, tmp_path):
+    with locked(tmp_path / "out", inside=True), pytest.raises(UserError, match="is being written"):
+        pretrain("out", max_update=1)
 
 
 def test_a_loss_that_turns_nan_stops_the_run_naming_the_examples(pretrain, monkeypatch):
