@@ -78,9 +78,10 @@ def results_folder() -> Path:
 def write_results(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
     """Store the rows with the machine they were measured on in `<results>/<subject>.json`."""
     path = results_folder() / f"{subject}.json"
-    result = {"subject": subject, **facts, "rows": list(rows)}
+    result = {"subject": subject, "date": time.strftime("%Y-%m-%d"), **facts, "rows": list(rows)}
     result["environment"] = environment()
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2).replace(str(ROOT), ".")
+    path.write_text(text + "\n")
     print(f"written: {path}")
     return path
 

@@ -13,8 +13,9 @@ By default the T0 sets of the folder of recorded data, 96 rows and 1 prompt of e
 model of half the base's width and depth with random weights. Seconds are processor time of the
 process, which other processes on the machine disturb least. On a GPU the model is as large as the
 base, both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall, and
-predictions that differ are counted. The last row weighs each set by its
-rows and prompts: the time of the whole suite.
+predictions that differ are counted. On the CPU ours computes once more as by ``--precision bf16``,
+and its predictions that differ from float32's are counted. The last row weighs each set by its rows
+and prompts: the time of the whole suite.
 
 ``times_floor`` is our time over that of the products which no way can do without in float32: the
 encoder over each distinct input once, the decoder and the vocabulary over each distinct beginning
@@ -24,10 +25,10 @@ published way computes it twice and we compute it once.
 """
 
 import argparse
+import copy
 import os
 import random
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ import torch
 from torch.nn import Linear
 
 from benchmarks.common import ROOT, print_table, write_results
+from benchmarks.timing import seconds_now
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
@@ -47,14 +49,6 @@ SHARED = Path(os.environ.get("METRO_TESTDATA", ROOT.parent / "shared"))
 BATCH = 8
 TARGET = 4
 """Times the published way's speed over the whole suite, with equal predictions."""
-
-
-def seconds_now(device: str) -> float:
-    """Processor time on the CPU; on a GPU the wall clock's, once all is done."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def make_model(vocabulary: Path, layers: int, width: int, device: str):
@@ -162,29 +156,38 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speed):
     device, num_different = model.device.type, 0
     lengths = {"max_target_length": 512} if method == "channel" else {}
     encoder = PromptEncoder(tokenizer, **lengths)
-    seconds, count, farthest, floor = {published_way: 0.0, our_way: 0.0}, 0, 0.0, 0.0
+    ways = {"published": (published_way, plain), "ours": (our_way, model)}
+    if device == "cpu":
+        ways["bf16"] = (our_way, copy.deepcopy(model).bfloat16())
+    seconds, count, farthest, floor = dict.fromkeys(ways, 0.0), 0, 0.0, 0.0
+    num_flips = 0
     for prompt in prompts:
         examples = task.examples(prompt, flipped=method == "flipped").examples
         random.Random(0).shuffle(examples)
         scores = {}
-        for way, network in ((published_way, plain), (our_way, model)):
+        for name, (way, network) in ways.items():
             started = seconds_now(device)
-            scores[way] = way(network, encoder, examples, method)
-            seconds[way] += seconds_now(device) - started
+            scores[name] = way(network, encoder, examples, method)
+            seconds[name] += seconds_now(device) - started
         count += len(examples)
         pairs = pairs_of(RankClassifier(PairScorer(model), encoder, method), examples)
         floor += floor_seconds(model, pairs, speed)
-        for theirs, ours in zip(scores[published_way], scores[our_way], strict=True):
+        for rounded, ours in zip(scores.get("bf16", []), scores["ours"], strict=device == "cpu"):
+            num_flips += rounded.index(max(rounded)) != ours.index(max(ours))
+        for theirs, ours in zip(scores["published"], scores["ours"], strict=True):
             if theirs.index(max(theirs)) != ours.index(max(ours)):
                 num_different += 1
                 if device == "cpu":
                     raise SystemExit(f"{task.name} / {prompt}: predictions differ: {theirs} {ours}")
             farthest = max(farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True)))
-    return as_row(method, task.name, count, num_different, farthest, *seconds.values(), floor)
+    row = as_row(method, task.name, count, num_different, farthest, seconds, floor)
+    return row | {"bf16_different": num_flips} if device == "cpu" else row
 
 
-def as_row(method, task, examples, num_different, farthest, published_s, ours_s, floor_s) -> dict:
-    return {
+def as_row(method, task, examples, num_different, farthest, seconds, floor_s) -> dict:
+    """Speeds of one task; ``seconds`` by way."""
+    published_s, ours_s, bf16_s = (seconds.get(way) for way in ("published", "ours", "bf16"))
+    row = {
         "method": method, "task": task, "examples": examples,
         "published_per_s": examples / published_s, "ours_per_s": examples / ours_s,
         "speedup": published_s / ours_s, "speedup_at_floor": published_s / floor_s,
@@ -192,6 +195,7 @@ def as_row(method, task, examples, num_different, farthest, published_s, ours_s,
         "different_predictions": num_different,
         "published_s": published_s, "ours_s": ours_s, "floor_s": floor_s,
     }  # fmt: skip
+    return row | {"bf16_s": bf16_s, "bf16_speedup": published_s / bf16_s} if bf16_s else row
 
 
 def whole_sizes(tasks):
@@ -201,14 +205,20 @@ def whole_sizes(tasks):
 
 def summed(rows, name, sizes=None):
     """One row for all tasks, each counted as if it had had as many examples as ``sizes`` says."""
-    examples, seconds = 0, dict.fromkeys(("published_s", "ours_s", "floor_s"), 0.0)
+    keys = [key for key in ("published_s", "ours_s", "bf16_s", "floor_s") if key in rows[0]]
+    examples, seconds = 0, dict.fromkeys(keys, 0.0)
     for row in rows:
         factor = 1.0 if sizes is None else sizes[row["task"]] / row["examples"]
         examples += round(row["examples"] * factor)
         seconds = {key: total + row[key] * factor for key, total in seconds.items()}
     farthest = max(row["largest_difference"] for row in rows)
     num_different = sum(row["different_predictions"] for row in rows)
-    return as_row(rows[0]["method"], name, examples, num_different, farthest, *seconds.values())
+    floor = seconds.pop("floor_s")
+    of_way = {key.removesuffix("_s"): value for key, value in seconds.items()}
+    row = as_row(rows[0]["method"], name, examples, num_different, farthest, of_way, floor)
+    if "bf16_different" in rows[0]:
+        row["bf16_different"] = sum(each["bf16_different"] for each in rows)
+    return row
 
 
 def judge(row: dict) -> str:
@@ -260,7 +270,7 @@ def main() -> None:
             mine.append(compare(task, task.prompts[: options.prompts]))
             store(rows + mine)  # in case that the rest runs out of time
         rows += [*mine, summed(mine, "all"), summed(mine, "whole suite", whole_sizes(tasks))]
-    hidden = {"published_s", "ours_s", "floor_s", "different_predictions"}
+    hidden = {"published_s", "ours_s", "floor_s", "bf16_s", "different_predictions"}
     shown = [{key: x for key, x in row.items() if key not in hidden} for row in rows]
     print_table(shown, f"rank classification on {options.device}")
     for row in rows:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from metro.modeling.attention_metro_t5 import Attention, relative_position_buckets
 from metro.pretraining.losses import MetroObjective
-from metro.pretraining.model import MetroPretrainingModel
+from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
 
 
 def plain_attend(q, k, v, bias_HTT, visibility, dropout, return_weights=True):
@@ -56,7 +56,7 @@ def buckets_of_pairs(num_buckets: int, max_distance: int, length: int, device) -
     return relative_position_buckets(num_buckets, max_distance, length)[distances_TT].to(device)
 
 
-def make_plain(model: MetroPretrainingModel) -> None:
+def make_plain(model: torch.nn.Module) -> None:
     """Switch a model to the plain way, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
@@ -93,3 +93,12 @@ def plain_loss(model: MetroPretrainingModel, batch, objective: MetroObjective) -
         rtd_logits, is_replaced, is_token.float(), reduction="sum"
     )
     return mlm + lm + objective.rtd_weight * rtd / is_token.sum() * is_masked.sum()
+
+
+def plain_span_loss(model: T5PretrainingModel, batch) -> torch.Tensor:
+    """The loss of span corruption by log-probabilities of the whole vocabulary."""
+    encoded = model.main.encoder(batch["input_ids"], None).last_hidden_state
+    decoded = model.main.decoder(batch["decoder_input_ids"], encoder_hidden_states=encoded)
+    log_probs = model.main.lm_head(decoded.last_hidden_state).float().log_softmax(-1)
+    log_probs.argmax(-1)  # the logged accuracy
+    return -log_probs.gather(-1, batch["target_ids"].unsqueeze(-1)).sum()

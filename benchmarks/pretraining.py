@@ -2,13 +2,15 @@
 
 Ways to train on 512-token samples with the same optimiser, each in a process of its own:
 
-* ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as the plugins train it, on a
-  GPU with all Triton kernels; ``no kernels``: the same without them.
-* ``bf16 products`` (CPU): the same, where float32 products may round their inputs to bf16
-  (``torch.set_float32_matmul_precision("medium")``); ``bf16 autocast``: in autocast.
+* ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as it is trained, on a GPU with
+  all Triton kernels; ``no kernels``: the same without them; ``metro bf16`` (CPU): in autocast.
 * ``plain``: the same weights computed as the original does, see `plain_pretraining.py`.
 * ``compiled`` (GPU): METRO's model without ``fuse``, by torch.compile.
-* ``t5``: Hugging Face T5-v1.1-base, span corruption of as many source tokens.
+* ``t5 spans``, ``t5 spans bf16``, ``t5 plain`` (CPU): the same of span corruption of as many source
+  tokens; ``t5``: Hugging Face T5-v1.1-base of it.
+
+"x plain" and "of plain" compare with the plain way of the same task. On the CPU seconds are
+processor time of one thread.
 
 On a GPU without padding and with samples of half to full length. A way that fails costs its own
 rows: results are written after each.
@@ -25,24 +27,23 @@ Prints a table and writes ``benchmarks/results/pretraining.json``. That all comp
 import argparse
 import os
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import measure_isolated, print_table, write_results
-from benchmarks.plain_pretraining import make_plain, plain_loss
-from benchmarks.timing import measure_rates, synchronize
+from benchmarks.plain_pretraining import make_plain, plain_loss, plain_span_loss
+from benchmarks.timing import measure_rates, seconds_now
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.ops.adamw import adamw_step
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
-from metro.pretraining.model import MetroPretrainingModel
+from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 WAYS = {
-    "cpu": ("metro", "plain", "bf16 products", "bf16 autocast", "t5"),
+    "cpu": ("metro", "plain", "metro bf16", "t5 spans", "t5 plain", "t5 spans bf16", "t5"),
     "cuda": ("metro", "plain", "no kernels", "compiled", "t5"),
 }
 SIZES = {"base": {}, "small": dict(d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4)}
@@ -87,21 +88,21 @@ def build_metro(size: str, dropout: float) -> MetroPretrainingModel:
     return MetroPretrainingModel(config, MetroPretrainingConfig(AUXILIARY_LAYERS[size]))
 
 
-def metro_batch(batch_size: int, padded: bool) -> dict:
+def metro_batch(batch_size: int, padded: bool, length=LENGTH, sentinel=SENTINEL) -> dict:
     """Random tokens, 15 % masked; ``padded``: samples of half to full length."""
     generator = torch.Generator().manual_seed(1)
-    original = torch.randint(4, SENTINEL, (batch_size, LENGTH), generator=generator)
+    original = torch.randint(4, sentinel, (batch_size, length), generator=generator)
     is_masked = torch.rand(original.shape, generator=generator) < 0.15
     if padded:
-        lengths = torch.linspace(LENGTH // 2, LENGTH, batch_size).long()
-        is_padding = torch.arange(LENGTH) >= lengths.unsqueeze(1)
+        lengths = torch.linspace(length // 2, length, batch_size).long()
+        is_padding = torch.arange(length) >= lengths.unsqueeze(1)
         original.masked_fill_(is_padding, MetroT5Config().pad_token_id)
         is_masked &= ~is_padding
     return {
-        "masked_ids": original.masked_fill(is_masked, SENTINEL),
+        "masked_ids": original.masked_fill(is_masked, sentinel),
         "original_ids": original,
         "is_masked": is_masked,
-        "decoder_input_ids": F.pad(original[:, :-1], (1, 0), value=SENTINEL),
+        "decoder_input_ids": F.pad(original[:, :-1], (1, 0), value=sentinel),
         "sampling_seed": torch.arange(batch_size),
         "max_masked": int(is_masked.sum(1).max()),
         "has_padding": padded,
@@ -113,17 +114,19 @@ def build_step(way: str, size: str, dropout: float):
     if way == "t5":
         model = build_t5(size, dropout).train()
         return model, lambda inputs: model(**inputs, use_cache=False).loss
-    model, objective = build_metro(size, dropout).train(), MetroObjective(weighted_lm=True)
-    if way == "plain":
+    of_spans = way.startswith("t5")
+    model = build_metro(size, dropout).train()
+    given = {} if of_spans else {"objective": MetroObjective(weighted_lm=True)}
+    model = T5PretrainingModel(model.main) if of_spans else model
+    if way.endswith("plain"):
         make_plain(model)
-        return model, lambda inputs: plain_loss(model, inputs, objective)
+        loss_of = plain_span_loss if of_spans else plain_loss
+        return model, lambda inputs: loss_of(model, inputs, **given)
     run = torch.compile(model) if way == "compiled" else fuse(model)
-    if way == "bf16 products":
-        torch.set_float32_matmul_precision("medium")
 
     def loss_of(inputs: dict) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16 autocast"):
-            return run(**inputs, objective=objective).total
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
+            return run(**inputs, **given).total
 
     return model, loss_of
 
@@ -149,13 +152,16 @@ def build_t5(size: str, dropout: float):
     )
 
 
-def t5_batch(batch_size: int) -> dict[str, torch.Tensor]:
+def t5_batch(batch_size: int, way: str = "t5") -> dict:
     """512 corrupted source tokens and the 114 target tokens that go with them (Raffel et al.)."""
     generator = torch.Generator().manual_seed(1)
-    return {
-        "input_ids": torch.randint(4, 32000, (batch_size, LENGTH), generator=generator),
-        "labels": torch.randint(4, 32000, (batch_size, 114), generator=generator),
-    }
+    source = torch.randint(4, 32000, (batch_size, LENGTH), generator=generator)
+    target = torch.randint(4, 32000, (batch_size, 114), generator=generator)
+    if way == "t5":
+        return {"input_ids": source, "labels": target}
+    shifted = F.pad(target[:, :-1], (1, 0), value=SENTINEL)
+    given = {"input_ids": source, "target_ids": target, "decoder_input_ids": shifted}
+    return {**given, "has_padding": False}
 
 
 class Optimizer:
@@ -194,21 +200,22 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
     On a GPU for batches without padding and with it; ``t5`` without.
     """
     os.environ["METRO_TRITON"] = "1" if way == "metro" else "0"
+    if device == "cpu":
+        torch.set_num_threads(1)
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     optimizer, found = Optimizer(model), []
-    for padded in (False, True) if device == "cuda" and way != "t5" else (False,):
-        batch = t5_batch(batch_size) if way == "t5" else metro_batch(batch_size, padded)
+    of_spans = way.startswith("t5")
+    for padded in (False, True) if device == "cuda" and not of_spans else (False,):
+        batch = t5_batch(batch_size, way) if of_spans else metro_batch(batch_size, padded)
         inputs, seconds = on_device(batch, device), []
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(num_steps + (3 if device == "cuda" else 1)):
-            synchronize(device)
-            start = time.perf_counter()
+            start = seconds_now(device)
             loss_of(inputs).backward()
             optimizer.step()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(seconds_now(device) - start)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
         padding = "half to full" if padded else "none"
         found.append({"padding": padding, "seconds": seconds[-num_steps:], "gpu_bytes": peak})
@@ -224,12 +231,13 @@ def rows_of(runs: dict[str, list[dict]], batch_size: int, peak_flops: float, flo
             if run["padding"] != "none":
                 speed *= 0.75  # of the tokens are no padding
             row = {"way": way, "padding": run["padding"], "tokens/s": speed, "x plain": None}
-            is_full = run["padding"] == "none" and way != "t5"
+            is_full = run["padding"] == "none" and not way.startswith("t5")
             row["of matrix peak"] = speed * flops / peak_flops if is_full else None
             rows.append(row | {"peak GiB": run["bytes"] / 2**30, "of plain": None})
-    plain = {row["padding"]: row for row in rows if row["way"] == "plain"}
+    plain = {(row["way"], row["padding"]): row for row in rows}
     for row in rows:
-        if beside := plain.get(row["padding"]):
+        way = "t5 plain" if row["way"].startswith("t5") and "t5 plain" in runs else "plain"
+        if beside := plain.get((way, row["padding"])):
             row["x plain"] = row["tokens/s"] / beside["tokens/s"]
             row["of plain"] = row["peak GiB"] / beside["peak GiB"]
     return rows

@@ -14,7 +14,7 @@ from metro.models.registry import METHODS
 from metro.models.source import trained_method
 from metro.utils.files import file_name
 from metro.utils.messages import UserError
-from metro.utils.settings import Settings, option
+from metro.utils.settings import PRECISION_FLAGS, Settings, option
 
 NORMALIZATIONS = ("sum", "mean", "calibrated")
 PAIR_METHODS = ("decoder", "rtd")
@@ -47,7 +47,9 @@ class ScoringSettings(PlacementSettings):
     vocab: Path | None = option(
         None, "Vocabulary folder of a fairseq checkpoint.", section="Model and device"
     )
-    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    dtype: str = option(
+        "fp32", "Of weights and products: fp32, bf16, fp16, auto (as saved).", flag=PRECISION_FLAGS
+    )
     attention: str | None = option(
         None, "Implementation; default: the model's.", choices=("sdpa", "eager")
     )
@@ -196,7 +198,9 @@ class FlipSettings(PlacementSettings):
         "that each answer choice suggests decides.",
     )
     vocab: str | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
-    dtype: str = option("float32", "float32, bfloat16 or float16.")
+    dtype: str = option(
+        "fp32", "Of weights and products: fp32, bf16, fp16, auto (as saved).", flag=PRECISION_FLAGS
+    )
     device: str | None = option(None, "cpu, cuda, cuda:1; default: cpu.")
     max_new_tokens: int = option(64, "Of the generated instructions.", least=1)
 

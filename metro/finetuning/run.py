@@ -44,6 +44,7 @@ from metro.models.source import SCORING_METHOD
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
+from metro.training.precision import choose_precision
 from metro.training.sharding import is_sharded, load_shards, shard
 from metro.utils.checksums import refuse_damage
 from metro.utils.files import naming, read_yaml
@@ -120,6 +121,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
     if done is not None:
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
+    choose_precision(args, settings.precision, model, progress)
     set_up_for_training(model, settings)
     if settings.lora:
         model = add_adapters(model, settings)

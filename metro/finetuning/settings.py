@@ -9,7 +9,7 @@ from metro.data.settings import TEMPLATE_HELP, OwnRowsSettings
 from metro.models.placement import BITS
 from metro.sharding import ShardingSettings
 from metro.utils.messages import UserError
-from metro.utils.settings import option
+from metro.utils.settings import PRECISIONS, option
 
 OBJECTIVES = ("direct", "channel", "flipped", "direct+ul")
 NEED_CHOICES = ("flipped", "direct+ul")
@@ -85,8 +85,8 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
 
     precision: str = option(
         "auto",
-        "auto: bf16 where the GPU has it, fp32 on the CPU.",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        "auto: bf16 on GPUs that have it and, for wide models, on CPUs with AMX; else fp32.",
+        choices=PRECISIONS,
         section="Device",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations: less memory, slower.")

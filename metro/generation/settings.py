@@ -6,7 +6,7 @@ from typing import Any
 
 from metro.models.placement import PlacementSettings
 from metro.utils.messages import UserError
-from metro.utils.settings import option
+from metro.utils.settings import PRECISION_FLAGS, option
 
 MOST_NEW_TOKENS = 256
 
@@ -33,7 +33,9 @@ class GenerationSettings(PlacementSettings):
     max_input_tokens: int = option(512, "Longer texts are truncated.", least=3)
     sentinels: bool = option(False, "Read <sen001> in a text as that sentinel, not as text.")
     dtype: str | None = option(
-        None, "float32, bfloat16, float16; default: float32, bfloat16 on a GPU."
+        None,
+        "Of weights and products: fp32, bf16, fp16, auto (as saved); default: fp32, bf16 on a GPU.",
+        flag=PRECISION_FLAGS,
     )
     vocab: Path | None = option(None, "Folder with sp.model and dict.txt, for a checkpoint .pt.")
 

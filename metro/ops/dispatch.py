@@ -13,10 +13,9 @@ KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_eager_cpu(x: torch.Tensor) -> bool:
-    """Check that the CPU paths apply: float32 (no autocast), not in ``torch.compile``."""
-    is_float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    is_traced = torch.compiler.is_compiling()
-    return is_float32_on_cpu and not is_traced and not torch.is_autocast_enabled("cpu")
+    """Check that the CPU paths apply: float32, autocast to bfloat16, not in ``torch.compile``."""
+    is_ours = x.device.type == "cpu" and computed_type(x) in (torch.float32, torch.bfloat16)
+    return is_ours and not torch.compiler.is_compiling()
 
 
 def is_eager_cuda(x: torch.Tensor) -> bool:

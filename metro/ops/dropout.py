@@ -18,8 +18,8 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
         x: any shape.
         p: probability of dropping, in steps of 2 ** -16 for ``bytes``.
         training: nothing is dropped otherwise.
-        impl: ``reference`` (PyTorch's), ``bytes`` (CPU, described above) or ``auto``: ``bytes`` for
-            float32 on the CPU.
+        impl: ``reference`` (PyTorch's), ``bytes`` (CPU, described above) or ``auto``: ``bytes`` on
+            the CPU.
 
     Raises:
         ValueError: an unknown ``impl``.

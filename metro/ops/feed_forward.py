@@ -38,8 +38,8 @@ def feed_forward(
         x: (..., D).
         weight_in, bias_in: F,D and F. weight_out, bias_out: D,F and D.
         impl: ``reference`` (PyTorch's), ``in_place`` and ``epilogue`` (described above) or
-            ``auto``: ``in_place`` for float32 on the CPU, ``epilogue`` on GPUs, ``reference``
-            inside ``torch.compile``.
+            ``auto``: ``in_place`` on the CPU, ``epilogue`` on GPUs, ``reference`` inside
+            ``torch.compile``.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -80,7 +80,8 @@ class InPlaceFeedForward(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND)
         grad_in, grad_bias_in = torch.zeros_like(weight_in), weight_in.new_zeros(len(weight_in))
         # A GPU is filled by all rows at once, and half precision would round once for each chunk.
-        step = max(len(x_ND), 1) if ctx.has_epilogue else ROWS
+        in_chunks = not ctx.has_epilogue and x.dtype == torch.float32
+        step = ROWS if in_chunks else max(len(x_ND), 1)
         for first in range(0, len(x_ND), step):
             rows = slice(first, first + step)
             grad_inner = torch.mm(grad_ND[rows], weight_out)

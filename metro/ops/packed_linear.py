@@ -41,8 +41,8 @@ def packed_linear(
         weights, biases: for each layer its outputs by D, and its outputs.
         impl: ``reference`` (PyTorch's), ``summed`` (the gradient of ``x`` is summed by the
             products), ``packed`` (that, and one product forward, whose parts are returned), or
-            ``auto``: on GPUs ``packed`` where there are rows enough and else ``summed``, for
-            float32 on the CPU ``summed``, inside ``torch.compile`` ``reference``.
+            ``auto``: on GPUs ``packed`` where there are rows enough and else ``summed``, on
+            the CPU ``summed``, inside ``torch.compile`` ``reference``.
 
     Raises:
         ValueError: an unknown ``impl``.

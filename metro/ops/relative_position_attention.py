@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import check_kernel, computed_type, is_eager_cpu, takes_kernel
+from metro.ops.dispatch import (
+    cast_for_autocast,
+    check_kernel,
+    computed_type,
+    is_eager_cpu,
+    takes_kernel,
+)
 from metro.ops.dropout import draw_kept, random_of, scale_of_kept, seed_from_torch
 from metro.ops.threads import for_each
 
@@ -80,12 +86,13 @@ def relative_position_attention(
     if impl == "cached":
         if q.device.type != "cpu":
             raise ValueError(f"impl 'cached' is for the CPU, q is on {q.device}; use 'auto'")
+        q, k, v = cast_for_autocast(q, k, v)
         return CachedAttention.apply(q, k, v, bias, key_mask, is_causal, query_positions, dropout)
     raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'cached' or 'triton'")
 
 
 def choose_impl(q, k, bias, key_mask, is_causal, query_positions, dropout) -> str:
-    """Choose ``cached`` for long float32 sequences on the CPU; on a GPU ``triton`` where it pays.
+    """Choose ``cached`` for long sequences on the CPU; on a GPU ``triton`` where it pays.
 
     On the CPU up to `SHORT` tokens PyTorch's attention of all heads at once is faster, three times
     at 64.
@@ -182,7 +189,10 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
 
 
 class CachedAttention(torch.autograd.Function):
-    """A head of one sequence at a time; its weights are computed again going back."""
+    """A head of one sequence at a time; its weights are computed again going back.
+
+    Products are of the inputs' type, all between them is in float32.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, is_causal, query_positions, dropout):
@@ -194,14 +204,14 @@ class CachedAttention(torch.autograd.Function):
         out = empty_by_position(q)
 
         def compute(head):
-            random, buffers = random_of(ctx.seed, head), buffers_like(q, k, 2)
+            random, buffers = random_of(ctx.seed, head), buffers_for(q, k, 2)
             bias_SS = None if bias is None else by_distance(bias[head].expand(k.shape[2], -1))
             for chunk in chunks(head, q, k, ctx.in_blocks):
                 weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
                 if dropout:
                     kept = draw_kept(weights.shape, dropout, random)
                     weights.mul_(chunk.matrix(buffers[1]).copy_(kept))
-                product(chunk.of_queries(out), weights, chunk.of_keys(v), kept_scale)
+                product(chunk.of_queries(out), weights.to(v.dtype), chunk.of_keys(v), kept_scale)
 
         for_each(compute, range(q.shape[1]))
         return out
@@ -215,7 +225,7 @@ class CachedAttention(torch.autograd.Function):
         grad_bias = None if bias is None else torch.empty_like(bias)
 
         def compute(head):
-            random, buffers = random_of(ctx.seed, head), buffers_like(q, k, 3)
+            random, buffers = random_of(ctx.seed, head), buffers_for(q, k, 3)
             bias_SS = grad_SN = None
             if bias is not None:
                 bias_SS = by_distance(bias[head].expand(k.shape[2], -1))
@@ -233,6 +243,7 @@ class CachedAttention(torch.autograd.Function):
                     kept_weights = kept.mul_(weights)
                 # A sequence's first chunk has all keys: what was in memory before is ignored.
                 seen = 0.0 if chunk.is_first else 1.0
+                kept_weights = kept_weights.to(v.dtype)
                 product(chunk.of_keys(grad_v), kept_weights.T, chunk_grad, kept_scale, seen)
                 grad_scores = torch._softmax_backward_data(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
@@ -244,6 +255,7 @@ class CachedAttention(torch.autograd.Function):
                         grad_bias_SS[rows].add_(grad_scores)
                     else:
                         grad_bias_SS.index_add_(0, rows, grad_scores)
+                grad_scores = grad_scores.to(q.dtype)
                 product(chunk.of_queries(grad_q), grad_scores, chunk.of_keys(k), scale)
                 product(chunk.of_keys(grad_k), grad_scores.T, chunk.of_queries(q), scale, seen)
             if grad_SN is not None:
@@ -328,14 +340,20 @@ def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iter
             yield QueryChunk(row, head, slice(first, end), keys, is_first=end == num_queries)
 
 
-def buffers_like(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Flat memory for matrices of queries by keys."""
-    return [q.new_empty(q.shape[2] * k.shape[2]) for _ in range(count)]
+def buffers_for(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Flat memory for matrices of queries by keys, in at least float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return [q.new_empty(q.shape[2] * k.shape[2], dtype=dtype) for _ in range(count)]
 
 
 def product(out, a, b, scale: float, seen: float = 0.0) -> torch.Tensor:
     """``out = seen * out + scale * a @ b`` in place: parts of the heads are read in place."""
-    return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
+    if out.dtype == a.dtype:
+        return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
+    rounded = torch.mm(a, b)  # to half precision
+    if not seen:
+        return out.copy_(rounded).mul_(scale)
+    return out.add_(rounded.to(out.dtype), alpha=scale)  # two types in one pass are slower
 
 
 def empty_by_position(x_BHTK: torch.Tensor) -> torch.Tensor:
@@ -350,5 +368,5 @@ def additive_mask(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | 
     if visible is None:
         return None
     visible = visible if visible.dim() == 4 else visible[None, None]
-    mask = torch.zeros(visible.shape, dtype=q.dtype)
-    return mask.masked_fill_(~visible, torch.finfo(q.dtype).min).expand(-1, -1, q.shape[2], -1)
+    mask = torch.zeros(visible.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min).expand(-1, -1, q.shape[2], -1)

@@ -16,7 +16,7 @@ from metro.data.prepared_folder import shard_folders
 from metro.sharding import ShardingSettings
 from metro.utils.files import read_yaml
 from metro.utils.messages import UserError
-from metro.utils.settings import Settings, option
+from metro.utils.settings import PRECISIONS, Settings, option
 
 SHORTEN_METHODS = ("none", "truncate", "random_crop")
 TASKS = {"t5_metro": "t5_metro_base_rpe", "t5": "transformer_t5_base_rpe"}
@@ -272,8 +272,9 @@ class PretrainingSettings(
     lr_scheduler: str = option(
         "polynomial_decay", "After the warm-up.", choices=("polynomial_decay", "inverse_sqrt")
     )
-    keep_auxiliary: bool = option(
-        False, "METRO: keep auxiliary model and RTD head in the finished folder, too."
+    keep_auxiliary: bool = option(False, "METRO: keep auxiliary model and RTD head, too.")
+    precision: str = option(
+        "auto", "auto: as fp16 or bf16 say, else bf16 where that is fast.", choices=PRECISIONS
     )
     checkpoint_activations: bool = option(False, "Recompute activations: less memory, slower.")
     compile: bool = option(False, "Compile the model with torch.compile.")

@@ -40,10 +40,11 @@ def trainer_arguments(
 
     cuda = torch.cuda.is_available() and not use_cpu
     if precision == "auto":
+        # a CPU's depends on the model, see `metro.training.precision`
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
         raise UserError(
-            "precision fp16 needs a GPU; use fp32, or bf16 for a wide model on a CPU that has AMX"
+            "precision fp16 needs a GPU; use --precision fp32, or bf16 on a CPU that has AMX"
         )
     loggers = [] if report_to == "none" else report_to.split(",")
     if report_to == "auto":

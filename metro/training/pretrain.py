@@ -23,8 +23,9 @@ SETTINGS = "pretrain.yaml"
 """Settings of a run, in its output folder."""
 MAY_CHANGE = frozenset(
     {
-        *("output_dir", "data", "max_update", "total_num_update", "num_workers", "fp16", "bf16"),
-        *("cpu", "log_interval", "save_interval_updates", "keep_interval_updates", "report_to"),
+        *("output_dir", "data", "max_update", "total_num_update", "num_workers", "report_to"),
+        *("fp16", "bf16", "precision"),
+        *("cpu", "log_interval", "save_interval_updates", "keep_interval_updates"),
         *("keep_interval_updates_pattern", "validate_interval_updates", "disable_validation"),
         *("checkpoint_activations", "compile", "keep_auxiliary", "resume", "max_tokens"),
         *("batch_size", "update_freq", "required_batch_size_multiple"),
@@ -236,6 +237,7 @@ def build_trainer(
         load,
     )
     from metro.pretraining.building import build_model
+    from metro.training.precision import choose_precision
     from metro.training.pretraining_files import load_weights
     from metro.training.pretraining_trainer import PretrainingTrainer
     from metro.training.sharding import shard
@@ -254,6 +256,7 @@ def build_trainer(
                 attributes |= {"gradient_checkpointing": True}
                 attributes |= {"_gradient_checkpointing_func": recompute}
     count = sum(parameter.numel() for parameter in model.parameters())
+    choose_precision(args, precision_of(settings), model, progress)
     model = shard(model, settings, args)
     progress.say(f"{count:,} parameters; opening the data")
     text = Text(settings, first_sentinel)
@@ -283,6 +286,13 @@ def build_trainer(
     )
 
 
+def precision_of(settings: PretrainingSettings) -> str:
+    """The setting, or what fairseq's names for it say."""
+    if settings.precision != "auto":
+        return settings.precision
+    return "fp16" if settings.fp16 else "bf16" if settings.bf16 else "auto"
+
+
 def training_arguments(settings: PretrainingSettings):
     """Make the Trainer's own options, a `TrainingArguments`.
 
@@ -291,11 +301,10 @@ def training_arguments(settings: PretrainingSettings):
     """
     from metro.training.arguments import trainer_arguments
 
-    precision = "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32"
     return trainer_arguments(
         "metro pretrain",
         use_cpu=settings.cpu,
-        precision=precision,
+        precision=precision_of(settings),
         report_to=settings.report_to,
         output_dir=settings.output_dir,
         max_steps=settings.max_update,

@@ -22,6 +22,11 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from metro.utils.files import read_yaml
 from metro.utils.messages import UserError, did_you_mean
 
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+"""Of training: the type of its products, while weights are in float32."""
+PRECISION_FLAGS = "--precision,--dtype"
+"""Where nothing is trained, one type for weights and products, also in PyTorch's spellings."""
+
 
 def option(
     default: Any = MISSING,
@@ -165,7 +170,8 @@ class Settings:
         names = {name: name for name in cls.names()}
         for part in fields(cls):
             if not part.metadata["positional"]:
-                names.setdefault(flag_of(part).removeprefix("--").replace("-", "_"), part.name)
+                for flag in (part.metadata["flag"] or flag_of(part)).split("/")[0].split(","):
+                    names.setdefault(flag.removeprefix("--").replace("-", "_"), part.name)
         found: dict[str, Any] = {}
         for key, value in options.items():
             name = names.get(str(key).replace("-", "_"))

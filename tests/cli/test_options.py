@@ -237,7 +237,7 @@ def test_help_fits_a_screen_and_names_every_option(name, capsys):
         assert max(map(len, [*first.splitlines(), *full.splitlines()])) <= 80
         for parameter in command.params:
             for flag in parameter.opts if isinstance(parameter, click.Option) else ():
-                assert re.search(rf"^ +(-\w, )?{flag}\b", full, re.M), flag
+                assert re.search(rf"^ +(--?[\w-]+, )*{flag}\b", full, re.M), flag
             assert parameter.opts[0] in first or isinstance(parameter, click.Argument)
 
 

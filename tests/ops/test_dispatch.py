@@ -85,12 +85,13 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
         dispatch.check_kernel(torch.zeros(1))
 
 
-def test_eager_paths_are_left_to_the_compiler_and_to_autocast():
+def test_eager_paths_are_those_of_the_device_and_the_type():
     x = torch.zeros(1)
     assert dispatch.is_eager_cpu(x) and not dispatch.is_eager_cuda(x)
     assert not dispatch.is_eager_cpu(x.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not dispatch.is_eager_cpu(x)
+    for dtype, is_ours in ((torch.bfloat16, True), (torch.float16, False)):
+        with torch.autocast("cpu", dtype):
+            assert dispatch.is_eager_cpu(x) == is_ours
 
 
 X, Y = torch.zeros(1, 1), torch.zeros(1)

@@ -175,3 +175,28 @@ def randomize(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def gradients_of(out, leaves):
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad((out * upstream).sum(), leaves)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_products_of_bfloat16_err_no_more_than_pytorchs(is_causal):
+    """Oracle: the formula in float64, and the errors of PyTorch's own attention in bfloat16."""
+    q, k, v, bias, key_mask, _ = inputs(160, 160, True, True, False)
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (q, k, v)]
+    exact.append(bias.detach().float().double().requires_grad_())
+    want = gradients_of(formula(*exact, key_mask, is_causal, None), exact)
+    errors = {}
+    for impl in ("cached", "reference"):
+        given = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+        given.append(bias.detach().float().requires_grad_())
+        out = relative_position_attention(*given, key_mask=key_mask, is_causal=is_causal, impl=impl)
+        assert out.dtype == torch.bfloat16
+        got = gradients_of(out, given)
+        pairs = zip(got, want, strict=True)
+        errors[impl] = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+    for ours, theirs in zip(errors["cached"], errors["reference"], strict=True):
+        assert ours < 2 * theirs < 0.05  # as kernels have to prove on a GPU

@@ -10,6 +10,7 @@ import torch
 import metro
 from metro.models.pretraining_model import load_pretraining_model
 from metro.pretraining.settings import PretrainingSettings
+from metro.training import precision
 from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
 from metro.utils.files import read_json
 from metro.utils.locks import locked
@@ -92,8 +93,23 @@ def test_training_starts_from_a_folder_as_from_its_fairseq_checkpoint(pretrain, 
 def test_recomputing_activations_changes_no_number_and_bf16_trains(pretrain):
     plain = losses(pretrain("plain", max_update=3).folder)
     assert losses(pretrain("less", max_update=3, checkpoint_activations=True).folder) == plain
+    assert losses(pretrain("fp32", max_update=3, fp16=True, precision="fp32").folder) == plain
     rounded = losses(pretrain("bf16", max_update=3, bf16=True).folder)
     assert rounded != plain and rounded == pytest.approx(plain, rel=0.02)
+
+
+def test_auto_is_bf16_for_wide_models_where_the_cpu_is_fast_at_it(pretrain, monkeypatch):
+    """Oracle: runs that were told so."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    runs = {
+        name: losses(pretrain(name, max_update=2, precision=name).folder)
+        for name in ("fp32", "bf16", "auto")
+    }
+    assert runs["auto"] == runs["fp32"] != runs["bf16"]  # narrow
+    monkeypatch.setattr(precision, "LEAST_WIDTH", 1)
+    assert losses(pretrain("wide", max_update=2).folder) == runs["bf16"]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert losses(pretrain("slow", max_update=2).folder) == runs["fp32"]
 
 
 def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_data, tmp_path):

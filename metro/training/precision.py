@@ -1,0 +1,29 @@
+"""The type of a training run's products on a CPU, where the user leaves it open.
+
+A table of CPU features rather than a measurement: the same machine trains the same way each time.
+CPUs with AMX multiply in bfloat16 five to eight times as fast as in float32; narrow models gain
+nothing, as most of their time is not products (docs/performance.md has the numbers by width).
+"""
+
+import torch
+
+from metro.utils.progress import Progress
+
+LEAST_WIDTH = 256
+"""Narrowest model for which bfloat16 pays."""
+
+
+def choose_precision(args, precision: str, model, progress: Progress) -> None:
+    """Let ``auto`` mean autocast to bfloat16 on a CPU where that pays, and say so.
+
+    Args:
+        args: the Trainer's options, changed before it is made; a GPU's were chosen with them.
+        precision: of the settings.
+        model: to be trained.
+        progress: what to say it to.
+    """
+    if precision != "auto" or args.device.type != "cpu":
+        return
+    if model.config.d_model >= LEAST_WIDTH and torch.cpu._is_amx_tile_supported():
+        args.bf16, args.mixed_precision = True, "bf16"
+        progress.say("products in bf16, which this CPU computes faster; --precision fp32: float32")
