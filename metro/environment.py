@@ -44,6 +44,7 @@ PACKAGES = [
     UsedPackage("sentencepiece", "tokenisation"),
     UsedPackage("numpy", "data"),
     UsedPackage("safetensors", "model files"),
+    UsedPackage("protobuf", "tokenizers of T5", module="google.protobuf"),
     UsedPackage("jinja2", "prompt templates"),
     UsedPackage("pyyaml", "configurations", module="yaml"),
     UsedPackage("matplotlib", "plots"),

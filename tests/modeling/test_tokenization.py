@@ -274,7 +274,6 @@ def test_the_fast_way_gives_what_the_base_class_gives(golden, added):
 
 def test_the_rust_library_differs_where_it_is_said_to(testdata):
     """Oracle: SentencePiece itself; the docstring of the tokenizer names the three cases."""
-    pytest.importorskip("google.protobuf")
     from benchmarks.tokenizer import rust_rebuild
 
     folder = testdata / "vocab/vocab_32k"
