@@ -104,12 +104,12 @@ SMALL, MIDDLE, LARGE = (
         (SMALL, {}, {}),
         (MIDDLE, {}, {}),
         (LARGE, {"batch_size": 4}, {}),
-        (MIDDLE, {"optimizer": "adamw", "objective": "flipped"}, {"optimizer": "adamw"}),
-        (MIDDLE, {"gradient_checkpointing": True}, {"checkpointing": True}),
-        (MIDDLE, {"lora": True}, {"lora_r": 16}),
+        (SMALL, {"optimizer": "adamw", "objective": "flipped"}, {"optimizer": "adamw"}),
+        (SMALL, {"gradient_checkpointing": True}, {"checkpointing": True}),
+        (SMALL, {"lora": True}, {"lora_r": 16}),
         (SMALL, {"gradient_accumulation_steps": 2}, {"accumulates": True}),
     ],
-    ids=["14 M", "74 M", "245 M", "flipped, adamw", "checkpointing", "lora", "accumulation"],
+    ids=["16 M", "80 M", "261 M", "flipped, adamw", "checkpointing", "lora", "accumulation"],
 )
 def test_the_peak_of_a_finetuning_process_is_that_of_the_formula(tmp_path, model, options, how):
     """Resident memory beyond that of a process that has trained a tiny model; within 15 %."""
@@ -117,8 +117,11 @@ def test_the_peak_of_a_finetuning_process_is_that_of_the_formula(tmp_path, model
 
     def lengthen(example):
         words = " ".join(["match team goal"] * 60)
-        answers = {"target": words, "answer_choices": [words, f"song {words}"], "label": 0}
-        return {**example, "input": words, "flipped_input": words, "instruction": words, **answers}
+        choices = [words, words.replace("team", "song")]
+        answers = {"target": words, "answer_choices": choices, "label": 0}
+        shorter = " ".join(["match team goal"] * 20)  # so that the label is not cut away
+        texts = {"input": words, "flipped_input": shorter, "instruction": words}
+        return {**example, **texts, **answers}
 
     data = write_prepared(tmp_path / "data", 40, change=lengthen)
     settings = dict(model=str(folder), data=str(data), output_dir=str(tmp_path / "out"))
@@ -132,5 +135,4 @@ def test_the_peak_of_a_finetuning_process_is_that_of_the_formula(tmp_path, model
     copies = 2 if settings.get("objective") == "flipped" else 1
     batch = Batch(copies * settings["batch_size"], 160, 48)
     expected = training(Sizes.find(str(folder)), batch, Training(half=False, **how), chunk=2**24)
-    print(expected, expected.total / float(done.stdout))
-    assert expected.total == pytest.approx(float(done.stdout), rel=0.15)
+    assert expected.total == pytest.approx(float(done.stdout), rel=0.15), expected
