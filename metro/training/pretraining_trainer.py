@@ -34,7 +34,7 @@ from metro.pretraining.losses import MetroLosses, T5Losses
 from metro.pretraining.metrics import SUMS, T5_SUMS, summarized
 from metro.pretraining.optimization import build_optimizer, build_schedule
 from metro.pretraining.settings import PretrainingSettings
-from metro.training.output_folder import complete_checkpoints
+from metro.training.output_folder import complete_checkpoints, last_metrics
 from metro.training.pretraining_files import load_weights, write_model
 from metro.training.trainer import MetroTrainer
 from metro.utils.files import write_json
@@ -47,7 +47,7 @@ NOT_INPUTS = ("indices", "lengths", "num_tokens", "num_target_tokens", "num_text
 
 
 class Stopped(Exception):
-    """A process that runs alone stops within an update or a validation."""
+    """Training ends without another update."""
 
 
 class PretrainingTrainer(MetroTrainer):
@@ -101,7 +101,15 @@ class PretrainingTrainer(MetroTrainer):
         return self.updates
 
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
-        """Return the next update, and the number of its items in all processes."""
+        """Return the next update, and the number of its items in all processes.
+
+        Raises:
+            Stopped: there is none, as an earlier run ended before it had written the model.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            last = last_metrics(self.state.log_history).items()
+            self.last_valid = {k[6:]: value for k, value in last if k.startswith("valid_")}
+            raise Stopped
         update: Update = next(epoch_iterator)
         own = sum(num_items(micro.batch, self.settings) for micro in update[0] if micro.counts)
         return [update], self.count_items(float(own))

@@ -153,6 +153,19 @@ def test_what_does_not_fit_together_is_one_line(pretrain, options, message):
         pretrain(max_update=1, **options)
 
 
+def test_a_run_killed_before_its_model_was_written_trains_no_more(pretrain):
+    """Oracle: the model that is deleted, and its card."""
+    folder = pretrain(max_update=3).folder
+    before, logged = weights(folder), losses(folder)
+    facts = read_json(folder / "training.json")
+    for path in folder.glob("*.*"):
+        if path.is_file() and path.name not in ("pretrain.yaml", "inputs.json"):
+            path.unlink()
+    assert pretrain(max_update=3).num_updates == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
+    assert (losses(folder), read_json(folder / "training.json")) == (logged, facts)
+
+
 def test_two_do_not_train_in_one_folder(pretrain, tmp_path):
     with locked(tmp_path / "out", inside=True), pytest.raises(UserError, match="is being written"):
         pretrain("out", max_update=1)
