@@ -94,11 +94,13 @@ class PretrainingTrainer(MetroTrainer):
         self.last_valid: dict[str, float] = {}
         super().__init__(model, args, **options)
         self.add_callback(ValidateCallback(settings, valid is not None))
+        # Before all others, which act on the number of updates.
+        self.callback_handler.callbacks.insert(0, OverflowCallback(self))
 
     # --- data ---
 
     def get_train_dataloader(self) -> Any:
-        return self.updates
+        return iter(self.updates)  # one iterator: an update that is skipped takes one more
 
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
         """Return the next update, and the number of its items in all processes.
@@ -123,6 +125,7 @@ class PretrainingTrainer(MetroTrainer):
             Stopped: a request to stop came within it, and no other process waits for this one.
         """
         model.train()
+        self.counted = dict(self.sums), self.num_tokens
         torch.manual_seed(self.settings.seed + self.state.global_step)
         total = torch.zeros((), device=self.args.device)
         self.guard.clear()
@@ -173,6 +176,21 @@ class PretrainingTrainer(MetroTrainer):
             self.lr_scheduler: Any = build_schedule(optimizer or self.optimizer, self.settings)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def skip_update(self) -> None:
+        """Count an update whose gradient overflowed in fp16 as none, as fairseq does."""
+        self.state.global_step -= 1
+        self.sums, self.num_tokens = self.counted
+        self.progress.say(
+            f"the gradient of update {self.state.global_step + 1} overflows in fp16: skipped, with "
+            f"loss scale {self.accelerator.scaler.get_scale():g} from here"
+        )
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        control = self.control
+        if self.accelerator.optimizer_step_was_skipped and not control.should_training_stop:
+            control.should_log = control.should_save = control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # --- logging and validation ---
 
@@ -260,6 +278,17 @@ class PretrainingTrainer(MetroTrainer):
 
     def _load_rng_state(self, checkpoint) -> None:
         """Load nothing, see above."""
+
+
+class OverflowCallback(TrainerCallback):
+    """Takes back an update that the Trainer counted although it was skipped."""
+
+    def __init__(self, trainer: PretrainingTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.skip_update()
 
 
 class ValidateCallback(TrainerCallback):

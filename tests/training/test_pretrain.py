@@ -185,6 +185,29 @@ def test_a_loss_that_turns_nan_stops_the_run_naming_the_examples(pretrain, monke
         pretrain(max_update=3)
 
 
+def test_an_update_whose_gradient_overflows_is_not_one(pretrain, monkeypatch):
+    """fp16's loss scale, far too large at first. Oracle: a run from the batches behind those."""
+    from metro.pretraining import batches
+
+    options = dict(clip_norm=0.0, disable_validation=True)
+    with monkeypatch.context() as patch:
+        make = PretrainingTrainer.create_accelerator_and_postprocess
+
+        def make_with_scaler(self):
+            make(self)
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**63)
+
+        patch.setattr(PretrainingTrainer, "create_accelerator_and_postprocess", make_with_scaler)
+        scaled = pretrain("scaled", max_update=4, save_interval_updates=2, **options).folder
+    saved = complete_checkpoints(scaled)
+    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-4"]
+    place = batches.Position(**read_json(saved[-1] / "position.json"))
+    assert place.epoch == 1 and (num_skipped := place.done - 4) > 2
+    monkeypatch.setattr(batches, "START", place._replace(done=num_skipped))
+    assert_same(scaled, pretrain("behind", max_update=4, **options).folder, rtol=1e-6, atol=1e-7)
+    assert losses(scaled) == losses(scaled.parent / "behind")
+
+
 @pytest.mark.parametrize("name", PretrainingSettings.shipped())
 def test_every_configuration_gives_its_model(name):
     """Oracle: the parameters of the published sizes; a vocabulary of 32,768 with sentinels."""
