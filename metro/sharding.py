@@ -24,9 +24,12 @@ class ShardingSettings(Settings):
         section="Sharding",
     )
     fsdp_offload: bool = option(False, "Keep the shards in the CPU's memory.")
+    deepspeed: str | None = option(None, "Shard with DeepSpeed, as this JSON file says.")
 
     def check_sharding(self) -> None:
-        """Refuse an option of what is not used."""
+        """Refuse two engines, and an option of one that is not used."""
+        if self.fsdp and self.deepspeed:
+            raise UserError("fsdp and deepspeed both shard the model: give one")
         if self.fsdp_offload and not self.fsdp:
             raise UserError("fsdp_offload is an option of fsdp: add --fsdp full")
 

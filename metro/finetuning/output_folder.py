@@ -20,7 +20,7 @@ MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),
     *("eval_batch_size", "resume", "report_to", "gradient_checkpointing", "attn_implementation"),
-    *("templates", "data_dir", "early_stopping", "fsdp", "fsdp_offload"),
+    *("templates", "data_dir", "early_stopping", "fsdp", "fsdp_offload", "deepspeed"),
 }
 """Settings that do not affect what was trained so far: a resumed run may have others."""
 

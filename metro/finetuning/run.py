@@ -45,7 +45,7 @@ from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
 from metro.training.precision import choose_precision
-from metro.training.sharding import is_sharded, load_shards, shard
+from metro.training.sharding import load_shards, shard
 from metro.utils.checksums import refuse_damage
 from metro.utils.files import naming, read_yaml
 from metro.utils.identity import model_identity, refuse_not_finite
@@ -228,10 +228,10 @@ def build_trainer(
             replace=False,
         )
         processes = Processes(args.process_index, args.world_size, args.device)
-        if is_sharded(model):  # all of them gather the weights for each batch of any
+        if settings.fsdp:  # all of them gather the weights for each batch of any
             processes = Processes(0, 1, args.device)
         ranked = ValidationRows(valid_data, processes)
-        if not ranked.examples:
+        if not ranked.examples or settings.deepspeed:  # which frees the projection too early
             ranked, args.metric_for_best_model, args.greater_is_better = None, "loss", False
     trainer = FinetuningTrainer(
         model,
@@ -273,7 +273,7 @@ def training_arguments(settings: FinetuningSettings):
         *("output_dir", "gradient_accumulation_steps", "num_train_epochs"),
         *("warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
-        *("use_cpu", "precision", "report_to", "gradient_checkpointing"),
+        *("use_cpu", "precision", "report_to", "gradient_checkpointing", "deepspeed"),
     )
     keep_best: dict[str, Any] = {
         "load_best_model_at_end": True,

@@ -230,7 +230,7 @@ class FinetuningTrainer(MetroTrainer):
             inputs = self._prepare_inputs(batch)
             skipped += inputs["num_skipped"]
             if "source_ids" not in inputs:
-                if is_sharded(self.model):
+                if is_sharded(self.model) or self.is_deepspeed_enabled:
                     self._take_part()
                 continue
             with self.compute_loss_context_manager():

@@ -104,7 +104,8 @@ def at_projection(
                 "capping?), which this computation would miss; use another model"
             )
         _checked.add(inner)
-    return results[0]
+    # The same tensor as the model returned it: with the hooks of engines that shard weights.
+    return results[0]._replace(**{results[0]._fields[0]: output.logits})  # type: ignore[attr-defined]
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def trainer_arguments(
     precision: str,
     report_to: str,
     gradient_checkpointing: bool = False,
+    deepspeed: str | None = None,
     **options: Any,
 ):
     """Make a `TrainingArguments`, which joins the other processes of ``torchrun``.
@@ -27,6 +29,7 @@ def trainer_arguments(
         precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         report_to: ``auto``, ``none``, or loggers separated by commas.
         gradient_checkpointing: recompute activations.
+        deepspeed: JSON file of DeepSpeed's settings, if it shards the model.
         options: further ones, by the names of transformers.
 
     Raises:
@@ -36,8 +39,15 @@ def trainer_arguments(
     if importlib.util.find_spec("accelerate") is None:
         raise MissingPackage(command, "accelerate", "train")
     from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations import (
+        get_reporting_integration_callbacks,
+        unset_hf_deepspeed_config,
+    )
 
+    if deepspeed and not Path(deepspeed).is_file():
+        raise UserError(f"there is no file {deepspeed}: give DeepSpeed's settings, in JSON")
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install deepspeed, or use --fsdp")
     cuda = torch.cuda.is_available() and not use_cpu
     if precision == "auto":
         # a CPU's depends on the model, see `metro.training.precision`
@@ -56,7 +66,7 @@ def trainer_arguments(
         arguments = TrainingArguments(
             # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
             # machine without one each would train a model of its own.
-            use_cpu=use_cpu or not torch.accelerator.is_available(),
+            use_cpu=not deepspeed and (use_cpu or not torch.accelerator.is_available()),
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             **{
@@ -67,12 +77,15 @@ def trainer_arguments(
             report_to=loggers,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
+            deepspeed=deepspeed,
             **options,
         )
         get_reporting_integration_callbacks(loggers)
     except ValueError as error:  # an unknown schedule, optimizer or logger
         reason = " ".join(str(error).split())
         raise UserError(f"transformers' Trainer does not take these settings: {reason}") from None
+    if deepspeed:  # models are loaded whole and sharded after that, as with FSDP
+        unset_hf_deepspeed_config()
     if arguments.n_gpu > 1:
         raise UserError(
             f"one process sees {arguments.n_gpu} GPUs; start one per GPU: torchrun "

@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset(
         *("keep_interval_updates_pattern", "validate_interval_updates", "disable_validation"),
         *("checkpoint_activations", "compile", "keep_auxiliary", "resume", "max_tokens"),
         *("batch_size", "update_freq", "required_batch_size_multiple"),
-        *("fsdp", "fsdp_offload"),
+        *("fsdp", "fsdp_offload", "deepspeed"),
     }
 )
 """Settings that do not affect what was trained so far: a resumed run may have others."""
@@ -306,6 +306,7 @@ def training_arguments(settings: PretrainingSettings):
         use_cpu=settings.cpu,
         precision=precision_of(settings),
         report_to=settings.report_to,
+        deepspeed=settings.deepspeed,
         output_dir=settings.output_dir,
         max_steps=settings.max_update,
         max_grad_norm=settings.clip_norm,

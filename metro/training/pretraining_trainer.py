@@ -133,6 +133,7 @@ class PretrainingTrainer(MetroTrainer):
         for i, micro in enumerate(inputs.micro_batches):
             if self.args.world_size == 1 and self.stop.requested_here:
                 raise Stopped
+            self.accelerator.gradient_state._set_sync_gradients(i == last)  # for DeepSpeed
             waits = contextlib.nullcontext() if i == last else self.accelerator.no_sync(model)
             with waits, self.compute_loss_context_manager():
                 losses = self.losses(model, micro.batch)
@@ -181,10 +182,8 @@ class PretrainingTrainer(MetroTrainer):
         """Count an update whose gradient overflowed in fp16 as none, as fairseq does."""
         self.state.global_step -= 1
         self.sums, self.num_tokens = self.counted
-        self.progress.say(
-            f"the gradient of update {self.state.global_step + 1} overflows in fp16: skipped, with "
-            f"loss scale {self.accelerator.scaler.get_scale():g} from here"
-        )
+        number = self.state.global_step + 1
+        self.progress.say(f"the gradient of update {number} overflows in fp16: skipped")
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         control = self.control
@@ -248,7 +247,7 @@ class PretrainingTrainer(MetroTrainer):
             out = Path(output_dir or str(self.args.output_dir))
             if out.exists():  # of a run that was killed while it saved
                 shutil.rmtree(out)
-            if self.saves_shards:
+            if self.saves_shards or self.is_deepspeed_enabled:
                 out.mkdir()
             else:
                 self.write(out, self.model.state_dict(), keep_auxiliary=True)

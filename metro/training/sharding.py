@@ -95,7 +95,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise UserError(
             f"{type(model).__name__} does not name its blocks (_no_split_modules), which fsdp "
-            "shards: leave fsdp out"
+            "shards: leave fsdp out, or use deepspeed"
         )
     return found
 

@@ -113,7 +113,13 @@ class MetroTrainer(Trainer):
 
     def whole_state(self) -> dict[str, torch.Tensor] | None:
         """Gather all weights, in all processes at once; the first has them, the others None."""
-        state = whole_state(self.model)
+        if self.is_deepspeed_enabled:
+            try:
+                state = self.accelerator.get_state_dict(self.deepspeed)
+            except ValueError as error:  # of stage 3, without its setting for this
+                raise UserError(f"DeepSpeed cannot join the weights: {error}") from None
+        else:
+            state = whole_state(self.model)
         return state if self.args.process_index == 0 else None
 
     def _move_model_to_device(self, model, device) -> None:

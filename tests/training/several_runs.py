@@ -14,7 +14,15 @@ import torch.distributed.checkpoint as dcp
 from metro.finetuning.run import finetune
 from metro.training.pretrain import pretrain
 
-_, runs, *kill_at = sys.argv
+_, file, *kill_at = sys.argv
+runs = json.loads(Path(file).read_text())
+if any(options.get("deepspeed") for _, options in runs):
+    import deepspeed
+    from accelerate.state import DistributedType, PartialState
+
+    deepspeed.ops.__compatible_ops__.clear()  # whose kernels would be compiled first
+    # Without a GPU accelerate would not join the processes for DeepSpeed, which works there.
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 if kill_at and os.environ["RANK"] == "1":
     write, saves = dcp.FileSystemWriter.write_data, []
 
@@ -25,5 +33,5 @@ if kill_at and os.environ["RANK"] == "1":
         return saves[-1]
 
     dcp.FileSystemWriter.write_data = write_and_die
-for command, options in json.loads(Path(runs).read_text()):
+for command, options in runs:
     {"pretrain": pretrain, "finetune": finetune}[command](progress=False, **options)

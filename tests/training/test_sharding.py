@@ -170,6 +170,26 @@ def test_what_cannot_be_joined_or_loaded_is_one_line(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_deepspeed_trains_and_resumes_as_unsharded_runs(runs, options):
+    """ZeRO-3, with the optimizers of each command."""
+    pytest.importorskip("deepspeed")
+    file = options.folder / "deepspeed.json"
+    settings = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings["stage3_gather_16bit_weights_on_model_save"] = True
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    auto = {name: "auto" for name in names}
+    auto |= {"zero_optimization": settings, "zero_allow_untested_optimizer": True}
+    file.write_text(json.dumps(auto))
+    zero = options("zero", "metro", **EXACT, deepspeed=file)
+    flipped = options("zero flipped", "flipped", deepspeed=file)
+    in_two_processes(options.folder, [(zero[0], {**zero[1], "max_update": 2}), flipped])
+    in_two_processes(options.folder, [zero])
+    check_same_run(runs / "exact", runs / "zero")
+    assert_same(runs / "exact", runs / "zero", **CLOSE)
+    assert_same(runs / "flipped", runs / "zero flipped", **CLOSE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["metro", "flipped"])
 def test_a_run_killed_while_it_writes_shards_goes_on_from_those_before(runs, options, case):
     """A process dies with its parts written. Oracle: the run that was left alone."""
@@ -185,6 +205,7 @@ def test_a_run_killed_while_it_writes_shards_goes_on_from_those_before(runs, opt
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"fsdp": "full", "deepspeed": "x.json"}, "both shard the model: give one"),
         ({"fsdp_offload": True}, "fsdp_offload is an option of fsdp"),
         ({"fsdp": "half"}, "use one of full, hybrid"),
     ],
