@@ -90,7 +90,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
     """Finetune in an output folder that no other run writes into."""
     from transformers import set_seed
 
-    from metro.training.trainer import DIVERGED
+    from metro.training.trainer import DIVERGED, Stopped
 
     is_main_process = args.process_index == 0
     output = run_folder(settings)
@@ -134,7 +134,11 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         naming(Path(settings.output_dir)),
         trainer.stop.listen("saving after the current batch, then stopping"),
     ):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except Stopped:
+            if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
         trainer.say_what_was_cut()
         state = trainer.state
         ended_early = ran_out_of_patience(state.stateful_callbacks, settings.early_stopping)

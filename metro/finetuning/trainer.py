@@ -16,7 +16,7 @@ from metro.finetuning.data import PromptData
 from metro.finetuning.losses import BatchLoss, LossOptions, batch_loss
 from metro.finetuning.validation import ValidationRows
 from metro.training.sharding import is_sharded
-from metro.training.trainer import DIVERGED, MetroTrainer
+from metro.training.trainer import DIVERGED, MetroTrainer, Stopped
 from metro.utils.messages import UserError, shortened
 
 # logged mean -> (sum, divisor)
@@ -118,7 +118,13 @@ class FinetuningTrainer(MetroTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
-        """Return the micro-batches of one update, and the number of items of all processes."""
+        """Return the micro-batches of one update, and the number of items of all processes.
+
+        Raises:
+            Stopped: there is none, as an earlier run ended before it had written the model.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            raise Stopped
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)

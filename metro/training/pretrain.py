@@ -143,7 +143,7 @@ def _pretrain_alone(
     settings: PretrainingSettings, args, first_sentinel: int, progress: Progress
 ) -> PretrainResult:
     """Pretrain in an output folder that no other run writes into."""
-    from metro.training.pretraining_trainer import Stopped
+    from metro.training.trainer import Stopped
 
     output = RunFolder(Path(settings.output_dir), "metro pretrain", MAY_CHANGE)
     is_main_process = args.process_index == 0

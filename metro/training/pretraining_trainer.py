@@ -36,7 +36,7 @@ from metro.pretraining.optimization import build_optimizer, build_schedule
 from metro.pretraining.settings import PretrainingSettings
 from metro.training.output_folder import complete_checkpoints, last_metrics
 from metro.training.pretraining_files import load_weights, write_model
-from metro.training.trainer import MetroTrainer
+from metro.training.trainer import MetroTrainer, Stopped
 from metro.utils.files import write_json
 from metro.utils.messages import UserError
 
@@ -44,10 +44,6 @@ POSITION = "position.json"
 REFERENCES = ("unigram_bits", "bigram_bits", "trigram_bits")
 NOT_INPUTS = ("indices", "lengths", "num_tokens", "num_target_tokens", "num_text_tokens")
 """Fields of a batch that the models do not take."""
-
-
-class Stopped(Exception):
-    """Training ends without another update."""
 
 
 class PretrainingTrainer(MetroTrainer):

@@ -37,6 +37,10 @@ DIVERGED = (
 )
 
 
+class Stopped(Exception):
+    """Training ends without another update."""
+
+
 class MetroTrainer(Trainer):
     """A Trainer that shows progress, stops when it is asked to, and keeps no bad numbers.
 

@@ -80,6 +80,17 @@ def test_a_run_cut_off_while_its_model_is_moved_ends_as_if_left_alone(
     assert not (again.folder / ".model.partial").exists()
 
 
+def test_a_run_killed_before_its_model_was_written_trains_no_more(settings):
+    """Oracle: the model that is deleted."""
+    whole = finetune(settings("whole", save_steps=2, max_steps=4))
+    out = finetune(settings(save_steps=2, max_steps=4)).folder
+    for path in out.glob("*.*"):
+        if path.is_file() and path.name not in ("finetune.yaml", "inputs.json"):
+            path.unlink()
+    assert finetune(settings(save_steps=2, max_steps=4)).num_updates == 4
+    assert_same(out, whole.folder)
+
+
 def test_a_changed_byte_of_a_run_is_named(settings):
     """Oracle: by hand: a digit or byte in the middle becomes another, in one file after another."""
     out = finetune(settings(save_steps=2, max_steps=2)).folder
