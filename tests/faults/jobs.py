@@ -183,7 +183,7 @@ def checkpoints(folder: Path, log: str) -> float:
     from metro.training.output_folder import complete_checkpoints
 
     found = complete_checkpoints(folder / "out")
-    for path in found:
+    for path in found[-2:]:  # older ones are being deleted
         load_file(path / "model.safetensors")
         load(path / "optimizer.pt")
     return int(found[-1].name.split("-")[1]) if found else 0
