@@ -122,14 +122,17 @@ def own_gpus(count: int) -> range:
 
 
 def own_share() -> Memory:
-    """Free memory of this process's GPUs, and its share of the machine's."""
-    from accelerate.utils import get_max_memory
+    """Free memory of this process's GPUs, the only ones it touches, and its share of the machine's.
 
-    free = get_max_memory()
-    gpus = [device for device in free if isinstance(device, int)]
+    Apple's GPUs have no memory beside the machine's.
+    """
+    import psutil  # which accelerate brings
+    import torch
+
+    rest = "mps" if torch.backends.mps.is_available() else "cpu"
     return {
-        **{gpus[i]: free[gpus[i]] for i in own_gpus(len(gpus))},
-        "cpu": free["cpu"] // _processes_here(),
+        **{i: torch.cuda.mem_get_info(i)[0] for i in own_gpus(torch.cuda.device_count())},
+        rest: psutil.virtual_memory().available // _processes_here(),
     }
 
 

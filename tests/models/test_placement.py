@@ -12,7 +12,7 @@ import pytest
 import metro
 from metro.cli.main import load_command
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
-from metro.models.placement import PlacementSettings, own_gpus, placement
+from metro.models.placement import PlacementSettings, own_gpus, own_share, placement
 from metro.utils.identity import weights_identity
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_t5
@@ -109,6 +109,19 @@ def test_processes_of_a_machine_share_its_gpus(monkeypatch):
     assert [*own_gpus(0)] == []
     with pytest.raises(UserError, match="3 processes share 2 GPUs"):
         own_gpus(2)
+
+
+def test_a_process_asks_its_own_gpus_alone(monkeypatch):
+    """A question to another's would open a context of some 500 MB there."""
+    pytest.importorskip("psutil")
+    asked = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (asked.append(i), (100 + i, 200))[1])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    share = own_share()
+    assert asked == [2, 3] and {i: share[i] for i in asked} == {2: 102, 3: 103}
+    assert len(share) == 3
 
 
 def test_options_that_cannot_be_met_are_refused(monkeypatch):
