@@ -32,7 +32,8 @@ def rank(settings: RankSettings, texts: tuple[str, ...], as_json: bool) -> None:
             else:
                 share = "" if each.probability is None else f"{each.probability:.4f}"
                 text = " ".join((each.text or "").split())
-                click.echo("\t".join([each.label or "", share, text]))
+                problem = [] if each.problem is None else [each.problem]
+                click.echo("\t".join([each.label or "", share, text, *problem]))
         run.say_left_out()
 
 

@@ -181,15 +181,13 @@ def values_of(rows: Sequence[dict], field: str) -> Iterator[Any]:
 
 
 def fields_of(rows: Sequence[dict]) -> list[str]:
-    """Return the names of the first row's fields, sorted; none where it cannot be read."""
-    try:
-        return sorted(rows[0])
-    except UnusableRow:
-        return []
+    """Return the names of the first rows' fields, sorted; none where none can be read."""
+    first = read_rows(rows, range(min(len(rows), ROWS_READ_AT_ONCE)))
+    return sorted({name for _, row in first if not isinstance(row, UnusableRow) for name in row})
 
 
 def check_fields(rows: Sequence[dict], fields: Sequence[str | None], data: str) -> None:
-    """Refuse fields that the first row does not have.
+    """Refuse fields that none of the first rows has.
 
     Args:
         rows: opened from ``data``.
@@ -201,7 +199,7 @@ def check_fields(rows: Sequence[dict], fields: Sequence[str | None], data: str) 
     """
     if not len(rows):
         raise UserError(f"{data} has no rows")
-    known = fields_of(rows) or fields
+    known = fields_of(rows)
     for name in fields:
-        if name is not None and name not in known:
-            raise UserError(f"{data} has no field {name!r}: it has {shortened(fields_of(rows))}")
+        if name is not None and known and name not in known:
+            raise UserError(f"{data} has no field {name!r}: it has {shortened(known)}")

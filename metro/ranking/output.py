@@ -21,7 +21,7 @@ from metro.utils.identity import digest
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 
-FORMAT = 1
+FORMAT = 2
 ROWS_OF_A_PART = 10_000
 COLUMNS = ("row", "text", "label", "probability", "agreement", "problem")
 

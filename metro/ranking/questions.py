@@ -3,7 +3,8 @@
 A template is used as `metro evaluate` uses it, but for its answer, which nobody knows here: what is
 left of ``|||`` asks, and the answer choices are the options given, or else the template's own.
 
-A template that reads a single field reads the text, whatever the field is called there.
+A template reads the fields of a row by their names. A text that is no row, or a field named as
+the text, is what a template with a single field reads, where the row has no such field.
 """
 
 import json
@@ -33,7 +34,7 @@ class Asked(NamedTuple):
     """A text and the questions about it."""
 
     text: str | None
-    """None where no field is said to hold it."""
+    """None where several fields are read, and none is said to hold it."""
     questions: list[EvaluationExample]
     """One per template."""
 
@@ -55,6 +56,9 @@ class Questions:
         self.has_options = bool(self.options or self.options_field)
         self.templates = [self._asking(template) for template in choose_templates(settings)]
         self.fields = [self._fields_of(template) for template in self.templates]
+        self.is_default = not (settings.template or settings.prompt)
+        read = set[str]().union(*self.fields)
+        self.only_field = read.pop() if len(read) == 1 else None
         for template in self.templates if flipped else ():
             if not any(map(str.strip, split_template(template.jinja).runs)):
                 raise UserError(f"{template.name} has no instruction for method flipped: {REMEDY}")
@@ -89,13 +93,31 @@ class Questions:
             raise UserError(f"{template.name} reads no field, and asks the same of all: {REMEDY}")
         return found
 
+    def needed_fields(self, *, are_texts: bool) -> list[str]:
+        """List the fields that rows must have.
+
+        Args:
+            are_texts: the rows are texts, not fields.
+        """
+        needed = {self.options_field} if self.options_field else set()
+        for template, names in zip(self.templates, self.fields, strict=True):
+            has_text = are_texts or self.text_field is not None
+            needed |= names - {_filled(names)} if has_text else names
+            if not self.has_options:
+                needed |= fields_read(template.answer_choices or "")
+        return sorted(needed)
+
     def _text(self, row: Any) -> str | None:
         if isinstance(row, str):
             text: Any = row
         elif not isinstance(row, Mapping):
             raise UnusableRow("no text", f"the row is {row!r}, not a text and not fields")
+        elif self.only_field in row and not (self.is_default and self.text_field):
+            text = row[self.only_field]
+            if not isinstance(text, str):  # the template knows what to do with it
+                return str(text) if isinstance(text, int | float) else None
         elif self.text_field is None:
-            return row.get("text") if isinstance(row.get("text"), str) else None
+            return None
         else:
             text = row.get(self.text_field)
         if not isinstance(text, str):
@@ -116,10 +138,10 @@ class Questions:
             fields[OPTIONS] = self.options or self._own_options(fields)
         questions = []
         for template, names in zip(self.templates, self.fields, strict=True):
-            if text is not None:
-                [name] = names if len(names) == 1 else ["text"]
-                fields[name] = text
-            example = make_example(template, fields, "", number, self.settings)
+            name, read = _filled(names), fields
+            if text is not None and (self.is_default or name not in fields):
+                read = {**fields, name: text}
+            example = make_example(template, read, "", number, self.settings)
             questions.append(EvaluationExample.of(example))
         counts = {len(question.choices) for question in questions}
         if len(counts) > 1:
@@ -151,7 +173,15 @@ def choose_templates(settings: RankSettings) -> list[PromptTemplate]:
     if settings.prompt:
         return [each for name in settings.prompt for each in _named(name, settings.templates)]
     texts = settings.template or [DEFAULT_TEMPLATE]
-    return [PromptTemplate("", None, f"template {n}", text, None) for n, text in enumerate(texts)]
+    return [
+        PromptTemplate("", None, f"template {number}", text, None)
+        for number, text in enumerate(texts, start=1)
+    ]
+
+
+def _filled(names: set[str]) -> str:
+    """Name the field in which a template reads the text, where the row does not have it."""
+    return next(iter(names)) if len(names) == 1 else "text"
 
 
 def _named(prompt: str, tree: Any) -> list[PromptTemplate]:

@@ -28,7 +28,7 @@ class Ranked(NamedTuple):
     """The label chosen for a text."""
 
     text: str | None
-    """None where a template reads several fields."""
+    """None where several fields are read, and none is said to hold it."""
     label: str | None
     """The most probable option; None where the row cannot be ranked."""
     probabilities: dict[str, float]

@@ -11,6 +11,7 @@ from metro.data.own_rows import all_rows
 from metro.data.prompts.examples import VALUE_CUT, LeftOut, count_row
 from metro.models.source import model_source
 from metro.ranking.inputs import open_input
+from metro.ranking.questions import DEFAULT_TEMPLATE, Questions
 from metro.ranking.settings import RankSettings
 from metro.utils.files import check_output
 from metro.utils.messages import UserError, counted
@@ -75,7 +76,8 @@ class RankRun:
         model_source(settings.model)
         if texts is not None and settings.input is not None:
             raise UserError("give texts or --input, not both")
-        rows = open_input(settings) if texts is None else texts
+        questions = Questions(settings, flipped=settings.method_of(settings.model) == "flipped")
+        rows = open_input(settings, questions) if texts is None else texts
         self.total = len(rows) if isinstance(rows, Sequence) else None
         self.settings, self.progress = settings, progress
         progress.say(f"loading {settings.model}")
@@ -88,13 +90,12 @@ class RankRun:
         self.num_rows = 0
         self.left_out: dict[str, LeftOut] = {}
         progress.say(self.ranker.scored.describe())
-        if not settings.template and not settings.prompt:
-            from metro.ranking.questions import DEFAULT_TEMPLATE
-
+        if questions.is_default:
             progress.say(f"asked with (--template changes it): {DEFAULT_TEMPLATE!r}")
 
     def __iter__(self) -> "Iterator[Ranked]":
         first, show = self.num_rows, self._show
+        held: list[Ranked] = []  # while none can be ranked
         show(first)
         for each in self.ranker.rank(self.rows, first=first, progress=show):
             if each.problem is not None:
@@ -103,7 +104,10 @@ class RankRun:
             self.num_rows += 1
             if self.num_rows == self.ranker.window:
                 self.refuse_useless()
-            yield each
+            held.append(each)
+            if self.num_left_out < self.num_rows:
+                yield from held
+                held.clear()
         self.refuse_useless()
 
     def refuse_useless(self) -> None:

@@ -46,13 +46,17 @@ def test_texts_of_the_command_line_and_of_stdin_are_ranked(call, model):
     assert lines == [each._asdict() for each in expected]
 
 
-def test_rows_none_of_which_can_be_ranked_are_an_error(call, model, tmp_path):
-    """Also where the labels are printed."""
-    (tmp_path / "mails.jsonl").write_text('{"body": "My parcel never came."}\n' * 2)
+def test_rows_none_of_which_can_be_ranked_are_an_error(call, model, tmp_path, capsys):
+    """Also where the labels are printed, of which there are none then; else one has its problem."""
     (tmp_path / "empty.txt").touch()
-    arguments = ("--input", tmp_path / "mails.jsonl", "--template", "{{subject}} {{body}}")
-    with pytest.raises(UserError, match="none of the first 2 rows .*the row has no 'subject'"):
+    arguments = (*TEXTS, "--template", "{{subject}} {{body}}")
+    with pytest.raises(
+        UserError, match="none of the first 2 rows .*the row has no 'subject', 'body'"
+    ):
         call(model, *arguments, "--options", *OPTIONS)
+    assert capsys.readouterr().out == ""
+    printed = call(model, "--options", *OPTIONS, stdin="\nMy parcel never came.\n")
+    assert printed[0] == "\t\t\tempty text" and printed[1].endswith("\tMy parcel never came.")
     with pytest.raises(UserError, match="empty.txt has no rows"):
         call(model, "--input", tmp_path / "empty.txt", "--options", *OPTIONS)
 

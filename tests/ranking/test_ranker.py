@@ -86,6 +86,27 @@ def test_templates_may_draw_and_use_functions_of_promptsource(model):
     assert ranked == Ranker(model, OPTIONS, template=["Is {{body}} it?"])(TEXTS[:2])
 
 
+def test_a_template_reads_the_fields_that_it_names(model):
+    """Oracle: the same template around the text that it must have read."""
+    row = {"text": "a long letter", "subject": "hello", "n": 7}
+    cases = [
+        ("Is it? {{subject}}", None, "hello", "Is it? hello"),
+        ("Is it? {{subject}}", "text", "hello", "Is it? hello"),
+        ("Is it? {{text}}", "subject", "a long letter", "Is it? a long letter"),
+        ("Is it? {{body}}", "subject", "hello", "Is it? hello"),
+        ("{{subject}}: {{text}}", None, None, "hello: a long letter"),
+        ("{{subject}}: {{text}}", "subject", "hello", "hello: a long letter"),
+        ("Is it? {{n}}", None, "7", "Is it? 7"),
+        (None, "subject", "hello", None),
+        (None, None, "a long letter", None),
+    ]
+    for template, field, text, asked in cases:
+        templates = template and [template]
+        found = Ranker(model, OPTIONS, template=templates, text=field)(row)
+        same = Ranker(model, OPTIONS, template=asked and ["{{a}}"])(asked or text)
+        assert (found.text, found.log_probabilities) == (text, same.log_probabilities), template
+
+
 def test_windows_change_nothing(model):
     ranker = Ranker(model, OPTIONS)
     expected = ranker(TEXTS)
@@ -107,9 +128,7 @@ def test_options_come_from_a_field_of_each_row_a_file_or_the_template(model, tmp
     expected = Ranker(model, OPTIONS, template=[TEMPLATE])(TEXTS)
     per_row = Ranker(model, template=["What is this mail? {{body}}"], options_field="choices")
     for value in (OPTIONS, json.dumps(OPTIONS), "|||".join(OPTIONS)):
-        assert per_row([{**row, "choices": value} for row in MAILS]) == [
-            each._replace(text=None) for each in expected
-        ]
+        assert per_row([{**row, "choices": value} for row in MAILS]) == [*expected]
     (tmp_path / "options.txt").write_text("\ufeffcomplaint\n\nquestion \r\na praise")
     from_file = Ranker(model, template=[TEMPLATE], options_file=tmp_path / "options.txt")
     assert from_file(TEXTS) == expected
@@ -176,14 +195,14 @@ def test_a_row_that_cannot_be_ranked_has_a_problem_and_costs_no_other_row(model,
         (OPTIONS, {"options_field": "x"}, "options and options_field both say"),
         (OPTIONS, {"template": ["{{x}}"], "prompt": ["a:b"]}, "template and prompt both say"),
         (OPTIONS, {"template": ["{{x"]}, "is not a template"),
-        (OPTIONS, {"template": ["{{x.__class__}}"]}, "template 0 reads the attribute '__class__'"),
+        (OPTIONS, {"template": ["{{x.__class__}}"]}, "template 1 reads the attribute '__class__'"),
         (
             OPTIONS,
             {"template": ["{{x}}?", "Which?"]},
-            "template 1 reads no field, and asks the same",
+            "template 2 reads no field, and asks the same",
         ),
         (OPTIONS, {"template": ["{% if x %} a ||| b {% endif %}"]}, "is not a template"),
-        (OPTIONS, {"template": ["{{x}} "], "method": "flipped"}, "template 0 has no instruction"),
+        (OPTIONS, {"template": ["{{x}} "], "method": "flipped"}, "template 1 has no instruction"),
         (OPTIONS, {"out": "a.txt"}, "ends in .csv, .jsonl, .parquet"),
         (None, {"options_file": "none.txt"}, "there is no file none.txt of options"),
         (OPTIONS, {"method": "channel", "normalization": "calibrated"}, "channel scores are prob"),

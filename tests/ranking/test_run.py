@@ -12,6 +12,8 @@ import metro
 from metro.data.local_files import open_rows
 from metro.ranking.output import RankedFile
 from metro.ranking.ranker import Ranker
+from metro.ranking.run import RankRun
+from metro.ranking.settings import RankSettings
 from metro.utils.locks import locked
 from metro.utils.messages import UserError
 from tests.data.prepared import Said
@@ -198,8 +200,8 @@ def test_a_stopped_run_is_not_resumed_on_other_rows(rank, mails, stopped):
         ({"options": None, "options_field": "x"}, "has no field 'x'"),
         ({"template": None}, "which field of .* is the text\\? --text one of body, id, label"),
         (
-            {"template": ["{{subject}} {{body}}"]},
-            "none of the first 10 rows can be ranked: missing",
+            {"input": None, "texts": ["a", "b"], "template": ["{{subject}} {{body}}"]},
+            "none of the first 2 rows can be ranked: missing",
         ),
     ],
 )
@@ -207,3 +209,41 @@ def test_wrong_input_is_refused(rank, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         rank(tmp_path / "out.csv", **more)
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "more", "message"),
+    [
+        (".jsonl", {"template": ["Is it? {{boddy}}"]}, "has no field 'boddy': it has body, id"),
+        (".jsonl", {"template": ["{{id}} {{boddy}}"], "text": "body"}, "has no field 'boddy'"),
+        (".jsonl", {"text": "bodi"}, "has no field 'bodi'"),
+        (".txt", {"template": ["{{subject}} {{text}}"]}, "to read subject: a csv"),
+    ],
+)
+def test_fields_that_no_row_has_are_refused_before_the_model_is_loaded(
+    mails, tmp_path, ending, more, message
+):
+    path = mails.rename(tmp_path / f"rows{ending}")
+    with pytest.raises(UserError, match=message):
+        metro.rank(model="no/such-model", input=path, options=OPTIONS, progress=False, **more)
+
+
+def test_a_blank_line_keeps_its_place(rank, tmp_path):
+    """By hand: the third of four lines is blank."""
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\nfour \xc3\xbc")
+    ranked = rank(input=path).ranked
+    assert [each.text for each in ranked] == ["one", "two", "", "four ü"]
+    assert [each.problem for each in ranked] == [None, None, "empty text", None]
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
+        rank(input=path)
+
+
+def test_the_number_of_rows_is_known_for_every_kind_of_file(model, mails, tmp_path):
+    """By hand; without it there is no ETA, and several processes cannot share the rows."""
+    lines = tmp_path / "rows.txt"
+    lines.write_text("a\nb\n\nc")
+    for path, text, count in ((lines, None, 4), (mails, "body", len(MAILS))):
+        settings = RankSettings.of(model=model, input=str(path), text=text, options=OPTIONS)
+        assert RankRun(settings, None, Said()).total == count
