@@ -57,7 +57,7 @@ PACKAGES = [
     UsedPackage("lm_eval", "lm-evaluation-harness", "lm-eval"),
     UsedPackage("triton", "GPU kernels", "triton"),
     UsedPackage("liger-kernel", "alternative GPU kernels", module="liger_kernel"),
-    UsedPackage("tensorboard", "training curves, live", "fairseq-needs"),
+    UsedPackage("tensorboard", "training curves, live", "train"),
     UsedPackage("pytest", "tests", "dev"),
 ]
 

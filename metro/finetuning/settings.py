@@ -142,8 +142,11 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
             raise UserError("early_stopping needs evaluations: give eval_steps")
         if self.load_in and not self.lora:
             raise UserError(f"weights in {self.load_in} cannot be trained: add lora")
-        if self.load_in and self.fsdp:
-            raise UserError(f"weights in {self.load_in} are not sharded: leave load_in or fsdp out")
+        if self.load_in and (self.fsdp or self.deepspeed):
+            engine = "fsdp" if self.fsdp else "deepspeed"
+            raise UserError(
+                f"weights in {self.load_in} are not sharded: leave load_in or {engine} out"
+            )
         for part in fields(self):
             value = getattr(self, part.name)
             if part.name.startswith("lora_") and not self.lora and value != part.default:

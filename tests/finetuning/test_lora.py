@@ -62,6 +62,14 @@ def test_adapters_beside_rounded_weights_train_resume_and_are_models(
     assert ranked[0] != [*metro.Ranker(metro.load(model), options)(texts)]
 
 
-def test_rounded_weights_alone_are_not_trained():
-    with pytest.raises(UserError, match="weights in 4bit cannot be trained: add lora"):
-        FinetuningSettings(model="m", data="d", output_dir="o", load_in="4bit")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "weights in 4bit cannot be trained: add lora"),
+        ({"lora": True, "fsdp": "full"}, "not sharded: leave load_in or fsdp out"),
+        ({"lora": True, "deepspeed": "x.json"}, "not sharded: leave load_in or deepspeed out"),
+    ],
+)
+def test_rounded_weights_are_trained_beside_adapters_in_one_piece(given, message):
+    with pytest.raises(UserError, match=message):
+        FinetuningSettings(model="m", data="d", output_dir="o", load_in="4bit", **given)
