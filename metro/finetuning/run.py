@@ -188,7 +188,7 @@ def build_trainer(
     settings: FinetuningSettings, args, model, tokenizer, folder: Path, progress: Progress
 ):
     """Make the Trainer with data, loss and batches as the settings say."""
-    from transformers.trainer_utils import IntervalStrategy
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
     from metro.finetuning.trainer import FinetuningTrainer
     from metro.training.stopping import Patience
@@ -220,6 +220,7 @@ def build_trainer(
     if settings.asks_own_rows and not read_manifest(folder)["splits"]["valid"]:
         progress.say(f"no rows for validation: {settings.max_steps} updates, the last model kept")
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        args.save_strategy = SaveStrategy.STEPS if settings.save_steps else SaveStrategy.NO
     elif settings.eval_steps:
         valid_data = PromptData(
             folder,

@@ -144,8 +144,9 @@ def test_updates_are_ten_passes_over_the_rows_and_at_least_two_hundred(settings)
 
 
 def test_without_validation_rows_the_schedule_is_fixed_and_said(settings, mails, capsys):
-    result = finetune(settings(data=str(mails / "train.csv"), max_steps=12))
+    result = finetune(settings(data=str(mails / "train.csv"), max_steps=12, save_steps=8))
     assert result.num_updates == 12 and "eval_loss" not in result.metrics
+    assert (result.folder / "checkpoint-8/model.safetensors").exists()
     said = capsys.readouterr().err
     assert "48 rows for training, none for validation" in said
     assert "no rows for validation: 12 updates, the last model kept" in said
