@@ -244,10 +244,11 @@ class PretrainingTrainer(MetroTrainer):
             if out.exists():  # of a run that was killed while it saved
                 shutil.rmtree(out)
             if self.saves_shards or self.is_deepspeed_enabled:
-                out.mkdir()
+                out.mkdir(exist_ok=True)
             else:
                 self.write(out, self.model.state_dict(), keep_auxiliary=True)
             write_json(out / POSITION, self.position._asdict())
+        self.accelerator.wait_for_everyone()  # to write into it
 
     def write(self, out: Path, state: Mapping[str, torch.Tensor], keep_auxiliary: bool) -> None:
         """Write the model with these weights as a Hugging Face folder."""

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
 
 from metro.sharding import ShardingSettings
 from metro.training.output_folder import TRAINER_STATE
+from metro.training.shard_files import METADATA, load_states
 from metro.utils.checksums import facts, write_record
 from metro.utils.messages import UserError
 
@@ -78,11 +79,20 @@ def shard(model: Model, settings: ShardingSettings, args) -> Model:
 
 
 def _mesh(how: str, device: str) -> DeviceMesh:
-    """Lay the processes out; ``hybrid`` has one row per node."""
+    """Lay the processes out; ``hybrid`` has one row per node.
+
+    Raises:
+        UserError: the nodes are not known, or differ.
+    """
     count = dist.get_world_size()
     if how == "full":
         return init_device_mesh(device, (count,))
-    of_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if not of_node or count % of_node:
+        raise UserError(
+            f"fsdp hybrid shards among the processes of a node, and LOCAL_WORLD_SIZE is {of_node} "
+            f"of {count}: start the same number on each node, with torchrun, or use fsdp full"
+        )
     names = ("replicate", "shard")
     return init_device_mesh(device, (count // of_node, of_node), mesh_dim_names=names)
 
@@ -112,6 +122,8 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     if rank == 0:  # what there is is of a run that was killed while it saved, or replaced now
         (folder.parent / TRAINER_STATE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+    if dist.is_initialized():  # the others make it
+        dist.barrier()
     states = {
         "model": trained_weights(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
@@ -123,18 +135,22 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         gathered = [{}] * dist.get_world_size()
         dist.all_gather_object(gathered, files)
     if rank == 0:
-        whole = {".metadata": facts(folder / ".metadata")}
+        whole = {METADATA: facts(folder / METADATA)}
         write_record(folder, whole | {k: v for each in gathered for k, v in each.items()})
 
 
 def load_shards(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Read what `save_shards` wrote, in as many processes as there are now."""
+    """Read what `save_shards` wrote, in as many processes as there are now.
+
+    Raises:
+        UserError: it is damaged, or of something else; nothing in it is run.
+    """
     states: dict[str, Any] = {"model": trained_weights(model)}
     if optimizer is not None:
         states["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())  # weights in place
+    load_states(states, folder, no_dist=not dist.is_initialized())  # weights in place
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, states["optimizer"])
 

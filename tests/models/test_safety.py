@@ -4,6 +4,7 @@ Oracle throughout: files made from the recorded checkpoints with one thing wrong
 """
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from metro.conversion.fairseq_to_hf import to_hf
 from metro.conversion.hf_to_fairseq import to_fairseq
 from metro.models.fairseq_checkpoint import read_checkpoint
 from metro.models.reading import allowed_classes, load_tensors_and_settings
+from metro.training.sharding import load_shards, save_shards
 from metro.utils.messages import UserError
 
 
@@ -104,6 +106,27 @@ def test_a_payload_in_the_weights_of_a_folder_is_refused(golden, tmp_path, marke
     with pytest.raises(ValueError, match="nothing in it was run"):
         to_fairseq(folder, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_payload_in_a_sharded_checkpoint_is_refused(tmp_path, marker):
+    """In what describes it, and in the optimizer's values; without one it is read."""
+    weights = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(weights.parameters(), lr=0.5)
+    weights(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    again = copy.deepcopy(weights).requires_grad_()
+    save_shards(tmp_path / "shards", weights, optimizer)
+    torch.nn.init.zeros_(again.weight)
+    other = torch.optim.AdamW(again.parameters())
+    load_shards(tmp_path / "shards", again, other)
+    assert torch.equal(again.weight, weights.weight) and other.param_groups[0]["lr"] == 0.5
+    optimizer.param_groups[0]["lr"] = Payload(marker)
+    save_shards(tmp_path / "values", weights, optimizer)
+    (tmp_path / "shards/.metadata").write_bytes(pickle.dumps(Payload(marker)))
+    for name in ("shards", "values"):
+        with pytest.raises(UserError, match="nothing in it was run.*system") as error:
+            load_shards(tmp_path / name, again, other)
+        assert "\n" not in str(error.value)
 
 
 def test_classes_that_keep_no_settings_are_refused_by_name(checkpoint, refused, tmp_path):
