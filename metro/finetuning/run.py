@@ -279,6 +279,7 @@ def training_arguments(settings: FinetuningSettings):
         *("warmup_steps", "adam_epsilon", "weight_decay", "max_grad_norm"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "seed"),
         *("use_cpu", "precision", "report_to", "gradient_checkpointing", "deepspeed"),
+        "fsdp_offload",
     )
     keep_best: dict[str, Any] = {
         "load_best_model_at_end": True,

@@ -270,7 +270,12 @@ class FinetuningTrainer(MetroTrainer):
             "runtime": round(time.time() - started, 2),
         }
         if self.ranked is not None:
-            metrics["accuracy"] = self.ranked.accuracy(self.model)
+            if is_sharded(self.model):  # ranking calls the encoder, not the model that gathers it
+                self.model.unshard()
+            # The first process's, or they might disagree on when to stop: sums differ in last bits.
+            own = self.ranked.accuracy(self.model) * (self.args.process_index == 0)
+            accuracy = torch.tensor([own], dtype=torch.float64, device=self.args.device)
+            metrics["accuracy"] = self.sum_over_processes(accuracy).item()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metro.utils.messages import MissingPackage, UserError
+
+LONGEST_WAIT = 6 * 3600
+"""Seconds that GPUs wait for one another: the first process prepares a mixture or joins weights
+alone, and may need more than the usual half hour. If a process dies, torchrun ends the others."""
+
+
+def backend(fsdp_offload: bool, cuda: bool) -> str | None:
+    """Return what moves tensors between processes, None for accelerate's choice."""
+    # Of norms and parts in the CPU's memory NCCL knows nothing. One process alone has no backend.
+    return "cuda:nccl,cpu:gloo" if fsdp_offload and cuda and "LOCAL_RANK" in os.environ else None
 
 
 def trainer_arguments(
@@ -19,6 +30,7 @@ def trainer_arguments(
     report_to: str,
     gradient_checkpointing: bool = False,
     deepspeed: str | None = None,
+    fsdp_offload: bool = False,
     **options: Any,
 ):
     """Make a `TrainingArguments`, which joins the other processes of ``torchrun``.
@@ -30,6 +42,7 @@ def trainer_arguments(
         report_to: ``auto``, ``none``, or loggers separated by commas.
         gradient_checkpointing: recompute activations.
         deepspeed: JSON file of DeepSpeed's settings, if it shards the model.
+        fsdp_offload: FSDP keeps its parts in the CPU's memory.
         options: further ones, by the names of transformers.
 
     Raises:
@@ -78,6 +91,8 @@ def trainer_arguments(
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             deepspeed=deepspeed,
+            ddp_backend=backend(fsdp_offload, cuda),
+            ddp_timeout=LONGEST_WAIT,
             **options,
         )
         get_reporting_integration_callbacks(loggers)

@@ -307,6 +307,7 @@ def training_arguments(settings: PretrainingSettings):
         precision=precision_of(settings),
         report_to=settings.report_to,
         deepspeed=settings.deepspeed,
+        fsdp_offload=settings.fsdp_offload,
         output_dir=settings.output_dir,
         max_steps=settings.max_update,
         max_grad_norm=settings.clip_norm,

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
 from metro.finetuning.run import finetune
+from metro.finetuning.validation import ValidationRows
 from metro.training.pretrain import pretrain
 
 _, file, *kill_at = sys.argv
@@ -33,5 +35,20 @@ if kill_at and os.environ["RANK"] == "1":
         return saves[-1]
 
     dcp.FileSystemWriter.write_data = write_and_die
+if os.environ["RANK"] == "0":
+    make_folder = Path.mkdir
+
+    def make_late(path, *args, **kwargs):
+        """Be the last to go on with a checkpoint: the others have to wait."""
+        if path.name.startswith("checkpoint-"):
+            time.sleep(0.3)
+        make_folder(path, *args, **kwargs)
+
+    Path.mkdir = make_late
+else:  # as if numbers were rounded otherwise; all of them are to do what the first one says
+    accuracy = ValidationRows.accuracy
+    ValidationRows.accuracy = lambda *args: 1 - accuracy(*args)
+if of_node := os.environ.get("PROCESSES_OF_NODE"):
+    os.environ["LOCAL_WORLD_SIZE"] = of_node
 for command, options in runs:
     {"pretrain": pretrain, "finetune": finetune}[command](progress=False, **options)

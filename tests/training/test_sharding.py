@@ -1,17 +1,23 @@
 """Runs whose weights are shared among processes: two on the CPU, of tiny models."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 
 import metro
 from metro.cli.convert import command as convert
 from metro.pretraining.settings import PretrainingSettings
-from metro.sharding import SHARDS
+from metro.sharding import SHARDS, ShardingSettings
+from metro.training.arguments import backend
 from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
+from metro.training.sharding import shard
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
@@ -19,7 +25,7 @@ from tests.processes import run_python
 from tests.training.tiny import TINY, assert_same, losses
 
 pytest.importorskip("accelerate")
-from metro.training.pretrain import pretrain  # noqa: E402
+from metro.training.pretrain import pretrain, training_arguments  # noqa: E402
 
 ONE_AFTER_ANOTHER = Path(__file__).with_name("several_runs.py")
 QUICK = {
@@ -39,10 +45,13 @@ CLOSE = dict(rtol=1e-4, atol=2e-6)
 """For weights after sums over processes, and norms of parts, in another order."""
 
 
-def in_two_processes(folder: Path, runs: list, *kill_at: int, code: int | None = 0) -> None:
+def in_processes(number: int, folder: Path, runs: list, *kill_at: int, **options) -> None:
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    run_python(*torchrun, ONE_AFTER_ANOTHER, folder / "runs.json", *kill_at, code=code)
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {number}".split()
+    run_python(*torchrun, ONE_AFTER_ANOTHER, folder / "runs.json", *kill_at, **options)
+
+
+in_two_processes = functools.partial(in_processes, 2)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +176,39 @@ def test_what_cannot_be_joined_or_loaded_is_one_line(runs, tmp_path):
     assert f"{part} was damaged" in str(done.exception)
     (tmp_path / "copy" / TRAINER_STATE).unlink()
     assert "is not complete" in str(CliRunner().invoke(convert, command).exception)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_a_copy_each_are_the_unsharded_run(runs, options):
+    """Four processes, of which two are a node. Oracle: two processes, unsharded."""
+    nodes = options("nodes", "metro", **EXACT, fsdp="hybrid", update_freq=1)
+    in_processes(4, options.folder, [nodes], env={"PROCESSES_OF_NODE": "2"})
+    check_same_run(runs / "exact", runs / "nodes")
+    assert_same(runs / "exact", runs / "nodes", **CLOSE)
+
+
+@pytest.mark.parametrize("of_node", [None, "2"])
+def test_nodes_that_are_not_known_are_one_line(monkeypatch, of_node):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_node:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="fsdp hybrid .* LOCAL_WORLD_SIZE is"):
+            args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+            shard(torch.nn.Linear(1, 1), ShardingSettings(fsdp="hybrid"), args)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_processes_exchange_tensors_of_both_memories_and_wait_for_hours(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert backend(True, cuda=True) == "cuda:nccl,cpu:gloo"
+    assert {backend(False, cuda=True), backend(True, cuda=False)} == {None}
+    monkeypatch.delenv("LOCAL_RANK")
+    assert backend(True, cuda=True) is None
+    chosen = PretrainingSettings.of(data="data", output_dir=tmp_path, cpu=True).resolved()
+    assert training_arguments(chosen).ddp_timeout == 6 * 3600
 
 
 @pytest.mark.slow

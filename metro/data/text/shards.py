@@ -42,7 +42,7 @@ def sources_of(corpus: Sequence[TextSource], shard: int, number: int) -> list[Te
     """Return what a shard reads; every document of the corpus is in one of them.
 
     Raises:
-        UserError: nothing.
+        UserError: a shard would be empty.
     """
     found, num_whole = [], 0
     for source in corpus:
