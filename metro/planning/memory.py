@@ -11,17 +11,18 @@ feed-forward width, V vocabulary, and N weights, training needs
                   with checkpointing 4 D for each token and layer, and one layer of those above
     loss          two chunks of logits
 
-bytes. LoRA has gradients and optimizer states of the adapters alone; FSDP a share of the first
-three, and two blocks of layers, gathered. The factors below count the tensors that the layers keep
-for the backward pass, with dropout; those of attention weights (p) and dropout are of the CPU and
-of attention without a fused kernel: with one a GPU needs less.
+bytes. LoRA has gradients and optimizer states of the adapters alone. FSDP has a share of the first
+three, and whole: two blocks of layers and the embeddings as they are computed with, and one block's
+and the embeddings' gradients, so and once more in float32, to average them. The factors below count
+the tensors that the layers keep for the backward pass, with dropout; those of attention weights (p)
+and dropout are of the CPU and of attention without a fused kernel: with one a GPU needs less.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from metro.planning.sizes import Sizes
+from metro.planning.sizes import Sizes, total
 
 CHUNK = 2**26
 """Logits of a chunk, see `metro.ops.linear_cross_entropy`."""
@@ -83,7 +84,7 @@ class Training(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one GPU."""
 
     weights: float
     gradients: float = 0
@@ -127,23 +128,37 @@ def layers(sizes: Sizes, batch: Batch, half: bool, adapted: bool) -> tuple[float
     return encoder, decoder, bias
 
 
+def whole(sizes: Sizes, how: Training) -> tuple[float, float, float, float]:
+    """Bytes of all weights, gradients and optimizer states, and of what the optimizer computes."""
+    matrices = sizes.adapters(how.lora_r) if how.lora_r else sizes.matrices()
+    vectors = 0 if how.lora_r else sizes.vectors
+    trained = total(matrices) + vectors
+    weights = stored(sizes, 2 if how.load_in and how.half else 4, how.load_in)
+    weights += 4 * trained if how.lora_r else 0
+    largest = 4.0 * max(m.rows * m.columns for m in matrices)
+    if "adafactor" not in how.optimizer:
+        return weights, 4.0 * trained, 8.0 * trained, largest
+    sides = sum((m.rows + m.columns) * m.count for m in matrices)
+    return weights, 4.0 * trained, 4.0 * (sides + vectors), 3 * largest
+
+
+def of_machine(sizes: Sizes, how: Training, processes: int) -> float:
+    """Compute the peak of a machine's main memory, beside that of Python and CUDA.
+
+    Each process loads the whole model in float32, or rounds one weight after the other on its GPU.
+    With ``offload`` the shards stay there, and one process gathers the model to write it.
+    """
+    if how.load_in:
+        return 4.0 * sizes.embedding * processes
+    shards = sum(whole(sizes, how)[:3]) / how.shards * processes if how.offload else 0
+    return max(4.0 * sizes.weights * processes, shards + 4.0 * sizes.weights)
+
+
 def training(sizes: Sizes, batch: Batch, how: Training, chunk: int = CHUNK) -> Memory:
     """Compute the peak of an update after the first."""
-    trained = sizes.adapters(how.lora_r) if how.lora_r else sizes.weights
     share = 0 if how.offload else 1 / how.shards
-    is_rounded = how.load_in is not None
-    weights = stored(sizes, 2 if is_rounded and how.half else 4, how.load_in)
-    weights += 4 * trained if how.lora_r else 0
-    gradients = 4.0 * trained
-    if "adafactor" in how.optimizer:
-        sides = sum((m.rows + m.columns) * m.count for m in sizes.matrices())
-        states = 4.0 * (trained if how.lora_r else sides + sizes.vectors)
-        temporary = 3 * 4.0 * max(m.rows * m.columns for m in sizes.matrices())
-    else:
-        states, temporary = 8.0 * trained, 4.0 * max(m.rows * m.columns for m in sizes.matrices())
-    if how.lora_r:
-        temporary = 0.0
-    weights, gradients, states = (share * each for each in (weights, gradients, states))
+    *states, temporary = whole(sizes, how)
+    weights, gradients, of_optimizer = (share * each for each in states)
 
     encoder, decoder, shared = layers(sizes, batch, how.half, bool(how.lora_r))
     B, S, T = batch  # noqa: N806
@@ -156,9 +171,11 @@ def training(sizes: Sizes, batch: Batch, how: Training, chunk: int = CHUNK) -> M
     copies = gathered = 0.0
     if how.shards > 1:
         root = sizes.embedding * (1 if sizes.is_tied else 2)
-        gathered = (2 * sizes.largest_block + root) * (2 if how.half else 4)
-        gathered += 4.0 * (sizes.largest_block + root)  # gradients, before they are shared
-    elif how.half and not is_rounded:
+        computed = 2 if how.half else 4
+        gathered = (2 * sizes.largest_block + root) * computed
+        if not how.lora_r:  # gradients, before they are averaged and shared in float32
+            gathered += (sizes.largest_block + root) * (computed + 4)
+    elif how.half and not how.load_in:
         copies = 2.0 * (sizes.largest_block if how.lora_r and how.checkpointing else sizes.weights)
     if how.replicas > 1:
         gathered += gradients
@@ -171,7 +188,7 @@ def training(sizes: Sizes, batch: Batch, how: Training, chunk: int = CHUNK) -> M
     moment = 4.0 * B * longest * (sizes.feed_forward + 3 * sizes.heads * longest)
     begin = kept + copies + loss + moment + (gradients if how.accumulates else 0)
     end = gradients + max(encoder + copies + moment, temporary)
-    return Memory(weights, gradients, states, gathered + max(begin, end) - gradients)
+    return Memory(weights, gradients, of_optimizer, gathered + max(begin, end) - gradients)
 
 
 def inference(sizes: Sizes, batch: Batch, bytes_each: int, load_in: str | None = None) -> Memory:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metro.finetuning.settings import FinetuningSettings
+from metro.models.placement import BITS
 from metro.models.registry import find_registered, show_parameters
-from metro.planning.memory import Batch, Memory, Training, inference, training
+from metro.planning.memory import Batch, Memory, Training, inference, of_machine, training
 from metro.planning.settings import PlanSettings
 from metro.planning.sizes import Sizes
 from metro.pretraining.settings import PretrainingSettings
-from metro.utils.messages import counted
+from metro.utils.messages import UserError, counted
 from metro.utils.table import Table
 
 CONTEXT, FRAGMENTED = 1e9, 0.05
@@ -23,6 +26,7 @@ MOST = 512
 SCORED_TOKENS = 65536, 1024
 """Tokens of a batch that is scored on a GPU: by default, and the least that is tried."""
 GPUS_OF_A_MACHINE = 8
+NOTHING = "nothing fits: more GPUs, or larger ones"
 EXTRA = {
     "checkpointing": "--gradient-checkpointing",
     "fsdp": "--fsdp full",
@@ -44,6 +48,32 @@ WAYS: tuple[tuple[str, ...], ...] = (
 """Ways to train, the most comfortable first."""
 
 
+class Job(NamedTuple):
+    """A model, and how its configuration trains it."""
+
+    purpose: str
+    """``finetune`` or ``pretrain``."""
+    sizes: Sizes
+    own: FinetuningSettings | PretrainingSettings
+    how: Training
+    """On one GPU; ``lora_r`` is that of a way that has adapters."""
+    always: list[str]
+    """Of `WAYS`, beside sharding: what the configuration does already."""
+    batch: Callable[[int], Batch]
+    """Of so many examples."""
+    wanted: int
+    """Examples of a micro-batch."""
+    update: int
+    """Examples of an update."""
+    command: Callable[[str, int, int], str]
+    """Of options, examples of a micro-batch, and micro-batches of an update."""
+    names: dict[str, str] = EXTRA
+    without: tuple[str, ...] = ()
+    """Of `WAYS`: what the command lacks."""
+    multiple: int = 1
+    """More examples than this in a micro-batch are a multiple of it."""
+
+
 class Way(NamedTuple):
     """A way to use or train a model."""
 
@@ -58,6 +88,10 @@ class Way(NamedTuple):
     """Examples (``use``: tokens) of the largest batch that fits; 0: none."""
     command: str
     """To copy; with a batch that fits."""
+    host: float = 0
+    """Bytes of each machine's main memory, where the model is not loaded onto GPUs."""
+    update: str = ""
+    """What an update's batch is made of."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +115,13 @@ class Plan:
 
     def _table(self, purpose: str) -> Table:
         unit = "tokens" if purpose == "use" else "micro-batch"
-        header = f"{purpose} with|weights|gradients|optimizer|activations|GB|fits|{unit}"
+        host = "" if purpose == "use" else "host GB|"
+        header = f"{purpose} with|weights|gradients|optimizer|activations|GB|{host}fits|{unit}"
         rows = [
             [
                 way.options or "nothing more",
                 *(f"{part / 1e9:.1f}" for part in (*way.memory, way.memory.total)),
+                *[f"{way.host / 1e9:.0f}"] * bool(host),
                 "yes" if way.fits else "no",
                 f"up to {way.most:,}" if way.fits else "",
             ]
@@ -93,12 +129,12 @@ class Plan:
             if way.purpose == purpose
         ]
         best = self.best(purpose)
-        last = best.command if best else "nothing fits: more GPUs, or larger ones"
-        return Table(header.split("|"), rows, notes=[last])
+        notes = [best.update, f"$ {best.command}"] if best else [NOTHING]
+        return Table(header.split("|"), rows, notes=[*filter(None, notes)])
 
     def __str__(self) -> str:
-        tables = (str(table).replace("note: ", "$ ") for table in self.tables)
-        room = f"{self.usable / 1e9:.0f} GB of each GPU can be used"
+        tables = (str(table).replace("note: ", "") for table in self.tables)
+        room = f"{self.usable / 1e9:.0f} GB of each GPU can be used, host: memory of a machine"
         return "\n\n".join([f"{self.title}; {room}", *tables])
 
     __repr__ = __str__
@@ -139,64 +175,56 @@ def _finetuning(settings: PlanSettings, usable: float) -> tuple[Sizes, Iterator[
         name: getattr(settings, name)
         for name in (
             *("model", "objective", "batch_size", "optimizer"),
-            *("max_input_length", "max_target_length"),
+            *("max_input_length", "max_target_length", "precision"),
         )
     }
     if config is None and given["objective"] is None and registered is not None:
         given["objective"] = registered.method
-    own = FinetuningSettings.combine(config, {"data": "DATA", "output_dir": "OUT", **given})
+    places = {"data": "DATA", "output_dir": "OUT"}
+    own = FinetuningSettings.combine(config, {**places, **given})
+    base = FinetuningSettings.combine(config, {**places, "model": own.model})
     sizes = Sizes.find(own.model)
     doubled = 2 if own.objective in ("flipped", "direct+ul") else 1
 
     def batch(examples: int) -> Batch:
         return Batch(doubled * examples, own.max_input_length, own.max_target_length)
 
-    def command(options: str, examples: int) -> str:
+    def command(options: str, examples: int, steps: int) -> str:
         words = ["metro finetune", f"--config {config}" * bool(config)]
         words += [f"--model {own.model}" * (settings.model is not None or not config)]
         words += ["--data DATA --output-dir OUT"]
-        shipped_already = {
-            name: config is not None and given[name] is None
-            for name in ("objective", "optimizer", "max_input_length", "max_target_length")
-        }
-        defaults = FinetuningSettings(model="m", data="d", output_dir="o")
-        for name, is_shipped in shipped_already.items():
-            if not is_shipped and getattr(own, name) != getattr(defaults, name):
+        for name in given:
+            if name not in ("model", "batch_size") and getattr(own, name) != getattr(base, name):
                 words.append(f"--{name.replace('_', '-')} {getattr(own, name)}")
-        steps = math.ceil(own.batch_size * own.gradient_accumulation_steps / examples)
         words += [options, f"--batch-size {examples} --gradient-accumulation-steps {steps}"]
         return _launched(words, settings.gpus)
 
+    of_update = base if config in shipped else own
+    job = Job(
+        "finetune",
+        sizes,
+        own,
+        Training(own.precision != "fp32", own.optimizer, lora_r=own.lora_r),
+        ["checkpointing"] * own.gradient_checkpointing
+        + ["lora"] * own.lora
+        + ([own.load_in] if own.load_in else []),
+        batch,
+        own.batch_size,
+        of_update.batch_size
+        * of_update.gradient_accumulation_steps
+        * _gpus(shipped.get(str(config)), settings),
+        command,
+    )
+
     def ways() -> Iterator[Way]:
         yield from _use(settings, sizes, usable)
-        yield from _train(
-            "finetune",
-            settings,
-            usable,
-            own.batch_size,
-            lambda how, examples: training(
-                sizes,
-                batch(examples),
-                how._replace(
-                    optimizer=own.optimizer,
-                    accumulates=own.gradient_accumulation_steps > 1 or examples < own.batch_size,
-                    lora_r=own.lora_r if how.lora_r else 0,
-                ),
-            ),
-            command,
-            EXTRA,
-            always=[
-                *["checkpointing"] * own.gradient_checkpointing,
-                *["lora"] * own.lora,
-                *["4bit"] * (own.load_in is not None),
-            ],
-        )
+        yield from _train(job, settings, usable)
 
     return sizes, ways()
 
 
 def _pretraining(settings: PlanSettings, usable: float) -> tuple[Sizes, Iterator[Way]]:
-    given = {"data": "DATA", "output_dir": "OUT"}
+    given = {"data": "DATA", "output_dir": "OUT", "precision": settings.precision}
     own = PretrainingSettings.combine(settings.pretrain, given).resolved()
     sizes = Sizes.of(
         {
@@ -218,72 +246,93 @@ def _pretraining(settings: PlanSettings, usable: float) -> tuple[Sizes, Iterator
     target = length if own.is_metro else length // 4
     wanted = max(1, own.max_tokens // length)
 
-    def command(options: str, examples: int) -> str:
-        steps = math.ceil(own.update_freq * wanted / examples)
+    def command(options: str, examples: int, steps: int) -> str:
         batch = f"--max-tokens {examples * length} --update-freq {steps}"
         words = [f"metro pretrain --config {settings.pretrain} --data DATA --output-dir OUT"]
+        words += [f"--precision {settings.precision}" * (settings.precision is not None)]
         return _launched([*words, options, batch], settings.gpus)
 
-    ways = _train(
+    job = Job(
         "pretrain",
-        settings,
-        usable,
+        sizes,
+        own,
+        Training(own.precision != "fp32", "adam"),
+        ["checkpointing"] * own.checkpoint_activations,
+        lambda examples: Batch(examples, length, target),
         wanted,
-        lambda how, examples: training(
-            sizes,
-            Batch(examples, length, target),
-            how._replace(optimizer="adam", accumulates=own.update_freq > 1 or examples < wanted),
-        ),
+        wanted * own.update_freq * _gpus(own.shipped().get(str(settings.pretrain)), settings),
         command,
         {**EXTRA, "checkpointing": "--checkpoint-activations"},
         without=("lora",),
+        multiple=own.required_batch_size_multiple,
     )
-    return sizes, ways
+    return sizes, _train(job, settings, usable)
 
 
-def _train(
-    purpose: str,
-    settings: PlanSettings,
-    usable: float,
-    wanted: int,
-    memory: Callable[[Training, int], Memory],
-    command: Callable[[str, int], str],
-    names: dict[str, str],
-    always: list[str] | None = None,
-    without: tuple[str, ...] = (),
-) -> Iterator[Way]:
+def _gpus(shipped: Path | None, settings: PlanSettings) -> int:
+    """Return the number of GPUs that a configuration's batches are for.
+
+    One that comes with METRO says it in its first lines; others mean those that are planned.
+    """
+    if shipped is None:
+        return settings.gpus
+    found = re.search(r"(\d+) GPUs", shipped.read_text())
+    return int(found[1]) if found else 1
+
+
+def _train(job: Job, settings: PlanSettings, usable: float) -> Iterator[Way]:
     """Yield all ways to train.
 
-    Args:
-        purpose, settings, usable: see above.
-        wanted: examples of a micro-batch.
-        memory: of a way and a number of examples.
-        command: of options and a number of examples.
-        names: what the command calls the options.
-        always: options that are set already.
-        without: options that the command lacks.
+    Raises:
+        UserError: the configuration uses DeepSpeed.
     """
-    for way in WAYS:
-        is_alone = settings.gpus == 1 and "fsdp" in way
-        if is_alone or {*way} & {*(always or ()), *without}:
+    own, gpus = job.own, settings.gpus
+    if own.deepspeed:
+        raise UserError(f"the memory of deepspeed ({own.deepspeed}) is not known: use fsdp")
+    always = {*job.always, *["fsdp"] * bool(own.fsdp), *["offload"] * own.fsdp_offload}
+    shards = gpus // _machines(gpus) if own.fsdp == "hybrid" else gpus
+    for way in dict.fromkeys(tuple(name for name in way if name not in always) for way in WAYS):
+        chosen = always | {*way}
+        bits = [name for name in BITS if name in chosen]
+        is_alone = gpus == 1 and "fsdp" in way
+        if is_alone or {*way} & {*job.without} or len(bits) + ("fsdp" in chosen) > 1:
             continue
-        chosen = {*way, *(always or ())}
-        how = Training(
-            half=settings.precision == "bf16",
+        how = job.how._replace(
             checkpointing="checkpointing" in chosen,
-            shards=settings.gpus if "fsdp" in chosen else 1,
-            replicas=1 if "fsdp" in chosen else settings.gpus,
+            shards=shards if "fsdp" in chosen else 1,
+            replicas=1 if "fsdp" in chosen else gpus,
             offload="offload" in chosen,
-            lora_r=int("lora" in chosen),
-            load_in="4bit" if "4bit" in chosen else None,
+            lora_r=job.how.lora_r if "lora" in chosen else 0,
+            load_in=bits[0] if bits else None,
         )
-        sizes = [2**k for k in range(int(math.log2(MOST)) + 1)]
-        fitting = [n for n in {*sizes, wanted} if memory(how, n).total <= usable]
-        most = max(fitting, default=0)
-        examples = min(wanted, most) or 1
-        options = " ".join(names[name] for name in way)
+
+        def steps(examples: int) -> int:
+            return max(1, round(job.update / (gpus * examples)))
+
+        def memory(examples: int, how: Training = how) -> Memory:
+            accumulating = how._replace(accumulates=steps(examples) > 1)
+            return training(job.sizes, job.batch(examples), accumulating)
+
+        def distance(examples: int) -> tuple[int, int]:
+            return abs(gpus * examples * steps(examples) - job.update), -examples
+
+        tried = {*(2**k for k in range(int(math.log2(MOST)) + 1)), job.wanted}
+        most = max((n for n in tried if memory(n).total <= usable), default=0)
+        up_to = range(1, (min(job.wanted, most) or 1) + 1)
+        least = job.multiple
+        examples = min((n for n in up_to if n < least or n % least == 0), key=distance)
+        made = gpus * examples * steps(examples)
+        update = f"an update: {gpus} x {examples} x {steps(examples)} = {made} examples"
+        update += f", the nearest to the configuration's {job.update}" * (made != job.update)
         yield Way(
-            purpose, options, memory(how, examples), most > 0, most, command(options, examples)
+            job.purpose,
+            " ".join(job.names[name] for name in way),
+            memory(examples),
+            most > 0,
+            most,
+            job.command(" ".join(job.names[name] for name in way), examples, steps(examples)),
+            of_machine(job.sizes, how, gpus // _machines(gpus)),
+            update,
         )
 
 
@@ -321,7 +370,12 @@ def _launched(words: list[str], gpus: int) -> str:
     line = " ".join(filter(None, words))
     if gpus == 1:
         return line
-    nodes = math.ceil(gpus / GPUS_OF_A_MACHINE)
+    nodes = _machines(gpus)
     of_nodes = f"--nnodes {nodes} " if nodes > 1 else ""
-    processes = min(gpus, GPUS_OF_A_MACHINE)
+    processes = gpus // nodes
     return f"torchrun {of_nodes}--nproc_per_node {processes} $(which metro) {line[len('metro ') :]}"
+
+
+def _machines(gpus: int) -> int:
+    """Return the fewest machines with at most eight GPUs, and equally many."""
+    return next(n for n in range(math.ceil(gpus / GPUS_OF_A_MACHINE), gpus + 1) if gpus % n == 0)

@@ -29,7 +29,11 @@ class PlanSettings(Settings):
     vocabulary: int = option(
         32768, "Entries without sentinels, of pretraining; of base++ and large++ 64000.", least=1
     )
-    precision: str = option("bf16", "Of training.", choices=("bf16", "fp32"))
+    precision: str | None = option(
+        None,
+        "Of training; default: that of the configuration (its auto is bf16).",
+        choices=("bf16", "fp32"),
+    )
 
     def check(self) -> None:
         """Refuse no model, and two."""

@@ -167,9 +167,11 @@ class Sizes:
         """Weights that ``load_in`` rounds."""
         return total(matrix for matrix in self.matrices() if matrix.rounded)
 
-    def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters of all linear layers."""
-        return sum(rank * (m.rows + m.columns) * m.count for m in self.matrices() if m.part)
+    def adapters(self, rank: int) -> list[Matrix]:
+        """LoRA adapters of all linear layers, two of each."""
+        linear = [m for m in self.matrices() if m.part]
+        down = [Matrix(rank, m.columns, m.count, m.part) for m in linear]
+        return down + [Matrix(m.rows, rank, m.count, m.part) for m in linear]
 
 
 def total(matrices: Iterable[Matrix]) -> int:

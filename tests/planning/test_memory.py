@@ -7,7 +7,7 @@ import pytest
 
 from metro.models.registry import registered_models
 from metro.planning.memory import Batch, Training, stored, training
-from metro.planning.sizes import Sizes
+from metro.planning.sizes import Sizes, total
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared, write_t5
 from tests.processes import run_python
@@ -36,7 +36,10 @@ def test_weights_are_counted_as_the_model_has_them(config):
     linear = [
         m for n, m in model.named_modules() if type(m).__name__ == "Linear" and n != "lm_head"
     ]
-    assert sizes.adapters(3) == sum(3 * (m.in_features + m.out_features) for m in linear)
+    adapters = 3 * sum(m.in_features + m.out_features for m in linear)
+    assert total(sizes.adapters(3)) == adapters
+    states = 4 * (adapters // 3 + 6 * len(linear))  # rows + columns of two adapters each
+    assert training(sizes, Batch(1, 9, 9), Training(lora_r=3)).optimizer == states
 
 
 def test_weights_of_pretraining_are_counted_as_the_model_has_them():
