@@ -67,6 +67,26 @@ def test_rounded_weights_take_what_bitsandbytes_takes(tmp_path, bits):
     assert stored(Sizes.find(str(folder)), 4, bits) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_sharded_training_has_whole_blocks_and_their_gradients_for_a_moment(half):
+    """T5 11B by hand: a decoder layer has 2 x 4 projections and 3 matrices of the feed-forward.
+
+    Two layers and both embeddings are gathered, one layer's and the embeddings' gradients are
+    there in the precision of the training, and in float32 where they are averaged.
+    """
+    sizes = Sizes.find("t0_11b")
+    block, root = 8 * 4096 * 64 * 64 + 3 * 4096 * 10240, 2 * 32128 * 4096
+    computed = 2 if half else 4
+    gathered = computed * (2 * block + root) + (computed + 4) * (block + root)
+    alone, eight = (
+        training(sizes, Batch(32, 512, 128), Training(half=half, shards=n)) for n in (1, 8)
+    )
+    copies = 2 * sizes.weights if half else 0
+    room = alone.gradients - eight.gradients  # which activations leave to gradients
+    more = eight.activations - alone.activations
+    assert more == pytest.approx(gathered + room - copies, rel=1e-6)
+
+
 def test_other_kinds_of_models_and_files_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart"}))
     with pytest.raises(UserError, match="is a model of type bart; metro plan knows T5"):
