@@ -37,7 +37,7 @@ def finetune(settings: FinetuningSettings) -> None:
     processes: torchrun --nproc_per_node N $(which metro) finetune ...
     """
     check_sources(settings)
-    from metro.finetuning.run import finetune as run
+    from metro.finetuning.run import run_checked as run
 
     result = run(settings)
     if is_first_process():

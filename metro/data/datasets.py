@@ -29,8 +29,20 @@ SPLITS = ("train", "validation", "test")
 _PARQUET_COPY = "refs/convert/parquet"
 
 
+LOCAL_ROWS = "give local rows with --data-dir DIR"
+
+
 class DatasetUnavailable(UserError):
-    """A dataset is not available here; the message says what to do about it."""
+    """A dataset is not available here; the message says what to do about it.
+
+    Attributes:
+        problem: the message without the option that prepared and evaluated datasets have for it.
+        remedy: that option; empty where the problem says what to do.
+    """
+
+    def __init__(self, problem: str, remedy: str = ""):
+        super().__init__(": ".join(filter(None, (problem, remedy))))
+        self.problem, self.remedy = problem, remedy
 
 
 class DatasetEntry(NamedTuple):
@@ -270,7 +282,7 @@ def hub_errors(hub) -> tuple[type[Exception], ...]:
 def _refuse_manual(name: str, entry: DatasetEntry) -> None:
     if entry.manual:
         raise DatasetUnavailable(
-            f"{name} cannot be downloaded: {entry.manual}; then give that folder as --data-dir"
+            f"{name} cannot be downloaded: {entry.manual}", "then give that folder as --data-dir"
         )
 
 
@@ -280,7 +292,7 @@ def _datasets_package(name: str):
         import datasets
     except ImportError:
         error = MissingPackage(f"taking {name} from the hub", "datasets", "train")
-        raise DatasetUnavailable(f"{error}, or give local rows with --data-dir DIR") from None
+        raise DatasetUnavailable(str(error), f"or {LOCAL_ROWS}") from None
     use_cache_without_network()
     return datasets
 
@@ -292,12 +304,12 @@ def _unavailable(
     if any(isinstance(error, ConnectionError) for error in errors):
         use_cache_alone()  # every attempt takes half a minute, and a mixture has dozens of datasets
         return DatasetUnavailable(
-            f"{name} is not in the cache{doubt}, and the hub {hub_address()} cannot be reached: "
-            "give local rows with --data-dir DIR"
+            f"{name} is not in the cache{doubt}, and the hub {hub_address()} cannot be reached",
+            LOCAL_ROWS,
         )
     reasons = [" ".join(f"{type(error).__name__}: {error}".split()) for error in errors]
     reasons = [reason if len(reason) <= 200 else f"{reason[:197]}..." for reason in reasons]
     return DatasetUnavailable(
-        f"{name} could not be loaded from {repository}{doubt}: {'; '.join(dict.fromkeys(reasons))}."
-        " Without a network, give local rows with --data-dir DIR"
+        f"{name} could not be loaded from {repository}{doubt}: {'; '.join(dict.fromkeys(reasons))}",
+        f"without a network, {LOCAL_ROWS}",
     )

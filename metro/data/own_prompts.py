@@ -6,12 +6,14 @@ templates that were given instead of found in a tree.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from metro.data.own_rows import OwnData, check_fields, drawn_apart, values_of
 from metro.data.prompts.examples import ExampleSettings
 from metro.data.prompts.instruction import split_template
+from metro.data.prompts.limits import TemplateError
 from metro.data.prompts.mixtures import Mixture
 from metro.data.prompts.plan import PromptPlan
 from metro.data.prompts.prepare import prepare_plan
@@ -19,7 +21,7 @@ from metro.data.prompts.sandbox import fields_read
 from metro.data.prompts.sources import Part, PartPlan, PromptSources, SplitRows, Unavailable
 from metro.data.prompts.templates import PromptTemplate
 from metro.data.settings import OwnRowsSettings, check_options
-from metro.utils.files import write_json
+from metro.utils.files import read_json, write_json
 from metro.utils.identity import digest, files_identity
 from metro.utils.messages import UserError, counted, percent, shortened
 from metro.utils.progress import SILENT, Progress
@@ -34,32 +36,43 @@ MOST_OPTIONS = 50
 LEAST_ROWS_TO_DIVIDE = 100
 VALIDATION_SHARE = 0.2
 MOST_VALIDATION_ROWS = 500
-LEFT_OUT = "left_out.json"
+LEFT_OUT, CHOICES = "left_out.json", "choices.json"
 _FIELD = re.compile(r"\s*\{\{\s*([^\W\d]\w*)\s*\}\}\s*")
 
 
-def own_templates(
-    settings: OwnRowsSettings,
-    data: OwnData,
-    rows: Sequence[dict],
-    progress: Progress,
-    needs_choices: str | None,
-) -> list[PromptTemplate]:
-    """Make the templates of own rows, with the answer choices given or found.
+class Question(NamedTuple):
+    """A template of own rows."""
+
+    name: str
+    text: str
+    answer: str
+    """The part behind ``|||``."""
+
+    @property
+    def field(self) -> str | None:
+        """The field that is the answer; None where it is more than a field."""
+        found = _FIELD.fullmatch(self.answer)
+        return found and found[1]
+
+    @property
+    def target(self) -> str:
+        """What is asked for: the field, or the text of the answer."""
+        return self.field or self.answer.strip()
+
+
+def own_questions(settings: OwnRowsSettings, rows: Sequence[dict], data: str) -> list[Question]:
+    """Read the templates that the settings give, and check them on the first rows.
 
     Args:
         settings: how to ask.
-        data: names the dataset.
-        rows: those whose answers may be the choices.
-        progress: is told the choices that were found.
-        needs_choices: what cannot do without answer choices, for the message.
+        rows: of ``data``.
+        data: for messages.
 
     Raises:
-        UserError: a template has no answer, a field is not there, or there are no answer choices.
+        UserError: a template is none, has no answer, or a field is not there.
     """
-    check_fields(rows, [settings.input_field, settings.target_field], data.data)
-    templates = []
-    found: dict[str, list[str] | None] = {}
+    check_fields(rows, [settings.input_field, settings.target_field], data)
+    questions = []
     for number, text in enumerate(settings.template or [DEFAULT_TEMPLATE], start=1):
         name = f"template {number}"
         if "|||" not in text and settings.target_field:
@@ -70,24 +83,75 @@ def own_templates(
                 f"{name} has no answer: write it behind |||, as '... ||| {{{{label}}}}', or name "
                 "its field with target_field"
             )
-        if not settings.input_field and not fields_read(text.partition("|||")[0]):
+        prompt = "".join(piece for piece, _ in split_template(text).pieces)
+        try:
+            asked, read = (fields_read(each) - {"answer_choices"} for each in (prompt, text))
+        except TemplateError as error:
+            raise UserError(f"{name} {error.problem}") from None
+        if not asked:
             raise UserError(
                 f"{name} reads no field, and asks the same of all: write '{{{{text}}}}'"
             )
-        options, field = settings.options, _FIELD.fullmatch(answer)
-        if options is None and field is not None:
-            if field[1] not in found:
-                found[field[1]] = _values(rows, field[1], data.data, progress)
-            options = found[field[1]]
+        check_fields(rows, sorted(read - {"text"} if settings.input_field else read), data)
+        questions.append(Question(name, text, answer))
+    return questions
+
+
+def own_templates(
+    settings: OwnRowsSettings,
+    data: OwnData,
+    rows: Sequence[dict],
+    progress: Progress,
+    needs_choices: str | None,
+    trained: Mapping[str, list[str]] = {},
+) -> tuple[list[PromptTemplate], dict[str, list[str]]]:
+    """Make the templates of own rows, with the answer choices given or found.
+
+    Args:
+        settings: how to ask.
+        data: names the dataset.
+        rows: those whose answers may be the choices.
+        progress: is told the choices that were found.
+        needs_choices: what cannot do without answer choices, for the message.
+        trained: target -> the answer choices that a model was finetuned with, which come before
+            those found in the rows.
+
+    Returns:
+        The templates, and the answer choices of each target that has some.
+
+    Raises:
+        UserError: a template has no answer, a field is not there, or there are no answer choices.
+    """
+    templates = []
+    found: dict[str, list[str] | None] = {}
+    for question in own_questions(settings, rows, data.data):
+        name, text, answer = question
+        target = question.target
+        if target not in found:
+            found[target] = settings.options
+            if settings.options is None and target in trained:
+                found[target] = trained[target]
+                shown = shortened(trained[target], 20)
+                progress.say(
+                    f"answer choices of {target!r}, those of the finetuning: {shown} (--options "
+                    "gives others)"
+                )
+            elif settings.options is None and question.field:
+                found[target] = _values(rows, question.field, data.data, progress, needs_choices)
+        options = found[target]
         if options is None and needs_choices:
             raise UserError(f"{needs_choices} needs answer choices: give --options")
         if settings.input_field:
             shown = _reading(settings.input_field)
-            question = text.replace("{{text}}", shown) if options else f"{shown} |||{answer}"
-            text = question
+            text = text.replace("{{text}}", shown) if options else f"{shown} |||{answer}"
         choices = None if options is None else "|||".join(map(_literal, options))
         templates.append(PromptTemplate(data.name, None, name, text, choices))
-    return templates
+    return templates, {target: options for target, options in found.items() if options}
+
+
+def own_choices(folder: Path) -> dict[str, list[str]]:
+    """Return the answer choices of each target of prepared prompts; none of rows of others."""
+    return read_json(folder / CHOICES) if (folder / CHOICES).is_file() else {}
 
 
 def _reading(field: str) -> str:
@@ -109,11 +173,9 @@ def _literal(option: str) -> str:
 
 
 def _values(
-    rows: Sequence[dict], field: str | None, data: str, progress: Progress
+    rows: Sequence[dict], field: str, data: str, progress: Progress, needs_choices: str | None
 ) -> list[str] | None:
     """Find the values of an answer's field, sorted, where they are few enough to choose from."""
-    if field is None:
-        return None
     values: set[str] = set()
     for value in values_of(rows, field):
         if value is not None and (text := str(value).strip()):
@@ -123,10 +185,21 @@ def _values(
     if 2 <= len(values) <= min(MOST_OPTIONS, len(rows) // 2):
         found = sorted(values)
         check_options(found, f"the field {field!r} of {data}")
-        progress.say(f"answer choices, the values of {field!r} in {data}: {shortened(found, 20)}")
+        progress.say(
+            f"answer choices, the values of {field!r} in {data}: {shortened(found, 20)} (--options "
+            "gives others)"
+        )
         return found
-    if values:
-        progress.say(f"no answer choices: {field!r} in {data} has one value, or many (--options)")
+    number = f"more than {MOST_OPTIONS} values"
+    if len(values) <= MOST_OPTIONS:
+        number = counted(len(values), "value")
+    problem = (
+        f"{field!r} in {data} has {number} in {counted(len(rows), 'row')}: too "
+        f"{'few' if len(values) < 2 else 'many'} to choose from: give --options"
+    )
+    if needs_choices:
+        raise UserError(f"{needs_choices} needs answer choices, but {problem}")
+    progress.say(f"no answer choices: {problem}")
     return None
 
 
@@ -149,6 +222,7 @@ class OwnSources(PromptSources):
         )
         self.source, self.data_dir, self.validation = "rows", None, "all"
         self.limits = {"train": None, "valid": None}
+        self.nothing_made = f"{data.data}: no row makes a prompt"
 
     def plans(self) -> list[PartPlan]:
         return [
@@ -172,6 +246,15 @@ class OwnSources(PromptSources):
         return [[files_identity(self.data.local_files())], *sides, [digest(numbers)]]
 
 
+def training_split(data: OwnData) -> str:
+    """Find the split of own data that is for training.
+
+    Raises:
+        UserError: nothing says which.
+    """
+    return data.choose(None, "train", "training", remedy="call one of them train")
+
+
 def divided(
     data: OwnData, valid_fraction: float | None, seed: int, progress: Progress
 ) -> dict[str, SplitRows]:
@@ -187,7 +270,7 @@ def divided(
     Raises:
         UserError: nothing says which rows are for training.
     """
-    train = data.choose(None, "train", "training", remedy="call one of them train")
+    train = training_split(data)
     valid = data.find("validation")
     rows = data.rows(train)
     sides = {"train": SplitRows(train, rows)}
@@ -230,7 +313,8 @@ def prepare_own_rows(
         progress: shows all of it.
 
     Returns:
-        ``out``. ``left_out.json`` in it has the rows left out: reason, number, share, first.
+        ``out``. ``left_out.json`` in it has the rows left out: reason, number, share, first;
+        ``choices.json`` the answer choices, see `own_choices`.
 
     Raises:
         UserError: there is no such data, they do not suit the templates, or no row can be used.
@@ -238,7 +322,8 @@ def prepare_own_rows(
     texts = [settings.input_field] if settings.input_field else []
     found = OwnData(data, settings.subset, settings.split_field, texts)
     sides = divided(found, valid_fraction, seed, progress)
-    templates = own_templates(settings, found, sides["train"].rows, progress, needs_choices)
+    rows = sides["train"].rows
+    templates, choices = own_templates(settings, found, rows, progress, needs_choices)
     sources = OwnSources(found, sides, templates)
     rendering = ExampleSettings(needs_choices=sources.mixture.needs_choices)
     plan = PromptPlan(sources.mixture, sources, "jsonl", None, rendering, lower=True)
@@ -255,4 +340,5 @@ def prepare_own_rows(
             f"{each['reason']} (first: {each['first']})"
         )
     write_json(out / LEFT_OUT, left_out)
+    write_json(out / CHOICES, choices)
     return out

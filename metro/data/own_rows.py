@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from metro.data.datasets import available_splits, load_rows
+from metro.data.datasets import DatasetUnavailable, available_splits, load_rows
 from metro.data.jsonl_rows import UnusableRow
 from metro.data.local_files import (
     READABLE,
@@ -70,8 +70,10 @@ class OwnData:
             raise UserError(f"there is no file {path}")
         else:
             self.places = []
-            names = available_splits(self.data, subset)
-            self._open = {name: partial(load_rows, self.data, subset, name) for name in names}
+            names = _from_hub(available_splits, self.data, subset)
+            self._open = {
+                name: partial(_from_hub, load_rows, self.data, subset, name) for name in names
+            }
         if split_field:
             self._open = self._by_field(split_field)
 
@@ -125,6 +127,15 @@ class OwnData:
             missing = f"has no split {wanted!r}, but" if wanted else "has the splits"
             raise UserError(f"{self.data} {missing} {known}: {remedy}")
         return found
+
+
+def _from_hub(read: Callable, *names: str | None) -> Any:
+    """Read something of a dataset, with the remedy of own rows where it is not available."""
+    try:
+        return read(*names)
+    except DatasetUnavailable as error:
+        remedy = ", or give a file or folder of rows" if error.remedy else ""
+        raise UserError(f"{error.problem}{remedy}") from None
 
 
 class ChosenRows(Sequence):

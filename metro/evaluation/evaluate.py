@@ -5,7 +5,7 @@ Wrong settings are refused before torch is imported, which takes seconds.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from metro.utils.progress import Progress
 from metro.utils.table import Table
 
 if TYPE_CHECKING:
+    from metro.evaluation.model import ScoredModel
     from metro.evaluation.runs.processes import Processes
     from metro.evaluation.runs.published import PublishedCheck
     from metro.evaluation.runs.summary import Summary
@@ -206,6 +207,25 @@ def check_models(settings: EvaluationSettings, suite: Suite) -> None:
             published_values(registered, suite.name, settings.method_of(name))
 
 
+def check_own_choices(tasks: "list[Task]", scored: "ScoredModel") -> None:
+    """Refuse answer choices of own rows that are the same to the model.
+
+    Raises:
+        UserError: two have equal tokens.
+    """
+    from metro.data.jsonl_rows import UnusableRow
+    from metro.evaluation.scoring.rank_classification import check_distinct
+
+    encoder = scored.protocol.encoder(scored.tokenizer)
+    for task in tasks:
+        for prompt in task.prompts:
+            for number in task.rows(prompt):
+                with suppress(UnusableRow):
+                    choices = [*task.example(prompt, number, flipped=False).choices]
+                    check_distinct(encoder.targets(choices), choices)
+                    break
+
+
 def _evaluate_model(
     name: str,
     settings: EvaluationSettings,
@@ -233,6 +253,8 @@ def _evaluate_model(
             processes.on_first(lambda: refuse_another_model(path, name))
         progress.say(f"loading {name}")
         scored = open_model(name, settings, processes.device)
+        if settings.data is not None:
+            check_own_choices(tasks, scored)
         model, method, registered = scored.model, scored.method, scored.registered
         rtd_head = load_rtd_head(name) if method == "rtd" else None
         question = question_of(model, scored.tokenizer) if method == "decoder" else None

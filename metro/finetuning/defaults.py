@@ -24,7 +24,7 @@ def default_updates(folder: Path, settings: FinetuningSettings, num_processes: i
 def default_rate(model, settings: FinetuningSettings) -> float:
     """Choose a learning rate of AdamW: less for wider models, more for adapters.
 
-    Tried on a METRO of width 128 (docs/finetuning.md). Of width 768 it is 1.3e-4, where METRO-T0
+    Tried on a T5 of width 128 (docs/finetuning.md). Of width 768 it is 1.3e-4, where METRO-T0
     base took 1e-4, and of 2048 it is 5e-5, as FLIPPED-3B took.
     """
     width = getattr(model.config, "d_model", None) or model.config.hidden_size

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SETTINGS = "finetune.yaml"
 """Settings of a run, in its output folder."""
+DATA = "data"
+"""Prompts that a run has prepared, in its output folder."""
 MAY_CHANGE = {
     *("output_dir", "max_steps", "num_train_epochs", "precision", "num_workers", "use_cpu"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_limit"),

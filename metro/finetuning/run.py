@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from metro.data.own_prompts import prepare_own_rows
+from metro.data.own_prompts import own_choices, prepare_own_rows
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import read_manifest
 from metro.evaluation.runs.processes import Processes
+from metro.evaluation.scoring.rank_classification import check_distinct
 from metro.finetuning.data import PromptData
 from metro.finetuning.defaults import default_rate, default_updates
 from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
 from metro.finetuning.objectives import scoring_method
 from metro.finetuning.output_folder import (
+    DATA,
     SETTINGS,
     FinetuneResult,
     finished_run,
@@ -40,7 +42,7 @@ from metro.models.projection import (
     refused_if_it_fails,
     start_token,
 )
-from metro.models.source import SCORING_METHOD
+from metro.models.source import ANSWER_CHOICES, SCORING_METHOD
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
@@ -74,16 +76,17 @@ def finetune(
     """
     settings = FinetuningSettings.of(settings, **options)
     check_sources(settings)
+    return run_checked(settings, progress)
+
+
+def run_checked(settings: FinetuningSettings, progress: bool | Progress = True) -> FinetuneResult:
+    """Train as `finetune` does, with settings whose model and data `check_sources` has checked."""
     with Progress.of(progress) as shown, without_progress_bars():
-        return _finetune(settings, shown)
-
-
-def _finetune(settings: FinetuningSettings, progress: Progress) -> FinetuneResult:
-    args = training_arguments(settings)  # joins the other processes
-    with ExitStack() as lock:
-        if args.process_index == 0:
-            lock.enter_context(locked(Path(settings.output_dir), inside=True))
-        return _finetune_alone(settings, args, progress)
+        args = training_arguments(settings)  # joins the other processes
+        with ExitStack() as lock:
+            if args.process_index == 0:
+                lock.enter_context(locked(Path(settings.output_dir), inside=True))
+            return _finetune_alone(settings, args, shown)
 
 
 def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> FinetuneResult:
@@ -173,6 +176,7 @@ def join_shards(checkpoint: Path, out: Path, dtype=None) -> int:
         Parameters of the model.
     """
     settings = FinetuningSettings.of(**read_yaml(checkpoint.parent / SETTINGS))
+    settings = replace(settings, output_dir=str(checkpoint.parent))
     model, tokenizer = load(settings.model, dtype=torch.float32, vocab=settings.vocab)
     set_up_for_training(model, settings)
     if settings.lora:
@@ -207,6 +211,8 @@ def build_trainer(
         max_target_length=lengths[1],
         truncation_side=settings.truncation_side,
     )
+    for choices in own_choices(folder).values() if settings.asks_own_rows else ():
+        check_distinct(encoder.targets(choices), choices)
     train_data = PromptData(
         folder,
         "train",
@@ -328,8 +334,11 @@ def check_trainable(model, tokenizer) -> None:
 
 
 def set_up_for_training(model, settings: FinetuningSettings) -> None:
-    """Set start symbol, fused operations and dropout as finetuning wants them; note the method."""
+    """Set start symbol, fused operations and dropout for finetuning; note method and choices."""
     setattr(model.generation_config, SCORING_METHOD, scoring_method(settings.objective))
+    choices = own_choices(Path(settings.output_dir) / DATA) if settings.asks_own_rows else {}
+    if choices or hasattr(model.generation_config, ANSWER_CHOICES):  # of an earlier finetuning
+        setattr(model.generation_config, ANSWER_CHOICES, choices)
     if isinstance(model.config, MetroT5Config):
         # after pretraining it is <sen000>; a prompt-finetuned METRO-T0 starts with </s>
         start = model.config.eos_token_id
@@ -360,7 +369,7 @@ def _data_folder(settings: FinetuningSettings, progress: Progress) -> Path:
     """Return the folder of prepared prompts; a mixture given by its name is prepared now."""
     from metro.data.prompts.prepare import prepare_prompts
 
-    folder = Path(settings.output_dir) / "data"
+    folder = Path(settings.output_dir) / DATA
     if settings.asks_own_rows:
         needs_choices = settings.objective in NEED_CHOICES
         return prepare_own_rows(

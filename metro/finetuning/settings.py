@@ -136,6 +136,8 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
         """Refuse values that do not fit together."""
         self.check_own_rows(self.data)
         self.check_sharding()
+        if self.valid_fraction is not None and not self.asks_own_rows:
+            raise UserError("valid_fraction is for rows of your own: add template or input_field")
         if self.valid_fraction is not None and self.valid_fraction >= 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
         if self.early_stopping and not self.eval_steps:
@@ -183,12 +185,14 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
 
 
 def check_sources(settings: FinetuningSettings) -> None:
-    """Refuse a model, vocabulary or data that do not exist, seconds before torch is imported.
+    """Refuse what does not exist or fit, seconds before torch is imported.
 
     Raises:
-        UserError: one of them does not exist, or is something else.
+        UserError: model, vocabulary or data do not exist, or are something else; or own rows do not
+            have what the templates read.
     """
     from metro.data.local_files import splits_in
+    from metro.data.own_prompts import own_questions, training_split
     from metro.data.own_rows import OwnData
     from metro.data.prepared_folder import PROMPTS_MANIFEST
     from metro.data.prompts.mixtures import find_mixture
@@ -201,7 +205,8 @@ def check_sources(settings: FinetuningSettings) -> None:
         read_vocabulary(settings.vocab)
     data = Path(settings.data)
     if settings.asks_own_rows:
-        OwnData(data, settings.subset)
+        own = OwnData(settings.data, settings.subset, settings.split_field)
+        own_questions(settings, own.rows(training_split(own)), own.data)
     elif data.is_dir() and ((data / PROMPTS_MANIFEST).is_file() or not splits_in(data)):
         read_manifest(data)
     elif data.exists() and data.suffix not in (".yaml", ".yml"):

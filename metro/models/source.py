@@ -18,6 +18,9 @@ EDITED = ("config.json", "generation_config.json", "tokenizer_config.json", "tra
 SCORING_METHOD = "scoring_method"
 """Field of ``generation_config.json``: the method that ``metro finetune`` trained the model for."""
 
+ANSWER_CHOICES = "answer_choices"
+"""Another one: those of each target, where it was finetuned on own rows."""
+
 
 def model_source(path_or_name: str | os.PathLike, above: tuple[Path, ...] = ()) -> str:
     """Return a checkpoint, folder or hub id unchanged, and the hub id of a registered name.
@@ -136,9 +139,28 @@ def trained_method(model: str | os.PathLike) -> str | None:
     """
     if registered := find_registered(os.fspath(model)):
         return registered.method
-    file = Path(model) / "generation_config.json"
-    settings = read_json(file) if os.path.isfile(file) else None  # also of names too long for one
-    method = settings.get(SCORING_METHOD) if isinstance(settings, dict) else None
+    file, settings = _generation_settings(model)
+    method = settings.get(SCORING_METHOD)
     if method not in (None, *METHODS):
         raise UserError(f"{file}: {SCORING_METHOD} is {method!r}; use {', '.join(METHODS)}")
     return method
+
+
+def trained_choices(model: str | os.PathLike) -> dict[str, list[str]]:
+    """Return the answer choices that a model was finetuned with on own rows: target -> choices.
+
+    Raises:
+        UserError: the folder has something else in their place.
+    """
+    file, settings = _generation_settings(model)
+    choices = settings.get(ANSWER_CHOICES) or {}
+    lists = [*choices.values()] if isinstance(choices, dict) else [None]
+    if not all(isinstance(each, list) and all(isinstance(c, str) for c in each) for each in lists):
+        raise UserError(f"{file}: {ANSWER_CHOICES} is {choices!r}; use {{field: [choices]}}")
+    return choices
+
+
+def _generation_settings(model: str | os.PathLike) -> tuple[Path, dict]:
+    file = Path(model) / "generation_config.json"
+    settings = read_json(file) if os.path.isfile(file) else None  # also of names too long for one
+    return file, settings if isinstance(settings, dict) else {}

@@ -11,10 +11,12 @@ from metro.data.datasets import (
     dataset_table,
     load_rows,
 )
+from metro.data.own_rows import OwnData
 from metro.data.prompts.mixtures import find_mixture
 from metro.data.prompts.plan import make_plan, planned_sizes
 from metro.data.settings import PreparePromptsSettings
 from metro.utils import network
+from metro.utils.messages import UserError
 from tests.data.prompts.toys import YES_NO, files_of, prepare, write_rows, write_templates
 
 ROWS = [{"text": f"text {i}", "label": i % 2, "nested": {"a": [i, i + 1]}} for i in range(7)]
@@ -159,6 +161,11 @@ def test_unavailable_dataset_is_one_line_with_a_remedy(table, monkeypatch, tmp_p
     table["story"] = DatasetEntry(hub="a/b", splits=("validation",), manual="ask for it")
     with pytest.raises(DatasetUnavailable, match="cannot be downloaded: ask for it"):
         load_rows("story", None, "validation")
+    for name, message in (("toy", "could not be loaded from "), ("story", ": ask for it, ")):
+        with pytest.raises(UserError, match=f"{message}.*give a file or folder of rows$") as caught:
+            own = OwnData(name)  # whose commands have no --data-dir
+            own.rows(own.splits[0])
+        assert "data-dir" not in str(caught.value)
 
 
 def test_table_knows_every_dataset_of_every_mixture(testdata):

@@ -105,12 +105,22 @@ def test_changed_rows_are_prepared_again_and_equal_ones_are_not(prepare):
         ({"template": [ASK], "options": ["a"]}, "options has 1 labels; give at least two"),
         ({"template": [ASK], "options": ["a", "b|||c"]}, r"without \|\|\|"),
         (
-            {"template": ["{{bodi}} ||| {{label}}"]},
-            "(?s)not a single example.*the row has no 'bodi'",
+            {"template": ["{{bodi}} ||| {{label}}"], "needs_choices": "evaluation"},
+            "mails.jsonl has no field 'bodi': it has body, label",
+        ),
+        (
+            {"template": ["{{body}} ||| {{lable}}"], "needs_choices": "evaluation"},
+            "mails.jsonl has no field 'lable': it has body, label",
+        ),
+        ({"template": ["{{answer_choices}} ||| {{label}}"]}, "template 1 reads no field"),
+        (
+            {"template": [ASK], "options": ["a", "b"]},
+            r"(?s)mails.jsonl: no row makes a prompt.*8 dropped \(100.00 %\): answer not among",
         ),
         (
             {"template": ["{{body}} ||| {{body}}"], "needs_choices": "objective flipped"},
-            "objective flipped needs answer choices: give --options",
+            "objective flipped needs answer choices, but 'body' in .*mails.jsonl has 6 values in 6 "
+            "rows: too many to choose from: give --options",
         ),
     ],
 )

@@ -52,12 +52,22 @@ def prompts(folder: Path, rows: int) -> list[str]:
     return f"{words} --data-dir {world}/data --out prompts{rows} --workers 1".split()
 
 
-def evaluation(folder: Path, rows: int) -> list[str]:
+def write_rows(folder: Path, rows: int) -> None:
     draw = random.Random(0)
     with (folder / f"{rows}.jsonl").open("w") as file:
         for number in range(rows):
             row = {"text": f"it was {draw.choice(['good', 'bad'])}", "label": number % 2}
             file.write(json.dumps(row) + "\n")
+
+
+def ranking(folder: Path, rows: int) -> list[str]:
+    write_rows(folder, rows)
+    words = f"rank t5 --input {rows}.jsonl --text text --options good bad --device cpu"
+    return [*words.split(), "--out", f"ranked{rows}.csv"]
+
+
+def evaluation(folder: Path, rows: int) -> list[str]:
+    write_rows(folder, rows)
     prompt = {"jinja": "{{text}} ||| {{answer_choices[label]}}", "answer_choices": "Bad ||| Good"}
     suite = {"tasks": {"one": {"data": f"{rows}.jsonl", "prompts": {"ask": prompt}}}}
     (folder / f"suite{rows}.yaml").write_text(json.dumps(suite))
@@ -79,6 +89,7 @@ CASES = [
     ("`prepare-text`, MB of text", text, 1000),
     ("`prepare-prompts`, rows (3 templates each)", prompts, 100_000),
     ("`evaluate`, rows of a prompt", evaluation, 100_000),
+    ("`rank`, rows", ranking, 100_000),
     ("`report`, runs (30 prompts of 1,000 rows each)", report, 40),
 ]
 

@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 import metro
 from metro.cli.main import load_command
 from metro.data.prompts.stored import PromptedExamples
+from metro.evaluation.evaluate import evaluate_models
+from metro.evaluation.settings import EvaluationSettings
 from metro.finetuning.defaults import default_updates
 from metro.finetuning.run import finetune
 from metro.finetuning.settings import FinetuningSettings
+from metro.models.source import trained_choices
 from metro.utils.messages import UserError
+from metro.utils.progress import Progress
 from tests.finetuning.prepared import sentiment
 
 ASK = "{{text}} How was it?||| {{label}}"
@@ -208,9 +212,72 @@ def test_an_adapter_of_metro_keeps_the_start_symbol_that_it_was_trained_with(
     assert sum(tensor.numel() for tensor in trained.values()) == size
 
 
+def test_own_rows_are_evaluated_with_the_answer_choices_of_the_finetuning(
+    settings, mails, tmp_path, capsys
+):
+    """Oracle: the three labels by hand, of which the test rows have two."""
+    rows = [
+        {**row, "label": "So"} if n % 3 == 0 else row for n, row in enumerate(rows_of(range(24)))
+    ]
+    train = write_csv(tmp_path / "three.csv", rows)
+    once = dict(max_steps=1, early_stopping=None, eval_steps=None)
+    folder = finetune(settings(data=str(train), **once)).folder
+    adapter = finetune(settings("lora", data=str(train), lora=True, **once)).folder
+    test = mails / "dev.csv"
+
+    def scores(models, **more):
+        given = dict(data=str(test), template=[ASK], out=tmp_path / "runs", overwrite=True, **more)
+        capsys.readouterr()
+        [done] = evaluate_models(EvaluationSettings.of(models=models, **given), Progress())
+        [file] = done.folder.rglob("scores/*/*.jsonl")
+        return len(json.loads(file.read_text().splitlines()[0])["scores"])
+
+    for model in (str(folder), str(adapter)):
+        assert scores([model]) == 3
+        said = capsys.readouterr().err
+        assert "choices of 'label', those of the finetuning: Bad, Good, So (--options gives" in said
+        assert scores([model], options=["Bad", "Good"]) == 2
+    other = finetune(settings("other", **once)).folder
+    with pytest.raises(UserError, match="out and .*other were finetuned with different answer cho"):
+        scores([str(folder), str(other)])
+    again = finetune(
+        settings(
+            "again",
+            model=str(folder),
+            input_field="text",
+            template=None,
+            target_field="label",
+            options=["x", "Bad"],
+            **once,
+        )
+    ).folder
+    assert trained_choices(again) == {"label": ["x", "Bad"]}
+
+
+def test_labels_that_are_the_same_to_the_model_are_refused(settings, golden, mails, tmp_path):
+    """The toy model's vocabulary is lowercase."""
+    model = str(golden / "hf_export/metro_tiny_a")
+    message = "'Good' and 'good' are the same to the model"
+    with pytest.raises(UserError, match=message):
+        finetune(settings(model=model, options=["Good", "good"]))
+    with pytest.raises(UserError, match=message):
+        measure(model, mails, tmp_path / "runs", options=["Good", "good"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": "no/such", "template": ["{{boddy}} ||| {{label}}"]}, "has no field 'boddy'"),
+        ({"model": "no/such", "template": ["{{text} ||| {{label}}"]}, "is not a template"),
+        (
+            {"model": "no/such", "template": ["{{text}} ||| {{lable}}"], "objective": "flipped"},
+            "has no field 'lable': it has label, text",
+        ),
+        ({"data": "./nofolder"}, "there is no file nofolder"),
+        (
+            {"data": "t0", "template": None, "valid_fraction": 0.1},
+            "valid_fraction is for rows of your own",
+        ),
         ({"template": None}, "holds rows: say how to ask, with --template"),
         ({"template": ["{{text}} ? ||| {{label}} !"], "objective": "flipped"}, "give --options"),
         ({"eval_steps": None}, "early_stopping needs evaluations"),

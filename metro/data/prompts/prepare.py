@@ -36,7 +36,7 @@ from metro.data.prompts.stored import (
 )
 from metro.data.settings import PreparePromptsSettings
 from metro.utils.files import naming
-from metro.utils.messages import UserError, one_line, shortened
+from metro.utils.messages import UserError, one_line, percent, shortened
 from metro.utils.progress import Progress
 from metro.utils.worker_pool import available_cores, map_in_order
 
@@ -325,15 +325,18 @@ class _Preparation:
         return total
 
     def _nothing(self, dropped: dict) -> str:
-        name = self.plan.mixture.name
         named: dict[str, list[str]] = {}
         for row in self.unavailable:
             named.setdefault(row.reason_of_any, []).append(f"{row.name} ({row.side})")
         reasons = [f"{shortened(names, 4)}: {reason}" for reason, names in named.items()]
-        reasons += [f"{d['count']:,} dropped: {why} ({d['first']})" for why, d in dropped.items()]
+        total = sum(facts["count"] for facts in dropped.values())
+        reasons += [
+            f"{d['count']:,} dropped ({percent(d['count'] / total)} %): {why} ({d['first']})"
+            for why, d in dropped.items()
+        ]
         shown = "".join(f"\n  {reason}" for reason in reasons[:20])
         more = f"\n  and {len(reasons) - 20} more" if len(reasons) > 20 else ""
-        return f"mixture {name}: not a single example could be made{shown}{more}"
+        return f"{self.plan.sources.nothing_made}{shown}{more}"
 
 
 def _together(writers: list, method: str) -> None:

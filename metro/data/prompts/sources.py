@@ -143,6 +143,7 @@ class PromptSources:
         self.mixture, self.tree = mixture.in_tree(tree), tree
         self.source, self.data_dir = options.source, options.data_dir
         self.validation = options.validation
+        self.nothing_made = f"mixture {mixture.name}: not a single example could be made"
         self.limits = {"train": options.limit, "valid": options.valid_limit or options.limit}
 
     @cached_property

@@ -70,8 +70,8 @@ def test_published_rows_are_selected_by_name():
 
 def registered(method: str = "direct", suite: str = "t0", **results) -> RegisteredModel:
     return RegisteredModel(
-        name="toy_base", title="Toy", hub_id="a/toy", family="metro", parameters=1, vocabulary="",
-        pretraining="", finetuning="", method=method, paper="", licence="mit",
+        name="toy_base", title="Toy", hub_id="a/toy", family="metro", parameters=1, config={},
+        vocabulary="", pretraining="", finetuning="", method=method, paper="", licence="mit",
         published=({"suite": suite, "source": "card", "results": results},),
     )  # fmt: skip
 
