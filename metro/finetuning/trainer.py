@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -270,18 +271,24 @@ class FinetuningTrainer(MetroTrainer):
             "runtime": round(time.time() - started, 2),
         }
         if self.ranked is not None:
-            if is_sharded(self.model):  # ranking calls the encoder, not the model that gathers it
-                self.model.unshard()
-            # The first process's, or they might disagree on when to stop: sums differ in last bits.
-            own = self.ranked.accuracy(self.model) * (self.args.process_index == 0)
-            accuracy = torch.tensor([own], dtype=torch.float64, device=self.args.device)
-            metrics["accuracy"] = self.sum_over_processes(accuracy).item()
+            metrics["accuracy"] = self._accuracy(self.ranked)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _accuracy(self, ranked: ValidationRows) -> float:
+        """Measure the accuracy: the first process's, as others might disagree on when to stop."""
+        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if is_sharded(self.model):  # whose forward does both; ranking calls encoder and decoder
+            self.model.unshard()
+            precision = self.accelerator.autocast()
+        with precision:
+            own = ranked.accuracy(self.model) * (self.args.process_index == 0)
+        accuracy = torch.tensor([own], dtype=torch.float64, device=self.args.device)
+        return self.sum_over_processes(accuracy).item()
 
     def _take_part(self) -> None:
         """Help the other processes to gather a sharded model's weights, for a batch of theirs."""
