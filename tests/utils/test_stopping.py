@@ -60,15 +60,20 @@ def test_a_forked_process_is_ended_by_its_parent_alone():
     """A data loader's process, when torchrun, Slurm or a terminal signal all processes of a run."""
     before = signal.getsignal(signal.SIGTERM)
     stop = Stop()
+    heard, said = os.pipe()
     with stop.listen("stopping soon"):
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGINT)
+            os.write(said, b"-")
             time.sleep(30)
             os._exit(1)
+        assert os.read(heard, 1) == b"-"
         subprocess.run(["kill", "-TERM", str(child)], check=True)
         time.sleep(0.5)
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    for end in (heard, said):
+        os.close(end)
     assert not stop.requested_here and signal.getsignal(signal.SIGTERM) == before
