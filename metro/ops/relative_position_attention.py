@@ -229,7 +229,7 @@ class CachedAttention(torch.autograd.Function):
             bias_SS = grad_SN = None
             if bias is not None:
                 bias_SS = by_distance(bias[head].expand(k.shape[2], -1))
-                grad_SN = bias.new_zeros(k.shape[2], bias.shape[1])
+                grad_SN = buffers[0].new_zeros(k.shape[2], bias.shape[1])
             for chunk in chunks(head, q, k, ctx.in_blocks):
                 weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
                 kept_weights, chunk_grad = weights, chunk.of_queries(grad_out)
@@ -259,7 +259,7 @@ class CachedAttention(torch.autograd.Function):
                 product(chunk.of_queries(grad_q), grad_scores, chunk.of_keys(k), scale)
                 product(chunk.of_keys(grad_k), grad_scores.T, chunk.of_queries(q), scale, seen)
             if grad_SN is not None:
-                torch.sum(grad_SN, 0, out=grad_bias[head])
+                grad_bias[head] = grad_SN.sum(0)
 
         for_each(compute, range(q.shape[1]))
         return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
