@@ -21,10 +21,10 @@ from metro.utils.table import Table
 
 if TYPE_CHECKING:
     from metro.evaluation.model import ScoredModel
-    from metro.evaluation.runs.processes import Processes
     from metro.evaluation.runs.published import PublishedCheck
     from metro.evaluation.runs.summary import Summary
     from metro.evaluation.tasks.task import Sources, Task
+    from metro.processes import Processes
 
 
 RENDERING = "data_dir templates bigbench_dir instruction_text label_words seed".split()
@@ -128,7 +128,7 @@ def evaluate_models(
     if not tasks:
         first = next(iter(missing.values()), "no prompt is left")
         raise UserError(f"no task of {suite.name} can be evaluated: {first}")
-    from metro.evaluation.runs.processes import join_processes  # and torch with it
+    from metro.processes import join_processes  # and torch with it
 
     processes = join_processes(settings.device, settings.device_map)
     try:

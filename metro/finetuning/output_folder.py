@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from metro.data.prompts.stored import read_manifest
-from metro.finetuning.lora import write_adapter
 from metro.finetuning.settings import FinetuningSettings
 from metro.training.output_folder import RunFolder, last_metrics, ran_out_of_patience
 from metro.utils.identity import digest
@@ -72,10 +71,11 @@ def save(model, weights, tokenizer, settings: FinetuningSettings, state: Trainer
     folder = run_folder(settings)
     partial = folder.new_partial()
     if settings.lora:
-        write_adapter(model, weights, tokenizer, partial)
-        folder.take(partial, state)
-        return
-    write(model, weights, tokenizer, settings, partial)
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        model.get_base_model().generation_config.save_pretrained(partial)  # how it is asked
+    else:
+        write(model, weights, tokenizer, settings, partial)
     folder.take(partial, state)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ from metro.data.own_prompts import own_choices, prepare_own_rows
 from metro.data.prepared_folder import PROMPTS_MANIFEST
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.stored import read_manifest
-from metro.evaluation.runs.processes import Processes
 from metro.evaluation.scoring.rank_classification import check_distinct
 from metro.finetuning.data import PromptData
 from metro.finetuning.defaults import default_rate, default_updates
-from metro.finetuning.lora import add_adapters
 from metro.finetuning.losses import LossOptions
-from metro.finetuning.objectives import scoring_method
+from metro.finetuning.model import load_trainable, set_up_for_training
 from metro.finetuning.output_folder import (
     DATA,
     SETTINGS,
@@ -33,29 +31,19 @@ from metro.finetuning.output_folder import (
 )
 from metro.finetuning.settings import NEED_CHOICES, FinetuningSettings, check_sources
 from metro.finetuning.validation import ValidationRows
-from metro.fusion import fuse
-from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.models.loading import load, without_progress_bars
-from metro.models.projection import (
-    position_limits,
-    projection_input,
-    refused_if_it_fails,
-    start_token,
-)
-from metro.models.source import ANSWER_CHOICES, SCORING_METHOD
+from metro.models.loading import without_progress_bars
+from metro.models.projection import position_limits
+from metro.processes import Processes
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
 from metro.training.output_folder import last_metrics, ran_out_of_patience
 from metro.training.precision import choose_precision
-from metro.training.sharding import load_shards, shard
+from metro.training.sharding import load_shards, made_once, shard
 from metro.utils.checksums import refuse_damage
 from metro.utils.files import naming, read_yaml
 from metro.utils.identity import model_identity, refuse_not_finite
 from metro.utils.locks import locked
-from metro.utils.messages import UserError
 from metro.utils.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -101,15 +89,8 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         checkpoint = output.open(settings, settings.resume, is_main_process)
     set_seed(settings.seed)
     progress.say(f"loading {settings.model}")
-    model, tokenizer = load(
-        settings.model,
-        dtype=torch.bfloat16 if settings.load_in and args.bf16 else torch.float32,
-        device=args.device if settings.load_in else None,
-        load_in=settings.load_in,
-        attn_implementation=settings.attn_implementation,
-        vocab=settings.vocab,
-    )
-    check_trainable(model, tokenizer)
+    load = partial(load_trainable, settings, args.bf16, args.device)
+    model, tokenizer = made_once(load, settings, args)
     with args.main_process_first(local=False, desc="data"):
         folder = _data_folder(settings, progress)
         if is_main_process:
@@ -125,10 +106,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
     choose_precision(args, settings.precision, model, progress)
-    set_up_for_training(model, settings)
-    if settings.lora:
-        model = add_adapters(model, settings)
-    model = shard(model, settings, args)
+    model = shard(set_up_for_training(model, settings), settings, args)
     if settings.learning_rate is None:
         args.learning_rate = default_rate(model, settings)
         progress.say(f"learning rate {args.learning_rate:.2g}, from the model's width")
@@ -177,10 +155,8 @@ def join_shards(checkpoint: Path, out: Path, dtype=None) -> int:
     """
     settings = FinetuningSettings.of(**read_yaml(checkpoint.parent / SETTINGS))
     settings = replace(settings, output_dir=str(checkpoint.parent))
-    model, tokenizer = load(settings.model, dtype=torch.float32, vocab=settings.vocab)
-    set_up_for_training(model, settings)
-    if settings.lora:
-        model = add_adapters(model, settings)
+    model, tokenizer = load_trainable(settings)
+    model = set_up_for_training(model, settings)
     load_shards(checkpoint / SHARDS, model)
     if settings.lora:
         model = model.merge_and_unload()
@@ -313,56 +289,6 @@ def training_arguments(settings: FinetuningSettings):
         else "no",
         eval_strategy="steps" if settings.eval_steps else "no",
     )
-
-
-def check_trainable(model, tokenizer) -> None:
-    """Refuse models without the special tokens of the loss, or that fail on a short text.
-
-    Raises:
-        UserError: the model cannot be trained; the message says what it lacks.
-    """
-    pad = getattr(model.config, "pad_token_id", None)
-    if pad is None or pad == tokenizer.eos_token_id:
-        raise UserError(
-            f"{type(model).__name__} cannot be trained: its pad_token_id is {pad}, and must be a "
-            "token of its own, different from the end symbol; set it in config.json"
-        )
-    ids = torch.tensor([[3, 4, 5]], device=model.device)
-    start = torch.full_like(ids, start_token(model))
-    with refused_if_it_fails(model), torch.no_grad():
-        projection_input(model, input_ids=ids, decoder_input_ids=start)
-
-
-def set_up_for_training(model, settings: FinetuningSettings) -> None:
-    """Set start symbol, fused operations and dropout for finetuning; note method and choices."""
-    setattr(model.generation_config, SCORING_METHOD, scoring_method(settings.objective))
-    choices = own_choices(Path(settings.output_dir) / DATA) if settings.asks_own_rows else {}
-    if choices or hasattr(model.generation_config, ANSWER_CHOICES):  # of an earlier finetuning
-        setattr(model.generation_config, ANSWER_CHOICES, choices)
-    if isinstance(model.config, MetroT5Config):
-        # after pretraining it is <sen000>; a prompt-finetuned METRO-T0 starts with </s>
-        start = model.config.eos_token_id
-        model.config.decoder_start_token_id = start
-        model.generation_config.decoder_start_token_id = start
-        model.generation_config.eos_token_id = start
-        fuse(model)
-    if settings.dropout is not None:
-        set_dropout(model, settings.dropout)
-    model.config.use_cache = True
-    model.train()
-
-
-def set_dropout(model, dropout: float) -> None:
-    """Use one dropout rate everywhere but after activations, which keep their own."""
-    config = model.config
-    for name in ("dropout_rate", "dropout", "attention_dropout_rate", "attention_dropout"):
-        if isinstance(getattr(config, name, None), float | int):
-            setattr(config, name, float(dropout))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-        elif isinstance(vars(module).get("dropout"), float) and not hasattr(module, "activation"):
-            vars(module)["dropout"] = dropout
 
 
 def _data_folder(settings: FinetuningSettings, progress: Progress) -> Path:

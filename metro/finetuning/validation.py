@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from metro.data.jsonl_rows import UnusableRow
-from metro.evaluation.runs.processes import Processes
 from metro.evaluation.scoring.metrics import measure
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
@@ -13,6 +12,7 @@ from metro.evaluation.tasks.examples import EvaluationExample
 from metro.finetuning.data import PromptData
 from metro.finetuning.objectives import scoring_method
 from metro.models.projection import unwrap
+from metro.processes import Processes
 
 
 class ValidationRows:

@@ -5,10 +5,10 @@ Nothing heavy is imported here: the options stand in the settings of every comma
 
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
+from metro.processes import own_gpus, processes_here
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.settings import Settings, option
 
@@ -103,24 +103,6 @@ def _rounding(load_in: str, dtype: Any):
     )
 
 
-def _processes_here() -> int:
-    """Count torchrun's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def own_gpus(count: int) -> range:
-    """GPUs of this process, of ``count`` of its machine: equal shares of torchrun's processes.
-
-    Raises:
-        UserError: there are more processes than GPUs.
-    """
-    local, processes = int(os.environ.get("LOCAL_RANK", 0)), _processes_here()
-    size = count // processes
-    if count and not size:
-        raise UserError(f"{processes} processes share {count} GPUs; start fewer per machine")
-    return range(local * size, (local + 1) * size)
-
-
 def own_share() -> Memory:
     """Free memory of this process's GPUs, the only ones it touches, and its share of the machine's.
 
@@ -132,7 +114,7 @@ def own_share() -> Memory:
     rest = "mps" if torch.backends.mps.is_available() else "cpu"
     return {
         **{i: torch.cuda.mem_get_info(i)[0] for i in own_gpus(torch.cuda.device_count())},
-        rest: psutil.virtual_memory().available // _processes_here(),
+        rest: psutil.virtual_memory().available // (processes_here() or 1),
     }
 
 

@@ -146,12 +146,13 @@ def of_machine(sizes: Sizes, how: Training, processes: int) -> float:
     """Compute the peak of a machine's main memory, beside that of Python and CUDA.
 
     Each process loads the whole model in float32, or rounds one weight after the other on its GPU.
-    With ``offload`` the shards stay there, and one process gathers the model to write it.
+    Of those that share it one does, and gathers it to write it; with ``offload`` the shards stay.
     """
     if how.load_in:
         return 4.0 * sizes.embedding * processes
+    loading = processes if how.shards == 1 else 1
     shards = sum(whole(sizes, how)[:3]) / how.shards * processes if how.offload else 0
-    return max(4.0 * sizes.weights * processes, shards + 4.0 * sizes.weights)
+    return max(4.0 * sizes.weights * loading, shards + 4.0 * sizes.weights)
 
 
 def training(sizes: Sizes, batch: Batch, how: Training, chunk: int = CHUNK) -> Memory:

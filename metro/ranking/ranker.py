@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from metro.data.jsonl_rows import UnusableRow
 from metro.evaluation.model import open_model
-from metro.evaluation.runs.processes import join_processes
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier, Ranking, check_distinct
 from metro.evaluation.tasks.examples import EvaluationExample
 from metro.models.loading import LoadedModel
+from metro.processes import join_processes
 from metro.ranking.questions import Asked, Questions
 from metro.ranking.settings import RankSettings
 

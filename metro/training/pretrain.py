@@ -240,14 +240,19 @@ def build_trainer(
     from metro.training.precision import choose_precision
     from metro.training.pretraining_files import load_weights
     from metro.training.pretraining_trainer import PretrainingTrainer
-    from metro.training.sharding import shard
+    from metro.training.sharding import made_once, shard
 
     progress.say("building the model")
     set_seed(settings.seed)
-    model = fuse(build_model(settings, first_sentinel))
-    if settings.finetune_from_model and not checkpoint:
-        progress.say(f"taking the weights of {settings.finetune_from_model}")
-        load_weights(model, Path(settings.finetune_from_model), settings)
+
+    def make():
+        model = build_model(settings, first_sentinel)
+        if settings.finetune_from_model and not checkpoint:
+            progress.say(f"taking the weights of {settings.finetune_from_model}")
+            load_weights(model, Path(settings.finetune_from_model), settings)
+        return model
+
+    model = fuse(made_once(make, settings, args))
     if settings.checkpoint_activations:
         recompute = partial(checkpoint_function, use_reentrant=False)
         for module in model.modules():

@@ -2,7 +2,8 @@
 
 Every process keeps a part of each weight, gradient and optimizer state, in float32. A block of
 layers is gathered while it is computed, in the precision of the training, and its gradients are
-averaged in float32 after each micro-batch.
+averaged in float32 after each micro-batch. The first process alone makes the model; the others get
+it on ``meta``, and its weights block by block, of which they keep their parts at once.
 
 Checkpoints are those of ``torch.distributed.checkpoint``: each process writes its own parts, and
 any number of processes reads them. Weights that are not trained are not in them.
@@ -10,9 +11,11 @@ any number of processes reads them. Weights that are not trained are not in them
 
 from __future__ import annotations
 
-import os
+import io
+import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +35,9 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
+from metro.processes import Processes, processes_here
 from metro.sharding import ShardingSettings
 from metro.training.output_folder import TRAINER_STATE
 from metro.training.shard_files import METADATA, load_states
@@ -43,13 +48,72 @@ from metro.utils.messages import UserError
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 Model = TypeVar("Model", bound=nn.Module)
+Made = TypeVar("Made")
+
+
+class _WithoutWeights(pickle.Pickler):
+    """Pickles tensors as such on ``meta``; those that modules share stay one."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        empty = value.detach().to("meta")
+        if isinstance(value, nn.Parameter):
+            empty = nn.Parameter(empty, value.requires_grad)
+        return empty.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def made_once(make: Callable[[], Made], settings: ShardingSettings, args) -> Made:
+    """Make a model that is to be sharded in the first process; any other in all of them.
+
+    Args:
+        make: returns the model, and what else all need.
+        settings: of the run.
+        args: of the Trainer: its device and processes.
+
+    Returns:
+        What ``make`` returned; in the other processes with all tensors on ``meta``.
+
+    Raises:
+        UserError: ``make`` raised one; every process does then.
+    """
+    if not settings.fsdp:
+        return make()
+    processes = Processes(args.process_index, args.world_size, args.device)
+    made = processes.on_first(make)
+
+    def described() -> bytes:
+        _WithoutWeights(file := io.BytesIO()).dump(made)
+        return file.getvalue()
+
+    sent = processes.from_first(described)
+    return pickle.loads(sent) if made is None else made
+
+
+def _receive(part: nn.Module, device: torch.device) -> None:
+    """Take the weights and buffers of a module that are not sharded yet from the first process."""
+    received: dict[torch.Tensor, torch.Tensor] = {}
+    for module in part.modules():
+        tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for own in tables:
+            for name, tensor in own.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if tensor not in received:
+                    new = torch.empty_like if tensor.is_meta else torch.Tensor.to
+                    content = new(tensor.detach(), device=device)
+                    dist.broadcast(content, 0)
+                    if isinstance(tensor, nn.Parameter):
+                        content = nn.Parameter(content, tensor.requires_grad)
+                    received[tensor] = content if tensor.is_meta else tensor
+                own[name] = received[tensor]
 
 
 def shard(model: Model, settings: ShardingSettings, args) -> Model:
     """Shard a model in place, as the settings say; one process alone keeps all of it.
 
     Args:
-        model: with whole weights, the same in all processes.
+        model: of `made_once`.
         settings: of the run.
         args: of the Trainer: its device and precision.
 
@@ -72,9 +136,10 @@ def shard(model: Model, settings: ShardingSettings, args) -> Model:
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": offload if settings.fsdp_offload else OffloadPolicy(),
     }
-    for block in blocks(model):
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    parts: list[nn.Module] = [*blocks(model), model]
+    for part in parts:
+        _receive(part, args.device)
+        fully_shard(part, **options)
     return model
 
 
@@ -87,7 +152,7 @@ def _mesh(how: str, device: str) -> DeviceMesh:
     count = dist.get_world_size()
     if how == "full":
         return init_device_mesh(device, (count,))
-    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    of_node = processes_here()
     if not of_node or count % of_node:
         raise UserError(
             f"fsdp hybrid shards among the processes of a node, and LOCAL_WORLD_SIZE is {of_node} "

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RunFolder
 from metro.evaluation.runs.runner import Scoring, evaluate_prompts, run_info
 from metro.evaluation.tasks.loading import load_tasks
 from metro.evaluation.tasks.protocol import choose_protocol
 from metro.evaluation.tasks.suites import find_suite
 from metro.evaluation.tasks.task import Sources
+from metro.processes import Processes
 from metro.utils.identity import model_identity
 from metro.utils.progress import SILENT
 

@@ -188,17 +188,15 @@ def test_processes_are_as_many_as_gpus():
 
 
 def test_host_memory_is_that_of_loading_and_of_offloaded_states():
-    """11.1 B weights of 4 bytes in each of 8 processes: 356 GB, more than 20 of their own."""
+    """11.1 B weights of 4 bytes in each of 8 processes: 356 GB; sharded, in the first: 45 GB."""
     weights = 4 * 11135332352
     found = metro.plan(model="flipped_11b", gpus=8, optimizer="adamw")
     host = {way.options: way.host for way in found.ways if way.purpose == "finetune"}
-    assert host[""] == host["--fsdp full"] == host["--fsdp full --fsdp-offload"] == 8 * weights
-    assert host["--lora --load-in 4bit"] < weights
-    assert "host GB" in str(found) and " 356 " in str(found)
-    two = metro.plan(model="flipped_11b", gpus=2, optimizer="adamw")
-    host = {way.options: way.host for way in two.ways if way.purpose == "finetune"}
-    assert host["--fsdp full"] == 2 * weights
+    assert host[""] == host["--lora"] == 8 * weights
+    assert host["--fsdp full"] == weights
     assert host["--fsdp full --fsdp-offload"] == 5 * weights  # states, and the model to write
+    assert host["--lora --load-in 4bit"] < weights
+    assert all(text in str(found) for text in ("host GB", " 356 ", " 45 "))
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_each_option():

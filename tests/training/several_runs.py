@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from metro.finetuning.run import finetune
 from metro.finetuning.validation import ValidationRows
+from metro.training import sharding
 from metro.training.pretrain import pretrain
 
 _, file, *kill_at = sys.argv
@@ -45,7 +47,24 @@ if os.environ["RANK"] == "0":
         make_folder(path, *args, **kwargs)
 
     Path.mkdir = make_late
-else:  # as if numbers were rounded otherwise; all of them are to do what the first one says
+else:
+    find_blocks, shard_part = sharding.blocks, sharding.fully_shard
+
+    def blocks_checked(model):
+        """Of the weights only those that are being sharded may be here as a whole."""
+
+        def shard_checked(part, **options):
+            whole = [p for p in model.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+            assert {*map(id, whole)} == {*map(id, part.parameters())} - {*map(id, sharded)}
+            shard_part(part, **options)
+            sharded.extend(part.parameters())
+
+        sharded: list = []
+        sharding.fully_shard = shard_checked
+        return find_blocks(model)
+
+    sharding.blocks = blocks_checked
+    # as if numbers were rounded otherwise; all of them are to do what the first one says
     accuracy = ValidationRows.accuracy
     ValidationRows.accuracy = lambda *args: 1 - accuracy(*args)
 if of_node := os.environ.get("PROCESSES_OF_NODE"):

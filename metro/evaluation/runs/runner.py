@@ -10,7 +10,6 @@ import torch
 
 from metro.data.prompts.encoding import PromptEncoder
 from metro.data.prompts.examples import VALUE_CUT
-from metro.evaluation.runs.processes import Processes
 from metro.evaluation.runs.run_folder import RUN_FORMAT, PromptResult, RunFolder
 from metro.evaluation.scoring.metrics import first_equal, measure, true_choice
 from metro.evaluation.scoring.minimal_pairs import PairRanker, RtdScorer, measure_pairs
@@ -20,6 +19,7 @@ from metro.evaluation.settings import PAIR_METHODS
 from metro.evaluation.tasks.protocol import Protocol
 from metro.evaluation.tasks.suites import Suite
 from metro.evaluation.tasks.task import Examples, Sources, Task
+from metro.processes import Processes
 from metro.utils.messages import UserError, counted, percent
 from metro.utils.progress import SILENT, Progress
 
