@@ -47,6 +47,28 @@ def test_help_is_fast(name):
     assert not slow & set(re.findall(r"\w+", done.stdout.splitlines()[-1]))
 
 
+GARBAGE = """
+import atexit, gc, sys
+import metro
+passes = []
+gc.callbacks.append(lambda phase, info: passes.append(phase))
+import metro.data.own_rows
+print(len(passes), gc.isenabled())
+atexit.register(lambda: print(gc.get_freeze_count() > 1000))
+from metro.cli.main import main
+sys.argv = ["metro", "--version"]
+main()
+"""
+
+
+def test_start_and_end_spend_no_time_on_garbage():
+    """Oracle: the collector's passes, some 70 where imports are not spared, and what it leaves."""
+    first, _, last = run_python("-c", GARBAGE).stdout.splitlines()
+    passes, is_enabled = first.split()
+    assert int(passes) < 10 and is_enabled == "True"
+    assert last == "True"
+
+
 def test_version_is_the_package_version():
     assert run_metro("--version").stdout.strip() == f"metro {metro.__version__}"
 
