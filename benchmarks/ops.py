@@ -144,7 +144,7 @@ def flex_attention_way(q, k, v, bias, key_mask, is_causal) -> Callable[[], torch
 
 def dropout_case(device: str) -> Case:
     x = torch.randn(BATCH, LENGTH, D).requires_grad_()
-    ways = {impl: partial(dropout, x, 0.1, impl=impl) for impl in ("reference", "bytes")}
+    ways = {impl: partial(dropout, x, 0.1, impl=impl) for impl in ("reference", "bits")}
     return Case([x], ways, is_random=True, moved=4 * x.nbytes)
 
 

@@ -1,4 +1,4 @@
-"""Dropout that keeps a byte per element for the backward pass on the CPU, where PyTorch keeps four.
+"""Dropout that keeps a bit per element for the backward pass on the CPU, where PyTorch keeps 32.
 
 Sixteen random bits decide an element, drawn from a NumPy generator seeded by PyTorch's: faster than
 PyTorch's own draws on the CPU (``benchmarks/ops.py``), and as reproducible.
@@ -10,15 +10,18 @@ import torch.nn.functional as F
 
 from metro.ops.dispatch import is_eager_cpu
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Of as many bytes as a number has."""
+
 
 def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto") -> torch.Tensor:
     """``F.dropout(x, p, training)``: elements zeroed with probability ``p``, others over ``1 - p``.
 
     Args:
         x: any shape.
-        p: probability of dropping, in steps of 2 ** -16 for ``bytes``.
+        p: probability of dropping, in steps of 2 ** -16 for ``bits``.
         training: nothing is dropped otherwise.
-        impl: ``reference`` (PyTorch's), ``bytes`` (CPU, described above) or ``auto``: ``bytes`` on
+        impl: ``reference`` (PyTorch's), ``bits`` (CPU, described above) or ``auto``: ``bits`` on
             the CPU.
 
     Raises:
@@ -27,28 +30,26 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
     if not training or not p:
         return x
     if impl == "auto":
-        impl = "bytes" if is_eager_cpu(x) else "reference"
+        impl = "bits" if is_eager_cpu(x) else "reference"
     if impl == "reference":
         return F.dropout(x, p)
-    if impl == "bytes":
-        return ByteDropout.apply(x, p)
+    if impl == "bits":
+        return BitDropout.apply(x, p)
     raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'bytes'")
 
 
-class ByteDropout(torch.autograd.Function):
-    """Keeps which elements were kept, a byte each."""
+class BitDropout(torch.autograd.Function):
+    """Keeps which elements were kept, a bit each."""
 
     @staticmethod
     def forward(ctx, x, p):
         kept = draw_kept(x.shape, p, random_of(seed_from_torch()))
-        ctx.save_for_backward(kept)
-        ctx.scale = scale_of_kept(p)
-        return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
+        ctx.kept, ctx.scale = pack(kept), scale_of_kept(p)
+        return drop(x, kept).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
-        return kept.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+        return drop(grad, unpack(ctx.kept, grad.shape)).mul_(ctx.scale), None
 
 
 def seed_from_torch() -> int:
@@ -79,3 +80,29 @@ def draw_kept(shape: torch.Size, p: float, random: np.random.Generator) -> torch
     # Compared by NumPy and uint8, not bool: of PyTorch's operations these are several times faster.
     kept = words.view(np.uint16)[:count] >= round(p * 2**16)
     return torch.from_numpy(kept.view(np.uint8)).view(shape)
+
+
+def drop(x: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``x * kept``, by the bits of the numbers: several times as fast on the CPU.
+
+    Args:
+        x: any floating-point type.
+        kept: uint8, 0 or 1, in the shape of ``x``.
+        out: memory for the result, ``x`` itself for one.
+    """
+    integer = INTEGERS[x.element_size()]
+    all_bits = kept.view(torch.int8).neg().to(integer)  # -1 is all ones
+    if out is None:
+        return all_bits.bitwise_and_(x.view(integer)).view(x.dtype)
+    torch.bitwise_and(x.view(integer), all_bits, out=out.view(integer))
+    return out
+
+
+def pack(kept: torch.Tensor) -> np.ndarray:
+    """The uint8 of :func:`draw_kept` in bits."""
+    return np.packbits(kept.numpy())
+
+
+def unpack(bits: np.ndarray, shape: torch.Size) -> torch.Tensor:
+    """What :func:`pack` was given."""
+    return torch.from_numpy(np.unpackbits(bits, count=shape.numel())).view(shape)

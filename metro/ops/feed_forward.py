@@ -54,28 +54,34 @@ def feed_forward(
         return F.linear(F.linear(x, weight_in, bias_in).relu(), weight_out, bias_out)
     if impl not in ("in_place", "epilogue"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'in_place' or 'epilogue'")
-    given = cast_for_autocast(x, weight_in, bias_in, weight_out, bias_out)
-    return InPlaceFeedForward.apply(*given, impl == "epilogue")
+    (x,) = cast_for_autocast(x)
+    given = (weight_in, bias_in, weight_out, bias_out)
+    return InPlaceFeedForward.apply(x, *given, impl == "epilogue")
 
 
 class InPlaceFeedForward(torch.autograd.Function):
-    """Keeps the activations, from which the next product and the activation's gradient follow."""
+    """Keeps the activations, from which the next product and the activation's gradient follow.
+
+    Of the weights it keeps what it was given, under autocast not the rounded ones.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight_in, bias_in, weight_out, bias_out, has_epilogue):
-        if has_epilogue:
+    def forward(ctx, x, *given):
+        *parameters, ctx.has_epilogue = given
+        weight_in, bias_in, weight_out, bias_out = (p.to(x.dtype) for p in parameters)
+        if ctx.has_epilogue:
             inner_NF = torch._addmm_activation(bias_in, x.flatten(0, -2), weight_in.T)
             inner = inner_NF.view(*x.shape[:-1], len(weight_in))
         else:
             inner = F.linear(x, weight_in, bias_in).relu_()
-        ctx.save_for_backward(x, inner, weight_in, weight_out)
-        ctx.has_epilogue = has_epilogue
+        ctx.save_for_backward(x, inner, parameters[0], parameters[2])
         return F.linear(inner, weight_out, bias_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, inner, weight_in, weight_out = ctx.saved_tensors
+        x, inner, *weights = ctx.saved_tensors
+        weight_in, weight_out = (weight.to(x.dtype) for weight in weights)
         x_ND, inner_NF, grad_ND = (t.flatten(0, -2) for t in (x, inner, grad))
         grad_x = torch.empty_like(x_ND)
         grad_in, grad_bias_in = torch.zeros_like(weight_in), weight_in.new_zeros(len(weight_in))
@@ -91,5 +97,8 @@ class InPlaceFeedForward(torch.autograd.Function):
             torch.mm(grad_inner, weight_in, out=grad_x[rows])
             grad_in.addmm_(grad_inner.T, x_ND[rows])
             grad_bias_in += grad_inner.sum(0)
-        grad_out, grad_bias_out = grad_ND.T @ inner_NF, grad_ND.sum(0)
+        left_DN = grad_ND.T
+        if x.device.type == "cpu" and not in_chunks:
+            left_DN = left_DN.contiguous()  # with AMX half the time, the copy included
+        grad_out, grad_bias_out = left_DN @ inner_NF, grad_ND.sum(0)
         return grad_x.view_as(x), grad_in, grad_bias_in, grad_out, grad_bias_out, None

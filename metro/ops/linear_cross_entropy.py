@@ -26,8 +26,8 @@ from metro.ops.dispatch import cast_for_autocast, check_kernel, computed_type, t
 from metro.ops.linear_cross_entropy_rows import Coefficients, RowSums
 from metro.ops.sampling import sample_tokens, uniform_of
 
-CHUNK_LOGITS = 2**24
-"""Logits at a time on the CPU: 64 MiB in float32, 512 rows of a vocabulary of 32k."""
+CHUNK_LOGITS = 2**25
+"""Logits at a time on the CPU: 128 MiB in float32, 1,024 rows of a vocabulary of 32k."""
 CUDA_CHUNK_LOGITS = 2**26
 """On GPUs: 256 MiB, 2,048 such rows. The weight's gradient is read and written for each chunk."""
 
@@ -117,7 +117,10 @@ def losses_and_samples(
     if impl not in ("plain", "reference", "triton"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'plain', 'reference' or 'triton'")
     check_options(label_smoothing, epsilon)
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    if impl == "plain":
+        hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    else:  # rounds the others where it needs them
+        (hidden,) = cast_for_autocast(hidden)
     check_inputs(hidden, weight, targets, bias)
     if impl == "triton":
         check_kernel(hidden)
@@ -180,15 +183,20 @@ def plain_losses(hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and correctness of N rows; a few sums of each row are kept, and the last chunk."""
+    """Loss and correctness of N rows; a few sums of each row are kept, and the last chunk.
+
+    Weight and bias are rounded here to the type of ``hidden``, under autocast: the rounded ones are
+    not kept, and their gradients are not rounded.
+    """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
+        given = (hidden_ND, *rounded(hidden_ND.dtype, weight_VD, bias_V))
         reduce_rows = reduce_in_chunks
         if options.impl == "triton":
             from metro.ops.kernels.linear_cross_entropy import reduce_rows
         rows, samples_N, last_CV = reduce_rows(
-            hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_sum=bool(options.smoothing)
+            *given, targets_N, streams_N, needs_sum=bool(options.smoothing)
         )
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, last_CV, *rows[:4])
         ctx.options = options
@@ -208,8 +216,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
+        weight_dtype, grad_weight = weight_VD.dtype, None
+        weight_VD, bias_V = rounded(hidden_ND.dtype, weight_VD, bias_V)
         # Summed over chunks in float32: half precision would round once for each of them.
-        grad_weight = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
         for chunk in chunks(num_rows, weight_VD):
             given = (hidden_ND[chunk], weight_VD, bias_V, targets_N[chunk])
@@ -226,13 +235,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if needs_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
-            if needs_weight and dtype == hidden_ND.dtype:
+            if needs_weight and grad_weight is not None and dtype == hidden_ND.dtype:
                 grad_weight.addmm_(grad_CV.T, hidden_ND[chunk])
             elif needs_weight:
-                grad_weight += grad_CV.T @ hidden_ND[chunk]
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_VD.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias_V.dtype)
+                of_chunk_VD = (grad_CV.T @ hidden_ND[chunk]).to(dtype)
+                grad_weight = of_chunk_VD if grad_weight is None else grad_weight.add_(of_chunk_VD)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(weight_dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def rounded(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list:
+    return [None if x is None else x.to(dtype) for x in tensors]
 
 
 def loss_of(rows: RowSums, vocab_size: int, options: Options) -> torch.Tensor:
@@ -337,7 +351,9 @@ def check_inputs(hidden, weight, targets, bias) -> None:
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit; use (N, D), (V, D) and (N,)"
         )
-    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+    are_rounded = torch.is_autocast_enabled(hidden.device.type)
+    dtype = weight.dtype if are_rounded else hidden.dtype
+    if dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
         types = [str(x.dtype) for x in (hidden, weight, bias) if x is not None]
         raise ValueError(f"hidden, weight and bias are {', '.join(types)}; cast them to one type")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -53,7 +53,8 @@ def packed_linear(
         return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     if impl not in ("summed", "packed"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'summed' or 'packed'")
-    return list(PackedLinear.apply(impl == "packed", *cast_for_autocast(x, *weights, *biases)))
+    (x,) = cast_for_autocast(x)
+    return list(PackedLinear.apply(impl == "packed", x, *weights, *biases))
 
 
 def best_impl(x: torch.Tensor, num_layers: int) -> str:
@@ -71,13 +72,14 @@ def packing_pays(num_rows: int, width: int, num_layers: int) -> bool:
 
 
 class PackedLinear(torch.autograd.Function):
-    """Keeps the input and the weights as they were given."""
+    """Keeps the input and the weights as they were given: under autocast not the rounded ones."""
 
     @staticmethod
     def forward(ctx, is_packed, x, *parameters):
+        ctx.save_for_backward(x, *parameters[: len(parameters) // 2])
+        parameters = [parameter.to(x.dtype) for parameter in parameters]
         weights = parameters[: len(parameters) // 2]
         biases = parameters[len(weights) :]
-        ctx.save_for_backward(x, *weights)
         if not is_packed:
             return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
         out = F.linear(x, torch.cat(weights), torch.cat(biases))
@@ -91,9 +93,9 @@ class PackedLinear(torch.autograd.Function):
         needs_x, *needs = ctx.needs_input_grad[1:]
         grad_x = None
         if needs_x:
-            grad_x = grads[0] @ weights[0]
+            grad_x = grads[0] @ weights[0].to(x.dtype)
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_x.addmm_(grad, weight)
+                grad_x.addmm_(grad, weight.to(x.dtype))
             grad_x = grad_x.view_as(x)
         of_parameters = [partial(torch.mm, grad.T, x_ND) for grad in grads]
         of_parameters += [partial(torch.sum, grad, 0) for grad in grads]

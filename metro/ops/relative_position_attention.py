@@ -2,9 +2,10 @@
 
 On GPUs the kernels of :mod:`metro.ops.kernels.relative_position_attention` compute the weights a
 tile at a time. On the CPU a head of one sequence is computed at a time, each core at its own, and
-the backward pass computes the weights (and which of them were dropped) again, as Dao et al. (2022)
-do on GPUs. Only the inputs are kept. One more q k^T is 1/7 of the arithmetic of attention, which is
-itself about a tenth of a layer's at 512 tokens; causal attention skips 3/8 of the pairs.
+the backward pass computes the weights again, as Dao et al. (2022) do on GPUs. Only the inputs are
+kept, and a bit for each weight that says whether it was dropped. One more q k^T is 1/7 of the
+arithmetic of attention, which is itself about a tenth of a layer's at 512 tokens; causal attention
+skips 3/8 of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """
@@ -23,7 +24,15 @@ from metro.ops.dispatch import (
     is_eager_cpu,
     takes_kernel,
 )
-from metro.ops.dropout import draw_kept, random_of, scale_of_kept, seed_from_torch
+from metro.ops.dropout import (
+    draw_kept,
+    drop,
+    pack,
+    random_of,
+    scale_of_kept,
+    seed_from_torch,
+    unpack,
+)
 from metro.ops.threads import for_each
 
 CAUSAL_BLOCK = 128
@@ -191,27 +200,30 @@ def bias_of_pairs(bias_HN, num_keys, num_queries, query_positions) -> torch.Tens
 class CachedAttention(torch.autograd.Function):
     """A head of one sequence at a time; its weights are computed again going back.
 
-    Products are of the inputs' type, all between them is in float32.
+    Scores and weights are of the inputs' type, as PyTorch's are; in half precision products and
+    softmax sum in float32, and so does the gradient of the bias.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, is_causal, query_positions, dropout):
         mask = additive_mask(q, k, key_mask, is_causal, query_positions)
         ctx.save_for_backward(q, k, v, bias, mask, query_positions)
-        ctx.seed, ctx.dropout = seed_from_torch() if dropout else 0, dropout
+        seed, kept_scale = seed_from_torch() if dropout else 0, scale_of_kept(dropout)
         ctx.in_blocks = is_causal and query_positions is None and q.shape[2] == k.shape[2]
-        kept_scale = scale_of_kept(dropout)
+        ctx.kept_scale, ctx.kept = kept_scale, [[] for _ in range(q.shape[1])] if dropout else None
         out = empty_by_position(q)
 
         def compute(head):
-            random, buffers = random_of(ctx.seed, head), buffers_for(q, k, 2)
-            bias_SS = None if bias is None else by_distance(bias[head].expand(k.shape[2], -1))
+            random, buffer, bias_SS = random_of(seed, head), buffers_for(q, k, 1)[0], None
+            if bias is not None:
+                bias_SS = by_distance(bias[head].to(q.dtype).expand(k.shape[2], -1))
             for chunk in chunks(head, q, k, ctx.in_blocks):
-                weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
+                weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffer)
                 if dropout:
                     kept = draw_kept(weights.shape, dropout, random)
-                    weights.mul_(chunk.matrix(buffers[1]).copy_(kept))
-                product(chunk.of_queries(out), weights.to(v.dtype), chunk.of_keys(v), kept_scale)
+                    drop(weights, kept, out=weights)
+                    ctx.kept[head].append(pack(kept))
+                product(chunk.of_queries(out), weights, chunk.of_keys(v), kept_scale)
 
         for_each(compute, range(q.shape[1]))
         return out
@@ -220,30 +232,27 @@ class CachedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, bias, mask, query_positions = ctx.saved_tensors
-        scale, kept_scale = q.shape[-1] ** -0.5, scale_of_kept(ctx.dropout)
+        scale, kept_scale = q.shape[-1] ** -0.5, ctx.kept_scale
         grad_q, grad_k, grad_v = (empty_by_position(x) for x in (q, k, v))
         grad_bias = None if bias is None else torch.empty_like(bias)
 
         def compute(head):
-            random, buffers = random_of(ctx.seed, head), buffers_for(q, k, 3)
-            bias_SS = grad_SN = None
+            buffers, bias_SS, grad_SN = buffers_for(q, k, 3), None, None
             if bias is not None:
-                bias_SS = by_distance(bias[head].expand(k.shape[2], -1))
-                grad_SN = buffers[0].new_zeros(k.shape[2], bias.shape[1])
-            for chunk in chunks(head, q, k, ctx.in_blocks):
+                bias_SS = by_distance(bias[head].to(q.dtype).expand(k.shape[2], -1))
+                grad_SN = bias.new_zeros(k.shape[2], bias.shape[1])
+            for i, chunk in enumerate(chunks(head, q, k, ctx.in_blocks)):
                 weights = chunk.weights(q, k, bias_SS, mask, query_positions, buffers[0])
                 kept_weights, chunk_grad = weights, chunk.of_queries(grad_out)
                 grad_weights = product(
                     chunk.matrix(buffers[1]), chunk_grad, chunk.of_keys(v).T, kept_scale
                 )
-                if ctx.dropout:
-                    kept = draw_kept(weights.shape, ctx.dropout, random)
-                    kept = chunk.matrix(buffers[2]).copy_(kept)
-                    grad_weights.mul_(kept)
-                    kept_weights = kept.mul_(weights)
+                if ctx.kept is not None:
+                    kept = unpack(ctx.kept[head][i], weights.shape)
+                    drop(grad_weights, kept, out=grad_weights)
+                    kept_weights = drop(weights, kept, out=chunk.matrix(buffers[2]))
                 # A sequence's first chunk has all keys: what was in memory before is ignored.
                 seen = 0.0 if chunk.is_first else 1.0
-                kept_weights = kept_weights.to(v.dtype)
                 product(chunk.of_keys(grad_v), kept_weights.T, chunk_grad, kept_scale, seen)
                 grad_scores = torch._softmax_backward_data(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
@@ -251,11 +260,11 @@ class CachedAttention(torch.autograd.Function):
                 if grad_SN is not None:
                     rows = chunk.positions(q, k, query_positions)
                     grad_bias_SS = by_distance(grad_SN)[:, chunk.keys]
+                    added = grad_scores.to(bias.dtype)  # two types in one pass are slower
                     if query_positions is None:
-                        grad_bias_SS[rows].add_(grad_scores)
+                        grad_bias_SS[rows].add_(added)
                     else:
-                        grad_bias_SS.index_add_(0, rows, grad_scores)
-                grad_scores = grad_scores.to(q.dtype)
+                        grad_bias_SS.index_add_(0, rows, added)
                 product(chunk.of_queries(grad_q), grad_scores, chunk.of_keys(k), scale)
                 product(chunk.of_keys(grad_k), grad_scores.T, chunk.of_queries(q), scale, seen)
             if grad_SN is not None:
@@ -341,19 +350,13 @@ def chunks(head: int, q: torch.Tensor, k: torch.Tensor, in_blocks: bool) -> Iter
 
 
 def buffers_for(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Flat memory for matrices of queries by keys, in at least float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return [q.new_empty(q.shape[2] * k.shape[2], dtype=dtype) for _ in range(count)]
+    """Flat memory for matrices of queries by keys."""
+    return [q.new_empty(q.shape[2] * k.shape[2]) for _ in range(count)]
 
 
 def product(out, a, b, scale: float, seen: float = 0.0) -> torch.Tensor:
     """``out = seen * out + scale * a @ b`` in place: parts of the heads are read in place."""
-    if out.dtype == a.dtype:
-        return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
-    rounded = torch.mm(a, b)  # to half precision
-    if not seen:
-        return out.copy_(rounded).mul_(scale)
-    return out.add_(rounded.to(out.dtype), alpha=scale)  # two types in one pass are slower
+    return torch.addmm(out, a, b, beta=seen, alpha=scale, out=out)
 
 
 def empty_by_position(x_BHTK: torch.Tensor) -> torch.Tensor:
@@ -368,5 +371,5 @@ def additive_mask(q, k, key_mask, is_causal, query_positions) -> torch.Tensor | 
     if visible is None:
         return None
     visible = visible if visible.dim() == 4 else visible[None, None]
-    mask = torch.zeros(visible.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    mask = torch.zeros(visible.shape, dtype=q.dtype)
     return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min).expand(-1, -1, q.shape[2], -1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metro.ops.dropout import draw_kept, dropout, random_of
+from metro.ops.dropout import draw_kept, drop, dropout, pack, random_of, unpack
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -19,9 +19,19 @@ def test_elements_are_dropped_independently_at_the_asked_rate(p):
         assert abs(correlation) < 5 / count**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropping_by_bits_is_multiplying(dtype):
+    """Also of a number of elements that fills no byte, and in place."""
+    x, kept = torch.randn(3, 7, dtype=dtype), draw_kept(torch.Size((3, 7)), 0.5, random_of(1))
+    assert torch.equal(unpack(pack(kept), kept.shape), kept)
+    want = x * kept
+    assert torch.equal(drop(x, kept), want)
+    assert drop(x, kept, out=x) is x and torch.equal(x, want)
+
+
 def test_kept_elements_are_scaled_and_so_is_the_gradient():
     x = torch.randn(7, 5, 3).requires_grad_()
-    out = dropout(x, 0.25, impl="bytes")
+    out = dropout(x, 0.25, impl="bits")
     kept = out != 0
     assert 0 < kept.sum() < kept.numel()
     torch.testing.assert_close(out, torch.where(kept, x / 0.75, 0.0))
@@ -42,7 +52,7 @@ def test_all_may_be_dropped():
     """Also where a rate rounds to 1."""
     x = torch.randn(10).requires_grad_()
     for p in (1.0, 1 - 2**-20):
-        out = dropout(x, p, impl="bytes")
+        out = dropout(x, p, impl="bits")
         assert not out.any() and not torch.autograd.grad(out.sum(), x)[0].any()
 
 

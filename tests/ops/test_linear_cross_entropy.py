@@ -222,10 +222,10 @@ def test_the_graph_keeps_one_chunk_of_logits_at_most(monkeypatch):
 
 
 def test_chunks_are_larger_on_gpus():
-    """Of 32k words 512 rows on the CPU and 2,048 on a GPU, whose tensors need none to be named."""
+    """Of 32k words 1,024 rows on the CPU and 2,048 on a GPU, whose tensors need no names."""
     with FakeTensorMode():
         steps = [next(op.chunks(1, torch.empty(2**15, 1, device=x))).stop for x in ("cpu", "cuda")]
-    assert steps == [512, 2048]
+    assert steps == [1024, 2048]
 
 
 @pytest.mark.parametrize(
