@@ -1,19 +1,15 @@
-"""Several processes (``torchrun``) that share a task; one process without it.
-
-Nothing heavy is imported here.
-"""
-
-from __future__ import annotations
+"""Several processes (``torchrun``) that share a task; one process without it."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed
+
+from metro.models.placement import own_gpus
 from metro.utils.messages import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 Value = TypeVar("Value")
 
@@ -37,9 +33,8 @@ class Processes:
         """All-reduce (sum). Exact if at most one rank holds a non-zero value per element."""
         if self.count == 1:
             return values
-        from torch.distributed import all_reduce
-
-        all_reduce(on_device := values.to(self.device))
+        on_device = values.to(self.device)
+        torch.distributed.all_reduce(on_device)
         return on_device.to(values.device)
 
     def on_first(self, make: Callable[[], Value]) -> Value | None:
@@ -65,34 +60,12 @@ class Processes:
     def _broadcast(self, value: Any) -> Any:
         values = [value]
         if self.count > 1:
-            from torch.distributed import broadcast_object_list
-
-            broadcast_object_list(values, src=0, device=self.device)
+            torch.distributed.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def close(self) -> None:
         if self.owns_group:
-            from torch.distributed import destroy_process_group
-
-            destroy_process_group()
-
-
-def processes_here() -> int:
-    """Count torchrun's processes on this machine; 0 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-
-
-def own_gpus(count: int) -> range:
-    """GPUs of this process, of ``count`` of its machine: equal shares of torchrun's processes.
-
-    Raises:
-        UserError: there are more processes than GPUs.
-    """
-    local, processes = int(os.environ.get("LOCAL_RANK", 0)), processes_here() or 1
-    size = count // processes
-    if count and not size:
-        raise UserError(f"{processes} processes share {count} GPUs; start fewer per machine")
-    return range(local * size, (local + 1) * size)
+            torch.distributed.destroy_process_group()
 
 
 def join_processes(device: str | None = None, device_map: str | None = None) -> Processes:
@@ -106,9 +79,6 @@ def join_processes(device: str | None = None, device_map: str | None = None) -> 
     Raises:
         UserError: the device is not available.
     """
-    import torch
-    import torch.distributed
-
     count = int(os.environ.get("WORLD_SIZE", 1))
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

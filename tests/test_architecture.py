@@ -28,10 +28,10 @@ MAY_IMPORT = {
     "ops": set(),
     "fusion": {"modeling", "ops"},
     "sharding": {"utils"},
-    "processes": {"utils"},
+    "processes": {"utils", "models"},
     "data": {"utils", "modeling"},
     "pretraining": {"utils", "modeling", "ops", "fusion", "sharding", "data"},
-    "models": {"utils", "modeling", "ops", "sharding", "processes", "data", "pretraining"},
+    "models": {"utils", "modeling", "ops", "sharding", "data", "pretraining"},
     "conversion": {"utils", "modeling", "sharding", "data", "pretraining", "models"},
     "training": {
         "utils",

@@ -1,10 +1,8 @@
 """Joining the other processes."""
 
-import pytest
 import torch
 
-from metro.processes import join_processes, own_gpus
-from metro.utils.messages import UserError
+from metro.processes import join_processes
 
 
 def test_a_process_group_of_the_caller_stays(monkeypatch, tmp_path):
@@ -26,15 +24,3 @@ def test_a_process_group_of_the_caller_stays(monkeypatch, tmp_path):
     assert group.is_initialized()
     processes.close()
     assert not group.is_initialized()
-
-
-def test_processes_of_a_machine_share_its_gpus(monkeypatch):
-    shares = []
-    for local in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(local))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-        shares.append([*own_gpus(8)])
-    assert shares == [[0, 1], [2, 3], [4, 5]]
-    assert [*own_gpus(0)] == []
-    with pytest.raises(UserError, match="3 processes share 2 GPUs"):
-        own_gpus(2)

@@ -37,7 +37,10 @@ class PrepareTextSettings(Settings):
         None, "Processes; default: all cores.", flag="--workers", least=1
     )
     valid_fraction: float = option(
-        0.005, "Share of the documents (of shard 0) for the validation set; 0: none.", least=0
+        0.005,
+        "Share of the documents (of shard 0) for the validation set; 0: none.",
+        least=0,
+        below=1,
     )
     shards: int | None = option(
         None, "Cut the corpus into N folders, one per epoch in turn.", metavar="N", least=1
@@ -51,15 +54,13 @@ class PrepareTextSettings(Settings):
     overwrite: bool = option(False, "Replace a result made with other settings.")
 
     def check(self) -> None:
-        """Refuse two vocabularies, or none, and a validation set of everything."""
+        """Refuse two vocabularies, or none, and a shard that is not one."""
         if (self.vocab is None) == (self.train_vocab is None):
             raise UserError("give a vocabulary: either vocab DIR or train_vocab N")
         if self.shard is not None and self.shard >= (self.shards or 0):
             raise UserError(
                 f"shard is {self.shard} and shards is {self.shards}: use shards N, shard 0 to N-1"
             )
-        if self.valid_fraction >= 1:
-            raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
 
 
 @dataclass(kw_only=True)

@@ -51,11 +51,7 @@ def load_trainable(
 
 
 def _check_trainable(model, tokenizer) -> None:
-    """Refuse models without the special tokens of the loss, or that fail on a short text.
-
-    Raises:
-        UserError: the model cannot be trained; the message says what it lacks.
-    """
+    """Refuse models without the special tokens of the loss, or that fail on a short text."""
     pad = getattr(model.config, "pad_token_id", None)
     if pad is None or pad == tokenizer.eos_token_id:
         raise UserError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from metro.data.prompts.stored import read_manifest
 from metro.finetuning.settings import FinetuningSettings
-from metro.training.output_folder import RunFolder, last_metrics, ran_out_of_patience
+from metro.training.output_folder import RunFolder, TrainingResult, ran_out_of_patience
 from metro.utils.identity import digest
 
 if TYPE_CHECKING:
@@ -26,23 +26,12 @@ MAY_CHANGE = {
 """Settings that do not affect what was trained so far: a resumed run may have others."""
 
 
-class FinetuneResult(NamedTuple):
-    """Result of `finetune`."""
-
-    folder: Path
-    """The finished model."""
-    num_updates: int
-    """Updates of all runs together that led to it."""
-    metrics: dict[str, float]
-    """Last logged value of each metric."""
-
-
 def run_folder(settings: FinetuningSettings) -> RunFolder:
     """Return the output folder of these settings."""
     return RunFolder(Path(settings.output_dir), "metro finetune", frozenset(MAY_CHANGE))
 
 
-def finished_run(settings: FinetuningSettings) -> FinetuneResult | None:
+def finished_run(settings: FinetuningSettings) -> TrainingResult | None:
     """Return the result of an earlier run that has trained as long as these settings ask for."""
     folder = run_folder(settings)
     if (state := folder.state()) is None:
@@ -53,7 +42,7 @@ def finished_run(settings: FinetuningSettings) -> FinetuneResult | None:
     wanted = max_steps if max_steps > 0 else settings.num_train_epochs
     if reached < wanted and not ended_early:
         return None
-    return FinetuneResult(folder.out, state["global_step"], last_metrics(state["log_history"]))
+    return folder.result(state["global_step"], state["log_history"])
 
 
 def rows_identity(folder: Path) -> str:

@@ -22,7 +22,6 @@ from metro.finetuning.model import load_trainable, set_up_for_training
 from metro.finetuning.output_folder import (
     DATA,
     SETTINGS,
-    FinetuneResult,
     finished_run,
     rows_identity,
     run_folder,
@@ -36,7 +35,7 @@ from metro.models.projection import position_limits
 from metro.processes import Processes
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
-from metro.training.output_folder import last_metrics, ran_out_of_patience
+from metro.training.output_folder import TrainingResult, ran_out_of_patience
 from metro.training.precision import choose_precision
 from metro.training.sharding import load_shards, made_once, shard
 from metro.utils.checksums import refuse_damage
@@ -51,7 +50,7 @@ def finetune(
     *,
     progress: bool | Progress = True,
     **options: Any,
-) -> FinetuneResult:
+) -> TrainingResult:
     """Train as the settings say and save the model into ``output_dir``; resume an earlier call.
 
     Args:
@@ -67,7 +66,7 @@ def finetune(
     return run_checked(settings, progress)
 
 
-def run_checked(settings: FinetuningSettings, progress: bool | Progress = True) -> FinetuneResult:
+def run_checked(settings: FinetuningSettings, progress: bool | Progress = True) -> TrainingResult:
     """Train as `finetune` does, with settings whose model and data `check_sources` has checked."""
     with Progress.of(progress) as shown, without_progress_bars():
         args = training_arguments(settings)  # joins the other processes
@@ -77,7 +76,7 @@ def run_checked(settings: FinetuningSettings, progress: bool | Progress = True) 
             return _finetune_alone(settings, args, shown)
 
 
-def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> FinetuneResult:
+def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> TrainingResult:
     """Finetune in an output folder that no other run writes into."""
     from transformers import set_seed
 
@@ -135,9 +134,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> F
             for name, _ in model.named_parameters():
                 refuse_not_finite(name, weights[name], DIVERGED)
             save(model, weights, tokenizer, settings, state)
-    return FinetuneResult(
-        Path(settings.output_dir), state.global_step, last_metrics(state.log_history)
-    )
+    return output.result(state.global_step, state.log_history)
 
 
 def join_shards(checkpoint: Path, out: Path, dtype=None) -> int:

@@ -77,11 +77,11 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
     optimizer: str = option(
         "adafactor", "adafactor (fixed rate), adamw, or another of the Trainer."
     )
-    adam_betas: list[float] = option([0.9, 0.999], "Of adamw.", least=0)
+    adam_betas: list[float] = option([0.9, 0.999], "Of adamw.", least=0, below=1)
     adam_epsilon: float = option(1e-8, "Of adamw.", least=0)
     weight_decay: float = option(0.0, "Weight decay.", least=0)
     max_grad_norm: float = option(1.0, "Gradient norm clipping; 0: none.", least=0)
-    dropout: float | None = option(None, "Dropout; default: the model's own.", least=0)
+    dropout: float | None = option(None, "Dropout; default: the model's own.", least=0, below=1)
 
     precision: str = option(
         "auto",
@@ -120,7 +120,7 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
     )
     lora_r: int = option(16, "Rank of the adapters.", least=1)
     lora_alpha: int = option(32, "Their scale is this over the rank.", least=1)
-    lora_dropout: float = option(0.05, "Of their input.", least=0)
+    lora_dropout: float = option(0.05, "Of their input.", least=0, below=1)
     load_in: str | None = option(
         None, "QLoRA: the weights beside the adapters in so many bits.", choices=BITS
     )
@@ -129,6 +129,7 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
         None,
         "Share for validation; default: a split of that name, else a fifth of 100 or more rows.",
         least=0,
+        below=1,
         section="Own rows",
     )
 
@@ -138,8 +139,6 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
         self.check_sharding()
         if self.valid_fraction is not None and not self.asks_own_rows:
             raise UserError("valid_fraction is for rows of your own: add template or input_field")
-        if self.valid_fraction is not None and self.valid_fraction >= 1:
-            raise UserError(f"valid_fraction is {self.valid_fraction}; use 0 up to less than 1")
         if self.early_stopping and not self.eval_steps:
             raise UserError("early_stopping needs evaluations: give eval_steps")
         if self.load_in and not self.lora:
@@ -153,14 +152,8 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
             value = getattr(self, part.name)
             if part.name.startswith("lora_") and not self.lora and value != part.default:
                 raise UserError(f"{part.name} is {value}, but nothing trains adapters: add lora")
-        if self.lora_dropout >= 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout}; use 0 up to less than 1")
-        if self.dropout is not None and self.dropout >= 1:
-            raise UserError(f"dropout is {self.dropout}; use 0 up to less than 1")
         if len(self.adam_betas) != 2:
             raise UserError(f"adam_betas is {self.adam_betas}; give two, such as 0.9 and 0.98")
-        if max(self.adam_betas) >= 1:
-            raise UserError(f"adam_betas is {self.adam_betas}; use 0 up to less than 1")
         for name in ("save_steps", "eval_steps"):
             steps = getattr(self, name)
             if steps is not None and steps > 1 and steps != int(steps):

@@ -36,7 +36,7 @@ from metro.models.fairseq_checkpoint import (
     untied,
 )
 from metro.models.placement import Memory, placement
-from metro.models.reading import check_readable, read_folder, refuse_weights, shards
+from metro.models.reading import check_readable, refuse_weights, shards
 from metro.models.source import adapter_base, check_as_written, model_source
 from metro.models.vocabulary_folder import build_tokenizer, check_vocabulary, find_vocabulary
 from metro.utils.checksums import damage
@@ -246,7 +246,10 @@ def _from_pretrained(source: str, dtype, options: dict) -> LoadedModel:
     refuse_weights(
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(info["unexpected_keys"]) if is_metro else [],
-        wrong_shapes=_wrong_shapes(source, model, info["mismatched_keys"]),
+        wrong_shapes=[
+            f"{name} {tuple(found)} instead of {tuple(needed)}"
+            for name, found, needed in sorted(info["mismatched_keys"])
+        ],
         source=source,
         model="the model that its config.json describes",
     )
@@ -311,18 +314,6 @@ def _generation_config(source: str, config) -> GenerationConfig:
     if generation.decoder_start_token_id is None and generation.bos_token_id is None:
         generation.decoder_start_token_id = getattr(config, "decoder_start_token_id", None)
     return generation
-
-
-def _wrong_shapes(source: str, model: PreTrainedModel, mismatched) -> list[str]:
-    """Describe transformers' mismatched keys: names and shapes, before version 5 names alone."""
-    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in mismatched)
-    found = read_folder(source) if names and Path(source).is_dir() else {}
-    needed = model.state_dict()
-    return [
-        f"{name} {tuple(found[name].shape) if name in found else ''} instead of "
-        f"{tuple(needed[name].shape)}"
-        for name in names
-    ]
 
 
 def _check_one_embedding(source: str, model: PreTrainedModel) -> None:

@@ -5,10 +5,10 @@ Nothing heavy is imported here: the options stand in the settings of every comma
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from metro.processes import own_gpus, processes_here
 from metro.utils.messages import MissingPackage, UserError
 from metro.utils.settings import Settings, option
 
@@ -101,6 +101,24 @@ def _rounding(load_in: str, dtype: Any):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype or torch.float32,
     )
+
+
+def processes_here() -> int:
+    """Count torchrun's processes on this machine; 0 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+
+
+def own_gpus(count: int) -> range:
+    """GPUs of this process, of ``count`` of its machine: equal shares of torchrun's processes.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    local, processes = int(os.environ.get("LOCAL_RANK", 0)), processes_here() or 1
+    size = count // processes
+    if count and not size:
+        raise UserError(f"{processes} processes share {count} GPUs; start fewer per machine")
+    return range(local * size, (local + 1) * size)
 
 
 def own_share() -> Memory:

@@ -23,8 +23,8 @@ CONTEXT, FRAGMENTED = 1e9, 0.05
 """Bytes of a GPU that the driver takes, and the share that is lost between tensors."""
 MOST = 512
 """Examples of a micro-batch that are tried."""
-SCORED_TOKENS = 65536, 1024
-"""Tokens of a batch that is scored on a GPU: by default, and the least that is tried."""
+TOKENS = [65536 // 2**k for k in range(7)]
+"""Tokens of a batch that is scored on a GPU: the default, and fewer."""
 GPUS_OF_A_MACHINE = 8
 NOTHING = "nothing fits: more GPUs, or larger ones"
 EXTRA = {
@@ -349,17 +349,14 @@ def _use(settings: PlanSettings, sizes: Sizes, usable: float) -> Iterator[Way]:
     ):
         if is_shared and settings.gpus == 1:
             continue
-        tokens = SCORED_TOKENS[0]
-        while True:
+        for tokens in TOKENS:
             batch = Batch(max(1, tokens // sum(lengths)), *lengths)
             memory = inference(sizes, batch, bytes_each, load_in)
             if is_shared:
                 memory = memory._replace(weights=memory.weights / settings.gpus)
-            fits = memory.total <= usable
-            if fits or tokens == SCORED_TOKENS[1]:
+            if fits := memory.total <= usable:
                 break
-            tokens //= 2
-        more = f"--batch-tokens {tokens}" * (tokens != SCORED_TOKENS[0])
+        more = f"--batch-tokens {tokens}" * (tokens != TOKENS[0])
         words = [f"metro evaluate {settings.model or 'MODEL'}", options, more]
         command = _launched(words, 1 if is_shared else settings.gpus)
         yield Way("use", options, memory, fits, tokens if fits else 0, command)

@@ -72,9 +72,6 @@ def trainer_arguments(
     loggers = [] if report_to == "none" else report_to.split(",")
     if report_to == "auto":
         loggers = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    # newer versions of transformers have another name for it and warn of the old one
-    has_new_name = hasattr(TrainingArguments, "activation_checkpointing")
-    checkpointing = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
     try:
         arguments = TrainingArguments(
             # Unless told so, accelerate joins the processes of torchrun on accelerators alone: on a
@@ -82,10 +79,8 @@ def trainer_arguments(
             use_cpu=not deepspeed and (use_cpu or not torch.accelerator.is_available()),
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            **{
-                checkpointing: gradient_checkpointing,
-                f"{checkpointing}_kwargs": {"use_reentrant": False},
-            },
+            activation_checkpointing=gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             logging_nan_inf_filter=False,
             report_to=loggers,
             remove_unused_columns=False,

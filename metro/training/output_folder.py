@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
 
 import yaml
@@ -35,6 +35,17 @@ INPUTS = "inputs.json"
 TRAINER_STATE, PARTIAL_MODEL = "trainer_state.json", ".model.partial"
 LAST_FILES = "config.json", ADAPTER_CONFIG
 """Of a model and of an adapter: moved last, so that the others are there where it is."""
+
+
+class TrainingResult(NamedTuple):
+    """Result of `metro.pretrain` and `metro.finetune`."""
+
+    folder: Path
+    """The finished model."""
+    num_updates: int
+    """Updates of all runs together that led to it."""
+    metrics: dict[str, float]
+    """Last logged value of each metric."""
 
 
 def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
@@ -105,6 +116,10 @@ class RunFolder:
             return None
         refuse_damage(self.out, remedy="copy it again, or train into another --output-dir")
         return state
+
+    def result(self, num_updates: int, log_history: list[dict[str, float]]) -> TrainingResult:
+        """Describe the finished model."""
+        return TrainingResult(self.out, num_updates, last_metrics(log_history))
 
     @property
     def has_model(self) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metro.data.indexed_file import IndexedFile, check_dictionaries, check_shards, check_split
 from metro.data.prepared_folder import TEXT_MANIFEST
 from metro.data.text.vocabulary import read_vocabulary
 from metro.pretraining.settings import PretrainingSettings
 from metro.sharding import SHARDS
-from metro.training.output_folder import TRAINER_STATE, RunFolder, last_metrics
+from metro.training.output_folder import TRAINER_STATE, RunFolder, TrainingResult, last_metrics
 from metro.utils.files import naming, read_json, read_yaml
 from metro.utils.identity import digest
 from metro.utils.locks import locked
@@ -33,17 +33,6 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings that do not affect what was trained so far: a resumed run may have others."""
-
-
-class PretrainResult(NamedTuple):
-    """Result of `pretrain`."""
-
-    folder: Path
-    """The finished model."""
-    num_updates: int
-    """Updates of all runs together that led to it."""
-    metrics: dict[str, float]
-    """Last logged value of each metric."""
 
 
 class Text:
@@ -112,7 +101,7 @@ def pretrain(
     *,
     progress: bool | Progress = True,
     **options: Any,
-) -> PretrainResult:
+) -> TrainingResult:
     """Train as the settings say and save the model into ``output_dir``; resume an earlier call.
 
     Args:
@@ -141,7 +130,7 @@ def pretrain(
 
 def _pretrain_alone(
     settings: PretrainingSettings, args, first_sentinel: int, progress: Progress
-) -> PretrainResult:
+) -> TrainingResult:
     """Pretrain in an output folder that no other run writes into."""
     from metro.training.trainer import Stopped
 
@@ -156,7 +145,7 @@ def _pretrain_alone(
     earlier = output.state()
     if earlier is not None and (done := earlier["global_step"]) >= settings.max_update:
         progress.say(f"nothing to do: {output.out} is finished after {done} updates")
-        return PretrainResult(output.out, done, last_metrics(earlier["log_history"]))
+        return output.result(done, earlier["log_history"])
     trainer = build_trainer(settings, args, first_sentinel, checkpoint, progress)
     with (
         naming(output.out),
@@ -176,8 +165,7 @@ def _pretrain_alone(
             partial_model = output.new_partial()
             trainer.write(partial_model, state, settings.keep_auxiliary)
             output.take(partial_model, trainer.state)
-    history = trainer.state.log_history
-    return PretrainResult(output.out, trainer.state.global_step, last_metrics(history))
+    return output.result(trainer.state.global_step, trainer.state.log_history)
 
 
 def join_shards(checkpoint: Path, out: Path, dtype=None, keep_auxiliary: bool = False) -> int:

@@ -88,7 +88,7 @@ def read_metadata(path: Path) -> metadata.Metadata:
     return found
 
 
-def load_states(states: dict[str, Any], folder: Path, no_dist: bool) -> None:
+def load_states(states: dict[str, Any], folder: Path) -> None:
     """Read tensors in place, and other values into the dictionaries; all processes call this.
 
     Raises:
@@ -96,6 +96,6 @@ def load_states(states: dict[str, Any], folder: Path, no_dist: bool) -> None:
     """
     reader = _Reader(folder)
     try:
-        load(states, storage_reader=reader, planner=_Planner(), no_dist=no_dist)
+        load(states, storage_reader=reader, planner=_Planner())
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

@@ -37,7 +37,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from metro.processes import Processes, processes_here
+from metro.models.placement import processes_here
+from metro.processes import Processes
 from metro.sharding import ShardingSettings
 from metro.training.output_folder import TRAINER_STATE
 from metro.training.shard_files import METADATA, load_states
@@ -92,21 +93,25 @@ def made_once(make: Callable[[], Made], settings: ShardingSettings, args) -> Mad
 
 def _receive(part: nn.Module, device: torch.device) -> None:
     """Take the weights and buffers of a module that are not sharded yet from the first process."""
+
+    def receive(tensor: torch.Tensor) -> torch.Tensor:
+        content = tensor.detach()
+        if not tensor.is_meta:
+            dist.broadcast(content.to(device), 0)
+            return tensor
+        dist.broadcast(content := torch.empty_like(content, device=device), 0)
+        is_weight = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(content, tensor.requires_grad) if is_weight else content
+
     received: dict[torch.Tensor, torch.Tensor] = {}
     for module in part.modules():
         tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for own in tables:
             for name, tensor in own.items():
-                if tensor is None or isinstance(tensor, DTensor):
-                    continue
-                if tensor not in received:
-                    new = torch.empty_like if tensor.is_meta else torch.Tensor.to
-                    content = new(tensor.detach(), device=device)
-                    dist.broadcast(content, 0)
-                    if isinstance(tensor, nn.Parameter):
-                        content = nn.Parameter(content, tensor.requires_grad)
-                    received[tensor] = content if tensor.is_meta else tensor
-                own[name] = received[tensor]
+                if tensor is not None and not isinstance(tensor, DTensor):
+                    if tensor not in received:  # else modules share it
+                        received[tensor] = receive(tensor)
+                    own[name] = received[tensor]
 
 
 def shard(model: Model, settings: ShardingSettings, args) -> Model:
@@ -183,20 +188,19 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write weights and optimizer states; all processes call this, and each writes its parts."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    is_alone = not dist.is_initialized()
+    rank = 0 if is_alone else dist.get_rank()
     if rank == 0:  # what there is is of a run that was killed while it saved, or replaced now
         (folder.parent / TRAINER_STATE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-    if dist.is_initialized():  # the others make it
+    if not is_alone:  # the others make it
         dist.barrier()
-    states = {
-        "model": trained_weights(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    dcp.save(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    states: dict[str, Any] = {"model": trained_weights(model)}  # first, see there
+    states["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    dcp.save(states, checkpoint_id=folder)
     files = {path.name: facts(path) for path in folder.glob(f"__{rank}_*")}
     gathered = [files]
-    if dist.is_initialized():
+    if not is_alone:
         gathered = [{}] * dist.get_world_size()
         dist.all_gather_object(gathered, files)
     if rank == 0:
@@ -215,7 +219,7 @@ def load_shards(
     states: dict[str, Any] = {"model": trained_weights(model)}
     if optimizer is not None:
         states["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    load_states(states, folder, no_dist=not dist.is_initialized())  # weights in place
+    load_states(states, folder)  # weights in place
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, states["optimizer"])
 

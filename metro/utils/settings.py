@@ -35,6 +35,7 @@ def option(
     choices: Sequence[str] = (),
     least: float | None = None,
     most: float | None = None,
+    below: float | None = None,
     flag: str | None = None,
     positional: bool = False,
     metavar: str | None = None,
@@ -49,6 +50,7 @@ def option(
         choices: the only values allowed; of a list, of its items.
         least: smallest value allowed, of a list of its items.
         most: largest value allowed; infinity and NaN never are.
+        below: smallest value not allowed.
         flag: on the command line, instead of ``--name`` (or ``--name/--no-name`` of a bool);
             several are separated by commas.
         positional: an argument of the command line instead of an option.
@@ -63,6 +65,7 @@ def option(
         "choices": tuple(choices),
         "least": least,
         "most": most,
+        "below": below,
         "flag": flag,
         "positional": positional,
         "metavar": metavar,
@@ -235,7 +238,8 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check(part: Field, value: Any) -> None:
-    choices, least, most = (part.metadata[name] for name in ("choices", "least", "most"))
+    names = ("choices", "least", "most", "below")
+    choices, least, most, below = (part.metadata[name] for name in names)
     if value is None:
         return
     for each in value if isinstance(value, list) else [value]:
@@ -247,3 +251,5 @@ def _check(part: Field, value: Any) -> None:
             raise UserError(f"{part.name} is {each}; use {least} or more")
         if most is not None and each > most:
             raise UserError(f"{part.name} is {each}; use at most {most}")
+        if below is not None and each >= below:
+            raise UserError(f"{part.name} is {each}; use {least} up to less than {below}")

@@ -12,7 +12,7 @@ import pytest
 import metro
 from metro.cli.main import load_command
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
-from metro.models.placement import PlacementSettings, own_share, placement
+from metro.models.placement import PlacementSettings, own_gpus, own_share, placement
 from metro.utils.identity import weights_identity
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_t5
@@ -97,6 +97,18 @@ def test_every_command_that_loads_takes_a_device_map(
         load_command(command).main(arguments, standalone_mode=False)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != ""
+
+
+def test_processes_of_a_machine_share_its_gpus(monkeypatch):
+    shares = []
+    for local in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        shares.append([*own_gpus(8)])
+    assert shares == [[0, 1], [2, 3], [4, 5]]
+    assert [*own_gpus(0)] == []
+    with pytest.raises(UserError, match="3 processes share 2 GPUs"):
+        own_gpus(2)
 
 
 def test_a_process_asks_its_own_gpus_alone(monkeypatch):
