@@ -205,6 +205,22 @@ def test_only_what_needs_a_gradient_gets_one():
     assert not linear_cross_entropy(hidden.detach(), weight, targets).loss.requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"unlikelihood_epsilon": 0.01}])
+def test_a_second_pass_and_few_rows_at_a_time_change_nothing(monkeypatch, options):
+    """Oracle: one pass over all rows at a time; going back writes over the kept logits."""
+    (hidden, weight, bias), targets = inputs(30, 8, 50, dtype=torch.float32)
+    given = [hidden, weight, bias]
+    alone = linear_cross_entropy(hidden, weight, targets, bias_V=bias, **options).loss
+    want = torch.autograd.grad(alone.sum(), given)
+    monkeypatch.setattr(op, "CHUNK_LOGITS", 16 * 50)
+    monkeypatch.setattr(op, "CACHED_LOGITS", 3 * 50)
+    loss = linear_cross_entropy(hidden, weight, targets, bias_V=bias, **options).loss
+    assert torch.equal(loss, alone)
+    for _ in range(2):
+        got = torch.autograd.grad(loss.sum(), given, retain_graph=True)
+        torch.testing.assert_close(got, want)
+
+
 def test_the_graph_keeps_one_chunk_of_logits_at_most(monkeypatch):
     """64 rows of 1,000 words in chunks of 8: an eighth of the logits, and what comes in."""
     monkeypatch.setattr(op, "CHUNK_LOGITS", 8 * 1000)
