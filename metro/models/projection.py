@@ -82,10 +82,8 @@ def at_projection(
         bias_V = getattr(head, "bias", None)
         if final_bias is not None:
             bias_V = final_bias if bias_V is None else bias_V + final_bias
-        # The model's forward may be in autocast, which is not for what takes its place.
-        with torch.autocast(hidden_BTD.device.type, enabled=False):
-            weight_VD = head.weight.to(hidden_BTD.dtype)
-            results.append(compute(ProjectionInput(hidden_BTD, weight_VD, bias_V)))
+        weight_VD = head.weight.to(hidden_BTD.dtype)
+        results.append(compute(ProjectionInput(hidden_BTD, weight_VD, bias_V)))
         return results[-1][0]
 
     with _replaced_forward(head, compute_here), _without_final_bias(inner) as final_bias:
