@@ -23,16 +23,20 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import cast_for_autocast, check_kernel, computed_type, takes_kernel
-from metro.ops.linear_cross_entropy_rows import Coefficients, RowSums
+from metro.ops.linear_cross_entropy_rows import (
+    Coefficients,
+    RowSums,
+    in_cache,
+    logits_gradient,
+    sums_of_chunk,
+    widened,
+)
 from metro.ops.sampling import sample_tokens, uniform_of
-from metro.ops.threads import for_each
 
 CHUNK_LOGITS = 2**25
 """Logits at a time on the CPU: 128 MiB in float32, 1,024 rows of a vocabulary of 32k."""
 CUDA_CHUNK_LOGITS = 2**26
 """On GPUs: 256 MiB, 2,048 such rows. The weight's gradient is read and written for each chunk."""
-CACHED_LOGITS = 2**18
-"""On the CPU each core reduces so many at a time: 1 MiB, which its cache keeps for all passes."""
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -169,7 +173,7 @@ class Options(NamedTuple):
 
 def plain_losses(hidden_ND, weight_VD, bias_V, targets_N, streams_N, options):
     """The formula of :func:`linear_cross_entropy` as it stands."""
-    logits_NV = project(hidden_ND, weight_VD, bias_V)
+    logits_NV = widened(F.linear(hidden_ND, weight_VD, bias_V))
     log_p_NV = logits_NV.log_softmax(-1)
     log_p_N = log_p_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     if options.epsilon is not None:
@@ -232,7 +236,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = logits_gradient_of_rows(*given, of_chunk)
             else:
                 is_kept = chunk.stop >= num_rows and not ctx.is_spent
-                logits_CV = last_CV.data if is_kept else project(*given[:3])
+                logits_CV = last_CV.data if is_kept else F.linear(*given[:3])
                 grad_CV = logits_gradient(logits_CV, targets_N[chunk], of_chunk)
             if needs_bias:
                 grad_bias += grad_CV.sum(0, dtype=dtype)
@@ -290,71 +294,16 @@ def reduce_in_chunks(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_s
     """Compute sums and samples of all rows, and the last chunk's logits."""
     parts, samples, logits_CV = [], [], None
     for chunk in chunks(len(targets_N), weight_VD):
-        logits_CV = project(hidden_ND[chunk], weight_VD, bias_V)
+        logits_CV = F.linear(hidden_ND[chunk], weight_VD, bias_V)
         parts += sums_of_chunk(logits_CV, targets_N[chunk], needs_sum)
         if streams_N is not None:
-            samples.append(sample_tokens(logits_CV, uniform_of(streams_N[chunk])))
+            uniform_C = uniform_of(streams_N[chunk])
+            few_rows = in_cache(logits_CV)
+            samples += [sample_tokens(widened(logits_CV[x]), uniform_C[x]) for x in few_rows]
     rows = RowSums(
         *(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
     )
     return rows, torch.cat(samples) if samples else None, logits_CV
-
-
-def sums_of_chunk(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -> list:
-    """Sum up a chunk, few rows at a time."""
-    few_rows = in_cache(logits_CV)
-    found: list[RowSums | None] = [None] * len(few_rows)
-
-    def sum_up(number: int) -> None:
-        rows = few_rows[number]
-        found[number] = sums_of(logits_CV[rows], targets_C[rows], needs_sum)
-
-    for_each(sum_up, range(len(few_rows)))
-    return found
-
-
-def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -> RowSums:
-    """Sum up rows, whose target logits are taken out and put back."""
-    targets_C1 = targets_C.unsqueeze(-1)
-    target_logits_C1 = logits_CV.gather(-1, targets_C1)
-    target_logits_C = target_logits_C1.squeeze(-1)
-    if logits_CV.device.type == "cpu":  # NumPy finds it in a quarter of PyTorch's time
-        most_probable_C = torch.from_numpy(logits_CV.numpy().argmax(-1))
-    else:
-        most_probable_C = logits_CV.argmax(-1)
-    logit_sum_C = logits_CV.sum(-1) if needs_sum else None
-    log_others_C = logits_CV.scatter_(-1, targets_C1, -torch.inf).logsumexp(-1)
-    logits_CV.scatter_(-1, targets_C1, target_logits_C1)
-    normaliser_C = torch.logaddexp(log_others_C, target_logits_C)
-    others_C = (log_others_C - normaliser_C).exp()
-    return RowSums(target_logits_C, normaliser_C, others_C, logit_sum_C, most_probable_C)
-
-
-def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
-    """Compute the gradient that :class:`Coefficients` describes, in place of the logits."""
-    normaliser_C1, scale_C1, shift_C1, at_target_C1 = (
-        x.unsqueeze(-1) for x in (row.normaliser, row.scale, row.shift, row.at_target)
-    )
-
-    def derive(rows: slice) -> None:
-        grad_CV = logits_CV[rows].sub_(normaliser_C1[rows]).exp_()
-        grad_CV.mul_(scale_C1[rows]).add_(shift_C1[rows])
-
-    for_each(derive, in_cache(logits_CV))
-    return logits_CV.scatter_(-1, targets_C.unsqueeze(-1), at_target_C1)
-
-
-def in_cache(logits_CV: torch.Tensor) -> list[slice]:
-    """Split the rows into few at a time on the CPU, at least one slice; a GPU takes them all."""
-    num_rows, vocab_size = logits_CV.shape
-    step = CACHED_LOGITS // vocab_size if logits_CV.device.type == "cpu" else num_rows
-    return [slice(i, i + max(step, 1)) for i in range(0, max(num_rows, 1), max(step, 1))]
-
-
-def project(hidden_CD, weight_VD, bias_V) -> torch.Tensor:
-    """Compute logits in at least float32; a product of half precision rounds them before."""
-    logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
-    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
 
 
 def chunks(num_rows: int, weight_VD: torch.Tensor) -> Iterator[slice]:
