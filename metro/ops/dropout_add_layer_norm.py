@@ -59,7 +59,8 @@ def dropout_add_layer_norm(
     if impl == "reference":
         # Two types in one pass are seven times as slow on the CPU.
         dropped = dropout(x, p).to(torch.promote_types(x.dtype, residual.dtype))
-        return F.layer_norm(residual + dropped, weight.shape, weight, bias, eps)
+        summed = residual + x if dropped is x else dropped.add_(residual)  # in memory of its own
+        return F.layer_norm(summed, weight.shape, weight, bias, eps)
     if impl != "triton":
         raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'triton'")
     check_kernel(x)

@@ -5,7 +5,7 @@ tile at a time. On the CPU a head of one sequence is computed at a time, each co
 the backward pass computes the weights again, as Dao et al. (2022) do on GPUs. Only the inputs are
 kept, and a bit for each weight that says whether it was dropped. One more q k^T is 1/7 of the
 arithmetic of attention, which is itself about a tenth of a layer's at 512 tokens; causal attention
-skips 3/8 of the pairs.
+skips a quarter of the pairs.
 
 Shapes: B batch, H heads, T queries, S keys, K head width, N = 2 S - 1 distances.
 """
@@ -35,7 +35,7 @@ from metro.ops.dropout import (
 )
 from metro.ops.threads import for_each
 
-CAUSAL_BLOCK = 128
+CAUSAL_BLOCK = 256
 """Queries at a time in causal attention; keys after the block are not looked at."""
 
 SHORT = 128
