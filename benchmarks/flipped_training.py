@@ -9,7 +9,9 @@ step, once for 40 examples (published: 240), which costs as much as some example
 more as by ``metro finetune --precision bf16``, which may change loss and gradient by its rounding.
 
 "times as fast" compares examples a second, "by CPU time" the processor time of the two processes,
-which other work on the machine disturbs less; with one thread on idle cores they agree.
+which other work on the machine disturbs less; with one thread on idle cores they agree. "times the
+floor" is our processor time over that of the products with the model's weights in float32, forward
+and backward and without padding, at the speed of one large product measured in the same run.
 
 Lengths are drawn like those of FLIPPED's mixture, its datasets in their published shares, in
 METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512), instructions of
@@ -113,6 +115,28 @@ def our_backward(model, examples, in_bf16: bool) -> float:
     return total
 
 
+def draw_batches(batch_size: int, num_updates: int) -> list[list]:
+    """Examples of each update, of similar length."""
+    examples = sorted(draw_examples(batch_size * GROUP), key=lambda example: len(example[0]))
+    starts = torch.randperm(GROUP, generator=torch.Generator().manual_seed(2))[:num_updates]
+    return [examples[i * batch_size :][:batch_size] for i in starts.tolist()]
+
+
+def floor_of_example(kind: str, batch_size: int, num_updates: int, flops_per_second: float):
+    """Seconds of the products of an example, on average; going back takes two of each."""
+    from benchmarks.evaluation import floor_seconds
+    from metro.evaluation.scoring.pair_scoring import Pair
+
+    examples = [each for batch in draw_batches(batch_size, num_updates) for each in batch]
+    pairs = [
+        Pair(tuple(source.tolist()), tuple(target.tolist()))
+        for right, wrong, target in examples
+        for source in (right, wrong)
+    ]
+    model, _ = build_model(kind)
+    return 3 * floor_seconds(model, pairs, flops_per_second) / len(examples)
+
+
 def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) -> dict:
     """Updates of one way: losses, the gradient norm of the first one, and seconds of the rest."""
     from transformers.optimization import Adafactor
@@ -127,9 +151,7 @@ def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) 
     optimizer = Adafactor(
         model.parameters(), lr=5e-5, scale_parameter=False, relative_step=False, warmup_init=False
     )
-    examples = sorted(draw_examples(batch_size * GROUP), key=lambda example: len(example[0]))
-    starts = torch.randperm(GROUP, generator=torch.Generator().manual_seed(2))[:num_updates]
-    batches = [examples[i * batch_size :][:batch_size] for i in starts.tolist()]
+    batches = draw_batches(batch_size, num_updates)
     losses, norm, seconds, cpu_seconds = [], 0.0, 0.0, 0.0
     for number, batch in enumerate([batches[0], *batches]):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -157,9 +179,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", nargs="+", default=["METRO-T5", "T5 v1.1"])
     options = parser.parse_args()
-    rows = []
+    from benchmarks.evaluation import product_speed
+
+    torch.set_num_threads(options.threads)
+    rows, flops_per_second = [], product_speed(256, "cpu")
     for kind in options.models:
         speeds, cpu_seconds, results = {}, {}, {}
+        floor = floor_of_example(kind, options.batch_size, options.updates, flops_per_second)
         for way in ("published", "ours", "ours, bf16"):
             arguments = (way, kind, options.batch_size, options.updates, options.threads)
             measured = measure_isolated(train, *arguments)
@@ -175,6 +201,7 @@ def main() -> None:
                     "times as fast": speeds[way] / speeds["published"],
                     "CPU s/example": cpu_seconds[way],
                     "by CPU time": cpu_seconds["published"] / cpu_seconds[way],
+                    "times the floor": cpu_seconds[way] / floor if way == "ours" else None,
                     "peak MiB": measured.peak_bytes / 2**20,
                     "loss": result["losses"][0],
                     "gradient norm": result["gradient_norm"],

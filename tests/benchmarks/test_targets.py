@@ -67,9 +67,9 @@ def test_a_way_that_fails_costs_its_own_row(monkeypatch):
 
 def test_evaluation_needs_equal_predictions():
     row = {"method": "direct", "task": "whole suite", "speedup": 4.0, "different_predictions": 0}
-    assert judge(row).endswith(": met")
-    assert judge(row | {"different_predictions": 1}).endswith(": NOT met")
-    assert judge(row | {"speedup": 3.9}).endswith(": NOT met")
+    assert judge(row, 4.0).endswith(": met")
+    assert judge(row | {"different_predictions": 1}, 4.0).endswith(": NOT met")
+    assert judge(row | {"speedup": 3.9}, 4.0).endswith(": NOT met")
 
 
 def test_pretraining_fails_where_fused_and_plain_differ():
