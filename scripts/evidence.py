@@ -124,11 +124,12 @@ class Study:
             self.repeat(best(tried))
 
     def repeat(self, chosen: Sequence[Run]) -> None:
-        """Make the chosen runs with every seed."""
+        """Make the chosen runs with every seed, those of the endpoint's arms first."""
         for run in chosen:
             say(f"{run.arm}: rates {run.rate:g} and, of finetuning, {run.finetuning_rate:g}")
-        seeds = self.plan["seeds"]
-        work_through([replace(run, seed=n, tuning=False) for n in seeds for run in chosen])
+        runs = [replace(run, seed=n, tuning=False) for n in self.plan["seeds"] for run in chosen]
+        endpoint = sum(self.plan["compare"][: self.plan["primary"]], [])
+        work_through(sorted(runs, key=lambda run: run.arm not in endpoint))
 
 
 def best(runs: Sequence) -> list:
