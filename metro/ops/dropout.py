@@ -35,7 +35,7 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
         return F.dropout(x, p)
     if impl == "bits":
         return BitDropout.apply(x, p)
-    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'bytes'")
+    raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'bits'")
 
 
 class BitDropout(torch.autograd.Function):

@@ -100,7 +100,7 @@ X, Y = torch.zeros(1, 1), torch.zeros(1)
 @pytest.mark.parametrize(
     ("operation", "arguments", "valid"),
     [
-        (dropout, (X, 0.1), "'bytes'"),
+        (dropout, (X, 0.1), "'bits'"),
         (dropout_add_layer_norm, (X, X, Y, Y), "'triton'"),
         (feed_forward, (X, X, Y, X, Y), "'in_place'"),
         (packed_linear, (X, [X, X], [Y, Y]), "'summed'"),
