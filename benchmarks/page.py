@@ -23,7 +23,8 @@ How fast METRO is, beside the way the published code does the same work: both ra
 benchmark, on the same cores, and were checked to compute the same. The floor is the time of the
 products alone that no way can do without, at the speed of one large product measured in the same
 run, in float32; where a cell is empty, there is no such bound. "At the floor" is how many times as
-fast as the published way it would be: no way is faster. On a GPU nothing has been measured yet.
+fast as the published way it would be: no way in float32 is faster. On a GPU nothing has been
+measured yet.
 
 """
 AFTER_FIGURE = """

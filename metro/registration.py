@@ -16,21 +16,28 @@ AUTO_CLASSES = [f"transformers.models.auto.{name}_auto" for name in ("configurat
 class RegisterAfterImport(importlib.abc.MetaPathFinder):
     """Finds nothing itself, and registers after an import of transformers or METRO.
 
-    It is not among the finders while it waits for one, so that it sees the outermost alone: in the
-    midst of another import the modules that METRO's models need may not be complete.
+    It sees the outermost import alone: in the midst of another the modules that METRO's models need
+    may not be complete.
     """
 
+    is_busy = False
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in ("transformers", "metro") or self not in sys.meta_path:
+        if self.is_busy or name.partition(".")[0] not in ("transformers", "metro"):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.is_busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.is_busy = False
         execute = getattr(spec and spec.loader, "exec_module", None)
         if spec is None or execute is None:
-            sys.meta_path.insert(0, self)
             return spec
 
         def exec_module(module):
+            if self.is_busy or self not in sys.meta_path:
+                return execute(module)
+            self.is_busy = True
             collects = gc.isenabled()
             gc.disable()
             try:
@@ -38,7 +45,7 @@ class RegisterAfterImport(importlib.abc.MetaPathFinder):
             finally:
                 if collects:
                     gc.enable()
-                sys.meta_path.insert(0, self)
+                self.is_busy = False
             self.register_if_loaded()
 
         vars(spec.loader)["exec_module"] = exec_module

@@ -3,7 +3,8 @@
 With B examples of S encoder and T decoder tokens at a time, D width, I = H heads x their width, F
 feed-forward width, V vocabulary, and N weights, training needs
 
-    weights       4 N; 2 more for each in bf16, whose copies autocast keeps until the gradients
+    weights       4 N; in bf16 at most 2 N more: copies that autocast keeps until the gradients,
+                  but not those of METRO's fused products
     gradients     4 N
     optimizer     8 N for AdamW; 4 x (rows + columns) of each matrix for Adafactor
     activations   for each encoder layer  B S (d D + f F + i I) + p B H S^2,

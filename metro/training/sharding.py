@@ -78,7 +78,7 @@ def made_once(make: Callable[[], Made], settings: ShardingSettings, args) -> Mad
     Raises:
         UserError: ``make`` raised one; every process does then.
     """
-    if not settings.fsdp:
+    if not settings.fsdp or args.world_size == 1:
         return make()
     processes = Processes(args.process_index, args.world_size, args.device)
     made = processes.on_first(make)

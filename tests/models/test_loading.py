@@ -153,7 +153,12 @@ for auto in (AutoConfig, AutoTokenizer, AutoModelForSeq2SeqLM, AutoModel):
 """
 
 
-@pytest.mark.parametrize("first", ["import metro", "", "import metro; import transformers.trainer"])
+LOOK = "import metro, importlib.util; importlib.util.find_spec('transformers')"
+
+
+@pytest.mark.parametrize(
+    "first", ["import metro", "", "import metro; import transformers.trainer", LOOK]
+)
 def test_importing_metro_makes_the_auto_classes_load_a_released_folder(hub_folder, first):
     """Oracle: a fresh process, and the traps in place of the authors' files."""
     done = run_python("-c", AUTO_CLASSES.format(first), hub_folder("metro_tiny_a"))

@@ -17,7 +17,7 @@ from metro.pretraining.settings import PretrainingSettings
 from metro.sharding import SHARDS, ShardingSettings
 from metro.training.arguments import backend
 from metro.training.output_folder import TRAINER_STATE, complete_checkpoints
-from metro.training.sharding import shard
+from metro.training.sharding import made_once, shard
 from metro.utils.files import read_json
 from metro.utils.messages import UserError
 from tests.finetuning.prepared import write_prepared
@@ -205,6 +205,14 @@ def test_nodes_that_are_not_known_are_one_line(monkeypatch, of_node):
             shard(torch.nn.Linear(1, 1), ShardingSettings(fsdp="hybrid"), args)
     finally:
         dist.destroy_process_group()
+
+
+def test_one_process_alone_describes_its_model_to_none():
+    """Oracle: a model that cannot be pickled."""
+    model = torch.nn.Linear(1, 1)
+    model.activation = lambda x: x
+    args = SimpleNamespace(process_index=0, world_size=1, device=torch.device("cpu"))
+    assert made_once(lambda: model, ShardingSettings(fsdp="full"), args) is model
 
 
 def test_processes_exchange_tensors_of_both_memories_and_wait_for_hours(monkeypatch, tmp_path):
