@@ -81,7 +81,8 @@ def at_projection(
     def compute_here(hidden_BTD: torch.Tensor) -> torch.Tensor:
         bias_V = getattr(head, "bias", None)
         if final_bias is not None:
-            bias_V = final_bias if bias_V is None else bias_V + final_bias
+            final_bias_V = final_bias.to(hidden_BTD.dtype)  # a buffer, which stays float32
+            bias_V = final_bias_V if bias_V is None else bias_V + final_bias_V
         weight_VD = head.weight.to(hidden_BTD.dtype)
         results.append(compute(ProjectionInput(hidden_BTD, weight_VD, bias_V)))
         return results[-1][0]

@@ -112,6 +112,17 @@ def cast_for_autocast(x: torch.Tensor, *others: torch.Tensor | None) -> list:
     return [None if y is None else y.to(computed_type(x)) for y in (x, *others)]
 
 
+def check_one_type(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Outside ``torch.autocast`` the inputs of a product are of one type, as PyTorch demands.
+
+    Raises:
+        ValueError: they are not, naming their types.
+    """
+    types = [y.dtype for y in (x, *others) if y is not None]
+    if len({*types}) > 1 and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"inputs are {', '.join(map(str, types))}; cast them to one type")
+
+
 def computed_type(x: torch.Tensor) -> torch.dtype:
     """The type in which a product with ``x`` is computed, which ``torch.autocast`` decides."""
     device = x.device.type

@@ -34,7 +34,8 @@ def dropout(x: torch.Tensor, p: float, training: bool = True, impl: str = "auto"
     if impl == "reference":
         return F.dropout(x, p)
     if impl == "bits":
-        return BitDropout.apply(x, p)
+        bits = pack(draw_kept(x.shape, p, random_of(seed_from_torch())))
+        return BitDropout.apply(x, bits, scale_of_kept(p))
     raise ValueError(f"impl is {impl!r}; use 'auto', 'reference' or 'bits'")
 
 
@@ -42,14 +43,14 @@ class BitDropout(torch.autograd.Function):
     """Keeps which elements were kept, a bit each."""
 
     @staticmethod
-    def forward(ctx, x, p):
-        kept = draw_kept(x.shape, p, random_of(seed_from_torch()))
-        ctx.kept, ctx.scale = pack(kept), scale_of_kept(p)
-        return drop(x, kept).mul_(ctx.scale)
+    def forward(ctx, x, bits, scale):
+        ctx.save_for_backward(bits)
+        ctx.scale = scale
+        return drop(x, unpack(bits, x.shape)).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
-        return drop(grad, unpack(ctx.kept, grad.shape)).mul_(ctx.scale), None
+        return BitDropout.apply(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def seed_from_torch() -> int:
@@ -86,7 +87,7 @@ def drop(x: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None) -
     """``x * kept``, by the bits of the numbers: several times as fast on the CPU.
 
     Args:
-        x: any floating-point type.
+        x: of a floating-point type of 2, 4 or 8 bytes.
         kept: uint8, 0 or 1, in the shape of ``x``.
         out: memory for the result, ``x`` itself for one.
     """
@@ -98,11 +99,11 @@ def drop(x: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None) -
     return out
 
 
-def pack(kept: torch.Tensor) -> np.ndarray:
-    """The uint8 of :func:`draw_kept` in bits."""
-    return np.packbits(kept.numpy())
+def pack(kept: torch.Tensor) -> torch.Tensor:
+    """The uint8 of :func:`draw_kept` in bits, flat."""
+    return torch.from_numpy(np.packbits(kept.numpy()))
 
 
-def unpack(bits: np.ndarray, shape: torch.Size) -> torch.Tensor:
+def unpack(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """What :func:`pack` was given."""
-    return torch.from_numpy(np.unpackbits(bits, count=shape.numel())).view(shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).view(shape)

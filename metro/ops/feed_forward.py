@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import cast_for_autocast, is_eager_cpu, is_eager_cuda
+from metro.ops.dispatch import cast_for_autocast, check_one_type, is_eager_cpu, is_eager_cuda
 
 ROWS = 1024
 """Rows of which the backward pass on the CPU holds the inner gradient."""
@@ -42,7 +42,7 @@ def feed_forward(
             ``torch.compile``.
 
     Raises:
-        ValueError: an unknown ``impl``.
+        ValueError: an unknown ``impl``, inputs of several types outside autocast.
     """
     if impl == "auto":
         impl = "reference"
@@ -54,6 +54,7 @@ def feed_forward(
         return F.linear(F.linear(x, weight_in, bias_in).relu(), weight_out, bias_out)
     if impl not in ("in_place", "epilogue"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'in_place' or 'epilogue'")
+    check_one_type(x, weight_in, bias_in, weight_out, bias_out)
     (x,) = cast_for_autocast(x)
     given = (weight_in, bias_in, weight_out, bias_out)
     return InPlaceFeedForward.apply(x, *given, impl == "epilogue")

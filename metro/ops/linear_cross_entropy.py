@@ -22,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import cast_for_autocast, check_kernel, computed_type, takes_kernel
+from metro.ops.dispatch import (
+    cast_for_autocast,
+    check_kernel,
+    check_one_type,
+    computed_type,
+    takes_kernel,
+)
 from metro.ops.linear_cross_entropy_rows import (
     Coefficients,
     RowSums,
@@ -193,7 +199,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and correctness of N rows; a few sums of each row are kept, and the last chunk.
 
     Weight and bias are rounded here to the type of ``hidden``, under autocast: the rounded ones are
-    not kept, and their gradients are not rounded.
+    not kept.
     """
 
     @staticmethod
@@ -336,11 +342,7 @@ def check_inputs(hidden, weight, targets, bias) -> None:
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
             f"{tuple(targets.shape)} do not fit; use (N, D), (V, D) and (N,)"
         )
-    are_rounded = torch.is_autocast_enabled(hidden.device.type)
-    dtype = weight.dtype if are_rounded else hidden.dtype
-    if dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
-        types = [str(x.dtype) for x in (hidden, weight, bias) if x is not None]
-        raise ValueError(f"hidden, weight and bias are {', '.join(types)}; cast them to one type")
+    check_one_type(hidden, weight, bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; use ({len(weight)},)")
 

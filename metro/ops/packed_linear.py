@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import cast_for_autocast, is_eager_cpu, is_eager_cuda
+from metro.ops.dispatch import cast_for_autocast, check_one_type, is_eager_cpu, is_eager_cuda
 
 
 def packed_linear(
@@ -45,7 +45,7 @@ def packed_linear(
             the CPU ``summed``, inside ``torch.compile`` ``reference``.
 
     Raises:
-        ValueError: an unknown ``impl``.
+        ValueError: an unknown ``impl``, inputs of several types outside autocast.
     """
     if impl == "auto":
         impl = best_impl(x, len(weights))
@@ -53,6 +53,7 @@ def packed_linear(
         return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     if impl not in ("summed", "packed"):
         raise ValueError(f"impl is {impl!r}; use 'auto', 'reference', 'summed' or 'packed'")
+    check_one_type(x, *weights, *biases)
     (x,) = cast_for_autocast(x)
     return list(PackedLinear.apply(impl == "packed", x, *weights, *biases))
 

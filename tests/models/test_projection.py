@@ -30,6 +30,14 @@ def test_projected_hidden_states_are_the_models_logits(kind):
         torch.testing.assert_close(model(**batch()).logits, logits, rtol=0, atol=0)
 
 
+def test_the_final_bias_has_the_type_of_the_weights():
+    """It is a buffer, which stays in float32 where the parameters are rounded, as by FSDP."""
+    model = small_model("bart").bfloat16()
+    final_bias = model.final_logits_bias.float()
+    model.final_logits_bias = final_bias
+    assert projection_input(model, **batch()).bias_V.equal(final_bias[0].bfloat16())
+
+
 @pytest.mark.parametrize("kind", ["metro", "t5", "bart"])
 def test_encoder_outputs_can_be_given(kind):
     model, inputs = small_model(kind), batch()

@@ -40,6 +40,28 @@ def test_kept_elements_are_scaled_and_so_is_the_gradient():
     torch.testing.assert_close(gradient, torch.where(kept, weights / 0.75, 0.0))
 
 
+def test_second_derivatives_are_those_of_the_kept_elements():
+    """Oracle: y = 2 x^3 where kept, so that the gradient of y^2 is 24 x^5, and its 120 x^4."""
+    x = torch.rand(50).add_(0.5).requires_grad_()
+    out = dropout(x**3, 0.5, impl="bits")
+    (first,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, torch.where(out != 0, 120 * x**4, 0.0))
+
+
+def test_bits_are_kept_where_checkpointing_finds_them():
+    """A bit per element, by way of the hooks of saved tensors, and nothing else."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dropout(torch.randn(100, 3).requires_grad_(), 0.5, impl="bits")
+    assert [(x.dtype, x.numel()) for x in kept] == [(torch.uint8, 38)]
+
+
 def test_a_seeded_run_drops_the_same_elements_and_another_seed_others():
     x, outs = torch.ones(1000), []
     for seed in (1, 1, 2):

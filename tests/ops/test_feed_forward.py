@@ -38,6 +38,15 @@ def test_values_and_gradients_equal_the_formula(monkeypatch, impl, rows, shape, 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_of_two_types_are_refused_outside_autocast():
+    """As PyTorch refuses them."""
+    x, *weights = leaves((3, 4), 8, torch.bfloat16)
+    with pytest.raises(ValueError, match="float32, torch.bfloat16, .*cast them to one type"):
+        feed_forward(x.detach().float(), *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert feed_forward(x.detach().float(), *weights).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("impl", ["in_place", "epilogue"])
 def test_gradient_at_zero_is_that_of_pytorch(impl):
     """Of an activation that is exactly 0 nothing flows back."""

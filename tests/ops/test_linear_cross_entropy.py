@@ -206,6 +206,15 @@ def test_only_what_needs_a_gradient_gets_one():
     assert not linear_cross_entropy(hidden.detach(), weight, targets).loss.requires_grad
 
 
+def test_autocast_takes_weight_and_bias_of_several_types():
+    """Oracle: PyTorch's linear layer and cross-entropy in autocast."""
+    (hidden, weight, bias), targets = inputs(30, 8, 50, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_cross_entropy(hidden, weight, targets, bias_V=bias.bfloat16()).loss
+        want = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("options", [{}, {"unlikelihood_epsilon": 0.01}])
 def test_a_second_pass_and_few_rows_at_a_time_change_nothing(monkeypatch, options):
     """Oracle: one pass over all rows at a time; going back writes over the kept logits."""
@@ -220,6 +229,15 @@ def test_a_second_pass_and_few_rows_at_a_time_change_nothing(monkeypatch, option
     for _ in range(2):
         got = torch.autograd.grad(loss.sum(), given, retain_graph=True)
         torch.testing.assert_close(got, want)
+
+
+def test_a_second_pass_over_logits_kept_in_bfloat16_changes_nothing():
+    (hidden, weight, bias), targets = inputs(30, 8, 50, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, targets, bias_V=bias).loss.sum()
+    first, second = (
+        torch.autograd.grad(loss, [hidden, weight, bias], retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
 
 
 def test_the_graph_keeps_one_chunk_of_logits_at_most(monkeypatch):
