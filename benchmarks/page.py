@@ -35,10 +35,10 @@ AFTER_FIGURE = """
 On a CPU, products of bfloat16 are several times as fast as those of float32 where it has AMX
 (Intel's server CPUs since Sapphire Rapids). `metro pretrain` and `metro finetune` use them there
 by autocast for models of width 256 and more (`--precision auto`, the default, and the log says
-so): weights, sums, softmax, LayerNorm and the optimizer stay in float32. CPU features decide, not
-a measurement, so that a machine always trains the same way; `--precision fp32` turns it off,
-`bf16` demands it. On CPUs without AMX, `auto` is float32. fairseq has switches of its own
-(`--bf16` rounds the weights as well).
+so): weights, sums, LayerNorm and the optimizer stay in float32, attention's scores are rounded. CPU
+features decide, not a measurement, so that a machine always trains the same way; `--precision fp32`
+turns it off, `bf16` demands it. On CPUs without AMX, `auto` is float32. fairseq has switches of its
+own (`--bf16` rounds the weights as well).
 
 `metro evaluate`, `rank`, `generate` and `flip` have the same switch, which there is the type of
 weights and products (`--dtype` is another name for it). Their default on a CPU is float32 on
@@ -185,7 +185,7 @@ def comparisons(results: dict[str, dict]) -> list[Comparison]:
     published = {row["model"]: row for row in rows if row["way"] == "published"}
     for ours in (row for row in rows if row["way"] != "published"):
         plain = published[ours["model"]]
-        speeds = ours["examples/s"], plain["examples/s"]
+        speeds = 1 / ours["CPU s/example"], 1 / plain["CPU s/example"]
         memory = ours["peak MiB"] / plain["peak MiB"]
         what = f"FLIPPED training, {ours['model']}{ours['way'].removeprefix('ours')}"
         times, floor = ours["by CPU time"], ours.get("times the floor")
