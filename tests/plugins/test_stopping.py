@@ -117,7 +117,9 @@ def test_sigterm_saves_one_checkpoint_of_all_processes(corpus, tmp_path, asked):
 # --- crashing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["fairseq-train", "fairseq-hydra-train"])
+@pytest.mark.parametrize(
+    "command", ["fairseq-train", pytest.param("fairseq-hydra-train", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_keeps_the_one_before(
     corpus, tmp_path, command
 ):

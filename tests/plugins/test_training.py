@@ -49,6 +49,7 @@ def test_two_processes_train_the_t5_of_one(corpus, tmp_path):
     assert_equal_runs(load(tmp_path / "alone" / LAST), load(tmp_path / "both" / LAST))
 
 
+@pytest.mark.slow
 def test_two_processes_through_hydra_train_the_model_of_one(corpus, tmp_path, reference):
     """fairseq-hydra-train imports the user dir after deciding that it runs alone.
 
