@@ -1,6 +1,7 @@
 # Every target first brings .venv up to date; if nothing changed, that is instant and needs no network.
 #   make install [PYTHON=python3.12]   the environment alone
-#   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine
+#   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine; of the
+#                                      environment, this installs only what METRO cannot do without
 #   make test    [SLOW=1] [ARGS="-k masking"]
 #   make docs                          the documentation, in site/
 #   make faults                        kill and damage everything; its tables go to docs/reliability.md
@@ -8,6 +9,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+BASE   := $(VENV)/.base
 STAMP  := $(VENV)/.installed
 EXTRAS := fairseq-needs,train,triton,dev
 TORCH  := torch==2.13.0
@@ -28,22 +30,29 @@ install: $(STAMP)
 
 # .unfinished marks an install in progress: if it exists at the start, the last install was
 # interrupted, and the environment is rebuilt from scratch.
-$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+$(BASE): pyproject.toml setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11: make install PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "install 1/4: environment in $(VENV)"
+	@echo "install: environment in $(VENV)"
 	@if [ -e $(VENV)/.unfinished ]; then $(PYTHON) -m venv --clear $(VENV); \
 	  elif [ ! -x $(BIN)/python ]; then $(PYTHON) -m venv $(VENV); fi
 	@touch $(VENV)/.unfinished
 	@$(PIP) install -c constraints.txt pip setuptools wheel
-	@echo "install 2/4: $(TORCH)"
+	@echo "install: $(TORCH)"
 	@$(PIP) install -c constraints.txt $(TORCH)
-	@echo "install 3/4: metro-t5[$(EXTRAS)]"
+	@echo "install: metro-t5"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@mv $(VENV)/.unfinished $@
+	@touch $@
+
+$(STAMP): $(BASE)
+	@mv $(BASE) $(VENV)/.unfinished
+	@echo "install: metro-t5[$(EXTRAS)]"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	@echo "install 4/4: fairseq (pure Python; a compiled fairseq that is already there is kept)"
+	@echo "install: fairseq (pure Python; a compiled fairseq that is already there is kept)"
 	@echo '$(FAIRSEQ)' > $(VENV)/fairseq.txt
 	@READTHEDOCS=1 $(PIP) install --no-deps --no-build-isolation -r $(VENV)/fairseq.txt
-	@rm $(VENV)/.unfinished
+	@mv $(VENV)/.unfinished $(BASE)
 	@touch $@
 
 test: $(STAMP)
@@ -69,7 +78,7 @@ faults: $(STAMP)
 	@$(BIN)/python -m tests.faults.kills --page docs/reliability.md
 	@$(BIN)/python -m tests.faults.mutations --page docs/reliability.md
 
-demo: $(STAMP)
+demo: $(BASE)
 	@$(BIN)/python scripts/demo.py $(if $(DEMO_TEXT),--text $(DEMO_TEXT)) $(ARGS)
 
 clean:

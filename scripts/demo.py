@@ -27,7 +27,7 @@ from metro.models.pretraining_model import load_pretraining_model
 from metro.utils.messages import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT_BYTES = 6_000_000
+TEXT_BYTES = 5_000_000
 VOCAB_SIZE = 2000
 NUM_UPDATES = 2000
 
