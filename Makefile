@@ -11,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BASE   := $(VENV)/.base
 STAMP  := $(VENV)/.installed
-EXTRAS := fairseq-needs,train,triton,dev
+EXTRAS := fairseq-needs,triton,dev
 TORCH  := torch==2.13.0
 # Idle OpenMP threads sleep instead of spinning: with another busy process on the same cores, spinning
 # made a training step of the tiny model about seven times slower.
@@ -40,8 +40,8 @@ $(BASE): pyproject.toml setup.py constraints.txt Makefile
 	@$(PIP) install -c constraints.txt pip setuptools wheel
 	@echo "install: $(TORCH)"
 	@$(PIP) install -c constraints.txt $(TORCH)
-	@echo "install: metro-t5"
-	@$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@echo "install: metro-t5[train]"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train]'
 	@mv $(VENV)/.unfinished $@
 	@touch $@
 
