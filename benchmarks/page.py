@@ -45,6 +45,14 @@ weights and products (`--dtype` is another name for it). Their default on a CPU 
 every machine: published numbers are compared with to a tenth of a point, and a rounded score can
 turn a close decision.
 
+## Huge pages
+
+On Linux METRO has PyTorch ask for memory in pages of 2 MB (`THP_MEM_ALLOC_ENABLE=1`, which `import
+metro` sets unless you did): most systems give them only to those who ask, and in pages of 4 kB the
+processor can spend more time on looking addresses up than on the numbers there, most of all in a
+virtual machine. That changes no result. The published way of pretraining is measured without, as
+PyTorch is by default, and with them, and METRO with them.
+
 """
 
 

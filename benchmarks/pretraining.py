@@ -4,7 +4,8 @@ Ways to train on 512-token samples with the same optimiser, each in a process of
 
 * ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as it is trained, on a GPU with
   all Triton kernels; ``no kernels``: the same without them; ``metro bf16`` (CPU): in autocast.
-* ``plain``: the same weights computed as the original does, see `plain_pretraining.py`.
+* ``plain``: the same weights computed as the original does, see `plain_pretraining.py`, in pages of
+  4 kB as PyTorch by default; ``plain, huge pages`` (CPU): in huge pages, as ``import metro`` asks.
 * ``compiled`` (GPU): METRO's model without ``fuse``, by torch.compile.
 * ``t5 spans``, ``t5 spans bf16``, ``t5 plain`` (CPU): the same of span corruption of as many source
   tokens; ``t5`` (GPU): Hugging Face T5-v1.1-base of it.
@@ -43,7 +44,10 @@ from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 WAYS = {
-    "cpu": ("metro", "plain", "metro bf16", "t5 spans", "t5 plain", "t5 spans bf16"),
+    "cpu": (
+        *("metro", "plain", "plain, huge pages", "metro bf16"),
+        *("t5 spans", "t5 plain", "t5 plain, huge pages", "t5 spans bf16"),
+    ),
     "cuda": ("metro", "plain", "no kernels", "compiled", "t5"),
 }
 SIZES = {"base": {}, "small": dict(d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4)}
@@ -118,7 +122,7 @@ def build_step(way: str, size: str, dropout: float):
     model = build_metro(size, dropout).train()
     given = {} if of_spans else {"objective": MetroObjective(weighted_lm=True)}
     model = T5PretrainingModel(model.main) if of_spans else model
-    if way.endswith("plain"):
+    if "plain" in way:
         make_plain(model)
         loss_of = plain_span_loss if of_spans else plain_loss
         return model, lambda inputs: loss_of(model, inputs, **given)
@@ -202,6 +206,8 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
     os.environ["METRO_TRITON"] = "1" if way == "metro" else "0"
     if device == "cpu":
         torch.set_num_threads(1)
+    if way.endswith("plain"):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     optimizer, found = Optimizer(model), []
