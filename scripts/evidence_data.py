@@ -20,7 +20,7 @@ def prepare(plan: Mapping, text: Path, data_dir: Path, out: Path) -> None:
     Raises:
         UserError: the folder was begun with another plan; texts of the page and seeds may differ.
     """
-    fixed = {k: v for k, v in plan.items() if k not in ("about", "limits", "seeds")}
+    fixed = {k: v for k, v in plan.items() if k not in ("about", "limits", "reading", "seeds")}
     earlier = read_json(out / "plan.json")
     for name in fixed if earlier is not None else ():
         if earlier.get(name) != fixed[name]:

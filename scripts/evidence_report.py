@@ -129,6 +129,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
             ],
             [arm_row(title[name], [r for r in results if r["arm"] == name], read) for name in arms],
         ),
+        *learnt_of(plan, results, read),
         "## Accuracy after finetuning",
         f"Percent of the test rows ({', '.join(sizes)}), mean over seeds.",
         table(
@@ -151,6 +152,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
             ],
         ),
         *objectives_of(plan, results),
+        *(["## What it shows", plan["reading"].strip()] if "reading" in plan else []),
         "## What this does not show",
         plan["limits"].strip(),
         f"Made by `scripts/evidence.py` from {counted(len(results), 'run')}; seeds "
@@ -158,6 +160,41 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         + ".",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def learnt_of(plan: Mapping, results: Sequence[Mapping], tokens_per_update: float) -> list[str]:
+    """Sections about what arms with an RTD head have learnt before anything is compared."""
+    sections = []
+    for name, options in plan["arms"].items():
+        valid = [run["valid"] for run in results if run["arm"] == name and options.get("rtd")]
+        if valid:
+            mean = {key: np.mean([curves[key][1] for curves in valid], 0) for key in valid[0]}
+            tokens = np.array(valid[0]["rtd_loss"][0]) * tokens_per_update / 1e6
+            header = ["held-out text", "at the end", "to pass", "passed after M tokens"]
+            sections += [
+                f"## What {options['title']} has learnt",
+                "Means over seeds.",
+                table(header, learnt_rows(mean, tokens)),
+            ]
+    return sections
+
+
+def learnt_rows(mean: Mapping[str, np.ndarray], tokens: np.ndarray) -> list[list[str]]:
+    """The auxiliary model, RTD and the decoder beside what is simpler, by their curves."""
+    bits, ratio = mean["generator_loss"], mean["rtd_loss"] / mean["rtd_label_entropy"]
+    passes = [(f"{n} ", bits, mean[f"{n}_bits"][-1]) for n in ("unigram", "bigram", "trigram")]
+    rows = []
+    for title, curve, bound in [*passes, ("", ratio, 0.9)]:
+        measure = "bits of the auxiliary model" if title else "RTD loss, over its labels' entropy"
+        is_below = np.flatnonzero(curve < bound)
+        when = f"{tokens[is_below[0]]:.1f}" if len(is_below) else "never"
+        rows.append([measure, f"{curve[-1]:.3f}", f"{title}{bound:.3f}", when])
+    for key, what in (
+        ("rtd_replaced_accuracy", "replaced tokens that RTD detects, %"),
+        ("replaced_accuracy", "replaced tokens that the decoder restores, %"),
+    ):
+        rows.append([what, f"{mean[key][-1]:.1f}", "", ""])
+    return rows
 
 
 def objectives_of(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
@@ -270,6 +307,9 @@ def draw(plan: Mapping, results: Sequence[Mapping], path: Path) -> None:
             if valid and not plan["arms"][arm].get("untrained"):
                 minutes = np.array(valid[0]) * run["seconds_per_update"] / 60
                 left.plot(minutes, valid[1], color=colour, linewidth=0.9, label=label)
+                if auxiliary := run["valid"].get("generator_loss"):
+                    label = label and f"{label}'s auxiliary model"
+                    left.plot(minutes, auxiliary[1], ":", color=colour, linewidth=0.9, label=label)
                 label = None
             for name in ("unigram_bits", "bigram_bits", "trigram_bits"):
                 if name in run["valid"]:

@@ -91,7 +91,7 @@ def test_a_folder_belongs_to_one_plan(tmp_path):
     (tmp_path / "text.txt").write_text(random_text(3, 300))
     plan = {"endpoint": "x", "vocab_size": 200, "valid_fraction": 0.1, "datasets": {}, "seeds": [1]}
     prepare(plan, tmp_path / "text.txt", tmp_path, tmp_path)
-    prepare({**plan, "seeds": [1, 2]}, tmp_path / "text.txt", tmp_path, tmp_path)
+    prepare({**plan, "seeds": [1, 2], "reading": "z"}, tmp_path / "text.txt", tmp_path, tmp_path)
     with pytest.raises(UserError, match="has endpoint 'x', not 'y'"):
         prepare({**plan, "endpoint": "y"}, tmp_path / "text.txt", tmp_path, tmp_path)
 
@@ -102,7 +102,14 @@ def result(name: str, seed: int, right: str, blimp: float) -> dict:
         "arm": name, "seed": seed, "rate": 0.001, "finetuning_rate": 0.0005,
         "seconds_per_update": 0.6, "updates": 100,
         "tokens_per_update": {"a": 1000.0, "b": 300.0}[name],  # b counts its targets
-        "valid": {"nll_loss": [[50, 100], [8.0, 7.25]], "bigram_bits": [[100], [6.75]]},
+        "valid": {
+            "nll_loss": [[50, 100], [8.0, 7.25]], "generator_loss": [[50, 100], [7.0, 6.5]],
+            "rtd_loss": [[50, 100], [0.8, 0.7]], "rtd_label_entropy": [[50, 100], [0.8, 0.8]],
+            "rtd_replaced_accuracy": [[50, 100], [5.0, 9.0]],
+            "replaced_accuracy": [[50, 100], [1.0, 3.0]],
+            "unigram_bits": [[100], [9.0]], "bigram_bits": [[100], [6.75]],
+            "trigram_bits": [[100], [6.25]],
+        },
         "blimp": pairs, "right": {"colours": right},
     }  # fmt: skip
 
@@ -111,7 +118,8 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
     """Oracle: by hand."""
     plan = {
         "about": "Toys.", "endpoint": "colours.", "limits": "All.", "primary": 1,
-        "arms": {"a": {"title": "A"}, "b": {"title": "B"}, "c": {"title": "not run"}},
+        "reading": "A wins.",
+        "arms": {"a": {"title": "A", "rtd": True}, "b": {"title": "B"}, "c": {"title": "not run"}},
         "compare": [["a", "b"], ["a", "c"]], "datasets": {"colours": {}},
         "objectives": {
             "about": "Both.", "datasets": {"colours": {}}, "compare": [["f", "d"]],
@@ -135,6 +143,15 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
     page = (tmp_path / "docs/evidence.md").read_text()
     assert "| A | 2 | 0.001, 0.0005 | 100 | 0.10 | 1.0 | 7.25 | 65.00 |  |" in page
     assert "| B | 2 | 0.001, 0.0005 | 100 | 0.10 |" in page
+    learnt = page.partition("## What A has learnt")[2].partition("##")[0]
+    for to_pass, at in (
+        ("unigram 9.000", "0.1"),
+        ("bigram 6.750", "0.1"),
+        ("trigram 6.250", "never"),
+    ):
+        assert f"| 6.500 | {to_pass} | {at} |" in learnt
+    assert "| 0.875 | 0.900 | 0.1 |" in learnt and "detects, % | 9.0 |" in learnt
+    assert "A wins." in page and "What B has learnt" not in page
     assert "| A | 87.5 | 87.5 |" in page and "| B | 75.0 | 75.0 |" in page
     assert "| A − B | +12.5 [" in page and "+25.0 +0.0" in page and "not run" not in page
     assert "| F | 75.0 | 75.0 |" in page and "| D | 50.0 | 50.0 |" in page
