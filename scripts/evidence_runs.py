@@ -144,7 +144,9 @@ class Run:
                 task: [score.right for each in results for score in run.scores(each) or []]
                 for task, results in run.by_task().items()
             }
-        shutil.rmtree(folder)
+        done = self.folder / "finetuned"  # half a folder under its own name could not be resumed
+        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(folder.rename(done))
         return found
 
 
