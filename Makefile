@@ -1,7 +1,7 @@
 # Every target first brings .venv up to date; if nothing changed, that is instant and needs no network.
 #   make install [PYTHON=python3.12]   the environment alone
-#   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine; of the
-#                                      environment, this installs only what METRO cannot do without
+#   make demo    [DEMO_TEXT="a.txt b.txt"]  pretrain a small METRO model on this machine; this
+#                                      installs only what pretraining needs
 #   make test    [SLOW=1] [ARGS="-k masking"]
 #   make docs                          the documentation, in site/
 #   make faults                        kill and damage everything; its tables go to docs/reliability.md

@@ -50,8 +50,8 @@ turn a close decision.
 On Linux METRO has PyTorch ask for memory in pages of 2 MB (`THP_MEM_ALLOC_ENABLE=1`, which `import
 metro` sets unless you did): most systems give them only to those who ask, and in pages of 4 kB the
 processor can spend more time on looking addresses up than on the numbers there, most of all in a
-virtual machine. That changes no result. The published way of pretraining is measured without, as
-PyTorch is by default, and with them, and METRO with them.
+virtual machine. That changes no result. The numbers below were measured before METRO asked, both
+ways in pages of 4 kB.
 
 """
 
