@@ -17,6 +17,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import torch
 from demo_probe import Probe, bigram_bits
 from demo_text import write_demo_text
 from plot_training import LOSSES, draw, read_log
@@ -25,11 +26,13 @@ from rich.console import Console
 from metro.models.loading import read_tokenizer
 from metro.models.pretraining_model import load_pretraining_model
 from metro.utils.messages import UserError
+from metro.utils.worker_pool import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 5_000_000
 VOCAB_SIZE = 2000
 NUM_UPDATES = 2000
+BATCH_TOKENS = 1024  # of metro_t5_tiny
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -113,24 +116,34 @@ def make_text(path: Path) -> str:
     return str(path)
 
 
-def command(name: str, *options: str) -> list[str]:
-    """A console script of this environment, activated or not; shown as one would type it."""
-    console.print(f"$ {shlex.join([name, *options])}", style="bold", markup=False)
-    return [str(Path(sysconfig.get_path("scripts")) / name), *options]
+def command(*words: str) -> list[str]:
+    """Of console scripts of this environment, activated or not; shown as one would type it."""
+    console.print(f"$ {shlex.join(words)}", style="bold", markup=False)
+    folder = Path(sysconfig.get_path("scripts"))
+    return [str(folder / word) if word in ("metro", "torchrun") else word for word in words]
 
 
 def pretrain(data: Path, model: Path, num_updates: int) -> None:
-    """Train; Ctrl-C comes here and there, and the training saves and stops."""
+    """Train; Ctrl-C comes here and there, and the training saves and stops.
+
+    The model is too small to keep two cores busy, so two processes share each batch where there is
+    no GPU.
+    """
+    processes = 1 if torch.cuda.is_available() else min(2, available_cores())
+    launcher = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else []
     options = {
         "--config": "metro_t5_tiny",
         "--data": str(data),
         "--output-dir": str(model),
+        "--max-tokens": str(BATCH_TOKENS // processes),
         "--max-update": str(num_updates),
         "--log-interval": str(min(20, num_updates)),  # a short run has a curve too
     }
     parts = [part for option in options.items() for part in option]
-    argv = command("metro", "pretrain", *parts, "--keep-auxiliary")
-    process = subprocess.Popen(argv)
+    argv = command(*launcher, "metro", "pretrain", *parts, "--keep-auxiliary")
+    # torchrun would set the number of threads of each process itself, with a warning.
+    threads = {"OMP_NUM_THREADS": "1"} if launcher else {}
+    process = subprocess.Popen(argv, env={**os.environ, **threads})
     try:
         process.wait()
     except KeyboardInterrupt:

@@ -72,7 +72,7 @@ def test_demo_draws_curves_and_goes_on_where_ctrl_c_stopped_it(demo):
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert_the_model_is_there(folder, output)
     if importlib.util.find_spec("fairseq"):
-        assert_fairseq_trains_the_same(folder)
+        assert_fairseq_trains_the_same(folder, output)
 
     second = start(1000)
     read_until(second, "update 20/1000")
@@ -106,10 +106,12 @@ def assert_the_model_is_there(folder: Path, output: str) -> None:
     assert re.search(r"(yes|no ) auxiliary model [0-9.]+ bits, bigram [0-9.]+\n", output)
 
 
-def assert_fairseq_trains_the_same(folder: Path) -> None:
+def assert_fairseq_trains_the_same(folder: Path, output: str) -> None:
     """The other entrance, with the same configuration, on the same text."""
     options = [f"task.data={folder}/data", f"checkpoint.save_dir={folder}/fairseq"]
     options += ["optimization.max_update=2", "common.log_interval=2"]
+    if "--nproc-per-node 2" in output:
+        options += ["dataset.max_tokens=512", "optimization.update_freq=[2]"]
     configs = ROOT / "fairseq_plugins/configs/pretraining"
     command = [sys.executable, str(Path(sysconfig.get_path("scripts")) / "fairseq-hydra-train")]
     command += ["--config-dir", str(configs), "--config-name", "metro_t5_tiny", *options]
