@@ -17,11 +17,11 @@ predictions that differ are counted. On the CPU ours computes once more as by ``
 and its predictions that differ from float32's are counted. The last row weighs each set by its rows
 and prompts: the time of the whole suite.
 
-``times_floor`` is our time over that of the products which no way can do without in float32: the
-encoder over each distinct input once, the decoder and the vocabulary over each distinct beginning
-of an option, at the speed of one large product measured in the same run. ``speedup_at_floor`` is
-therefore the most that sharing can give: little where an input is short and has two options, as the
-published way computes it twice and we compute it once.
+``times_floor`` is our time over that of the products which no way can do without: the encoder over
+each distinct input once, the decoder and the vocabulary over each distinct beginning of an option,
+at the speed of one large product measured in the same run, in float32; ``bf16_times_floor`` is the
+same of bf16. ``speedup_at_floor`` is therefore the most that sharing can give: little where an
+input is short and has two options, as the published way computes it twice and we compute it once.
 """
 
 import argparse
@@ -139,9 +139,8 @@ def floor_seconds(model, pairs, flops_per_second) -> float:
 
 
 @torch.inference_mode()
-def product_speed(width: int, device: str, rows: int = 1024) -> float:
+def product_speed(width: int, device: str, dtype: torch.dtype, rows: int = 1024) -> float:
     """Floating-point operations a second of the best product of a layer's size."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = 16 * rows if device == "cuda" else rows
     x, weight = (torch.randn(n, width).to(device, dtype) for n in (rows, 4 * width))
     best = float("inf")
@@ -152,16 +151,19 @@ def product_speed(width: int, device: str, rows: int = 1024) -> float:
     return 2 * x.numel() * len(weight) / best
 
 
-def compare_on_task(model, plain, tokenizer, task, prompts, method, speed):
-    """Seconds of both ways on some prompts of a task; on the CPU predictions have to agree."""
+def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
+    """Seconds of both ways on some prompts of a task; on the CPU predictions have to agree.
+
+    ``speeds``: FLOP/s of a product in the model's type, and in bf16.
+    """
     device, num_different = model.device.type, 0
     lengths = {"max_target_length": 512} if method == "channel" else {}
     encoder = PromptEncoder(tokenizer, **lengths)
     ways = {"published": (published_way, plain), "ours": (our_way, model)}
     if device == "cpu":
         ways["bf16"] = (our_way, copy.deepcopy(model).bfloat16())
-    seconds, count, farthest, floor = dict.fromkeys(ways, 0.0), 0, 0.0, 0.0
-    num_flips = 0
+    seconds, count, farthest, num_flips = dict.fromkeys(ways, 0.0), 0, 0.0, 0
+    floors = [0.0, 0.0]
     for prompt in prompts:
         examples = task.examples(prompt, flipped=method == "flipped").examples
         random.Random(0).shuffle(examples)
@@ -172,7 +174,8 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speed):
             seconds[name] += seconds_now(device) - started
         count += len(examples)
         pairs = pairs_of(RankClassifier(PairScorer(model), encoder, method), examples)
-        floor += floor_seconds(model, pairs, speed)
+        floors = [floor + floor_seconds(model, pairs, speed)
+                  for floor, speed in zip(floors, speeds, strict=True)]  # fmt: skip
         for rounded, ours in zip(scores.get("bf16", []), scores["ours"], strict=device == "cpu"):
             num_flips += rounded.index(max(rounded)) != ours.index(max(ours))
         for theirs, ours in zip(scores["published"], scores["ours"], strict=True):
@@ -181,12 +184,13 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speed):
                 if device == "cpu":
                     raise SystemExit(f"{task.name} / {prompt}: predictions differ: {theirs} {ours}")
             farthest = max(farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True)))
-    row = as_row(method, task.name, count, num_different, farthest, seconds, floor)
+    row = as_row(method, task.name, count, num_different, farthest, seconds, floors)
     return row | {"bf16_different": num_flips} if device == "cpu" else row
 
 
-def as_row(method, task, examples, num_different, farthest, seconds, floor_s) -> dict:
-    """Speeds of one task; ``seconds`` by way."""
+def as_row(method, task, examples, num_different, farthest, seconds, floors) -> dict:
+    """Speeds of one task; ``seconds`` by way, ``floors`` in the model's type and in bf16."""
+    floor_s, bf16_floor_s = floors
     published_s, ours_s, bf16_s = (seconds.get(way) for way in ("published", "ours", "bf16"))
     row = {
         "method": method, "task": task, "examples": examples,
@@ -196,7 +200,12 @@ def as_row(method, task, examples, num_different, farthest, seconds, floor_s) ->
         "different_predictions": num_different,
         "published_s": published_s, "ours_s": ours_s, "floor_s": floor_s,
     }  # fmt: skip
-    return row | {"bf16_s": bf16_s, "bf16_speedup": published_s / bf16_s} if bf16_s else row
+    if bf16_s is None:
+        return row
+    return row | {
+        "bf16_s": bf16_s, "bf16_floor_s": bf16_floor_s, "bf16_speedup": published_s / bf16_s,
+        "bf16_times_floor": bf16_s / bf16_floor_s,
+    }  # fmt: skip
 
 
 def whole_sizes(tasks):
@@ -206,7 +215,8 @@ def whole_sizes(tasks):
 
 def summed(rows, name, sizes=None):
     """One row for all tasks, each counted as if it had had as many examples as ``sizes`` says."""
-    keys = [key for key in ("published_s", "ours_s", "bf16_s", "floor_s") if key in rows[0]]
+    keys = ("published_s", "ours_s", "bf16_s", "floor_s", "bf16_floor_s")
+    keys = [key for key in keys if key in rows[0]]
     examples, seconds = 0, dict.fromkeys(keys, 0.0)
     for row in rows:
         factor = 1.0 if sizes is None else sizes[row["task"]] / row["examples"]
@@ -214,9 +224,9 @@ def summed(rows, name, sizes=None):
         seconds = {key: total + row[key] * factor for key, total in seconds.items()}
     farthest = max(row["largest_difference"] for row in rows)
     num_different = sum(row["different_predictions"] for row in rows)
-    floor = seconds.pop("floor_s")
+    floors = seconds.pop("floor_s"), seconds.pop("bf16_floor_s", None)
     of_way = {key.removesuffix("_s"): value for key, value in seconds.items()}
-    row = as_row(rows[0]["method"], name, examples, num_different, farthest, of_way, floor)
+    row = as_row(rows[0]["method"], name, examples, num_different, farthest, of_way, floors)
     if "bf16_different" in rows[0]:
         row["bf16_different"] = sum(each["bf16_different"] for each in rows)
     return row
@@ -255,23 +265,24 @@ def main() -> None:
     model, plain, tokenizer = make_model(options.vocab, *sizes)
     sources = Sources(options.data_dir, options.templates, limit=options.rows)
     tasks, _ = load_tasks(find_suite("t0"), sources)
-    rows, speed = [], product_speed(options.width, options.device)
+    types = torch.bfloat16 if on_gpu else torch.float32, torch.bfloat16
+    rows, speeds = [], [product_speed(options.width, options.device, each) for each in types]
     store = partial(
         write_results,
         "evaluation_gpu" if on_gpu else "evaluation",
         layers=options.layers, width=options.width, rows_per_task=options.rows,
         prompts_per_task=options.prompts, threads=torch.get_num_threads(),
-        gflops_per_second=speed / 1e9,
+        gflops_per_second=speeds[0] / 1e9, bf16_gflops_per_second=speeds[1] / 1e9,
     )  # fmt: skip
     for method in options.methods:
-        compare = partial(compare_on_task, model, plain, tokenizer, method=method, speed=speed)
+        compare = partial(compare_on_task, model, plain, tokenizer, method=method, speeds=speeds)
         compare(tasks[0], tasks[0].prompts[:1])  # warm up, and fill the tokenizer's memory of words
         mine = []
         for task in tasks:
             mine.append(compare(task, task.prompts[: options.prompts]))
             store(rows + mine)  # in case that the rest runs out of time
         rows += [*mine, summed(mine, "all"), summed(mine, "whole suite", whole_sizes(tasks))]
-    hidden = {"published_s", "ours_s", "floor_s", "bf16_s", "different_predictions"}
+    hidden = {"published_s", "ours_s", "floor_s", "bf16_s", "bf16_floor_s", "different_predictions"}
     shown = [{key: x for key, x in row.items() if key not in hidden} for row in rows]
     print_table(shown, f"rank classification on {options.device}")
     for row in rows:

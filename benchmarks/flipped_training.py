@@ -10,8 +10,8 @@ more as by ``metro finetune --precision bf16``, which may change loss and gradie
 
 "times as fast" compares examples a second, "by CPU time" the processor time of the two processes,
 which other work on the machine disturbs less; with one thread on idle cores they agree. "times the
-floor" is our processor time over that of the products with the model's weights in float32, forward
-and backward and without padding, at the speed of one large product measured in the same run.
+floor" is our processor time over that of the products with the weights, forward and backward and
+without padding, at the speed of one large product measured in the same run and type.
 
 Lengths are drawn like those of FLIPPED's mixture, its datasets in their published shares, in
 METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512), instructions of
@@ -182,10 +182,12 @@ def main() -> None:
     from benchmarks.evaluation import product_speed
 
     torch.set_num_threads(options.threads)
-    rows, flops_per_second = [], product_speed(256, "cpu")
+    types = {"ours": torch.float32, "ours, bf16": torch.bfloat16}
+    rates = {way: product_speed(256, "cpu", dtype) for way, dtype in types.items()}
+    rows = []
     for kind in options.models:
         speeds, cpu_seconds, results = {}, {}, {}
-        floor = floor_of_example(kind, options.batch_size, options.updates, flops_per_second)
+        floor = partial(floor_of_example, kind, options.batch_size, options.updates)
         for way in ("published", "ours", "ours, bf16"):
             arguments = (way, kind, options.batch_size, options.updates, options.threads)
             measured = measure_isolated(train, *arguments)
@@ -201,7 +203,9 @@ def main() -> None:
                     "times as fast": speeds[way] / speeds["published"],
                     "CPU s/example": cpu_seconds[way],
                     "by CPU time": cpu_seconds["published"] / cpu_seconds[way],
-                    "times the floor": cpu_seconds[way] / floor if way == "ours" else None,
+                    "times the floor": (
+                        cpu_seconds[way] / floor(rates[way]) if way in rates else None
+                    ),
                     "peak MiB": measured.peak_bytes / 2**20,
                     "loss": result["losses"][0],
                     "gradient norm": result["gradient_norm"],

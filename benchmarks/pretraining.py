@@ -17,8 +17,9 @@ On a GPU without padding and with samples of half to full length. A way that fai
 rows: results are written after each.
 
 Lower bound: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and
-backward, only what masked positions need in last layers and projections) over the matrix rate of
-the same run; "of matrix peak" is that share. On a GPU models are bf16, as with fairseq's
+backward, only what masked positions need in last layers and projections) or of
+:func:`span_flops_per_token` over the rate of one large product in the same run and type; "of matrix
+peak" is that share. On a GPU models are bf16, as with fairseq's
 ``--bf16``: the optimiser has float32 copies of the weights and float32 moments.
 
 Prints a table and writes ``benchmarks/results/pretraining.json``. That all compute the same is for
@@ -43,6 +44,8 @@ from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
+SPANS_LENGTH = 114
+"""Target tokens of 512 source tokens (Raffel et al.)."""
 WAYS = {
     "cpu": (
         *("metro", "plain", "plain, huge pages", "metro bf16"),
@@ -81,6 +84,24 @@ def metro_flops_per_token(config: MetroT5Config, auxiliary_layers: int) -> float
         + last_auxiliary
         + last_decoder
         + 2 * masked * 2 * config.vocab_size * d
+    )
+    return 3 * forward
+
+
+def span_flops_per_token(config: MetroT5Config) -> float:
+    """The same of span corruption per source token; the decoder reads fewer tokens than that.
+
+    Keys and values of cross-attention are of source tokens, 2 D^2 each; the projection to the
+    vocabulary is at every target token.
+    """
+    d, f, share = config.d_model, config.d_ff, SPANS_LENGTH / LENGTH
+    encoder = 2 * (4 * d * d + 2 * d * f) + 4 * LENGTH * d
+    keys_and_values = 2 * 2 * d * d
+    decoder = 2 * (6 * d * d + 2 * d * f) + 2 * SPANS_LENGTH * d + 4 * LENGTH * d
+    forward = (
+        encoder * config.num_layers
+        + (keys_and_values + share * decoder) * config.num_decoder_layers
+        + share * 2 * config.vocab_size * d
     )
     return 3 * forward
 
@@ -157,10 +178,10 @@ def build_t5(size: str, dropout: float):
 
 
 def t5_batch(batch_size: int, way: str = "t5") -> dict:
-    """512 corrupted source tokens and the 114 target tokens that go with them (Raffel et al.)."""
+    """512 corrupted source tokens and the target tokens that go with them."""
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(4, 32000, (batch_size, LENGTH), generator=generator)
-    target = torch.randint(4, 32000, (batch_size, 114), generator=generator)
+    target = torch.randint(4, 32000, (batch_size, SPANS_LENGTH), generator=generator)
     if way == "t5":
         return {"input_ids": source, "labels": target}
     shifted = F.pad(target[:, :-1], (1, 0), value=SENTINEL)
@@ -228,8 +249,14 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
     return found
 
 
-def rows_of(runs: dict[str, list[dict]], batch_size: int, peak_flops: float, flops: float):
-    """A row for each way and padding, beside ``plain`` of the same padding where it ran."""
+def rows_of(runs: dict[str, list[dict]], batch_size: int, bounds: dict[str, float]) -> list[dict]:
+    """A row for each way and padding, beside ``plain`` of the same padding where it ran.
+
+    Args:
+        runs: by way.
+        batch_size: samples of a step.
+        bounds: tokens/s of each way at the rate of a large product.
+    """
     rows = []
     for way, found in runs.items():
         for run in found:
@@ -237,9 +264,8 @@ def rows_of(runs: dict[str, list[dict]], batch_size: int, peak_flops: float, flo
             if run["padding"] != "none":
                 speed *= 0.75  # of the tokens are no padding
             row = {"way": way, "padding": run["padding"], "tokens/s": speed, "x plain": None}
-            is_full = run["padding"] == "none" and not way.startswith("t5")
-            is_full &= not way.endswith("bf16")  # the rate is that of float32
-            row["of matrix peak"] = speed * flops / peak_flops if is_full else None
+            is_full = run["padding"] == "none" and way in bounds
+            row["of matrix peak"] = speed / bounds[way] if is_full else None
             rows.append(row | {"peak GiB": run["bytes"] / 2**30, "of plain": None})
     plain = {(row["way"], row["padding"]): row for row in rows}
     for row in rows:
@@ -274,7 +300,16 @@ def main() -> None:
     num_steps = args.steps or (10 if args.device == "cuda" else 1)
     config = MetroT5Config(vocab_size=VOCAB_SIZE, **SIZES[args.size])
     flops = metro_flops_per_token(config, AUXILIARY_LAYERS[args.size])
-    peak_flops = measure_isolated(measure_rates, args.device).value[0]
+    peaks = {
+        name: measure_isolated(measure_rates, args.device, dtype).value[0]
+        for name, dtype in (("", None), ("bf16", torch.bfloat16))
+    }
+    bounds = {
+        way: peaks["bf16" if way.endswith("bf16") else ""]
+        / (span_flops_per_token(config) if way.startswith("t5 ") else flops)
+        for way in WAYS[args.device]
+        if way != "t5"  # of transformers: another architecture
+    }
     runs, failed, rows = {}, {}, []
     for _ in range(args.rounds):
         for way in WAYS[args.device]:
@@ -292,7 +327,7 @@ def main() -> None:
                     known.append({"padding": run["padding"], "seconds": [], "bytes": 0})
                 known[i]["seconds"] += run["seconds"]
                 known[i]["bytes"] = max(known[i]["bytes"], peak)
-            rows = rows_of(runs, batch_size, peak_flops, flops)
+            rows = rows_of(runs, batch_size, bounds)
             is_goal = args.device == "cuda" and args.size == "base" and "metro" in runs
             targets = judge(rows[0]) if is_goal else []
             write_results(
@@ -300,7 +335,8 @@ def main() -> None:
                 rows,
                 size=args.size,
                 batch_size=batch_size,
-                matrix_peak_tflops=peak_flops / 1e12,
+                matrix_peak_tflops=peaks[""] / 1e12,
+                bf16_peak_tflops=peaks["bf16"] / 1e12,
                 flops_per_token=flops,
                 runs=runs,
                 failed=failed,

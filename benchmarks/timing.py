@@ -99,11 +99,15 @@ def peak_bytes(run, leaves) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure_rates(device: str) -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s, read and written, of a copy; the best of eight."""
+def measure_rates(device: str, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """FLOP/s of a matrix product and bytes/s, read and written, of a copy; the best of eight.
+
+    The product is one of bf16 on a GPU and of float32 on the CPU unless ``dtype`` says otherwise.
+    """
     if device == "cpu":
         torch.set_num_threads(1)  # its clock is that of the processor
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
+    size, usual = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
+    dtype = dtype or usual
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**29 if device == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)

@@ -5,14 +5,26 @@ Oracle: by hand.
 
 import json
 
+import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ops
 from benchmarks.evaluation import judge
 from benchmarks.ops import judge_projection, kernel_gains
+from benchmarks.pretraining import (
+    LENGTH,
+    SIZES,
+    SPANS_LENGTH,
+    VOCAB_SIZE,
+    build_step,
+    rows_of,
+    span_flops_per_token,
+    t5_batch,
+)
 from benchmarks.pretraining import judge as judge_pretraining
-from benchmarks.pretraining import rows_of
 from benchmarks.pretraining_curves import failures_of
+from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.ops.dispatch import measured_gains
 from tests.conftest import ROOT
 
@@ -93,14 +105,25 @@ def test_pretraining_is_compared_with_the_plain_way_of_the_same_padding():
             "t5": [runs("none", 0.25, 4)],
         },
         batch_size=32,
-        peak_flops=1e12,
-        flops=2e6,
+        bounds={"metro": 5e5, "plain": 5e5},
     )
     first, second = rows[:2]
     assert (first["tokens/s"], second["tokens/s"]) == (262144, 196608)
     assert (first["x plain"], second["x plain"]) == (4, 8)
     assert (first["of plain"], rows[-1]["of plain"]) == (0.25, 0.5)
     assert first["of matrix peak"] == 0.524288 and second["of matrix peak"] is None
+    assert rows[-1]["of matrix peak"] is None
     assert all(line.endswith(": met") for line in judge_pretraining(first))
-    alone = rows_of({"metro": [runs("none", 0.1, 2)]}, 32, 1e12, 2e6)[0]
+    alone = rows_of({"metro": [runs("none", 0.1, 2)]}, 32, {"metro": 5e5})[0]
     assert [line.split(": ")[-1] for line in judge_pretraining(alone)] == ["NOT met"] * 4
+
+
+def test_the_bound_of_span_corruption_is_what_its_products_take():
+    """Oracle: PyTorch's count of the plain way, which computes both halves of causal attention."""
+    config = MetroT5Config(vocab_size=VOCAB_SIZE, **SIZES["small"])
+    _, loss_of = build_step("t5 plain", "small", dropout=0.0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss_of(t5_batch(1, "t5 plain"))
+    masked_half = 2 * SPANS_LENGTH**2 * config.d_model * config.num_decoder_layers
+    expected = span_flops_per_token(config) / 3 * LENGTH + masked_half
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
