@@ -19,6 +19,7 @@ METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512
 """
 
 import argparse
+import os
 import time
 from functools import partial
 
@@ -141,12 +142,17 @@ def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) 
     """Updates of one way: losses, the gradient norm of the first one, and seconds of the rest."""
     from transformers.optimization import Adafactor
 
+    from metro.training.memory import return_large_tensors
+
+    if way == "published":  # pages of 4 kB, as PyTorch by default
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     torch.set_num_threads(threads)
     model, fuse = build_model(kind)
     model.train()
     backward = published_backward
     if way != "published":
         fuse(model)
+        return_large_tensors()
         backward = partial(our_backward, in_bf16=way == "ours, bf16")
     optimizer = Adafactor(
         model.parameters(), lr=5e-5, scale_parameter=False, relative_step=False, warmup_init=False

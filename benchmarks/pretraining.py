@@ -42,6 +42,7 @@ from metro.ops.adamw import adamw_step
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
+from metro.training.memory import return_large_tensors
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 SPANS_LENGTH = 114
@@ -229,6 +230,8 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         torch.set_num_threads(1)
     if way.endswith("plain"):
         os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+    if "plain" not in way:
+        return_large_tensors()
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     optimizer, found = Optimizer(model), []

@@ -18,6 +18,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_plugins.compat.life import show
 from fairseq_plugins.replaced import replaces
+from metro.training.memory import return_large_tensors
 from metro.utils.messages import UserError
 from metro.utils.stopping import Stop
 
@@ -89,8 +90,8 @@ def refuse_fp16_on_cpu(original, cfg):
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and cfg.common.fp16 and not cfg.common.memory_efficient_fp16:
         raise UserError(
-            "common.fp16 is true but the run is on CPU; set common.fp16=false (bf16 works on CPU "
-            "too, but is slower there than fp32)"
+            "common.fp16 is true but the run is on CPU; set common.fp16=false (common.bf16=true "
+            "works on CPUs too)"
         )
 
 
@@ -126,6 +127,7 @@ def listen_and_know_the_end(original, cfg, trainer, task, epoch_itr):
     if limit and done >= limit:
         logger.info("nothing to do: %d of %d updates are already done", done, limit)
         return [None], True
+    return_large_tensors()
     global unfinished, running
     unfinished = 0
     if trainer is not running:  # not another epoch: a request in the validation of one counts still

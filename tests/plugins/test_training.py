@@ -18,6 +18,7 @@ from tests.plugins.conftest import (
     run,
     write_corpus,
 )
+from tests.training.freed import GIVEN_BACK, given_back, of_glibc
 
 LAST = "checkpoint_last.pt"
 
@@ -205,3 +206,11 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(train, golden, recor
     ]
     line = train(tmp_path, *options, NO_DROPOUT, data=recorded_text).logged("train_inner")[0]
     assert 36 < float(line["loss"]) < 41
+
+
+@of_glibc
+def test_training_gives_the_memory_of_large_tensors_back(corpus, tmp_path):
+    """As that of `metro pretrain`; oracle: what the system says that the process has."""
+    argv = [*TINY, *METRO, "--max-update 1 --save-dir", str(tmp_path)]
+    code = "from fairseq_cli.train import cli_main; cli_main()" + GIVEN_BACK
+    assert given_back(code, corpus, *" ".join(argv).split()) > 150
