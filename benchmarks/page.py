@@ -22,10 +22,9 @@ INTRO = """\
 How fast METRO is, beside the way the published code does the same work: both ran in one
 benchmark, on the same cores, and were checked to compute the same. The floor is the time of the
 products alone that no way can do without, at the speed of one large product measured in the same
-run, of bf16 in the rows of bf16 and of float32 in the others; where a cell is empty, there is no
-such bound. "At the floor" is how many times as fast as the published way it would be: no way in
-that type is faster. On a GPU nothing has been
-measured yet.
+run, of bf16 in the rows of bf16 and of float32 in the others; where a cell is empty, none was
+measured. "At the floor" is how many times as fast as the published way it would be: no way in that
+type is faster. On a GPU nothing has been measured yet.
 
 """
 AFTER_FIGURE = """
@@ -46,13 +45,17 @@ weights and products (`--dtype` is another name for it). Their default on a CPU 
 every machine: published numbers are compared with to a tenth of a point, and a rounded score can
 turn a close decision.
 
-## Huge pages
+## Memory of a CPU
 
 On Linux METRO has PyTorch ask for memory in pages of 2 MB (`THP_MEM_ALLOC_ENABLE=1`, which `import
 metro` sets unless you did): most systems give them only to those who ask, and in pages of 4 kB the
-processor can spend more time on looking addresses up than on the numbers there, most of all in a
-virtual machine. That changes no result. The numbers below were measured before METRO asked, both
-ways in pages of 4 kB.
+processor can spend much time on looking addresses up, most of all in a virtual machine beside
+others. That changes no result. The plain ways below have them off, as PyTorch by default, but for
+the rows that say so.
+
+While it trains, METRO has glibc give the memory of tensors of 4 MiB and more back when they are
+freed (unless you set `MALLOC_MMAP_THRESHOLD_`). By itself glibc keeps what is below 32 MiB, in
+pieces that the next update can only partly use: METRO-base in bf16 took a quarter more memory.
 
 """
 

@@ -15,8 +15,8 @@ def return_large_tensors() -> None:
 
     By itself glibc does so from the largest size on that it has freed before, up to 32 MiB, and
     keeps the rest. What an update frees lies between tensors that stay, and most of it is too short
-    for what the next one needs: METRO-base took up to a third more memory. Other C libraries are
-    left alone, and so is glibc where the environment has ``MALLOC_MMAP_THRESHOLD_``.
+    for what the next one needs: METRO-base in bf16 took a quarter more memory. Other C libraries
+    are left alone, and so is glibc where the environment has ``MALLOC_MMAP_THRESHOLD_``.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
