@@ -303,14 +303,15 @@ def main() -> None:
     num_steps = args.steps or (10 if args.device == "cuda" else 1)
     config = MetroT5Config(vocab_size=VOCAB_SIZE, **SIZES[args.size])
     flops = metro_flops_per_token(config, AUXILIARY_LAYERS[args.size])
-    peaks = {
-        name: measure_isolated(measure_rates, args.device, dtype).value[0]
-        for name, dtype in (("", None), ("bf16", torch.bfloat16))
+    in_bf16 = {way: way.endswith("bf16") for way in WAYS[args.device]}
+    types = {False: None, True: torch.bfloat16}
+    rates = {
+        rounded: measure_isolated(measure_rates, args.device, types[rounded]).value[0]
+        for rounded in set(in_bf16.values())
     }
     bounds = {
-        way: peaks["bf16" if way.endswith("bf16") else ""]
-        / (span_flops_per_token(config) if way.startswith("t5 ") else flops)
-        for way in WAYS[args.device]
+        way: rates[rounded] / (span_flops_per_token(config) if way.startswith("t5 ") else flops)
+        for way, rounded in in_bf16.items()
         if way != "t5"  # of transformers: another architecture
     }
     runs, failed, rows = {}, {}, []
@@ -338,8 +339,8 @@ def main() -> None:
                 rows,
                 size=args.size,
                 batch_size=batch_size,
-                matrix_peak_tflops=peaks[""] / 1e12,
-                bf16_peak_tflops=peaks["bf16"] / 1e12,
+                matrix_peak_tflops=rates[False] / 1e12,
+                bf16_peak_tflops=rates[True] / 1e12 if True in rates else None,
                 flops_per_token=flops,
                 runs=runs,
                 failed=failed,
