@@ -127,15 +127,15 @@ def split(values, counts):
     return found
 
 
-def floor_seconds(model, pairs, flops_per_second) -> float:
-    """Time of the products with the model's weights, each needed one done once."""
+def product_flops(model, pairs) -> int:
+    """Operations of the products with the model's weights, each needed one done once."""
     size = {name: x.weight.numel() for name, x in model.named_modules() if isinstance(x, Linear)}
     reads_source = re.compile(r"encoder\.|.*EncDecAttention\.[kv]$")
     per_source = sum(count for name, count in size.items() if reads_source.match(name))
     per_target = sum(size.values()) - per_source
     num_source = sum(len(source) for source in {pair.source for pair in pairs})
     num_target = len({(s, t[:end]) for s, t in set(pairs) for end in range(len(t))})
-    return 2 * (num_source * per_source + num_target * per_target) / flops_per_second
+    return 2 * (num_source * per_source + num_target * per_target)
 
 
 @torch.inference_mode()
@@ -162,8 +162,8 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
     ways = {"published": (published_way, plain), "ours": (our_way, model)}
     if device == "cpu":
         ways["bf16"] = (our_way, copy.deepcopy(model).bfloat16())
-    seconds, count, farthest, num_flips = dict.fromkeys(ways, 0.0), 0, 0.0, 0
-    floors = [0.0, 0.0]
+    seconds, count, farthest = dict.fromkeys(ways, 0.0), 0, 0.0
+    flops = num_flips = 0
     for prompt in prompts:
         examples = task.examples(prompt, flipped=method == "flipped").examples
         random.Random(0).shuffle(examples)
@@ -174,8 +174,7 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
             seconds[name] += seconds_now(device) - started
         count += len(examples)
         pairs = pairs_of(RankClassifier(PairScorer(model), encoder, method), examples)
-        floors = [floor + floor_seconds(model, pairs, speed)
-                  for floor, speed in zip(floors, speeds, strict=True)]  # fmt: skip
+        flops += product_flops(model, pairs)
         for rounded, ours in zip(scores.get("bf16", []), scores["ours"], strict=device == "cpu"):
             num_flips += rounded.index(max(rounded)) != ours.index(max(ours))
         for theirs, ours in zip(scores["published"], scores["ours"], strict=True):
@@ -184,6 +183,7 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
                 if device == "cpu":
                     raise SystemExit(f"{task.name} / {prompt}: predictions differ: {theirs} {ours}")
             farthest = max(farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True)))
+    floors = [flops / speed for speed in speeds]
     row = as_row(method, task.name, count, num_different, farthest, seconds, floors)
     return row | {"bf16_different": num_flips} if device == "cpu" else row
 

@@ -123,9 +123,9 @@ def draw_batches(batch_size: int, num_updates: int) -> list[list]:
     return [examples[i * batch_size :][:batch_size] for i in starts.tolist()]
 
 
-def floor_of_example(kind: str, batch_size: int, num_updates: int, flops_per_second: float):
-    """Seconds of the products of an example, on average; going back takes two of each."""
-    from benchmarks.evaluation import floor_seconds
+def flops_of_example(kind: str, batch_size: int, num_updates: int) -> float:
+    """Operations of the products of an example, on average; going back takes two of each."""
+    from benchmarks.evaluation import product_flops
     from metro.evaluation.scoring.pair_scoring import Pair
 
     examples = [each for batch in draw_batches(batch_size, num_updates) for each in batch]
@@ -135,7 +135,7 @@ def floor_of_example(kind: str, batch_size: int, num_updates: int, flops_per_sec
         for source in (right, wrong)
     ]
     model, _ = build_model(kind)
-    return 3 * floor_seconds(model, pairs, flops_per_second) / len(examples)
+    return 3 * product_flops(model, pairs) / len(examples)
 
 
 def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) -> dict:
@@ -193,7 +193,7 @@ def main() -> None:
     rows = []
     for kind in options.models:
         speeds, cpu_seconds, results = {}, {}, {}
-        floor = partial(floor_of_example, kind, options.batch_size, options.updates)
+        flops = flops_of_example(kind, options.batch_size, options.updates)
         for way in ("published", "ours", "ours, bf16"):
             arguments = (way, kind, options.batch_size, options.updates, options.threads)
             measured = measure_isolated(train, *arguments)
@@ -210,7 +210,7 @@ def main() -> None:
                     "CPU s/example": cpu_seconds[way],
                     "by CPU time": cpu_seconds["published"] / cpu_seconds[way],
                     "times the floor": (
-                        cpu_seconds[way] / floor(rates[way]) if way in rates else None
+                        cpu_seconds[way] * rates[way] / flops if way in rates else None
                     ),
                     "peak MiB": measured.peak_bytes / 2**20,
                     "loss": result["losses"][0],
