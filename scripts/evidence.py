@@ -9,8 +9,9 @@ it is pretrained by fairseq with the project's plugins, scored on minimal pairs,
 accuracy on rows held out of the training rows; then all seeds run with the choice, and accuracy is
 that of the test rows. At last the objectives of finetuning, FLIPPED and DIRECT, are compared from
 the models of one arm. Each run is one process with one thread, resumes where it was stopped, and
-writes one JSON file when it is done. The same command started twice shares the runs. At the end, or
-with --report at any time, table, intervals and figure are made of the JSON files.
+writes one JSON file when it is done. The same command started twice shares the runs; runs that have
+their JSON file are not made again, and the other seeds of their arm take its rates and times. At the
+end, or with --report at any time, table, intervals and figure are made of the JSON files.
 
 The keys of a plan are explained in benchmarks/evidence/cpu.yaml.
 """
@@ -34,7 +35,7 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torc
 
 from evidence_data import prepare
 from evidence_report import read_results, write_report
-from evidence_runs import ROOT, ObjectiveRun, PretrainingRun, Run, pretrain, say
+from evidence_runs import ROOT, ModelRun, ObjectiveRun, PretrainingRun, Run, pretrain, say
 
 from metro.utils.files import read_json, read_yaml, write_json
 from metro.utils.locks import locked
@@ -53,11 +54,16 @@ class Study:
     out: Path
     results: Path
 
+    def published(self, arm: str) -> dict | None:
+        """Return the result of an arm's first run, None if there is none yet."""
+        results = map(read_json, sorted(self.results.glob(f"{arm}-*.json")))
+        return next((each for each in results if each and each["arm"] == arm), None)
+
     @cached_property
     def seconds_per_update(self) -> dict[str, float]:
         """Arm -> CPU seconds of an update (on a GPU, of the clock), measured once for each kind.
 
-        The kinds take turns, and the median of each counts.
+        The kinds take turns, and the median of each counts. Those of a published result stay.
         """
         path = self.out / "timing.json"
         trained = {n: arm for n, arm in self.plan["arms"].items() if not arm.get("untrained")}
@@ -65,12 +71,15 @@ class Study:
             if (found := read_json(path)) is not None:
                 return found
             kinds = {n: json.dumps([a["configuration"], a.get("set")]) for n, a in trained.items()}
-            one_of_each = {kind: name for name, kind in kinds.items()}
+            results = {kind: self.published(name) for name, kind in kinds.items()}
+            known = {kind: each["seconds_per_update"] for kind, each in results.items() if each}
+            one_of_each = {kind: name for name, kind in kinds.items() if kind not in known}
             rounds = [
                 {kind: self.measure(name) for kind, name in one_of_each.items()}
-                for _ in range(self.plan["timed_rounds"])
+                for _ in range(self.plan["timed_rounds"] if one_of_each else 0)
             ]
-            found = {n: median(each[kind] for each in rounds) for n, kind in kinds.items()}
+            known |= {kind: median(each[kind] for each in rounds) for kind in one_of_each}
+            found = {name: known[kind] for name, kind in kinds.items()}
             write_json(path, found)
         return found
 
@@ -116,6 +125,10 @@ class Study:
         self.repeat(chosen)
         if objectives:
             start = next(run for run in chosen if run.arm == objectives["from"])
+            seeds = {start.seed: True} | dict.fromkeys(self.plan["seeds"], False)
+            work_through(
+                [ModelRun(self, start.arm, n, start.rate, 0, tuning) for n, tuning in seeds.items()]
+            )
             tried = [
                 ObjectiveRun(self, arm, start.seed, start.rate, rate, True)
                 for arm in objectives["arms"]
@@ -133,14 +146,21 @@ class Study:
 
 
 def best(runs: Sequence) -> list:
-    """Do runs, and return each arm's best.
+    """Do runs, and return each arm's best; where a result of the arm is published, one like it.
 
     By accuracy on held-out training rows of the tuning seed; test rows are not looked at.
     """
-    work_through(runs)
-    arms = dict.fromkeys(run.arm for run in runs)
-    by_arm = ([run for run in runs if run.arm == arm] for arm in arms)
-    return [max(tried, key=lambda run: run.tune_accuracy()) for tried in by_arm]
+    known = {run.arm: run.study.published(run.arm) for run in runs}
+    work_through([run for run in runs if not known[run.arm]])
+    found = []
+    for arm, result in known.items():
+        tried = [run for run in runs if run.arm == arm]
+        if result:
+            rates = {name: result[name] for name in ("rate", "finetuning_rate")}
+            found.append(replace(tried[0], **rates))
+        else:
+            found.append(max(tried, key=lambda run: run.tune_accuracy()))
+    return found
 
 
 def seconds_used(cpu: bool) -> float:

@@ -1,7 +1,8 @@
 """Runs of scripts/evidence.py: each is one process with one thread, and writes one JSON file.
 
 A `PretrainingRun` is a model of an arm: pretraining by fairseq, minimal pairs, finetuning on each
-dataset. An `ObjectiveRun` finetunes such a model on several datasets at once.
+dataset. An `ObjectiveRun` finetunes such a model on several datasets at once; a `ModelRun` makes the
+model alone, where the result is published and the model is not here.
 """
 
 import shutil
@@ -69,9 +70,10 @@ class Run:
         raise NotImplementedError
 
     def is_done(self) -> bool:
-        published = self.tuning or (self.study.results / f"{self.name}.json").is_file()
+        if not self.tuning:
+            return (self.study.results / f"{self.name}.json").is_file()
         found = self.record.get("finetuning", {})
-        return published and all(key in found for key in self.parts.values())
+        return all(key in found for key in self.parts.values())
 
     def tune_accuracy(self) -> float:
         found = self.record["finetuning"]
@@ -218,6 +220,17 @@ class PretrainingRun(Run):
             "blimp": record.get("blimp", {}),
             "right": {n: record["finetuning"][key]["right"] for n, key in self.parts.items()},
         }
+
+
+class ModelRun(PretrainingRun):
+    """The pretraining of a model alone; publishes nothing."""
+
+    def is_done(self) -> bool:
+        return "pretraining" in self.record
+
+    def do(self) -> None:
+        say(f"{self.name}: pretraining")
+        self.keep("pretraining", self.pretrain())
 
 
 class ObjectiveRun(Run):
