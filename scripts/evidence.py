@@ -9,9 +9,10 @@ it is pretrained by fairseq with the project's plugins, scored on minimal pairs,
 accuracy on rows held out of the training rows; then all seeds run with the choice, and accuracy is
 that of the test rows. At last the objectives of finetuning, FLIPPED and DIRECT, are compared from
 the models of one arm. Each run is one process with one thread, resumes where it was stopped, and
-writes one JSON file when it is done. The same command started twice shares the runs; runs that have
-their JSON file are not made again, and the other seeds of their arm take its rates and times. At the
-end, or with --report at any time, table, intervals and figure are made of the JSON files.
+writes one JSON file when it is done. The same command started twice shares the runs; those that
+have their JSON file are not made again, and the arm's other seeds take its rates and times: to
+repeat them, give another folder of --results. At the end, or with --report at any time, table,
+intervals and figure are made of the JSON files.
 
 The keys of a plan are explained in benchmarks/evidence/cpu.yaml.
 """
@@ -35,7 +36,7 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torc
 
 from evidence_data import prepare
 from evidence_report import read_results, write_report
-from evidence_runs import ROOT, ModelRun, ObjectiveRun, PretrainingRun, Run, pretrain, say
+from evidence_runs import ROOT, ObjectiveRun, PretrainingRun, Run, pretrain, say
 
 from metro.utils.files import read_json, read_yaml, write_json
 from metro.utils.locks import locked
@@ -125,10 +126,6 @@ class Study:
         self.repeat(chosen)
         if objectives:
             start = next(run for run in chosen if run.arm == objectives["from"])
-            seeds = {start.seed: True} | dict.fromkeys(self.plan["seeds"], False)
-            work_through(
-                [ModelRun(self, start.arm, n, start.rate, 0, tuning) for n, tuning in seeds.items()]
-            )
             tried = [
                 ObjectiveRun(self, arm, start.seed, start.rate, rate, True)
                 for arm in objectives["arms"]
@@ -175,7 +172,7 @@ def work_through(runs: Sequence[Run]) -> None:
     """Do all runs; one that another process is doing is left to it, and waited for at the end."""
     while pending := [run for run in runs if not run.is_done()]:
         num_busy = 0
-        for run in pending:
+        for run in (run.next_to_do() for run in pending):
             with ExitStack() as lock:
                 try:
                     lock.enter_context(locked(run.folder))

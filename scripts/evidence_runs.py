@@ -1,8 +1,8 @@
 """Runs of scripts/evidence.py: each is one process with one thread, and writes one JSON file.
 
 A `PretrainingRun` is a model of an arm: pretraining by fairseq, minimal pairs, finetuning on each
-dataset. An `ObjectiveRun` finetunes such a model on several datasets at once; a `ModelRun` makes the
-model alone, where the result is published and the model is not here.
+dataset. An `ObjectiveRun` finetunes such a model on several datasets at once; a `ModelRun` makes
+the model alone, where the result is published and the model is not here.
 """
 
 import shutil
@@ -78,6 +78,10 @@ class Run:
     def tune_accuracy(self) -> float:
         found = self.record["finetuning"]
         return sum(found[key]["tune"] for key in self.parts.values()) / len(self.parts)
+
+    def next_to_do(self) -> "Run":
+        """Return the run that this one starts from where that is not done, else this one."""
+        return self
 
     def do(self) -> None:
         """Do what is not done yet, and publish the result."""
@@ -240,14 +244,22 @@ class ObjectiveRun(Run):
     def parts(self) -> dict[str, str]:
         return {"objectives": f"{self.finetuning_rate:g}"}
 
+    @property
+    def start(self) -> ModelRun:
+        arm = self.study.plan["objectives"]["from"]
+        return ModelRun(self.study, arm, self.seed, self.rate, 0, self.tuning)
+
+    def next_to_do(self) -> Run:
+        return self if self.start.is_done() else self.start
+
     def steps(self) -> Iterator[str]:
         plan, key = self.study.plan["objectives"], self.parts["objectives"]
         if key not in self.record.get("finetuning", {}):
             yield f"finetuning at {key}"
-            start = PretrainingRun(self.study, plan["from"], self.seed, self.rate, 0, self.tuning)
             options = plan.get("finetuning", {}) | plan["arms"][self.arm]["set"]
             method = options["objective"].partition("+")[0]
-            found = self.finetune(start.model, "objectives", "tune test unseen", method, **options)
+            model = self.start.model
+            found = self.finetune(model, "objectives", "tune test unseen", method, **options)
             right = {n: digits(rows) for n, rows in found["test"].items()}
             right |= {f"{n}, unseen": digits(rows) for n, rows in found["unseen"].items()}
             tune = mean([mean(rows) for rows in found["tune"].values()])

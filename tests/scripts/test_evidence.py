@@ -252,4 +252,17 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert "| METRO − T5 |" in page and page.count("| FLIPPED − DIRECT |") == 2
     again = subprocess.run(argv, capture_output=True, text=True)
-    assert again.returncode == 0 and "finetuning on" not in again.stdout
+    assert again.returncode == 0 and "-s1" not in again.stdout
+    (tmp_path / "out").rename(tmp_path / "elsewhere")  # another machine has the results alone
+    flipped = tmp_path / "results/flipped-0.001-s1.json"
+    lost = flipped.read_bytes()
+    flipped.unlink()
+    (tmp_path / "plan.yaml").write_text(TINY.replace("seeds: [1]", "seeds: [1, 2]"))
+    further = subprocess.run(argv, capture_output=True, text=True)
+    assert further.returncode == 0 and flipped.read_bytes() == lost, further.stderr
+    made = {line.split()[1][:-1] for line in further.stdout.splitlines() if "-s" in line}
+    anew = {f"{arm}-0.001-{seed}" for arm in ("metro", "flipped") for seed in ("s1", "s9-tuning")}
+    assert {name for name in made if "-s2" not in name} == anew
+    for name, first in results.items():
+        second = read_json(tmp_path / f"results/{name}-{first['rate']:g}-s2.json")
+        assert all(second[key] == first[key] for key in ("seconds_per_update", "updates"))

@@ -1,0 +1,184 @@
+"""What each setting of `metro_t5_tiny` is worth: one change at a time, from two seeds.
+
+    python scripts/ablation.py --data demo/data
+
+Each run trains on the text of `make demo`, all on as many tokens, and is measured as the demo is:
+the threshold of the RTD head is set on the first half of the held-out text, the numbers are of the
+second. One process with one thread makes the runs one after the other, and writes one JSON file
+each; the same command resumes, and started twice it shares them. At the end the table is written
+into docs/pretraining.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torch is imported
+
+from demo_probe import Probe, bigram_bits
+from evidence_report import table
+
+import metro
+from metro.models.loading import read_tokenizer
+from metro.models.pretraining_model import load_pretraining_model
+from metro.pretraining.settings import PretrainingSettings
+from metro.utils.files import read_json, write_json, write_text
+from metro.utils.locks import locked
+from metro.utils.messages import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/pretraining.md"
+BEGIN, END = "<!-- ablation: written by `python scripts/ablation.py` -->\n", "<!-- end -->\n"
+SEEDS = (1, 2)
+UNSET = {"init_token_std": None, "init_position_std": None, "init_auxiliary_std": None}
+CHANGES: tuple[dict, ...] = (
+    {},
+    {"init_neighbour_slope": 0.0},
+    {"init_copy_gain": 0.0},
+    {"init_token_std": None, "init_position_std": None},
+    {"init_auxiliary_std": None},
+    {**UNSET, "init_neighbour_slope": 0.0, "init_copy_gain": 0.0},
+    {"mask_prob": 0.15},
+    {"masked_positions_only": "lm"},
+    {"weighted_lm_loss": True},
+    {"rtd_loss_weight": 10.0},
+    {"rtd_loss_weight": 200.0},
+    {"clip_norm": 0.0},
+    {"clip_norm": 0.5},
+    {"dropout": 0.1, "attention_dropout": 0.1},
+    {"lr": 0.001},
+    {"lr": 0.004},
+    {"max_tokens": 512},
+    {"max_tokens": 2048},
+    {"tokens_per_sample": 64},
+)
+"""Options of `metro pretrain`, on top of metro_t5_tiny."""
+BATCH_TOKENS = 1024  # of metro_t5_tiny
+MEASURES = {
+    "auxiliary_bits": "auxiliary bits",
+    "recall": "marked, %",
+    "false_alarms": "false alarms, %",
+    "restored": "restored, %",
+    "copied": "copied, %",
+}
+
+
+class Run(NamedTuple):
+    """One training: a change, and a seed."""
+
+    change: dict
+    seed: int
+
+    @property
+    def title(self) -> str:
+        named = {n: "null" if value is None else value for n, value in self.change.items()}
+        if named.keys() > UNSET.keys():
+            return "all `init_` settings as published"
+        return " ".join(f"`{name}={value}`" for name, value in named.items()) or "`metro_t5_tiny`"
+
+    @property
+    def name(self) -> str:
+        changed = "-".join(f"{name}-{value}" for name, value in self.change.items())
+        return f"{changed or 'tiny'}-s{self.seed}"
+
+    def settings(self, given: Mapping) -> PretrainingSettings:
+        tiny = PretrainingSettings.read("metro_t5_tiny")
+        return PretrainingSettings(**{**tiny, **given, **self.change})
+
+    def make(self, data: Path, out: Path, num_updates: int) -> dict:
+        """Train and measure."""
+        share = self.change.get("max_tokens", BATCH_TOKENS) / BATCH_TOKENS
+        updates = round(num_updates / share)
+        model = out / self.name
+        given = dict(
+            data=str(data),
+            output_dir=str(model),
+            seed=self.seed,
+            max_update=updates,
+            warmup_updates=updates // 10,
+            disable_validation=True,
+            keep_auxiliary=True,
+            cpu=True,
+            report_to="none",
+        )
+        metro.pretrain(self.settings(given), progress=False)
+        trained = load_pretraining_model(model)
+        assert trained is not None, "exported without its auxiliary model"
+        pieces = read_tokenizer(str(model)).convert_ids_to_tokens(range(trained.config.vocab_size))
+        probe = Probe(trained, pieces, data)
+        scores = probe.score(probe.threshold(), bigram_bits(data))
+        bits = read_json(data / "prepare_text.json")["reference_bits"]
+        return {"updates": updates, "reference_bits": bits, **scores._asdict()}
+
+
+def work_through(runs: Sequence[Run], results: Path, data: Path, out: Path, updates: int) -> None:
+    """Make all runs that have no result; those that another process is making are left to it."""
+    for run in runs:
+        path = results / f"{run.name}.json"
+        try:
+            with locked(out / run.name):
+                if not path.exists():
+                    print(run.name, flush=True)
+                    write_json(path, run.make(data, out, updates), indent=1)
+        except UserError as error:
+            print(error, flush=True)
+
+
+def text_of(runs: Sequence[Run], results: Path) -> str:
+    """The table and what it is of, as Markdown.
+
+    Raises:
+        UserError: a run has no result yet.
+    """
+    found = {run.name: read_json(results / f"{run.name}.json") for run in runs}
+    if missing := [name for name, result in found.items() if result is None]:
+        raise UserError(f"{len(missing)} of {len(runs)} runs are not done, such as {missing[0]}")
+    first = found[runs[0].name]
+    bits = ", ".join(f"{name} {value:.2f}" for name, value in first["reference_bits"].items())
+    rows = []
+    for title in dict.fromkeys(run.title for run in runs):
+        results_S = [found[run.name] for run in runs if run.title == title]
+        rows.append([title, *(cell(name, results_S) for name in MEASURES)])
+    size = f"{first['updates']:,} updates of {BATCH_TOKENS:,} tokens, or as many tokens"
+    return f"{size} ({bits} bits):\n\n{table(['', *MEASURES.values()], rows)}\n"
+
+
+def cell(name: str, results_S: Sequence[dict]) -> str:
+    """Mean over seeds and, in brackets, each seed."""
+    values = [result[name] for result in results_S]
+    digits = 2 if name == "auxiliary_bits" else 1
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean(values):.{digits}f} ({each})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=ROOT / "demo/data", help="default demo/data")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation")
+    parser.add_argument("--updates", type=int, default=400, help="default 400")
+    parser.add_argument("--page", type=Path, default=PAGE, help="it has the two marks")
+    options = parser.parse_args()
+    runs = [Run(change, seed) for change in CHANGES for seed in SEEDS]
+    for folder in (options.out, options.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        work_through(runs, options.results, options.data, options.out, options.updates)
+        before, _, rest = options.page.read_text().partition(BEGIN)
+        text = text_of(runs, options.results)
+        write_text(options.page, before + BEGIN + text + END + rest.partition(END)[2])
+        print(f"written: {options.page}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

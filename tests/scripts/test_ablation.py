@@ -1,0 +1,75 @@
+"""The table of settings: its changes are options, and its numbers those of the runs."""
+
+import json
+import sys
+
+import pytest
+
+import metro
+from metro.pretraining.settings import PretrainingSettings
+from metro.utils.files import read_json
+from metro.utils.messages import UserError
+from tests.conftest import ROOT
+from tests.data.prepared import random_text
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from ablation import BEGIN, CHANGES, END, PAGE, SEEDS, Run, text_of, work_through  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/ablation"
+
+
+def test_changes_are_options_that_differ_from_those_of_the_configuration():
+    given = {"data": "data", "output_dir": "out"}
+    tiny = PretrainingSettings.combine("metro_t5_tiny", given).resolved()
+    names = [Run(change, 1).name for change in CHANGES]
+    assert len({*names}) == len(CHANGES) and not CHANGES[0]
+    for change in CHANGES:
+        changed = Run(change, 1).settings(given).resolved()
+        for name, value in change.items():
+            assert getattr(changed, name) == value != getattr(tiny, name)
+
+
+def test_the_page_has_the_table_of_the_committed_runs():
+    runs = [Run(change, seed) for change in CHANGES for seed in SEEDS]
+    assert BEGIN + text_of(runs, RESULTS) + END in PAGE.read_text()
+
+
+def test_table_has_means_and_seeds(tmp_path):
+    """Oracle: by hand."""
+    runs = [Run(change, seed) for change in ({}, {"lr": 0.001}) for seed in (1, 2)]
+    for number, run in enumerate(runs):
+        facts = {
+            "updates": 400, "reference_bits": {"unigram": 8.5, "bigram": 6.25},
+            "auxiliary_bits": 7.0 + number, "recall": 20.0 + number, "false_alarms": 4.0,
+            "restored": 5.0, "copied": 98.0,
+        }  # fmt: skip
+        (tmp_path / f"{run.name}.json").write_text(json.dumps(facts))
+    text = text_of(runs, tmp_path)
+    assert "400 updates of 1,024 tokens" in text and "unigram 8.50, bigram 6.25 bits" in text
+    assert "| `metro_t5_tiny` | 7.50 (7.00, 8.00) | 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
+    assert "| `lr=0.001` | 9.50 (9.00, 10.00) | 22.5 (22.0, 23.0) |" in text
+    with pytest.raises(UserError, match="1 of 5 runs are not done, such as dropout-0.1-s1"):
+        text_of([*runs, Run({"dropout": 0.1}, 1)], tmp_path)
+
+
+@pytest.mark.slow
+def test_runs_are_measured_once(tmp_path):
+    """Oracle: the same number of tokens; what is there already stays."""
+    (tmp_path / "text.txt").write_text(random_text(3, 4000))
+    metro.prepare_text(
+        inputs=[str(tmp_path / "text.txt")],
+        out=tmp_path / "data",
+        train_vocab=300,
+        valid_fraction=0.3,
+    )
+    changes = ({}, {"max_tokens": 2048}, {"init_token_std": None, "init_position_std": None})
+    runs = [Run(change, 1) for change in changes]
+    results = tmp_path / "results"
+    results.mkdir()
+    for _ in range(2):
+        work_through(runs, results, tmp_path / "data", tmp_path / "out", 2)
+        found = [read_json(results / f"{run.name}.json") for run in runs]
+        assert [result["updates"] for result in found] == [2, 1, 2]
+        assert found[0]["auxiliary_bits"] != found[2]["auxiliary_bits"]
+        (results / f"{runs[0].name}.json").write_text(json.dumps(found[0]))
+        assert all(0 <= result["copied"] <= 100 for result in found)
