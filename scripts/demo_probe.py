@@ -23,7 +23,7 @@ from metro.pretraining.model import MetroPretrainingModel
 
 PLANTED, MASKED = 0.1, 0.15
 FALSE_ALARMS = 0.04
-"""Aimed at on the first half, so that it stays below 5 % on the second."""
+"""Aimed at on one half, so that it stays below 5 % on the other."""
 DRAWS = 3
 """Times that the text is planted, for less noise in the numbers."""
 NUM_SPECIAL = 4
@@ -92,31 +92,34 @@ class Probe:
         model: with auxiliary model and RTD head.
         pieces: the vocabulary, sentinels included.
         data: the folder of `metro prepare-text`.
+        half: of the held-out text, 0 or 1, that is measured and shown.
     """
 
-    def __init__(self, model: MetroPretrainingModel, pieces: list[str], data: Path):
+    def __init__(self, model: MetroPretrainingModel, pieces: list[str], data: Path, half: int = 1):
         self.model, self.pieces = model, pieces
         self.mask_id = model.config.decoder_start_token_id  # <sen000>
-        train, valid = (np.fromfile(data / f"{name}.bin", np.uint16) for name in ("train", "valid"))
-        self.train, self.valid = train.astype(np.int64), valid.astype(np.int64)
+        train, valid = (
+            np.fromfile(data / f"{name}.bin", np.uint16).astype(np.int64)
+            for name in ("train", "valid")
+        )
+        middle = len(valid) // 2
+        halves = valid[:middle], valid[middle:]
+        self.train, self.measured, self.other = train, halves[half], halves[1 - half]
         self.starts_word = np.array([piece[0] == "▁" for piece in pieces])
         is_word = np.array([piece[0] == "▁" and piece[1:].isalpha() for piece in pieces])
         frequency = np.bincount(self.train, minlength=len(pieces)) * is_word
         self.is_word, self.frequency = is_word, frequency / frequency.sum()
         self.random = np.random.default_rng(1)
 
-    def texts(self, half: int) -> np.ndarray:
-        """Texts of the first or second half of the held-out part, N,T."""
+    def texts(self, ids: np.ndarray) -> np.ndarray:
+        """A half of the held-out text as texts of one length, N,T."""
         length = min(self.model.config.max_positions, 128) - 1
-        middle = len(self.valid) // 2
-        ids = self.valid[:middle] if half == 0 else self.valid[middle:]
         rows = ids[: len(ids) // length * length].reshape(-1, length)
         return np.pad(rows, ((0, 0), (1, 0)), constant_values=BOS_ID)
 
     def sentences(self) -> list[np.ndarray]:
-        """Some sentences of the second half, evenly spread."""
-        ids = self.valid[len(self.valid) // 2 :]
-        items = np.split(ids, np.flatnonzero(ids == EOS_ID) + 1)[1:-1]
+        """Some sentences of the measured half, evenly spread."""
+        items = np.split(self.measured, np.flatnonzero(self.measured == EOS_ID) + 1)[1:-1]
         fitting = [item for item in items if len(item) in SENTENCE]
         chosen = fitting[:: max(1, len(fitting) // (2 * SHOWN))][: 2 * SHOWN]
         return [np.concatenate([[BOS_ID], item]) for item in chosen]
@@ -130,6 +133,11 @@ class Probe:
         drawn = self.random.choice(len(self.pieces), texts.shape, p=self.frequency)
         chosen = self.is_word[texts] & ends & (self.random.random(texts.shape) < PLANTED)
         return Planted(texts, np.where(chosen, drawn, texts))
+
+    def plant_two(self, ids: np.ndarray) -> Planted:
+        """Replace two words or more of a sentence, fewer only where it has no more words."""
+        drawn = (self.plant(ids[None]) for _ in range(50))
+        return max(drawn, key=lambda planted: min(2, planted.is_planted.sum()))
 
     @torch.no_grad()
     def ask(self, texts: np.ndarray) -> Answer:
@@ -158,15 +166,16 @@ class Probe:
         return logits.log_softmax(-1)
 
     def threshold(self) -> float:
-        """The RTD logit above which the RTD head marks a token, from the first half."""
-        planted = self.plant(self.texts(0))
+        """The RTD logit above which the RTD head marks a token, from the half not measured."""
+        planted = self.plant(self.texts(self.other))
         others = self.ask(planted.corrupted).rtd_logits[~planted.is_planted]
         return float(np.quantile(others, 1 - FALSE_ALARMS))
 
     def score(self, threshold: float, bigram_bits: float) -> Scores:
-        """Measure on the second half."""
-        texts = self.texts(1)
-        order = self.random.random(texts.shape).argsort(1)
+        """Measure on a half of the held-out text."""
+        texts = self.texts(self.measured)
+        drawn = np.where(texts < NUM_SPECIAL, 1, self.random.random(texts.shape))  # words alone
+        order = drawn.argsort(1)
         positions = np.sort(order[:, : int(MASKED * texts.shape[1])], 1)
         found = self.fill(texts, positions)
         targets = torch.from_numpy(np.take_along_axis(texts, positions, 1)).unsqueeze(-1)
@@ -212,7 +221,7 @@ class Probe:
             "\nPlanted words: what the RTD head marks, and the decoder's other word there:"
         )
         for ids in sentences[SHOWN:]:
-            planted = self.plant(ids[None])
+            planted = self.plant_two(ids)
             answer = self.ask(planted.corrupted)
             console.print(self.corrected(planted, answer, answer.rtd_logits[0] > threshold))
 

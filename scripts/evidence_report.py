@@ -1,9 +1,10 @@
 """Statistics, table, page and figure of scripts/evidence.py, from its JSON files alone.
 
 The unit is the seed of pretraining, to which everything after it is tied. Two arms are compared by
-the paired difference of each seed; its interval is a hierarchical percentile bootstrap of 95 %:
-seeds are drawn with replacement, then examples within each seed and dataset, the same ones for
-both arms. Of minimal pairs the examples are the paradigms.
+the paired difference of each seed; its interval is a percentile bootstrap of 95 %: seeds are drawn
+with replacement, and so are the examples of each dataset, the same ones for both arms and, as all
+seeds are tested on the same examples, for all seeds. Of minimal pairs the examples are the
+paradigms.
 
 Shapes: R resamples, S seeds, N examples.
 """
@@ -43,8 +44,11 @@ def read_results(folder: Path) -> list[dict]:
 
 
 def outcomes(result: Mapping) -> dict[str, np.ndarray]:
-    """What a run got right: dataset -> (N,) of 0 and 1; ``blimp`` -> accuracy of each paradigm."""
-    found = {name: np.array([*map(int, right)], float) for name, right in result["right"].items()}
+    """What a run got right: dataset -> (N,) of 0 to 1; ``blimp`` -> accuracy of each paradigm."""
+    prompts = result.get("prompts", 1)
+    found = {
+        name: np.array([*map(int, right)]) / prompts for name, right in result["right"].items()
+    }
     if "decoder" in result.get("blimp", {}):
         found["blimp"] = np.array([*result["blimp"]["decoder"]["paradigms"].values()])
     return found
@@ -76,9 +80,9 @@ def difference(
     for task in tasks:
         paired_SN = np.stack([first[seed][task] - second[seed][task] for seed in seeds])
         num = paired_SN.shape[1]
-        for place in range(len(seeds)):
-            counts_RN = random.multinomial(num, np.full(num, 1 / num), size=resamples)
-            means_R += np.einsum("rn,rn->r", counts_RN, paired_SN[drawn_RS[:, place]]) / num
+        counts_RN = random.multinomial(num, np.full(num, 1 / num), size=resamples)
+        drawn_means_RS = np.take_along_axis(counts_RN @ paired_SN.T / num, drawn_RS, 1)
+        means_R += drawn_means_RS.sum(1)
         means_S += paired_SN.mean(1)
     means_R /= len(tasks) * len(seeds)
     low, high = 100 * np.percentile(means_R, [2.5, 97.5])
@@ -101,9 +105,10 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
     datasets = list(plan["datasets"])
     seeds = {name: sorted(by_seed(results, name)) for name in arms}
     title = {name: plan["arms"][name]["title"] for name in arms}
-    # T5's log counts the tokens of its targets; the batches of all arms are the same.
     pretrained = [run for run in results if run["arm"] in arms]
-    read = max(run["tokens_per_update"] for run in pretrained)
+    # T5's log counts the tokens of its targets; the batches of all arms are the same.
+    of_text = [r["tokens_per_update"] for r in pretrained if plan["arms"][r["arm"]].get("rtd")]
+    read = float(np.mean(of_text))
     sizes = [f"{name} {len(pretrained[0]['right'][name])}" for name in datasets]
     lines = [
         "# Evidence",
@@ -113,8 +118,9 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         "## Arms",
         "Means over seeds. Bits are the arm's own validation loss at the end: METRO's of original "
         "tokens, given a corrupted text; T5's of the tokens of its spans. They are not comparable "
-        "between the two. BLiMP is the mean over paradigms, by the decoder, and by METRO's head of "
-        "replaced token detection.",
+        "between the two. BLiMP is the mean over paradigms (guessing: 50), by the decoder, asked "
+        "what it was pretrained on ([minimal pairs](evaluation.md#minimal-pairs): METRO "
+        "`restore`, T5 `blanks`), and by METRO's head of replaced token detection.",
         table(
             [
                 "arm",
@@ -140,9 +146,8 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
             ],
         ),
         "## Differences",
-        "Paired by seed, in points; in brackets the 95 % interval of a hierarchical bootstrap "
-        f"(seeds, then examples; {RESAMPLES:,} resamples). The first {plan['primary']} rows are "
-        "the endpoint.",
+        "Paired by seed, in points; in brackets the 95 % interval of a bootstrap over seeds and "
+        f"examples ({RESAMPLES:,} resamples). The first {plan['primary']} rows are the endpoint.",
         table(
             ["", "mean of the datasets", "of each seed", *datasets, "BLiMP"],
             [
@@ -311,17 +316,15 @@ def draw(plan: Mapping, results: Sequence[Mapping], path: Path) -> None:
                     label = label and f"{label}'s auxiliary model"
                     left.plot(minutes, auxiliary[1], ":", color=colour, linewidth=0.9, label=label)
                 label = None
-            for name in ("unigram_bits", "bigram_bits", "trigram_bits"):
-                if name in run["valid"]:
-                    left.axhline(
-                        run["valid"][name][1][-1], color="grey", linestyle="--", linewidth=0.6
-                    )
         means = [
             100 * float(np.mean([seed[name].mean() for name in plan["datasets"]]))
             for seed in by_seed(results, arm).values()
         ]
         right.plot([number] * len(means), means, "o", color=colour, alpha=0.6)
         right.plot([number - 0.2, number + 0.2], [np.mean(means)] * 2, color=colour)
+    valid = next(run["valid"] for run in results if "unigram_bits" in run.get("valid", {}))
+    for name in ("unigram_bits", "bigram_bits", "trigram_bits"):
+        left.axhline(valid[name][1][-1], color="grey", linestyle="--", linewidth=0.6)
     left.set(xlabel="minutes of one core", ylabel="bits per target token (own validation loss)")
     left.set_title("dashed: unigram, bigram, trigram of the text", fontsize=8)
     left.legend(fontsize=8)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from plot_training import read_log
@@ -106,7 +107,7 @@ class Run:
 
     def finetune(
         self, model: Path, tasks: str, seen: str, method: str = "direct", **options
-    ) -> dict[str, dict[str, list[float]]]:
+    ) -> dict[str, dict[str, list[int]]]:
         """Finetune a model, and say which rows of each suite it answers rightly.
 
         Args:
@@ -117,7 +118,7 @@ class Run:
             options: of `metro finetune`, beside the plan's.
 
         Returns:
-            Suite -> dataset -> 0 or 1 of each row under each prompt.
+            Suite -> dataset -> of each row, the number of prompts under which it is right.
         """
         plan, place = self.study.plan, self.study.out / "tasks" / tasks
         given = {k: v for k, v in plan["finetuning"].items() if k != "rates"} | options
@@ -134,7 +135,7 @@ class Run:
             progress=False,
             **given,
         )
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, dict[str, list[int]]] = {}
         for suite in seen.split():
             evaluation = metro.evaluate(
                 str(folder / "model"),
@@ -147,7 +148,10 @@ class Run:
             )
             run = read_run(evaluation.folder)
             found[suite] = {
-                task: [score.right for each in results for score in run.scores(each) or []]
+                task: [
+                    sum(int(score.right) for score in of_row)
+                    for of_row in zip(*(run.scores(each) or [] for each in results), strict=True)
+                ]
                 for task, results in run.by_task().items()
             }
         done = self.folder / "finetuned"  # half a folder under its own name could not be resumed
@@ -262,20 +266,23 @@ class ObjectiveRun(Run):
             found = self.finetune(model, "objectives", "tune test unseen", method, **options)
             right = {n: digits(rows) for n, rows in found["test"].items()}
             right |= {f"{n}, unseen": digits(rows) for n, rows in found["unseen"].items()}
-            tune = mean([mean(rows) for rows in found["tune"].values()])
+            tune = mean([mean(rows) for rows in found["tune"].values()]) / self.num_prompts
             self.keep("finetuning", {key: {"tune": tune, "right": right}})
+
+    @property
+    def num_prompts(self) -> int:
+        """Of each dataset; `right` has as many as 9 in a digit."""
+        datasets = self.study.plan["objectives"]["datasets"].values()
+        (number,) = {len(options["prompts"]) for options in datasets}
+        return number
 
     def result(self) -> dict:
         found = self.record["finetuning"][self.parts["objectives"]]
-        return {**super().result(), "right": found["right"]}
+        return {**super().result(), "prompts": self.num_prompts, "right": found["right"]}
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def digits(right: list[float]) -> str:
-    return "".join(str(int(each)) for each in right)
+def digits(right: list[int]) -> str:
+    return "".join(map(str, right))
 
 
 def pretrain(

@@ -62,7 +62,7 @@ def test_runs_are_measured_once(tmp_path):
         train_vocab=300,
         valid_fraction=0.3,
     )
-    changes = ({}, {"max_tokens": 2048}, {"init_token_std": None, "init_position_std": None})
+    changes = ({}, {"max_tokens": 2048}, {"init_token_std": None})
     runs = [Run(change, 1) for change in changes]
     results = tmp_path / "results"
     results.mkdir()

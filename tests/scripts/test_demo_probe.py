@@ -21,8 +21,8 @@ PAIRS = {5: 6, 7: 8, 9: 10}  # a word and its usual follower
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory) -> Probe:
-    """An untrained model that copies, over text in which each of PAIRS is frequent."""
+def folder(tmp_path_factory):
+    """Text in which each of PAIRS is frequent."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for split, num_sentences in (("train", 400), ("valid", 200)):
@@ -34,6 +34,12 @@ def probe(tmp_path_factory) -> Probe:
         np.array(sentences, np.uint16).tofile(folder / f"{split}.bin")
     manifest = {"reference_bits": {"unigram": 4.5, "bigram": 2.5}}
     (folder / "prepare_text.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probe(folder) -> Probe:
+    """An untrained model that copies."""
     config = MetroT5Config(
         *(len(PIECES), 64, 16, 64, 2, 2, 4), max_positions=64, decoder_start_token_id=27
     )
@@ -65,6 +71,27 @@ def test_scores_of_an_untrained_model_that_copies(probe):
     assert list(scores.gate.values()) == [False, False, False]
 
 
+def test_words_alone_are_masked(probe, monkeypatch):
+    """Oracle: the ids below 4, of which <s> and </s> would be found too easily."""
+    masked = []
+
+    def fill(texts, positions):
+        masked.append(np.take_along_axis(texts, positions, 1))
+        return torch.zeros(*positions.shape, len(PIECES)).log_softmax(-1)
+
+    monkeypatch.setattr(probe, "fill", fill)
+    probe.score(0.0, 2.5)
+    assert masked[0].min() >= 4
+
+
+def test_what_is_measured_sets_no_threshold(probe, folder):
+    """Oracle: the two halves of the text, changed about."""
+    swapped = Probe(probe.model, PIECES, folder, half=0)
+    assert not np.array_equal(probe.measured, probe.other)
+    assert np.array_equal(swapped.measured, probe.other)
+    assert np.array_equal(swapped.other, probe.measured)
+
+
 def test_a_bigram_restores_what_usually_follows(probe):
     """Oracle: with every token marked, planted followers of PAIRS are restored by counting."""
     scores = probe.score(-1.0, 2.5)
@@ -86,6 +113,8 @@ def test_sentences_are_shown_with_blanks_marks_and_corrections(probe):
     shown = console.file.getvalue()
     assert shown.count("____") == shown.count("  filled ") == 3
     assert shown.count("  marked ") == shown.count("  decoder") == 3
+    for line in shown.splitlines():
+        assert not line.startswith("  planted") or line.count("(was:") >= 2
     marked = next(line for line in shown.splitlines() if line.startswith("  marked "))
     assert all(word[0] == "[" and word[-1] == "]" for word in marked.split()[1:])
 
