@@ -1,9 +1,9 @@
 """Initial weights with which a small model learns from a few million tokens.
 
 Nothing here changes the architecture; the defaults leave the weights as they are published. Those
-are made for widths of 768 and hundreds of billions of tokens: at width 128 the tokens are 3 % of
-the variance under the embedding's LayerNorm, the relative position bias starts at zero and moves
-too slowly to tell neighbours apart, and the decoder never finds its place in the encoder's states.
+are made for hundreds of billions of tokens: the tokens are 3 % of the variance under the
+embedding's LayerNorm, the relative position bias starts at zero and moves too slowly to tell
+neighbours apart, and the decoder never finds its place in the encoder's states.
 
 Shapes: D d_model, K width of a head, H heads, R buckets of the relative position bias.
 """

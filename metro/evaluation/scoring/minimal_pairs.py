@@ -6,13 +6,14 @@ question that it was pretrained on, with x the sentence in tokens:
 
     blanks   sum over words w of x:  log P(<s1> w <end> | x with w replaced by the sentinel <s1>)
     restore  log P(x | x) + log P(x | x'), x' the other sentence if it has as many tokens
-    rtd      sum_t log P(token t of x was not replaced | x)
+    rtd      sum_t log P(token t of x was not replaced | x), which favours the shorter sentence
 
-``blanks`` is for models of span corruption (T5, also finetuned). It is the pseudo-log-likelihood of
-masked language models (Salazar et al., 2020) with whole words hidden: hiding the pieces of a word
-one at a time would let the others give it away, and rare words look likely (Kauf and Ivanova,
-2023). A decoder reads the word's earlier pieces as it goes, which is their left-to-right scoring
-within words, in one pass. The end sentinel counts: else a piece could begin a longer span.
+``blanks`` is for models of span corruption (T5; Hugging Face's also finetuned, METRO's not: they
+begin as METRO does). It is the pseudo-log-likelihood of masked language models (Salazar et al.,
+2020) with whole words hidden: hiding the pieces of a word one at a time would let the others give
+it away, and rare words look likely (Kauf and Ivanova, 2023). A decoder reads the word's earlier
+pieces as it goes, which is their left-to-right scoring within words, in one pass. The end sentinel
+counts: else a piece could begin a longer span.
 
 ``restore`` is for denoising models (METRO, BART). METRO's decoder writes the original of a text, of
 which the encoder sees a version with some tokens replaced. log P(x | x) alone mixes how probable x
