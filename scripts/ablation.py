@@ -62,9 +62,9 @@ CHANGES: tuple[dict, ...] = (
 BATCH_TOKENS = 1024  # of metro_t5_tiny
 MEASURES = {
     "auxiliary_bits": "auxiliary bits",
-    "recall": "marked, %",
-    "false_alarms": "false alarms, %",
-    "restored": "restored, %",
+    "recall": "detected, %",
+    "false_alarms": "false positives, %",
+    "restored": "corrected, %",
     "copied": "copied, %",
 }
 

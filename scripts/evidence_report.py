@@ -125,7 +125,7 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
             [
                 "arm",
                 "seeds",
-                "rates",
+                "learning rates",
                 "updates",
                 "M tokens",
                 "minutes",
