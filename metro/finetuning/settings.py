@@ -85,7 +85,7 @@ class FinetuningSettings(OwnRowsSettings, ShardingSettings):
 
     precision: str = option(
         "auto",
-        "auto: bf16 on GPUs that have it and, for wide models, on CPUs with AMX; else fp32.",
+        "auto: bf16 on GPUs that have it and, for wide models, on such CPUs; else fp32.",
         choices=PRECISIONS,
         section="Device",
     )

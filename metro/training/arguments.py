@@ -67,7 +67,7 @@ def trainer_arguments(
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
         raise UserError(
-            "precision fp16 needs a GPU; use --precision fp32, or bf16 on a CPU that has AMX"
+            "precision fp16 needs a GPU; use --precision fp32, or bf16 on a CPU that is fast at it"
         )
     loggers = [] if report_to == "none" else report_to.split(",")
     if report_to == "auto":

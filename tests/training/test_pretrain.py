@@ -100,7 +100,9 @@ def test_recomputing_activations_changes_no_number_and_bf16_trains(pretrain):
 
 def test_auto_is_bf16_for_wide_models_where_the_cpu_is_fast_at_it(pretrain, monkeypatch):
     """Oracle: runs that were told so."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    features = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    for feature in features:
+        monkeypatch.setattr(torch.cpu, feature, lambda: True)
     runs = {
         name: losses(pretrain(name, max_update=2, precision=name).folder)
         for name in ("fp32", "bf16", "auto")
@@ -108,8 +110,9 @@ def test_auto_is_bf16_for_wide_models_where_the_cpu_is_fast_at_it(pretrain, monk
     assert runs["auto"] == runs["fp32"] != runs["bf16"]  # narrow
     monkeypatch.setattr(precision, "LEAST_WIDTH", 1)
     assert losses(pretrain("wide", max_update=2).folder) == runs["bf16"]
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert losses(pretrain("slow", max_update=2).folder) == runs["fp32"]
+    for feature, type_of_products in zip(features, ("bf16", "fp32"), strict=True):
+        monkeypatch.setattr(torch.cpu, feature, lambda: False)
+        assert losses(pretrain(feature, max_update=2).folder) == runs[type_of_products]
 
 
 def test_shards_take_turns_and_the_place_in_them_is_kept(pretrain, pretraining_data, tmp_path):
