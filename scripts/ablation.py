@@ -142,7 +142,8 @@ def text_of(runs: Sequence[Run], results: Path) -> str:
     if missing := [name for name, result in found.items() if result is None]:
         raise UserError(f"{len(missing)} of {len(runs)} runs are not done, such as {missing[0]}")
     first = found[runs[0].name]
-    bits = ", ".join(f"{name} {value:.2f}" for name, value in first["reference_bits"].items())
+    lines = ("unigram", "bigram", "trigram")
+    bits = ", ".join(f"{name} {first['reference_bits'][name]:.2f}" for name in lines)
     rows = []
     for title in dict.fromkeys(run.title for run in runs):
         results_S = [found[run.name] for run in runs if run.title == title]

@@ -39,13 +39,17 @@ def test_table_has_means_and_seeds(tmp_path):
     runs = [Run(change, seed) for change in ({}, {"lr": 0.001}) for seed in (1, 2)]
     for number, run in enumerate(runs):
         facts = {
-            "updates": 400, "reference_bits": {"unigram": 8.5, "bigram": 6.25},
+            "updates": 400,
+            "reference_bits": {"unigram": 8.5, "bigram": 6.25, "trigram": 6.0, "valid_tokens": 9},
             "auxiliary_bits": 7.0 + number, "recall": 20.0 + number, "false_alarms": 4.0,
             "restored": 5.0, "copied": 98.0,
         }  # fmt: skip
         (tmp_path / f"{run.name}.json").write_text(json.dumps(facts))
     text = text_of(runs, tmp_path)
-    assert "400 updates of 1,024 tokens" in text and "unigram 8.50, bigram 6.25 bits" in text
+    assert (
+        "400 updates of 1,024 tokens" in text
+        and "(unigram 8.50, bigram 6.25, trigram 6.00 bits)" in text
+    )
     assert "| `metro_t5_tiny` | 7.50 (7.00, 8.00) | 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
     assert "| `lr=0.001` | 9.50 (9.00, 10.00) | 22.5 (22.0, 23.0) |" in text
     with pytest.raises(UserError, match="1 of 5 runs are not done, such as dropout-0.1-s1"):
