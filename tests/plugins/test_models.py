@@ -265,7 +265,7 @@ def build_all(cfg):
 def test_rtd_loss_without_a_head_is_refused(corpus):
     cfg = from_yaml("metro_t5_tiny", f"task.data={corpus}", "model.rtd_head=none")
     model, criterion, dataset = build_all(cfg)
-    with pytest.raises(ValueError, match="rtd_loss_weight is 50.0 but the model has rtd_head none"):
+    with pytest.raises(ValueError, match="rtd_loss_weight is 10.0 but the model has rtd_head none"):
         criterion(model, dataset.collater([dataset[0]]))
 
 

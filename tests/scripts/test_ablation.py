@@ -1,5 +1,6 @@
 """The table of settings: its changes are options, and its numbers those of the runs."""
 
+import dataclasses
 import json
 import sys
 
@@ -13,7 +14,7 @@ from tests.conftest import ROOT
 from tests.data.prepared import random_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from ablation import BEGIN, CHANGES, END, PAGE, SEEDS, Run, text_of, work_through  # noqa: E402
+from ablation import BASE, BEGIN, CHANGES, END, PAGE, SEEDS, Run, text_of, work_through  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/ablation"
 
@@ -23,10 +24,12 @@ def test_changes_are_options_that_differ_from_those_of_the_configuration():
     tiny = PretrainingSettings.combine("metro_t5_tiny", given).resolved()
     names = [Run(change, 1).name for change in CHANGES]
     assert len({*names}) == len(CHANGES) and not CHANGES[0]
+    base = Run({}, 1).settings(given).resolved()
+    assert base == dataclasses.replace(tiny, **BASE)
     for change in CHANGES:
         changed = Run(change, 1).settings(given).resolved()
         for name, value in change.items():
-            assert getattr(changed, name) == value != getattr(tiny, name)
+            assert getattr(changed, name) == value != getattr(base, name)
 
 
 def test_the_page_has_the_table_of_the_committed_runs():
@@ -50,7 +53,9 @@ def test_table_has_means_and_seeds(tmp_path):
         "400 updates of 1,024 tokens" in text
         and "(unigram 8.50, bigram 6.25, trigram 6.00 bits)" in text
     )
-    assert "| `metro_t5_tiny` | 7.50 (7.00, 8.00) | 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
+    assert (
+        "| `metro_t5_tiny` with `rtd_loss_weight=50.0` | 7.50 (7.00, 8.00) | 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
+    )
     assert "| `lr=0.001` | 9.50 (9.00, 10.00) | 22.5 (22.0, 23.0) |" in text
     with pytest.raises(UserError, match="1 of 5 runs are not done, such as dropout-0.1-s1"):
         text_of([*runs, Run({"dropout": 0.1}, 1)], tmp_path)
