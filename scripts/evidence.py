@@ -169,20 +169,22 @@ def seconds_used(cpu: bool) -> float:
 
 
 def work_through(runs: Sequence[Run]) -> None:
-    """Do all runs; one that another process is doing is left to it, and waited for at the end."""
-    while pending := [run for run in runs if not run.is_done()]:
-        num_busy = 0
-        for run in (run.next_to_do() for run in pending):
-            with ExitStack() as lock:
-                try:
-                    lock.enter_context(locked(run.folder))
-                except UserError:
-                    num_busy += 1
-                    continue
-                if not run.is_done():
-                    run.do()
-        if num_busy == len(pending):
+    """Do all runs, the first that is left and free each time; another process may share them."""
+    while pending := [run.next_to_do() for run in runs if not run.is_done()]:
+        if not any(do_if_free(run) for run in pending):
             time.sleep(10)
+
+
+def do_if_free(run: Run) -> bool:
+    """Do a run, False where another process is doing it."""
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(run.folder))
+        except UserError:
+            return False
+        if not run.is_done():
+            run.do()
+    return True
 
 
 def waiting(path: Path) -> ExitStack:
