@@ -127,5 +127,6 @@ def test_a_folder_of_metro_becomes_a_classifier_that_finetunes(exported, tmp_pat
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     ids = torch.tensor([rows[0]["input_ids"]])
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    with torch.no_grad():  # to rounding: products depend on where in memory the weights lie
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)

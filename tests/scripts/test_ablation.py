@@ -53,9 +53,8 @@ def test_table_has_means_and_seeds(tmp_path):
         "400 updates of 1,024 tokens" in text
         and "(unigram 8.50, bigram 6.25, trigram 6.00 bits)" in text
     )
-    assert (
-        "| `metro_t5_tiny` with `rtd_loss_weight=50.0` | 7.50 (7.00, 8.00) | 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
-    )
+    assert "| `metro_t5_tiny` with `rtd_loss_weight=50.0` | 7.50 (7.00, 8.00) |" in text
+    assert "| 20.5 (20.0, 21.0) | 4.0 (4.0, 4.0)" in text
     assert "| `lr=0.001` | 9.50 (9.00, 10.00) | 22.5 (22.0, 23.0) |" in text
     with pytest.raises(UserError, match="1 of 5 runs are not done, such as dropout-0.1-s1"):
         text_of([*runs, Run({"dropout": 0.1}, 1)], tmp_path)
