@@ -74,10 +74,13 @@ def test_runs_are_measured_once(tmp_path):
     runs = [Run(change, 1) for change in changes]
     results = tmp_path / "results"
     results.mkdir()
-    for _ in range(2):
-        work_through(runs, results, tmp_path / "data", tmp_path / "out", 2)
-        found = [read_json(results / f"{run.name}.json") for run in runs]
-        assert [result["updates"] for result in found] == [2, 1, 2]
-        assert found[0]["auxiliary_bits"] != found[2]["auxiliary_bits"]
-        (results / f"{runs[0].name}.json").write_text(json.dumps(found[0]))
-        assert all(0 <= result["copied"] <= 100 for result in found)
+    work_through(runs, results, tmp_path / "data", tmp_path / "out", 2)
+    found = [read_json(results / f"{run.name}.json") for run in runs]
+    assert [result["updates"] for result in found] == [2, 1, 2]
+    assert found[0]["auxiliary_bits"] != found[2]["auxiliary_bits"]
+    assert all(0 <= result["copied"] <= 100 for result in found)
+    there, gone = (results / f"{run.name}.json" for run in runs[:2])
+    there.write_text("{}")
+    gone.unlink()
+    work_through(runs, results, tmp_path / "data", tmp_path / "out", 2)
+    assert read_json(there) == {} and read_json(gone) == found[1]
