@@ -117,7 +117,7 @@ def inspect_environment() -> Environment:
         metro=metro.__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=available_cores(),
         memory_gib=_memory_gib(),
         disk_free_gib=round(shutil.disk_usage(".").free / 2**30, 1),
@@ -217,7 +217,7 @@ def _look_at_torch(environment: Environment) -> None:
         )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,12 +1,13 @@
-"""What each setting of `metro_t5_tiny` is worth: one change at a time, with two seeds.
+"""What settings of `metro_t5_tiny` are worth: a change at a time, with two seeds; some for longer.
 
     python scripts/ablation.py --data demo/data
 
-Each run trains on the text of `make demo`, all on as many tokens, and is measured as the demo is:
+Each run trains on the text of `make demo`, those of a table on as many tokens, and is measured as
+the demo is:
 the threshold of the RTD head is set on one half of the held-out text, the numbers are of the other.
 They are of the half that the demo does not report, so that settings can be chosen by them. One
 process with one thread makes the runs one after the other, and writes one JSON file each; the same
-command resumes, and started twice it shares them. At the end the table is written into
+command resumes, and started twice it shares them. At the end the tables are written into
 docs/pretraining.md.
 """
 
@@ -25,8 +26,6 @@ from demo_probe import Probe, bigram_bits
 from evidence_report import table
 
 import metro
-from metro.models.loading import read_tokenizer
-from metro.models.pretraining_model import load_pretraining_model
 from metro.pretraining.settings import PretrainingSettings
 from metro.utils.files import read_json, write_json, write_text
 from metro.utils.locks import locked
@@ -61,21 +60,30 @@ CHANGES: tuple[dict, ...] = (
     {"max_tokens": 2048},
 )
 """Options of `metro pretrain`."""
+LASTING: tuple[dict, ...] = (
+    {},
+    {"rtd_loss_weight": 10.0},
+)
+"""Trained as long as the demo is."""
+SHORT, LONG = 400, 2000
+"""Updates of `BATCH_TOKENS`."""
 BATCH_TOKENS = 1024  # of metro_t5_tiny
 MEASURES = {
     "auxiliary_bits": "auxiliary bits",
     "recall": "detected, %",
     "false_alarms": "false positives, %",
     "restored": "corrected, %",
+    "restored_by_bigram": "a follower, %",
     "copied": "copied, %",
 }
 
 
 class Run(NamedTuple):
-    """One training: a change, and a seed."""
+    """One training: a change, a seed, and for how long."""
 
     change: dict
     seed: int
+    updates: int = SHORT
 
     @property
     def title(self) -> str:
@@ -88,16 +96,16 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         changed = "-".join(f"{name}-{value}" for name, value in self.change.items())
-        return f"{changed or 'tiny'}-s{self.seed}"
+        return f"{changed or 'tiny'}-u{self.updates}-s{self.seed}"
 
     def settings(self, given: Mapping) -> PretrainingSettings:
         tiny = PretrainingSettings.read("metro_t5_tiny")
         return PretrainingSettings(**{**tiny, **given, **BASE, **self.change})
 
-    def make(self, data: Path, out: Path, num_updates: int) -> dict:
+    def make(self, data: Path, out: Path) -> dict:
         """Train and measure."""
         share = self.change.get("max_tokens", BATCH_TOKENS) / BATCH_TOKENS
-        updates = round(num_updates / share)
+        updates = round(self.updates / share)
         model = out / self.name
         given = dict(
             data=str(data),
@@ -112,16 +120,21 @@ class Run(NamedTuple):
             report_to="none",
         )
         metro.pretrain(self.settings(given), progress=False)
-        trained = load_pretraining_model(model)
-        assert trained is not None, "exported without its auxiliary model"
-        pieces = read_tokenizer(str(model)).convert_ids_to_tokens(range(trained.config.vocab_size))
-        probe = Probe(trained, pieces, data, half=0)
+        probe = Probe.load(model, data, half=0)
         scores = probe.score(probe.threshold(), bigram_bits(data))
         bits = read_json(data / "prepare_text.json")["reference_bits"]
         return {"updates": updates, "reference_bits": bits, **scores._asdict()}
 
 
-def work_through(runs: Sequence[Run], results: Path, data: Path, out: Path, updates: int) -> None:
+RUNS = tuple(
+    Run(change, seed, updates)
+    for updates, changes in ((SHORT, CHANGES), (LONG, LASTING))
+    for change in changes
+    for seed in SEEDS
+)
+
+
+def work_through(runs: Sequence[Run], results: Path, data: Path, out: Path) -> None:
     """Make all runs that have no result; those that another process is making are left to it."""
     for run in runs:
         path = results / f"{run.name}.json"
@@ -132,11 +145,11 @@ def work_through(runs: Sequence[Run], results: Path, data: Path, out: Path, upda
                 continue
             if not path.exists():
                 print(run.name, flush=True)
-                write_json(path, run.make(data, out, updates), indent=1)
+                write_json(path, run.make(data, out), indent=1)
 
 
 def text_of(runs: Sequence[Run], results: Path) -> str:
-    """The table and what it is of, as Markdown.
+    """A table for each length of training and what it is of, as Markdown.
 
     Raises:
         UserError: a run has no result yet.
@@ -144,15 +157,18 @@ def text_of(runs: Sequence[Run], results: Path) -> str:
     found = {run.name: read_json(results / f"{run.name}.json") for run in runs}
     if missing := [name for name, result in found.items() if result is None]:
         raise UserError(f"{len(missing)} of {len(runs)} runs are not done, such as {missing[0]}")
-    first = found[runs[0].name]
-    lines = ("unigram", "bigram", "trigram")
-    bits = ", ".join(f"{name} {first['reference_bits'][name]:.2f}" for name in lines)
-    rows = []
-    for title in dict.fromkeys(run.title for run in runs):
-        results_S = [found[run.name] for run in runs if run.title == title]
-        rows.append([title, *(cell(name, results_S) for name in MEASURES)])
-    size = f"{first['updates']:,} updates of {BATCH_TOKENS:,} tokens, or as many tokens"
-    return f"{size} ({bits} bits):\n\n{table(['', *MEASURES.values()], rows)}\n"
+    reference = found[runs[0].name]["reference_bits"]
+    bits = ", ".join(f"{n} {reference[n]:.2f}" for n in ("unigram", "bigram", "trigram"))
+    tables = []
+    for updates in dict.fromkeys(run.updates for run in runs):
+        of_length = [run for run in runs if run.updates == updates]
+        rows = []
+        for title in dict.fromkeys(run.title for run in of_length):
+            results_S = [found[run.name] for run in of_length if run.title == title]
+            rows.append([title, *(cell(name, results_S) for name in MEASURES)])
+        size = f"{updates:,} updates of {BATCH_TOKENS:,} tokens, or as many tokens"
+        tables.append(f"{size} ({bits} bits):\n\n{table(['', *MEASURES.values()], rows)}\n")
+    return "\n".join(tables)
 
 
 def cell(name: str, results_S: Sequence[dict]) -> str:
@@ -170,15 +186,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "demo/data", help="default demo/data")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ablation")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation")
-    parser.add_argument("--updates", type=int, default=400, help="default 400")
     parser.add_argument("--page", type=Path, default=PAGE, help="it has the two marks")
     options = parser.parse_args()
-    runs = [Run(change, seed) for change in CHANGES for seed in SEEDS]
     for folder in (options.out, options.results):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        work_through(runs, options.results, options.data, options.out, options.updates)
-        page, text = options.page.read_text(), text_of(runs, options.results)
+        work_through(RUNS, options.results, options.data, options.out)
+        page, text = options.page.read_text(), text_of(RUNS, options.results)
         if BEGIN not in page:
             raise UserError(f"{options.page} has no line {BEGIN.strip()}: put it and {END.strip()}")
         before, _, rest = page.partition(BEGIN)

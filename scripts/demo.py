@@ -23,8 +23,6 @@ from demo_text import write_demo_text
 from plot_training import LOSSES, draw, read_log
 from rich.console import Console
 
-from metro.models.loading import read_tokenizer
-from metro.models.pretraining_model import load_pretraining_model
 from metro.utils.messages import UserError
 from metro.utils.worker_pool import available_cores
 
@@ -156,11 +154,7 @@ def pretrain(data: Path, model: Path, num_updates: int) -> None:
 
 def show(folder: Path, data: Path) -> None:
     """Examples, and the numbers beside what they must reach."""
-    model = load_pretraining_model(folder)
-    assert model is not None, "exported without its auxiliary model"
-    tokenizer = read_tokenizer(str(folder))
-    pieces = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
-    probe = Probe(model, pieces, data)
+    probe = Probe.load(folder, data)
     threshold = probe.threshold()
     probe.show(threshold, console)
     scores = probe.score(threshold, bigram_bits(data))

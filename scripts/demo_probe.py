@@ -11,7 +11,7 @@ Shapes: N texts, T tokens of each, V vocabulary.
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from metro.modeling.text_metro_t5 import BOS_ID, EOS_ID
+from metro.models.loading import read_tokenizer
+from metro.models.pretraining_model import load_pretraining_model
 from metro.pretraining.model import MetroPretrainingModel
 
 PLANTED, MASKED = 0.1, 0.15
@@ -110,6 +112,15 @@ class Probe:
         frequency = np.bincount(self.train, minlength=len(pieces)) * is_word
         self.is_word, self.frequency = is_word, frequency / frequency.sum()
         self.random = np.random.default_rng(1)
+
+    @classmethod
+    def load(cls, folder: Path, data: Path, half: int = 1) -> Self:
+        """Read the model in a folder that keeps its auxiliary model."""
+        model = load_pretraining_model(folder)
+        assert model is not None, f"{folder} was exported without its auxiliary model"
+        tokenizer = read_tokenizer(str(folder))
+        pieces = tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+        return cls(model, pieces, data, half)
 
     def texts(self, ids: np.ndarray) -> np.ndarray:
         """A half of the held-out text as texts of one length, N,T."""

@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,7 +36,7 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")  # before torc
 
 from evidence_data import prepare
 from evidence_report import read_results, write_report
-from evidence_runs import ROOT, ObjectiveRun, PretrainingRun, Run, pretrain, say
+from evidence_runs import ROOT, ObjectiveRun, PretrainingRun, Run, plan_digest, pretrain, say
 
 from metro.utils.files import read_json, read_yaml, write_json
 from metro.utils.locks import locked
@@ -55,9 +55,23 @@ class Study:
     out: Path
     results: Path
 
+    def read_result(self, path: Path) -> dict | None:
+        """Read a published result, None if there is none.
+
+        Raises:
+            UserError: it was made by another plan.
+        """
+        found = read_json(path)
+        if found and found["plan"] != plan_digest(self.plan, found["arm"]):
+            raise UserError(
+                f"{path} was made when the plan said something else of {found['arm']}: delete it, "
+                f"or give another folder of --results"
+            )
+        return found
+
     def published(self, arm: str) -> dict | None:
         """Return the result of an arm's first run, None if there is none yet."""
-        results = map(read_json, sorted(self.results.glob(f"{arm}-*.json")))
+        results = map(self.read_result, sorted(self.results.glob(f"{arm}-*.json")))
         return next((each for each in results if each and each["arm"] == arm), None)
 
     @cached_property
@@ -111,7 +125,15 @@ class Study:
 
     def tune(self) -> list[PretrainingRun]:
         """Choose the rates of pretraining and finetuning of each arm, one after the other."""
-        arms, rates = self.plan["arms"], self.plan["finetuning"]["rates"]
+        own = {n: arm for n, arm in self.plan["arms"].items() if "rates_of" not in arm}
+        chosen = {run.arm: run for run in self.tune_arms(own)}
+        return [
+            replace(chosen[options.get("rates_of", name)], arm=name)
+            for name, options in self.plan["arms"].items()
+        ]
+
+    def tune_arms(self, arms: Mapping[str, Mapping]) -> list[PretrainingRun]:
+        rates = self.plan["finetuning"]["rates"]
         seed, middle = self.plan["tuning_seed"], rates[len(rates) // 2]
         first = best([
             PretrainingRun(self, arm, seed, rate, middle, True)

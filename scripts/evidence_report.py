@@ -103,7 +103,6 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
     """The page as Markdown."""
     arms = [name for name in plan["arms"] if by_seed(results, name)]
     datasets = list(plan["datasets"])
-    seeds = {name: sorted(by_seed(results, name)) for name in arms}
     title = {name: plan["arms"][name]["title"] for name in arms}
     pretrained = [run for run in results if run["arm"] in arms]
     # T5's log counts the tokens of its targets; the batches of all arms are the same.
@@ -116,11 +115,10 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         f"Endpoint, fixed before the first run: {plan['endpoint'].strip()}",
         f"![Validation loss over time, and accuracy of each seed]({figure})",
         "## Arms",
-        "Means over seeds. Bits are the arm's own validation loss at the end: METRO's of original "
-        "tokens, given a corrupted text; T5's of the tokens of its spans. They are not comparable "
-        "between the two. BLiMP is the mean over paradigms (guessing: 50), by the decoder, asked "
-        "what it was pretrained on ([minimal pairs](evaluation.md#minimal-pairs): METRO "
-        "`restore`, T5 `blanks`), and by METRO's head of replaced token detection.",
+        "Means over seeds. Bits are the arm's own validation loss at the end: METRO's of the "
+        "original tokens at all positions, given a corrupted text, most of which are copied; T5's "
+        "of the tokens of its spans. They are not comparable between the two. "
+        + pairs_text(plan, pretrained),
         table(
             [
                 "arm",
@@ -147,9 +145,10 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         ),
         "## Differences",
         "Paired by seed, in points; in brackets the 95 % interval of a bootstrap over seeds and "
-        f"examples ({RESAMPLES:,} resamples). The first {plan['primary']} rows are the endpoint.",
+        f"examples ({RESAMPLES:,} resamples); the datasets are as they are, not a sample of more. "
+        f"The first {plan['primary']} rows are the endpoint.",
         table(
-            ["", "mean of the datasets", "of each seed", *datasets, "BLiMP"],
+            ["", "mean of the datasets", "difference per seed", *datasets, "BLiMP"],
             [
                 difference_row(results, title, first, second, datasets)
                 for first, second in plan["compare"]
@@ -160,18 +159,47 @@ def text_of(plan: Mapping, results: Sequence[Mapping], figure: str) -> str:
         *(["## What it shows", plan["reading"].strip()] if "reading" in plan else []),
         "## What this does not show",
         plan["limits"].strip(),
-        f"Made by `scripts/evidence.py` from {counted(len(results), 'run')}; seeds "
-        + "; ".join(f"{title[name]}: {', '.join(map(str, seeds[name]))}" for name in arms)
-        + ".",
+        *made_by(plan, results),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def made_by(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
+    """The command, and the seeds and rates of each arm."""
+    named = {**plan["arms"], **plan.get("objectives", {}).get("arms", {})}
+    of_arms = []
+    for name, options in named.items():
+        if runs := [run for run in results if run["arm"] == name]:
+            seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+            rates = f"{runs[0]['rate']:g} and {runs[0]['finetuning_rate']:g}"
+            of_arms.append(f"{options['title']}: {seeds} ({rates})")
+    return [
+        f"{counted(len(results), 'run')}; seeds of each arm, and rates of pretraining and "
+        f"finetuning: {'; '.join(of_arms)}. Made, and made again, by",
+        "```bash\npython scripts/evidence.py benchmarks/evidence/PLAN.yaml --text TEXT "
+        "--data-dir ROWS --results NEW_FOLDER\n```",
+    ]
+
+
+def pairs_text(plan: Mapping, results: Sequence[Mapping]) -> str:
+    """Say what the columns of minimal pairs are, empty where there are none."""
+    counts = {len(run["blimp"]["decoder"]["paradigms"]) for run in results if run.get("blimp")}
+    if not counts:
+        return ""
+    return (
+        f"BLiMP is the mean over {max(counts)} paradigms of at most {plan['blimp_limit']} pairs "
+        "(guessing: 50; in brackets the 95 % interval over seeds and paradigms), by the decoder, "
+        "asked in the form it was pretrained on ([minimal pairs](evaluation.md#minimal-pairs): "
+        "METRO `restore`, T5 `blanks`), and by METRO's head of replaced token detection."
+    )
 
 
 def learnt_of(plan: Mapping, results: Sequence[Mapping], tokens_per_update: float) -> list[str]:
     """Sections about what arms with an RTD head have learnt before anything is compared."""
     sections = []
     for name, options in plan["arms"].items():
-        valid = [run["valid"] for run in results if run["arm"] == name and options.get("rtd")]
+        runs = [run for run in results if run["arm"] == name and options.get("rtd")]
+        valid = [run["valid"] for run in runs]
         if valid:
             mean = {key: np.mean([curves[key][1] for curves in valid], 0) for key in valid[0]}
             tokens = np.array(valid[0]["rtd_loss"][0]) * tokens_per_update / 1e6
@@ -179,7 +207,7 @@ def learnt_of(plan: Mapping, results: Sequence[Mapping], tokens_per_update: floa
             sections += [
                 f"## What {options['title']} has learnt",
                 "Means over seeds.",
-                table(header, learnt_rows(mean, tokens)),
+                table(header, learnt_rows(mean, tokens) + probe_rows(runs)),
             ]
     return sections
 
@@ -196,10 +224,26 @@ def learnt_rows(mean: Mapping[str, np.ndarray], tokens: np.ndarray) -> list[list
         rows.append([measure, f"{curve[-1]:.3f}", f"{title}{bound:.3f}", when])
     for key, what in (
         ("rtd_replaced_accuracy", "replaced tokens that RTD detects, %"),
-        ("replaced_accuracy", "replaced tokens that the decoder restores, %"),
+        ("rtd_unreplaced_accuracy", "other tokens that RTD leaves alone, %"),
+        ("replaced_accuracy", "replaced tokens that are the decoder's first choice, %"),
     ):
-        rows.append([what, f"{mean[key][-1]:.1f}", "", ""])
+        if key in mean:
+            rows.append([what, f"{mean[key][-1]:.1f}", "", ""])
     return rows
+
+
+def probe_rows(runs: Sequence[Mapping]) -> list[list[str]]:
+    """What `make demo` measures as well, of the runs that were measured so."""
+    probes = [run["probe"] for run in runs if "probe" in run]
+    if not probes:
+        return []
+    mean = {key: float(np.mean([probe[key] for probe in probes])) for key in probes[0]}
+    detected = f"planted words that RTD marks, at {mean['false_alarms']:.1f} % false alarms, %"
+    restored = "of these restored by the decoder's best other token, %"
+    return [
+        [detected, f"{mean['recall']:.1f}", "20", ""],
+        [restored, f"{mean['restored']:.1f}", f"bigram {mean['restored_by_bigram']:.1f}", ""],
+    ]
 
 
 def objectives_of(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
@@ -213,21 +257,17 @@ def objectives_of(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
     for unseen in ("", ", unseen"):
         datasets = [f"{name}{unseen}" for name in options["datasets"]]
         rows = [
-            [title[name], *(f"{value:.1f}" for value in accuracies(results, name, datasets))]
+            [title[name], *(f"{value:.1f}" for value in accuracies(results, name, datasets)), ""]
             for name in arms
         ]
-        rows += [
-            [
-                f"{title[first]} − {title[second]}",
-                *(
-                    interval(difference(by_seed(results, first), by_seed(results, second), tasks))
-                    for tasks in [*([name] for name in datasets), datasets]
-                ),
-            ]
-            for first, second in options["compare"]
-            if first in arms and second in arms
-        ]
-        sections.append(table(["", *datasets, "mean"], rows))
+        for first, second in options["compare"]:
+            if first in arms and second in arms:
+                pair = by_seed(results, first), by_seed(results, second)
+                tasks = [*([name] for name in datasets), datasets]
+                cells = [interval(difference(*pair, each)) for each in tasks]
+                seeds = per_seed(difference(*pair, datasets))
+                rows.append([f"{title[first]} − {title[second]}", *cells, seeds])
+        sections.append(table(["", *datasets, "mean", "difference per seed"], rows))
     return sections
 
 
@@ -241,9 +281,18 @@ def arm_row(title: str, runs: Sequence[Mapping], tokens_per_update: float) -> li
     def last(run: Mapping, *names: str):
         return next((run["valid"][name][1][-1] for name in names if name in run["valid"]), None)
 
-    def pairs(run: Mapping, method: str):
-        found = run["blimp"].get(method)
-        return 100 * np.mean([*found["paradigms"].values()]) if found else None
+    def pairs(method: str) -> str:
+        asked = {run["seed"]: run["blimp"].get(method) for run in runs}
+        found = {n: np.array([*each["paradigms"].values()]) for n, each in asked.items() if each}
+        beside = difference(
+            {seed: {"blimp": values} for seed, values in found.items()},
+            {seed: {"blimp": np.full(len(values), 0.5)} for seed, values in found.items()},
+            ["blimp"],
+        )
+        if beside is None:
+            return ""
+        mean, low, high = (50 + value for value in beside[:3])
+        return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
     first = runs[0]
     tokens = first["updates"] * tokens_per_update / 1e6
@@ -256,8 +305,8 @@ def arm_row(title: str, runs: Sequence[Mapping], tokens_per_update: float) -> li
         f"{tokens:.2f}",
         f"{minutes:.1f}",
         mean(last(run, "nll_loss", "loss") for run in runs),
-        mean(pairs(run, "decoder") for run in runs),
-        mean(pairs(run, "rtd") for run in runs),
+        pairs("decoder"),
+        pairs("rtd"),
     ]
 
 
@@ -273,14 +322,17 @@ def difference_row(results, title, first: str, second: str, datasets: Sequence[s
     with_pairs = all("blimp" in run for arm in pair for run in arm.values())
     whole = difference(*pair, datasets)
     cells = [difference(*pair, [name]) for name in [*datasets, *["blimp"] * with_pairs]]
-    seeds = " ".join(f"{value:+.1f}" for value in whole.per_seed) if whole else ""
     return [
         f"{title[first]} − {title[second]}",
         interval(whole),
-        seeds,
+        per_seed(whole),
         *map(interval, cells),
         *[""] * (not with_pairs),
     ]
+
+
+def per_seed(found: Difference | None) -> str:
+    return " ".join(f"{value:+.1f}" for value in found.per_seed) if found else ""
 
 
 def interval(found: Difference | None) -> str:
@@ -323,10 +375,12 @@ def draw(plan: Mapping, results: Sequence[Mapping], path: Path) -> None:
         right.plot([number] * len(means), means, "o", color=colour, alpha=0.6)
         right.plot([number - 0.2, number + 0.2], [np.mean(means)] * 2, color=colour)
     valid = next(run["valid"] for run in results if "unigram_bits" in run.get("valid", {}))
-    for name in ("unigram_bits", "bigram_bits", "trigram_bits"):
-        left.axhline(valid[name][1][-1], color="grey", linestyle="--", linewidth=0.6)
+    for name in ("unigram", "bigram", "trigram"):
+        bits = valid[f"{name}_bits"][1][-1]
+        left.axhline(bits, color="grey", linestyle="--", linewidth=0.6)
+        left.text(1, bits, name, fontsize=6, transform=left.get_yaxis_transform(), va="center")
     left.set(xlabel="minutes of one core", ylabel="bits per target token (own validation loss)")
-    left.set_title("dashed: unigram, bigram, trigram of the text", fontsize=8)
+    left.set_title("dashed: n-grams, for the auxiliary models (dotted) alone", fontsize=8)
     left.legend(fontsize=8)
     right.set(ylabel="accuracy, mean of the datasets (%)")
     right.set_xticks(range(len(arms)), [plan["arms"][arm]["title"] for arm in arms], fontsize=7)

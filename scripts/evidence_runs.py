@@ -5,20 +5,24 @@ dataset. An `ObjectiveRun` finetunes such a model on several datasets at once; a
 the model alone, where the result is published and the model is not here.
 """
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from demo_probe import Probe, bigram_bits
 from plot_training import read_log
 
 import metro
 from metro.conversion.fairseq_to_hf import to_hf
+from metro.environment import cpu_name
 from metro.evaluation.runs.run_folder import read_run
 from metro.models.fairseq_checkpoint import read_checkpoint
 from metro.utils.files import read_json, write_json
@@ -30,9 +34,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = (
     *("loss", "nll_loss", "generator_loss", "rtd_loss", "rtd_label_entropy", "replaced_accuracy"),
-    *("rtd_replaced_accuracy", "unigram_bits", "bigram_bits", "trigram_bits"),
+    *("rtd_replaced_accuracy", "rtd_unreplaced_accuracy"),
+    *("unigram_bits", "bigram_bits", "trigram_bits"),
 )
 """Validation curves that a result keeps."""
+DECIDES = (
+    *("cpu", "vocab_size", "valid_fraction", "updates", "pretraining"),
+    *("blimp_limit", "finetuning", "datasets"),
+)
+"""Keys of a plan that decide what the runs of all arms find."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,10 @@ class Run:
         return self.study.out / "runs" / self.name
 
     @property
+    def result_path(self) -> Path:
+        return self.study.results / f"{self.name}.json"
+
+    @property
     def record(self) -> dict:
         return read_json(self.folder / "record.json") or {}
 
@@ -72,7 +86,7 @@ class Run:
 
     def is_done(self) -> bool:
         if not self.tuning:
-            return (self.study.results / f"{self.name}.json").is_file()
+            return self.study.read_result(self.result_path) is not None
         found = self.record.get("finetuning", {})
         return all(key in found for key in self.parts.values())
 
@@ -87,10 +101,15 @@ class Run:
     def do(self) -> None:
         """Do what is not done yet, and publish the result."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for done in self.steps():
-            say(f"{self.name}: {done}")
+        start, before = time.monotonic(), self.record.get("cost", {}).get("seconds", 0)
+        try:
+            for step in self.steps():
+                say(f"{self.name}: {step}")
+        finally:
+            seconds = round(before + time.monotonic() - start)
+            self.keep("cost", {"cpu": cpu_name(), "seconds": seconds})
         if not self.tuning:
-            write_json(self.study.results / f"{self.name}.json", self.result(), indent=1)
+            write_json(self.result_path, self.result(), indent=1)
 
     def steps(self) -> Iterator[str]:
         """Name each step that is not done yet, then do it."""
@@ -100,9 +119,11 @@ class Run:
         """Return everything that the report needs of this run."""
         return {
             "arm": self.arm,
+            "plan": plan_digest(self.study.plan, self.arm),
             "seed": self.seed,
             "rate": self.rate,
             "finetuning_rate": self.finetuning_rate,
+            "cost": self.record["cost"],
         }
 
     def finetune(
@@ -198,11 +219,18 @@ class PretrainingRun(Run):
         to_hf(checkpoint, self.model, vocab=study.out / "text", keep_auxiliary=True, overwrite=True)
         curves = read_log(self.folder / "pretraining.log")
         tokens = curves["train"].get("wpb")
-        return {
+        found = {
             "updates": updates,
             "tokens_per_update": sum(tokens.values) / len(tokens.values) if tokens else 0,
             "valid": {n: list(c) for n, c in curves["valid"].items() if n in CURVES},
         }
+        if study.plan["arms"][self.arm].get("rtd"):
+            probe, bits = (
+                Probe.load(self.model, study.out / "text"),
+                bigram_bits(study.out / "text"),
+            )
+            found["probe"] = probe.score(probe.threshold(), bits)._asdict()
+        return found
 
     def minimal_pairs(self, method: str) -> dict:
         evaluation = metro.evaluate(
@@ -279,6 +307,19 @@ class ObjectiveRun(Run):
     def result(self) -> dict:
         found = self.record["finetuning"][self.parts["objectives"]]
         return {**super().result(), "prompts": self.num_prompts, "right": found["right"]}
+
+
+def plan_digest(plan: Mapping, arm: str) -> str:
+    """Of what a plan says of an arm's runs; titles, rates and what follows from runs left out."""
+    objectives = plan.get("objectives", {})
+    if arm in plan["arms"]:
+        own = [plan["arms"][arm]]
+    else:
+        own = [objectives, objectives["arms"][arm], plan["arms"][objectives["from"]]]
+    left_out = ("title", "rates", "rates_of", "about", "compare", "arms")
+    of_arm = [{k: v for k, v in options.items() if k not in left_out} for options in own]
+    text = json.dumps([*map(plan.get, DECIDES), of_arm], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def digits(right: list[int]) -> str:

@@ -72,7 +72,8 @@ def test_committed_plan_names_configurations_and_arms_that_exist():
         configuration = read_yaml(configs / f"{options['configuration']}.yaml")
         for name in {**plan["pretraining"], **options.get("set", {})}:
             assert name.split(".")[0] in configuration
-        assert options.get("untrained") or len(options["rates"]) == 3
+        assert options.get("untrained") or "rates_of" in options or len(options["rates"]) == 3
+        assert options.get("rates_of", "metro") in plan["arms"]
         own = options.get("set", {})  # the criterion refuses a head that is not trained
         assert (own.get("criterion.rtd_loss_weight") == 0) == (own.get("model.rtd_head") == "none")
         assert options.get("time_of", "metro") in plan["arms"]
@@ -100,6 +101,38 @@ def test_a_folder_belongs_to_one_plan(tmp_path):
         prepare({**plan, "endpoint": "y"}, tmp_path / "text.txt", tmp_path, tmp_path)
 
 
+def test_published_results_belong_to_what_the_plan_says_of_their_arm(tmp_path):
+    """Oracle: each change that could give another number is noticed, titles and rates are not."""
+    from evidence import Study
+    from evidence_runs import plan_digest
+
+    plan = read_yaml(PLAN)
+    path = tmp_path / "metro-0.001-s1.json"
+    path.write_text(json.dumps({"arm": "metro", "plan": plan_digest(plan, "metro")}))
+
+    def study(**changes) -> Study:
+        arms = {**plan["arms"], "metro": {**plan["arms"]["metro"], **changes}}
+        return Study({**plan, "arms": arms}, tmp_path, tmp_path, tmp_path, tmp_path)
+
+    assert study(title="another", rates=[1.0]).published("metro") is not None
+    with pytest.raises(UserError, match="metro-0.001-s1.json was made when the plan"):
+        study(set={"criterion.rtd_loss_weight": 10.0}).published("metro")
+    for key in ("updates", "blimp_limit", "valid_fraction"):
+        assert plan_digest({**plan, key: 7}, "metro") != plan_digest(plan, "metro")
+    start = {**plan["arms"], "t5_time": {**plan["arms"]["t5_time"], "set": {"a": 1}}}
+    for arm, differs in (("flipped", True), ("metro", False)):  # FLIPPED starts from T5
+        assert (plan_digest({**plan, "arms": start}, arm) != plan_digest(plan, arm)) == differs
+
+
+def test_published_results_are_of_the_committed_plans():
+    from evidence_runs import plan_digest
+
+    plan, paths = read_yaml(PLAN), [*(ROOT / "benchmarks/results/evidence/cpu").glob("*.json")]
+    for found in map(read_json, paths):
+        assert found["plan"] == plan_digest(plan, found["arm"])
+    assert len(paths) > 25
+
+
 def result(name: str, seed: int, right: str, blimp: float) -> dict:
     pairs = {"decoder": {"question": "blanks", "paradigms": {"a": blimp, "b": blimp}}}
     return {
@@ -121,7 +154,7 @@ def result(name: str, seed: int, right: str, blimp: float) -> dict:
 def test_page_has_the_numbers_of_the_results(tmp_path):
     """Oracle: by hand."""
     plan = {
-        "about": "Toys.", "endpoint": "colours.", "limits": "All.", "primary": 1,
+        "about": "Toys.", "endpoint": "colours.", "limits": "All.", "primary": 1, "blimp_limit": 7,
         "reading": "A wins.",
         "arms": {"a": {"title": "A", "rtd": True}, "b": {"title": "B"}, "c": {"title": "not run"}},
         "compare": [["a", "b"], ["a", "c"]], "datasets": {"colours": {}},
@@ -142,11 +175,15 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
         ("b", 2, "1111", 0.5),
     ]
     for name, seed, right, blimp in made:
-        path = tmp_path / f"{name}{seed}.json"
-        path.write_text(json.dumps(result(name, seed, right, blimp)))
+        facts = result(name, seed, right, blimp)
+        if (name, seed) == ("a", 2):
+            shares = {"recall": 30.0, "false_alarms": 3.0, "restored": 8.0}
+            facts["probe"] = {**shares, "restored_by_bigram": 9.0}
+        (tmp_path / f"{name}{seed}.json").write_text(json.dumps(facts))
     write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
     page = (tmp_path / "docs/evidence.md").read_text()
-    assert "| A | 2 | 0.001, 0.0005 | 100 | 0.10 | 1.0 | 7.25 | 65.00 |  |" in page
+    assert "| A | 2 | 0.001, 0.0005 | 100 | 0.10 | 1.0 | 7.25 | 65.0 [60.0, 70.0] |  |" in page
+    assert "mean over 2 paradigms of at most 7 pairs" in page
     assert "| B | 2 | 0.001, 0.0005 | 100 | 0.10 |" in page
     learnt = page.partition("## What A has learnt")[2].partition("##")[0]
     for to_pass, at in (
@@ -156,11 +193,16 @@ def test_page_has_the_numbers_of_the_results(tmp_path):
     ):
         assert f"| 6.500 | {to_pass} | {at} |" in learnt
     assert "| 0.875 | 0.900 | 0.1 |" in learnt and "detects, % | 9.0 |" in learnt
+    assert "at 3.0 % false alarms, % | 30.0 | 20 |" in learnt  # of the one run that was probed
+    assert "best other token, % | 8.0 | bigram 9.0 |" in learnt
     assert "A wins." in page and "What B has learnt" not in page
     assert "| A | 87.5 | 87.5 |" in page and "| B | 75.0 | 75.0 |" in page
     assert "| A − B | +12.5 [" in page and "+25.0 +0.0" in page and "not run" not in page
     assert "| F | 75.0 | 75.0 |" in page and "| D | 50.0 | 50.0 |" in page
     assert "| F − D | +25.0 [" in page and "| F − D | +0.0 [-50.0, +50.0] |" in page
+    assert "] | +25.0 |\n" in page  # of the only seed
+    assert "6 runs; seeds" in page and "A: 1, 2 (0.001 and 0.0005); B: 1, 2" in page
+    assert "F: 1 (0.001 and 0.0005); D: 1 (0.001 and 0.0005)" in page
     first = (tmp_path / "docs/images/evidence.svg").read_bytes()
     write_report(plan, read_results(tmp_path), tmp_path / "docs/evidence.md")
     assert (tmp_path / "docs/images/evidence.svg").read_bytes() == first
@@ -192,6 +234,12 @@ arms:
   metro: {title: METRO, configuration: metro_t5_tiny, rtd: true, rates: [0.001]}
   t5: {title: T5, configuration: t5_tiny, time_of: metro, rates: [0.001]}
   none: {title: nothing, configuration: metro_t5_tiny, untrained: true}
+  light:
+    title: RTD 10
+    configuration: metro_t5_tiny
+    rtd: true
+    set: {criterion.rtd_loss_weight: 11.0}
+    rates_of: metro
 compare: [[metro, t5], [metro, none]]
 primary: 1
 finetuning: {rates: [0.001], max_steps: 2, max_input_length: 32, max_target_length: 8}
@@ -232,7 +280,9 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     (rows / "blimp/causative.jsonl").write_text(f"{pair}\n" * 4)
     (tmp_path / "plan.yaml").write_text(TINY)
     (tmp_path / "out").mkdir()  # such small models cannot be timed
-    (tmp_path / "out/timing.json").write_text(json.dumps({"metro": 0.03, "t5": 0.01}))
+    (tmp_path / "out/timing.json").write_text(
+        json.dumps({"metro": 0.03, "t5": 0.01, "light": 0.03})
+    )
     (tmp_path / "text.txt").write_text(random_text(3, 600))
     argv = [
         sys.executable, SCRIPTS / "evidence.py", tmp_path / "plan.yaml",
@@ -244,7 +294,10 @@ def test_a_whole_plan_runs_resumes_and_reports(tmp_path):
     results = {
         path.stem.split("-")[0]: read_json(path) for path in (tmp_path / "results").iterdir()
     }
-    assert results.keys() == {"metro", "t5", "none", "flipped", "direct"}
+    assert results.keys() == {"metro", "t5", "none", "light", "flipped", "direct"}
+    assert {run["arm"] for run in results.values() if "probe" in run} == {"metro", "light"}
+    assert results["light"]["rate"] == results["metro"]["rate"]
+    assert all(run["cost"]["seconds"] > 0 and run["cost"]["cpu"] for run in results.values())
     for objective in ("flipped", "direct"):  # 6 rows, each right under 0 to 2 prompts
         found = results.pop(objective)
         assert found["prompts"] == 2
