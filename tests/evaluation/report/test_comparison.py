@@ -7,11 +7,13 @@ import dataclasses
 
 import pytest
 
+from metro.evaluation.report.build import average
 from metro.evaluation.report.comparison import compare
 from metro.evaluation.report.figure import drawings
 from metro.evaluation.report.naming import path_title
 from metro.evaluation.report.page import page
-from metro.evaluation.runs.published import published_rows
+from metro.evaluation.report.tables import average_cell
+from metro.evaluation.runs.published import PublishedRow, published_rows
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
 from tests.evaluation.run_folders import PROMPTS, PUBLISHED, write_run
 
@@ -151,6 +153,26 @@ def test_checkpoints_of_one_folder_are_called_by_their_files(tmp_path):
         "t5_c",
         "metro_a, decoder, d",
     ]
+
+
+def test_averages_of_minimal_pairs_are_over_paradigms(tmp_path):
+    """Oracle: by hand, (0.9 + 0.3 + 0.6) / of 3 of 4; published phenomena have none."""
+    accuracies = {"binding": {"a": 0.9}, "ellipsis": {"c": 0.3, "d": 0.6}}
+    listed = {"binding": ["a", "b"], "ellipsis": ["c", "d"]}
+    folder = write_run(
+        tmp_path / "run", accuracies, suite="blimp", method="decoder", listed=listed, registered="m"
+    )
+    published = [PublishedRow("m", "M", "blimp", "paper", {"binding": 0.8, "ellipsis": 0.7})]
+    (section,) = compare([read_run(folder)], published)
+    run, difference, paper, chance = section.rows
+    assert run.average == pytest.approx(0.6) and run.partial == {"binding"}
+    assert difference.average is None and paper.average is None
+    averages = [average_cell(row, section) for row in section.rows]
+    assert averages == ["60.00 (3 of 4)", "", "", "50.00"]
+    text = page("x", [section])
+    assert "averaged over 4 paradigms." in text and "over 3 of 4 paradigms" in text
+    assert "† a part of the paradigms<" in text and "of each paradigm apart" in text
+    assert average(section, run) == "60.00, over 3 of 4 paradigms"
 
 
 def test_a_model_is_compared_with_rows_of_its_method_only(tmp_path):
