@@ -106,10 +106,11 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         lines = reference_lines(curves, name)
-        axis.plot(*curves["train"][name], label="train", linewidth=1.2)
-        if name in curves["valid"]:
-            axis.plot(*curves["valid"][name], "o-", label="valid", markersize=4)
-        axis.set_ylim(*limits([curves["train"][name], *lines.values()]))
+        train, valid = curves["train"][name], curves["valid"].get(name, Curve([], []))
+        axis.plot(*train, label="train", linewidth=1.2)
+        if valid.updates:
+            axis.plot(*valid, "o-", label="valid", markersize=4)
+        axis.set_ylim(*limits([train, valid, *lines.values()]))
         for label, curve in lines.items():
             axis.plot(*curve, "--", color="grey", linewidth=0.9)
             axis.annotate(label, (curve.updates[-1], curve.values[-1]), ha="right", fontsize=7)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 from metro.pretraining.metrics import summarized
 
@@ -84,24 +85,29 @@ def test_picture_is_drawn(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_loss_of_t5_is_drawn(tmp_path):
+def test_the_loss_of_t5_is_drawn(tmp_path, monkeypatch):
     """Oracle: by hand; the metrics of two updates and a validation, under the names that are
-    logged, as `metro pretrain` saves them. No line is dashed."""
+    logged, as `metro pretrain` saves them. No line is dashed; the axis holds the validation."""
     history = []
     for step, bits in ((10, 9.0), (20, 7.0)):
         sums = {"loss": bits * math.log(2) * 5, "nll_loss": bits * math.log(2) * 5}
         logged = summarized({**sums, "n_correct": 1, "sample_size": 5})
         history.append({**logged, "grad_norm": 1.0, "step": step})
-    history.append({**{f"valid_{name}": value for name, value in logged.items()}, "step": 20})
+    history.append({"valid_loss": 6.0, "valid_nll_loss": 6.0, "step": 20})
     (tmp_path / "checkpoint-20").mkdir()
     state = json.dumps({"log_history": history})
     (tmp_path / "checkpoint-20/trainer_state.json").write_text(state)
     curves = read_log(tmp_path)
     assert list(panels(curves)) == ["nll_loss"]
     assert curves["train"]["nll_loss"] == Curve([10, 20], [9.0, 7.0])
-    assert curves["valid"]["nll_loss"] == Curve([20], [7.0])
+    assert curves["valid"]["nll_loss"] == Curve([20], [6.0])
     assert reference_lines(curves, "nll_loss") == {}
-    draw(curves, tmp_path / "losses.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)
+        draw(curves, tmp_path / "losses.png")
+    [axis] = pyplot.gcf().axes
+    pyplot.close()
+    assert len(axis.lines) == 2 and axis.get_ylim() == pytest.approx((5.7, 9.3))
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
