@@ -253,11 +253,13 @@ def resample_means(
     found_PN = [right for right in right_PN if right is not None]
     if len(found_PN) < len(right_PN):
         return None
-    groups = [[right] for right in found_PN] if run.method in PAIR_METHODS else [found_PN]
-    if not all(any(group) for group in groups):
+    is_of_pairs = run.method in PAIR_METHODS
+    if not (all(found_PN) if is_of_pairs else any(found_PN)):
         return None
-    drawn = [draw_together(group, num_resamples, random) for group in groups]
-    return np.nanmean(np.hstack(drawn), axis=1)
+    if is_of_pairs:
+        drawn = [draw_apart([*right.values()], num_resamples, random) for right in found_PN]
+        return np.mean(drawn, axis=0)
+    return np.nanmean(draw_together(found_PN, num_resamples, random), axis=1)
 
 
 def rights(run: Run, result: PromptResult) -> dict[int, float] | None:
@@ -274,6 +276,15 @@ def rights(run: Run, result: PromptResult) -> dict[int, float] | None:
             f"{result.accuracy:.4f}: delete both and evaluate again"
         )
     return right
+
+
+def draw_apart(
+    right_N: Sequence[float], num_resamples: int, random: np.random.Generator
+) -> np.ndarray:
+    """Draw (R,) accuracies of a prompt by itself: how often each of its few values is drawn."""
+    values, counts = np.unique(right_N, return_counts=True)
+    num = len(right_N)
+    return random.multinomial(num, counts / num, num_resamples) @ values / num
 
 
 def draw_together(

@@ -9,10 +9,11 @@ import random
 import re
 from math import sqrt
 
+import numpy as np
 import pytest
 
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
-from metro.evaluation.runs.summary import summarize, write_summary
+from metro.evaluation.runs.summary import draw_apart, percentile_interval, summarize, write_summary
 from tests.evaluation.run_folders import write_run
 
 RESULTS = "results.jsonl"
@@ -140,8 +141,8 @@ def loop_interval(paradigms: list[list[float]], num_resamples: int) -> tuple[flo
 
 
 def test_paradigms_are_drawn_apart(tmp_path):
-    """Oracle: plain loops; paradigms of other sizes, and two that are right where the other is
-    wrong, of which draws together would make a mean without any interval."""
+    """Oracle: plain loops; paradigms of other sizes, ties, and two that are right where the other
+    is wrong, of which draws together would make a mean without any interval."""
     right = half_right(100)
     paradigms = {
         "binding": {"a": right, "b": [not item for item in right]},
@@ -153,6 +154,9 @@ def test_paradigms_are_drawn_apart(tmp_path):
     expected = {name: loop_interval(list(each.values()), 4000) for name, each in paradigms.items()}
     found["all"] = summary.average_interval
     expected["all"] = loop_interval([p for each in paradigms.values() for p in each.values()], 4000)
+    ties = [0.0, 0.5, 1.0, 1.0] * 10
+    found["ties"] = percentile_interval(draw_apart(ties, 4000, np.random.default_rng(0)))
+    expected["ties"] = loop_interval([ties], 4000)
     for name, (low, high) in expected.items():
         assert found[name] == pytest.approx((low, high), abs=0.08 * (high - low)), name
 
