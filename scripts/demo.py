@@ -162,6 +162,7 @@ def show(folder: Path, data: Path) -> None:
     for line, reached in scores.gate.items():
         mark = "[green]yes[/]" if reached else "[red]no [/]"
         console.print(f"  {mark} {line}")
+    console.print(f"  {scores.precision:.0f} % of the tokens that the RTD head marks were planted")
     console.print(f"  the decoder copies {scores.copied:.1f} % of the other tokens")
 
 

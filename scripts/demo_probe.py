@@ -43,12 +43,15 @@ class Scores(NamedTuple):
     recall: float
     """Planted words that the RTD head marks."""
     false_alarms: float
-    """Other tokens that it marks."""
+    """Other tokens that it marks: word pieces, punctuation and ``<s>`` are among them, where
+    nothing is ever planted."""
     restored: float
     """Planted and marked words that the decoder restores."""
     restored_by_bigram: float
     copied: float
     """Other tokens that are the decoder's most probable ones."""
+    precision: float
+    """Marked tokens that were planted; 0 if none is marked."""
 
     @property
     def gate(self) -> dict[str, bool]:
@@ -212,6 +215,7 @@ class Probe:
             share(answer.best_other == planted.original, found_wrong),
             100 * float(by_bigram.mean()) if len(rows) else 0.0,
             share(answer.best == planted.original, ~wrong),
+            share(wrong, marked),
         )
 
     def followers(self) -> np.ndarray:

@@ -4,9 +4,9 @@
 
 Takes the output folder of `metro pretrain`, or what fairseq-train has printed or written to
 --log-file with common.log_format=json: whatever stands before the JSON object on a line is ignored.
-Interrupted and resumed runs are one curve. Dashed lines are what
-models without context, or with one or two tokens of it, would reach; and for replaced token
-detection, guessing by frequency.
+Interrupted and resumed runs are one curve. Dashed lines are what models without context, or with
+one or two tokens of it, would reach; and for replaced token detection, guessing by frequency. T5's
+loss has none: it is of the tokens of spans and their sentinels, not of those of running text.
 """
 
 import argparse
@@ -22,6 +22,7 @@ LOSSES = {
     "discriminator_loss": "main model: corrective language modelling",
     "rtd_loss": "main model: replaced token detection",
 }
+T5_LOSSES = {"nll_loss": "T5: span corruption"}
 
 REFERENCES = ("unigram_bits", "bigram_bits", "trigram_bits")
 """Counted by `metro prepare-text` and logged with the validation losses."""
@@ -101,23 +102,19 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in LOSSES if name in curves["train"]]
-    if not names:
-        raise UserError(
-            f"the log has no training line with any of {list(LOSSES)}: the first is written after "
-            "log_interval updates of METRO (with fairseq and common.log_format=json)"
-        )
+    names = panels(curves)
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         lines = reference_lines(curves, name)
-        axis.plot(*curves["train"][name], label="train", linewidth=1.2)
-        if name in curves["valid"]:
-            axis.plot(*curves["valid"][name], "o-", label="valid", markersize=4)
-        axis.set_ylim(*limits([curves["train"][name], *lines.values()]))
+        train, valid = curves["train"][name], curves["valid"].get(name, Curve([], []))
+        axis.plot(*train, label="train", linewidth=1.2)
+        if valid.updates:
+            axis.plot(*valid, "o-", label="valid", markersize=4)
+        axis.set_ylim(*limits([train, valid, *lines.values()]))
         for label, curve in lines.items():
             axis.plot(*curve, "--", color="grey", linewidth=0.9)
             axis.annotate(label, (curve.updates[-1], curve.values[-1]), ha="right", fontsize=7)
-        axis.set_title(f"{name}\n{LOSSES[name]}", fontsize=9)
+        axis.set_title(f"{name}\n{names[name]}", fontsize=9)
         axis.set_xlabel("updates")
         axis.set_ylabel("bits per position")
         axis.grid(alpha=0.3)
@@ -125,6 +122,21 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def panels(curves: dict[str, dict[str, Curve]]) -> dict[str, str]:
+    """The losses that are drawn -> what they are of: METRO's, or T5's.
+
+    Raises:
+        UserError: the log has none of them.
+    """
+    for losses in (LOSSES, T5_LOSSES):
+        if found := {name: what for name, what in losses.items() if name in curves["train"]}:
+            return found
+    raise UserError(
+        f"the log has no training line with any of {[*LOSSES, *T5_LOSSES]}: the first is written "
+        "after log_interval updates of pretraining (with fairseq and common.log_format=json)"
+    )
 
 
 def limits(lines: list[Curve]) -> tuple[float, float]:

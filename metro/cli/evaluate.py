@@ -4,7 +4,7 @@ import click
 
 from metro.cli.options import settings_command
 from metro.evaluation.settings import EvaluationSettings, ReportSettings
-from metro.utils.messages import UserError, counted
+from metro.utils.messages import UserError
 from metro.utils.progress import Progress, is_first_process
 
 MISSING_DATA = 3
@@ -36,15 +36,24 @@ def evaluate(settings: EvaluationSettings, allow_missing: bool) -> None:
                 progress.say(evaluation.published.table)
                 failures += filter(None, [evaluation.published.failure])
         if missing:
-            progress.say(f"left out, {counted(len(missing), 'task or prompt')}:")
-            for task, reason in missing.items():
-                progress.say(f"  {task}: {reason}")
+            kind = "task or prompt" if len(missing) == 1 else "tasks or prompts"
+            progress.say(f"left out, {len(missing)} {kind}:")
+            for reason, names in by_reason(missing).items():
+                progress.say(f"  {', '.join(names)}: {reason}")
             if not allow_missing:
                 progress.say("use --allow-missing to exit 0 anyway")
     if failures:
         raise UserError("; ".join(failures))
     if missing and not allow_missing:
         raise click.exceptions.Exit(MISSING_DATA)
+
+
+def by_reason(missing: dict[str, str]) -> dict[str, list[str]]:
+    """Reason -> the tasks and prompts that were left out for it."""
+    found: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 command = settings_command(

@@ -104,6 +104,7 @@ def assert_the_model_is_there(folder: Path, output: str) -> None:
     assert "| updates | 2 |" in (folder / "model/README.md").read_text()
     assert output.count("  marked ") == 3
     assert re.search(r"(yes|no ) auxiliary model [0-9.]+ bits, bigram [0-9.]+\n", output)
+    assert re.search(r"  [0-9]+ % of the tokens that the RTD head marks were planted\n", output)
 
 
 def assert_fairseq_trains_the_same(folder: Path, output: str) -> None:

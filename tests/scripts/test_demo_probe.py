@@ -13,7 +13,7 @@ from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.initialization import Initialization, initialize
 from metro.pretraining.model import MetroPretrainingModel
-from scripts.demo_probe import Probe, Scores, bigram_bits
+from scripts.demo_probe import Answer, Planted, Probe, Scores, bigram_bits
 
 WORDS = [f"▁w{chr(97 + i)}" for i in range(20)]
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "[MASK]", *WORDS, "ing", "▁,", "<sen000>"]
@@ -71,6 +71,26 @@ def test_scores_of_an_untrained_model_that_copies(probe):
     assert list(scores.gate.values()) == [False, False, False]
 
 
+def test_marks_are_counted_as_by_hand(probe, monkeypatch):
+    """Oracle: by hand. Of 8 tokens 3 are planted; 2 of them and 2 others are marked, one of which
+    is `<s>`; one of the 2 is restored, and 4 of the 5 others are copied."""
+    original = np.array([[0, 5, 6, 7], [0, 8, 9, 10]])
+    corrupted = np.array([[0, 11, 6, 7], [0, 12, 13, 10]])
+    logits = np.array([[1.0, 1, 1, -1], [-1, 1, -1, -1]])
+    best = np.array([[0, 11, 6, 8], [0, 12, 13, 10]])
+    best_other = np.array([[9, 5, 9, 9], [9, 9, 9, 9]])
+    monkeypatch.setattr(probe, "plant", lambda texts: Planted(original, corrupted))
+    monkeypatch.setattr(probe, "ask", lambda texts: Answer(logits, best, best_other))
+    scores = probe.score(0.0, 2.5)
+    assert scores.recall == pytest.approx(100 * 2 / 3)
+    assert scores.false_alarms == pytest.approx(100 * 2 / 5)
+    assert scores.precision == 50
+    assert (scores.restored, scores.copied) == (50, 80)
+    silent = Answer(logits - 9, best, best_other)
+    monkeypatch.setattr(probe, "ask", lambda texts: silent)
+    assert probe.score(0.0, 2.5).precision == 0
+
+
 def test_words_alone_are_masked(probe, monkeypatch):
     """Oracle: the ids below 4, of which <s> and </s> would be found too easily."""
     masked = []
@@ -102,9 +122,9 @@ def test_a_bigram_restores_what_usually_follows(probe):
 
 
 def test_gate_is_open_for_scores_that_reach_it():
-    scores = Scores(5.0, 6.0, 21.0, 4.9, 12.0, 10.0, 99.0)
+    scores = Scores(5.0, 6.0, 21.0, 4.9, 12.0, 10.0, 99.0, 30.0)
     assert list(scores.gate.values()) == [True] * 3
-    assert not any(Scores(6.0, 6.0, 20.0, 4.9, 10.0, 10.0, 99.0).gate.values())
+    assert not any(Scores(6.0, 6.0, 20.0, 4.9, 10.0, 10.0, 99.0, 30.0).gate.values())
 
 
 def test_sentences_are_shown_with_blanks_marks_and_corrections(probe):

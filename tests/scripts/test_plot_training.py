@@ -1,15 +1,19 @@
 """Curves from a training log: every way fairseq writes it, interruptions, and a picture."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
+
+from metro.pretraining.metrics import summarized
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_training.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from plot_training import Curve, draw, limits, read_log, reference_lines  # noqa: E402
+from plot_training import Curve, draw, limits, panels, read_log, reference_lines  # noqa: E402
 
 
 def train(update: int, value: float) -> str:
@@ -62,6 +66,7 @@ def test_dashed_lines_are_the_logged_references_of_the_losses_they_compare_with(
     expected = {"unigram": Curve(across, [8.9, 8.9]), "bigram": Curve(across, [6.7, 6.7])}
     assert reference_lines(curves, "generator_loss") == expected
     assert reference_lines(curves, "discriminator_loss") == {}
+    assert list(panels(curves)) == ["generator_loss", "discriminator_loss", "rtd_loss"]
     assert reference_lines(curves, "rtd_loss") == {"guessing by frequency": Curve([30], [0.6])}
     draw(curves, tmp_path / "losses.png")
 
@@ -77,6 +82,32 @@ def test_picture_is_drawn(tmp_path):
     (tmp_path / "log").write_text("\n".join(LINES))
     argv = [sys.executable, SCRIPT, tmp_path / "log", tmp_path / "losses.png"]
     subprocess.run(argv, check=True, capture_output=True)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loss_of_t5_is_drawn(tmp_path, monkeypatch):
+    """Oracle: by hand; the metrics of two updates and a validation, under the names that are
+    logged, as `metro pretrain` saves them. No line is dashed; the axis holds the validation."""
+    history = []
+    for step, bits in ((10, 9.0), (20, 7.0)):
+        sums = {"loss": bits * math.log(2) * 5, "nll_loss": bits * math.log(2) * 5}
+        logged = summarized({**sums, "n_correct": 1, "sample_size": 5})
+        history.append({**logged, "grad_norm": 1.0, "step": step})
+    history.append({"valid_loss": 6.0, "valid_nll_loss": 6.0, "step": 20})
+    (tmp_path / "checkpoint-20").mkdir()
+    state = json.dumps({"log_history": history})
+    (tmp_path / "checkpoint-20/trainer_state.json").write_text(state)
+    curves = read_log(tmp_path)
+    assert list(panels(curves)) == ["nll_loss"]
+    assert curves["train"]["nll_loss"] == Curve([10, 20], [9.0, 7.0])
+    assert curves["valid"]["nll_loss"] == Curve([20], [6.0])
+    assert reference_lines(curves, "nll_loss") == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)
+        draw(curves, tmp_path / "losses.png")
+    [axis] = pyplot.gcf().axes
+    pyplot.close()
+    assert len(axis.lines) == 2 and axis.get_ylim() == pytest.approx((5.7, 9.3))
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -149,11 +149,11 @@ def build_sections(
 
 
 def average(section: Section, row: Row) -> str:
-    """The average of a run for the terminal, and the number of its tasks."""
+    """The average of a run for the terminal, and the number of its tasks or paradigms."""
     if row.average is None:
         return "no task is complete"
-    part = "" if row.num_averaged == len(section.tasks) else f"{row.num_averaged} of "
-    return f"{percent(row.average)}, over {part}{counted(len(section.tasks), 'task')}"
+    part = "" if row.num_averaged == section.num_units else f"{row.num_averaged} of "
+    return f"{percent(row.average)}, over {part}{counted(section.num_units, section.averaged_unit)}"
 
 
 def default_title(sections: Sequence[Section]) -> str:

@@ -49,7 +49,7 @@ class Row:
     values: dict[str, float] = field(default_factory=dict)
     average: float | None = None
     num_averaged: int = 0
-    """Tasks that the average is over."""
+    """Tasks that the average is over, of minimal pairs paradigms."""
     partial: frozenset[str] = frozenset()
     """Tasks whose value is over a part of the prompts."""
     run_index: int | None = None
@@ -114,6 +114,27 @@ class Section:
         while high - low < 20:
             low, high = max(0, low - 10), min(100, high + 10)
         return low, high
+
+    @property
+    def is_of_pairs(self) -> bool:
+        return self.runs[0].summary.is_of_pairs
+
+    @property
+    def averaged_unit(self) -> str:
+        """What each counts the same in the average."""
+        return "paradigm" if self.is_of_pairs else "task"
+
+    @property
+    def num_units(self) -> int:
+        """Number of them that a full average is over: tasks shown, paradigms listed."""
+        return self.runs[0].summary.num_listed if self.is_of_pairs else len(self.tasks)
+
+    @property
+    def partial_remark(self) -> str:
+        """What the sign of a partial task means."""
+        if self.is_of_pairs:
+            return "a part of the paradigms"
+        return "a part of the prompts, not in the average"
 
     @property
     def metric_title(self) -> str:
@@ -215,7 +236,11 @@ def make_rows(section: Section) -> list[Row]:
     }
     if chances:
         average = aggregate(list(chances.values()))
-        rows.append(Row("chance", "guessing", "", chances, average, len(chances)))
+        number = section.num_units if section.is_of_pairs else len(chances)
+        rows.append(Row("chance", "guessing", "", chances, average, number))
+    for row in rows:
+        if section.is_of_pairs and row.kind in ("difference", "published"):
+            row.average = None  # it would be over phenomena
     return rows
 
 
@@ -225,13 +250,16 @@ def run_row(section: Section, report_run: ReportRun, index: int) -> Row:
         name: value for name, task in tasks.items() if (value := section.value(task)) is not None
     }
     whole = [value for name, value in values.items() if tasks[name].complete]
+    average, num_averaged = aggregate(whole), len(whole)
+    if section.is_of_pairs:
+        average, num_averaged = report_run.summary.average, report_run.summary.num_averaged
     return Row(
         kind="run",
         label=report_run.label,
         detail=report_run.run.method,
         values=values,
-        average=aggregate(whole),
-        num_averaged=len(whole),
+        average=average,
+        num_averaged=num_averaged,
         partial=frozenset(name for name, task in tasks.items() if not task.complete),
         run_index=index,
     )
@@ -283,7 +311,7 @@ def mark_best(rows: list[Row]) -> None:
 def make_notes(section: Section, listed: list[str]) -> list[str]:
     """Remarks on a section whose suite lists some tasks."""
     found = []
-    if len(section.tasks) < len(listed):
+    if len(section.tasks) < len(listed) and not section.is_of_pairs:
         found.append(
             f"averages, published ones too, are over the {counted(len(section.tasks), 'task')} "
             f"shown; the suite lists {len(listed)}"

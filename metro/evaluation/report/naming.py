@@ -64,9 +64,10 @@ def labels(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) -
             for name, limit in zip(names, limits, strict=True)
         ]
     for extra in (lambda run: run.folder.name, lambda run: run.folder):
-        twice = {name for name in names if names.count(name) > 1}
+        # All runs of a model, so that none looks like another kind of run.
+        twice = {models[n] for name, n in zip(names, members, strict=True) if names.count(name) > 1}
         names = [
-            f"{name}, {extra(runs[number])}" if name in twice else name
+            f"{name}, {extra(runs[number])}" if models[number] in twice else name
             for name, number in zip(names, members, strict=True)
         ]
     return names
@@ -82,9 +83,14 @@ def colours(runs: Sequence[Run], models: Sequence[str], members: Sequence[int]) 
 
 
 def path_title(model: str) -> str:
-    """Last part of a path or hub id, with the one before it if it is a generic name."""
+    """Last part of a path or hub id, with the one before it if it is a generic name.
+
+    A checkpoint of fairseq (``.pt``), of which a folder may hold several, is called by its stem.
+    """
     path = Path(model.rstrip("/") or model)
-    if path.suffix in (".pt", ".bin", ".safetensors") and path.parent.name:
+    if path.suffix == ".pt":
+        path = path.with_suffix("")
+    if path.suffix in (".bin", ".safetensors") and path.parent.name:
         path = path.parent
     if re.fullmatch(GENERIC, path.name):
         return f"{path.parent.name}/{path.name}".lstrip("/")

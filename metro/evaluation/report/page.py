@@ -94,8 +94,8 @@ def under_average(section: Section, report_run: ReportRun, row: Row) -> list[str
     interval = report_run.summary.average_interval
     if interval and section.metric == "accuracy":
         parts.append(f"95 % interval {interval_text(interval)}")
-    if row.average is not None and row.num_averaged < len(section.tasks):
-        parts.append(f"over {row.num_averaged} of {len(section.tasks)} tasks")
+    if row.average is not None and row.num_averaged < section.num_units:
+        parts.append(f"over {row.num_averaged} of {section.num_units} {section.averaged_unit}s")
     return parts
 
 
@@ -133,7 +133,7 @@ def sign(value: float) -> str:
 
 
 def average(section: Section, row: Row) -> Markup:
-    """The average, and below it the number of its tasks."""
+    """The average, and below it the number of its tasks or paradigms."""
     text, _, of = tables.average_cell(row, section).partition(" (")
     return escape(text) + (
         Markup('<span class="of">') + of.rstrip(")") + Markup("</span>") if of else Markup("")

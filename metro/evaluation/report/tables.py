@@ -38,13 +38,13 @@ def cell(row: Row, task: str) -> str:
 
 
 def average_cell(row: Row, section: Section) -> str:
-    """The average, with the number of its tasks if the table has more."""
+    """The average, with the number of its tasks or paradigms if there are more."""
     if row.average is None:
         return ""
     text = signed(row.average) if row.kind == "difference" else percent(row.average)
-    if row.num_averaged == len(section.tasks):
+    if row.num_averaged == section.num_units:
         return text
-    return f"{text} ({row.num_averaged} of {len(section.tasks)})"
+    return f"{text} ({row.num_averaged} of {section.num_units})"
 
 
 def signed(fraction: float) -> str:
@@ -79,11 +79,14 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     parts = [f"# {escape_markdown(title)}"]
     for section in sections:
         parts.append(f"## {escape_markdown(section.title)}")
-        parts.append(f"Mean {section.metric_title} over prompts, in percent. AVG: mean over tasks.")
+        parts.append(
+            f"Mean {section.metric_title} over prompts, in percent. AVG: mean over "
+            f"{section.averaged_unit}s."
+        )
         parts.append(markdown_table(grid(section)))
         remarks = [f"({letter}) {source}" for source, letter in section.sources.items()]
         if any(row.partial for row in section.rows):
-            remarks.append(f"{PARTIAL} a part of the prompts, not in the average")
+            remarks.append(f"{PARTIAL} {section.partial_remark}")
         parts.append("\n".join(f"- {escape_markdown(text)}" for text in [*remarks, *section.notes]))
         for report_run in section.runs:
             parts.append(f"### {escape_markdown(report_run.label)}: per task")
@@ -260,7 +263,7 @@ def latex_table(section: Section) -> str:
         rows.insert(len(rows) - 1, r"\midrule")  # above the average
     caption = f"{section.title}: mean {section.metric_title} over prompts, in percent."
     if any(row.partial for row in section.rows):
-        caption += f" {PARTIAL} a part of the prompts, not in the average."
+        caption += f" {PARTIAL} {section.partial_remark}."
     return "\n".join([
         r"\begin{table}", r"\centering\small",
         rf"\caption{{{escape_latex(caption)}}}",

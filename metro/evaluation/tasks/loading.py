@@ -7,7 +7,7 @@ from typing import Any
 
 from metro.data.datasets import DatasetUnavailable, load_rows, name_of
 from metro.data.jsonl_rows import UnusableRow
-from metro.data.local_files import open_rows, splits_in
+from metro.data.local_files import READABLE, open_rows, splits_in
 from metro.data.own_rows import OwnData
 from metro.data.prompts.examples import (
     ExampleSettings,
@@ -168,8 +168,15 @@ class MinimalPairsTask(Task):
 
     def open(self, paradigm: str) -> Sequence[dict]:
         spec, folder = self.spec, self.sources.data_dir
-        if folder and paradigm in (files := splits_in(inside(Path(folder), spec.dataset))):
-            return open_rows(files[paradigm])
+        if folder:
+            root = inside(Path(folder), spec.dataset)
+            if paradigm in (files := splits_in(root)):
+                return open_rows(files[paradigm])
+            if not splits_in(inside(root, paradigm)):  # a reason that all of them share
+                raise DatasetUnavailable(
+                    f"{root} has no PARADIGM.jsonl (or {READABLE.removeprefix('.jsonl, ')}): put "
+                    "it there, or leave --data-dir out to take it from the hub"
+                )
         name = spec.dataset if folder else spec.hub or spec.dataset
         return load_rows(name, paradigm, self.sources.split or spec.split, data_dir=folder)
 

@@ -72,7 +72,7 @@ def test_every_format_holds_the_same_numbers(section):
     assert table[0] == ["", "RTE", "CB", "AVG"]
     assert row_of(table, "METRO-T0-Base")[1:] == first
     assert row_of(table, "to published")[1:] == difference
-    assert row_of(table, "mine")[1:] == ["70.00†", "50.00", "50.001 of 2"]
+    assert row_of(table, "mine/checkpoint_last")[1:] == ["70.00†", "50.00", "50.001 of 2"]
     assert row_of(table, "T0-3B b")[1:] == ["64.55", "", ""]
     assert row_of(table, "guessing")[1:] == ["50.00"] * 3
 
@@ -85,7 +85,7 @@ def test_every_format_holds_the_same_numbers(section):
     tex = latex("Title", [section])
     assert r"METRO-T0-Base & \textbf{59.00} & 47.00 & 53.00 \\" in tex
     assert r"to published & $-$2.62 & $-$5.74 & $-$4.18 \\" in tex
-    assert r"mine & 70.00\dag{} & \textbf{50.00} & 50.00 (1 of 2) \\" in tex
+    assert r"mine/checkpoint\_last & 70.00\dag{} & \textbf{50.00} & 50.00 (1 of 2) \\" in tex
 
     found = list(csv.DictReader(io.StringIO(tasks_csv([section]))))
     rte = next(row for row in found if row["task"] == "rte" and row["kind"] == "run")

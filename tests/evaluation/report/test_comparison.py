@@ -7,11 +7,13 @@ import dataclasses
 
 import pytest
 
+from metro.evaluation.report.build import average
 from metro.evaluation.report.comparison import compare
 from metro.evaluation.report.figure import drawings
 from metro.evaluation.report.naming import path_title
 from metro.evaluation.report.page import page
-from metro.evaluation.runs.published import published_rows
+from metro.evaluation.report.tables import average_cell
+from metro.evaluation.runs.published import PublishedRow, published_rows
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
 from tests.evaluation.run_folders import PROMPTS, PUBLISHED, write_run
 
@@ -27,7 +29,7 @@ def test_rows_are_those_worked_out_by_hand(section):
     assert difference.detail == "card"
     assert difference.values == pytest.approx({"rte": -0.0262, "cb": -0.0574})
     assert difference.average == pytest.approx(-0.0418)
-    assert second.label == "mine"
+    assert second.label == "mine/checkpoint_last"
     assert second.partial == {"rte"} and second.values["rte"] == 0.7
     assert (second.average, second.num_averaged) == (0.5, 1)
     assert card.average == pytest.approx((0.6162 + 0.5274) / 2)
@@ -122,9 +124,55 @@ def test_labels_and_colours_tell_runs_apart(tmp_path):
     ]
     assert labels(run("a", "one"), run("b", "one")) == [[("one, a", 0), ("one, b", 1)]]
     assert labels(run("a", "hub", registered="m")) == [[("Model M", 0)]]
-    assert path_title("runs/mine/checkpoint_last.pt") == "mine"
+    assert path_title("runs/mine/checkpoint_last.pt") == "mine/checkpoint_last"
+    assert path_title("runs/mine/small.pt") == "small"
+    assert path_title("runs/mine/pytorch_model.bin") == "mine"
     assert path_title("runs/mine/direct/") == "mine/direct"
     assert path_title("google/t5-small") == "t5-small"
+
+
+def test_checkpoints_of_one_folder_are_called_by_their_files(tmp_path):
+    """Oracle: by hand; two checkpoints, one with two methods; then one of the same name elsewhere,
+    which has all runs of that name say their folders."""
+    runs = [
+        Run(tmp_path / name, model, method, "blimp", results=[result])
+        for name, model, method in [
+            ("a", "golden/checkpoints/metro_a.pt", "decoder"),
+            ("b", "golden/checkpoints/metro_a.pt", "rtd"),
+            ("c", "golden/checkpoints/t5_c.pt", "decoder"),
+            ("d", "other/metro_a.pt", "decoder"),
+        ]
+        for result in [PromptResult("blimp", "binding", "p", method, 10, 0.5)]
+    ]
+    (section,) = compare(runs[:3])
+    assert [run.label for run in section.runs] == ["metro_a, decoder", "metro_a, rtd", "t5_c"]
+    (section,) = compare(runs)
+    assert [run.label for run in section.runs] == [
+        "metro_a, decoder, a",
+        "metro_a, rtd, b",
+        "t5_c",
+        "metro_a, decoder, d",
+    ]
+
+
+def test_averages_of_minimal_pairs_are_over_paradigms(tmp_path):
+    """Oracle: by hand, (0.9 + 0.3 + 0.6) / of 3 of 4; published phenomena have none."""
+    accuracies = {"binding": {"a": 0.9}, "ellipsis": {"c": 0.3, "d": 0.6}}
+    listed = {"binding": ["a", "b"], "ellipsis": ["c", "d"]}
+    folder = write_run(
+        tmp_path / "run", accuracies, suite="blimp", method="decoder", listed=listed, registered="m"
+    )
+    published = [PublishedRow("m", "M", "blimp", "paper", {"binding": 0.8, "ellipsis": 0.7})]
+    (section,) = compare([read_run(folder)], published)
+    run, difference, paper, chance = section.rows
+    assert run.average == pytest.approx(0.6) and run.partial == {"binding"}
+    assert difference.average is None and paper.average is None
+    averages = [average_cell(row, section) for row in section.rows]
+    assert averages == ["60.00 (3 of 4)", "", "", "50.00"]
+    text = page("x", [section])
+    assert "averaged over 4 paradigms." in text and "over 3 of 4 paradigms" in text
+    assert "† a part of the paradigms<" in text and "of each paradigm apart" in text
+    assert average(section, run) == "60.00, over 3 of 4 paradigms"
 
 
 def test_a_model_is_compared_with_rows_of_its_method_only(tmp_path):

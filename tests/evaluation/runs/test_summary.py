@@ -5,13 +5,15 @@ normal approximation of the binomial distribution.
 """
 
 import json
+import random
 import re
 from math import sqrt
 
+import numpy as np
 import pytest
 
 from metro.evaluation.runs.run_folder import PromptResult, Run, read_run
-from metro.evaluation.runs.summary import summarize, write_summary
+from metro.evaluation.runs.summary import draw_apart, percentile_interval, summarize, write_summary
 from tests.evaluation.run_folders import write_run
 
 RESULTS = "results.jsonl"
@@ -125,6 +127,56 @@ def test_prompts_of_a_task_are_drawn_together(tmp_path):
     once = summarize(read_run(write_run(tmp_path / "once", {"rte": {"a": right}})))
     twice = summarize(read_run(write_run(tmp_path / "twice", {"rte": {"a": right, "b": right}})))
     assert twice.tasks["rte"].interval == pytest.approx(once.tasks["rte"].interval)
+
+
+def loop_interval(paradigms: list[list[float]], num_resamples: int) -> tuple[float, float]:
+    """The bootstrap with plain loops: each paradigm draws from its own pairs."""
+    draw = random.Random(7)
+    means = []
+    for _ in range(num_resamples):
+        drawn = [draw.choices(right, k=len(right)) for right in paradigms]
+        means.append(sum(sum(right) / len(right) for right in drawn) / len(drawn))
+    means.sort()
+    return means[round(0.025 * num_resamples)], means[round(0.975 * num_resamples)]
+
+
+def test_paradigms_are_drawn_apart(tmp_path):
+    """Oracle: plain loops; paradigms of other sizes, ties, and two that are right where the other
+    is wrong, of which draws together would make a mean without any interval."""
+    right = half_right(100)
+    paradigms = {
+        "binding": {"a": right, "b": [not item for item in right]},
+        "ellipsis": {"c": half_right(40), "d": right, "e": [i % 4 == 0 for i in range(60)]},
+    }
+    run = read_run(write_run(tmp_path / "run", paradigms, suite="blimp", method="decoder"))
+    summary = summarize(run, num_resamples=4000)
+    found = {name: task.interval for name, task in summary.tasks.items()}
+    expected = {name: loop_interval(list(each.values()), 4000) for name, each in paradigms.items()}
+    found["all"] = summary.average_interval
+    expected["all"] = loop_interval([p for each in paradigms.values() for p in each.values()], 4000)
+    ties = [0.0, 0.5, 1.0, 1.0] * 10
+    found["ties"] = percentile_interval(draw_apart(ties, 4000, np.random.default_rng(0)))
+    expected["ties"] = loop_interval([ties], 4000)
+    for name, (low, high) in expected.items():
+        assert found[name] == pytest.approx((low, high), abs=0.08 * (high - low)), name
+
+
+def test_the_mean_of_minimal_pairs_is_over_the_paradigms_that_were_scored(tmp_path):
+    """Oracle: by hand, (0.9 + 0.3 + 0.6) / 3 = 0.6 of 3 of 5 paradigms, whatever their phenomena,
+    and of all where all were scored; 0.5 is guessing."""
+    accuracies = {"binding": {"a": 0.9}, "ellipsis": {"c": 0.3, "d": 0.6}}
+    listed = {"binding": ["a", "b"], "ellipsis": ["c", "d"], "quantifiers": ["e"]}
+    options = {"suite": "blimp", "method": "decoder"}
+    part = read_run(write_run(tmp_path / "part", accuracies, listed=listed, **options))
+    whole = read_run(write_run(tmp_path / "whole", accuracies, **options))
+    for run, title in (part, "mean of 3 of 5 paradigms"), (whole, "mean of 3 paradigms"):
+        summary = summarize(run)
+        assert summary.average == pytest.approx(0.6)
+        assert (summary.average_chance, summary.num_averaged) == (0.5, 3)
+        last = summary.table().rows[-1]
+        assert (last[0], last[2], last[-1]) == (title, "60.00", "50.00")
+    assert str(summarize(part).table()).count("1 of 2") == 1
+    assert summarize(part).notes[1:] == ["without results, not in the average: quantifiers"]
 
 
 def test_tasks_are_drawn_apart_in_the_average(tmp_path):
