@@ -176,7 +176,7 @@ def made_by(plan: Mapping, results: Sequence[Mapping]) -> list[str]:
     return [
         f"{counted(len(results), 'run')}; seeds of each arm, and rates of pretraining and "
         f"finetuning: {'; '.join(of_arms)}. Made, and made again, by",
-        "```bash\npython scripts/evidence.py benchmarks/evidence/PLAN.yaml --text TEXT "
+        "```bash\npython scripts/evidence.py PLAN --text TEXT "
         "--data-dir ROWS --results NEW_FOLDER\n```",
     ]
 
