@@ -1,4 +1,4 @@
-"""Error and speed of one product of a layer's size on a CPU, by the precision that PyTorch is given.
+"""Error and speed of one product of a layer's size on a CPU, by the precision asked for.
 
 ``highest`` and ``medium`` are those of `torch.set_float32_matmul_precision`, ``bf16`` is of inputs
 rounded to bfloat16. 1,024 x 768 numbers by 768 x 2,048, both normally distributed; the error is the
