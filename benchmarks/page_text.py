@@ -170,12 +170,11 @@ def of_curves(result: dict) -> str:
 
 
 def of_startup(result: dict) -> str:
-    seconds = {row["command"]: row["CPU seconds"] for row in result["rows"]}
-    packages = seconds["import torch, transformers"]
     return filled(
         f"""Processor seconds of a process, median of {result["repeats"]}, with a tiny METRO model.
-        In commands that compute, importing PyTorch and transformers takes {packages:.2g} of them;
-        `metro doctor` imports every package to say which ones work."""
+        The first rows are imports alone, the third that of a script with T5: most of what a command
+        takes to start are PyTorch and transformers. `metro doctor` imports every package to say
+        which ones work."""
     )
 
 

@@ -3,8 +3,8 @@
 Help, the doctor, and runs of a tiny METRO model with random weights, which this benchmark makes: 40
 texts evaluated, ranked and answered, one update of finetuning and of pretraining. Each command runs
 in a process of its own with one thread; seconds are those of the process and its children, in user
-and system mode, which a busy machine changes little; the median counts. Beside them what Python and
-its packages take to be imported, which a command that computes cannot do without.
+and system mode, which a busy machine changes little; the median counts. Beside them what Python,
+PyTorch and T5 of transformers take to be imported, as a script with that model does.
 
     python -m benchmarks.startup
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks.common import ROOT, print_table, write_results
 
 NUM_TEXTS = 40
-IMPORTS = ("sys", "torch", "torch, transformers")
+MODEL = "from transformers import T5ForConditionalGeneration"
+IMPORTS = ("import sys", "import torch", MODEL)
 METRO = ("-m", "metro.cli.main")
 
 
@@ -100,7 +101,7 @@ def main() -> None:
         seconds_of([*METRO, *pretrain(folder, str(folder / "model"))])
         seconds: dict[str, list[float]] = {}
         for number in range(args.repeats):
-            runs = {f"import {names}": ["-c", f"import {names}"] for names in IMPORTS}
+            runs = {line: ["-c", line] for line in IMPORTS}
             of_metro = commands(folder, number)
             runs |= {name: [*METRO, *given] for name, given in of_metro.items()}
             for name, given in runs.items():

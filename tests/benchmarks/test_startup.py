@@ -23,5 +23,4 @@ def test_a_command_that_fails_is_not_measured():
 
 def test_committed_rows_are_those_of_the_code():
     result = json.loads((ROOT / "benchmarks/results/startup.json").read_text("utf-8"))
-    names = [f"import {name}" for name in IMPORTS] + list(commands(Path(), 0))
-    assert [row["command"] for row in result["rows"]] == names
+    assert [row["command"] for row in result["rows"]] == [*IMPORTS, *commands(Path(), 0)]
