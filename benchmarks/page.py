@@ -10,55 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import page_text
 from benchmarks.common import ROOT
+from benchmarks.page_sections import SECTIONS, Section
 
 PAGE, FIGURE = ROOT / "docs/performance.md", ROOT / "docs/images/performance.svg"
-
-INTRO = """\
-# Performance
-
-<!-- written by `python -m benchmarks.page` from benchmarks/results/*.json -->
-
-How fast METRO is, beside the way the published code does the same work: both ran in one
-benchmark, on the same cores, and were checked to compute the same. The floor is the time of the
-products alone that no way can do without, at the speed of one large product measured in the same
-run, of bf16 in the rows of bf16 and of float32 in the others; where a cell is empty, none was
-measured. "At the floor" is how many times as fast as the published way it would be: no way in that
-type is faster. On a GPU nothing has been measured yet.
-
-"""
-AFTER_FIGURE = """
-![Times as fast as the published way](images/performance.svg)
-
-## Precision
-
-On a CPU, products of bfloat16 are several times as fast as those of float32 where it has AMX
-(Intel's server CPUs since Sapphire Rapids), and twice as fast with AVX512_BF16 (AMD's since Zen 4).
-`metro pretrain` and `metro finetune` use them there by autocast for models of width 256 and more
-(`--precision auto`, the default, and the log says so): weights, sums, LayerNorm and the optimizer
-stay in float32, attention's scores are rounded. CPU features decide, not a measurement, so that a
-machine always trains the same way; `--precision fp32` turns it off, `bf16` demands it. On other
-CPUs `auto` is float32. fairseq has switches of its own (`--bf16` rounds the weights as well).
-
-`metro evaluate`, `rank`, `generate` and `flip` have the same switch, which there is the type of
-weights and products (`--dtype` is another name for it). Their default on a CPU is float32 on
-every machine: published numbers are compared with to a tenth of a point, and a rounded score can
-turn a close decision.
-
-## Memory of a CPU
-
-On Linux METRO has PyTorch ask for memory in pages of 2 MB (`THP_MEM_ALLOC_ENABLE=1`, which `import
-metro` sets unless you did): most systems give them only to those who ask, and in pages of 4 kB the
-processor can spend much time on looking addresses up, most of all in a virtual machine beside
-others. That changes no result. The plain ways below have them off, as PyTorch by default, but for
-the rows that say so.
-
-While it trains, METRO has glibc give the memory of tensors of 4 MiB and more back when they are
-freed (unless you set `MALLOC_MMAP_THRESHOLD_`). By itself glibc keeps what is below 32 MiB, in
-pieces that the next update can only partly use: METRO-base in bf16 took a quarter more memory.
-
-"""
-
 
 TARGETS = {
     "METRO-base pretraining, bf16": 3.5,
@@ -71,74 +27,6 @@ TARGETS = {
 """What METRO aims at: times as fast as the published way."""
 MEMORY_TARGETS = {"METRO-base pretraining, bf16": 0.35}
 """Shares of the published way's peak memory."""
-
-
-class Section(NamedTuple):
-    """A table of the page: the rows of one file, with some of their columns."""
-
-    subject: str
-    title: str
-    columns: tuple[str, ...]
-    module: str = ""
-    """Of benchmarks, where it has another name than the subject."""
-
-
-BY_WIDTH = ("width", "fp32 s", "bf16 s", "times as fast")
-SECTIONS = (
-    Section("precision", "A METRO step by width, with AMX", BY_WIDTH),
-    Section(
-        "precision_without_amx",
-        "A METRO step by width, with AVX512_BF16",
-        BY_WIDTH,
-        "precision",
-    ),
-    Section(
-        "precision_curves",
-        "Losses of both precisions",
-        (
-            *("seed", "last losses, fp32", "last losses, bf16", "bf16 / fp32"),
-            *("mean difference of an update", "times as fast"),
-        ),
-    ),
-    Section(
-        "pretraining",
-        "Pretraining at the published size",
-        ("way", "tokens/s", "x plain", "of matrix peak", "peak GiB", "of plain"),
-    ),
-    Section(
-        "evaluation",
-        "Evaluation",
-        (
-            *("method", "task", "examples", "published_per_s", "ours_per_s", "speedup"),
-            *("times_floor", "largest_difference", "different_predictions"),
-            *("bf16_speedup", "bf16_times_floor", "bf16_different"),
-        ),
-    ),
-    Section(
-        "flipped_training",
-        "FLIPPED training",
-        (
-            *("model", "way", "examples/s", "times as fast", "by CPU time", "times the floor"),
-            *("peak MiB", "loss"),
-        ),
-    ),
-    Section(
-        "prepare_text",
-        "Text to binarised data",
-        ("name", "workers", "input_mb", "seconds", "mb_per_second", "speedup", "peak_memory_mib"),
-    ),
-    Section(
-        "prompt_data",
-        "Prompted datasets",
-        ("name", "examples", "seconds", "examples_per_second", "speedup", "padding_share"),
-    ),
-    Section("tokenizer", "Tokenizer", ("stage", "way", "strings per second", "x plain")),
-    Section(
-        "ops",
-        "Operations",
-        ("operation", "impl", "ms", "x first", "floor ms", "of floor", "kept MiB"),
-    ),
-)
 
 
 class Comparison(NamedTuple):
@@ -159,51 +47,59 @@ class Comparison(NamedTuple):
         """The most times as fast that the floor allows."""
         return self.times * self.floor if self.floor else None
 
+    on_gpu: bool = False
+
     @property
-    def verdict(self) -> str:
-        """Whether the targets are reached, or which is not; nothing where there are none."""
-        wanted, share = TARGETS.get(self.what), MEMORY_TARGETS.get(self.what)
-        if wanted is None:
-            return ""
-        missed = []
-        if self.times < wanted:
-            is_beyond = self.at_floor is not None and self.at_floor < wanted
-            missed.append(f"{wanted:g} x" + " (beyond the floor)" * is_beyond)
-        if share is not None and (self.memory is None or self.memory > share):
-            missed.append(f"{share:g} of the memory")
-        if missed:
-            return "not reached: " + ", ".join(missed)
-        return f"{wanted:g} x" + (f", {share:g} of the memory" if share else "") + ": reached"
+    def verdicts(self) -> list[str]:
+        """A line for each target, which says whether it is met."""
+        lines = []
+        if wanted := TARGETS.get(self.what):
+            line = f"{wanted:g} x {'met' if self.times >= wanted else 'not met'}"
+            if self.at_floor is not None and self.at_floor < wanted:
+                line += f" (at the floor {shown(self.at_floor)})"
+            lines.append(line)
+        if share := MEMORY_TARGETS.get(self.what):
+            is_met = self.memory is not None and self.memory <= share
+            lines.append(f"{share:g} of the memory {'met' if is_met else 'not met'}")
+        return lines
 
 
-def comparisons(results: dict[str, dict]) -> list[Comparison]:
-    """What stands first: each benchmark's main row beside its alternative's."""
-    found = []
-    rows = {row["way"]: row for row in results["pretraining"]["rows"]}
+def pretraining_comparisons(result: dict, on_gpu: bool = False) -> list[Comparison]:
+    rows = {row["way"]: row for row in result["rows"] if row.get("padding", "none") == "none"}
     beside = {"metro": "plain", "metro bf16": "plain"}
     beside |= {"t5 spans": "t5 plain", "t5 spans bf16": "t5 plain"}
+    found = []
     for way, other in beside.items():
         if way in rows and other in rows:
             ours, plain = rows[way], rows[other]
             speeds = ours["tokens/s"], plain["tokens/s"]
-            share = ours["of matrix peak"]
-            task = "T5-base spans" if way.startswith("t5") else "METRO-base pretraining"
-            what = task + ", bf16" * way.endswith("bf16")
-            found.append(
-                Comparison(what, *speeds, "tokens/s", speeds[0] / speeds[1],
-                           1 / share if share else None, ours["peak GiB"] / plain["peak GiB"])
-            )  # fmt: skip
-    for row in results["evaluation"]["rows"]:
+            floor = 1 / ours["of matrix peak"] if ours["of matrix peak"] else None
+            what = "T5-base spans" if way.startswith("t5") else "METRO-base pretraining"
+            what += " on a GPU" * on_gpu + ", bf16" * (on_gpu or way.endswith("bf16"))
+            memory = ours["peak GiB"] / plain["peak GiB"]
+            times = speeds[0] / speeds[1]
+            found.append(Comparison(what, *speeds, "tokens/s", times, floor, memory, on_gpu))
+    return found
+
+
+def evaluation_comparisons(result: dict, on_gpu: bool = False) -> list[Comparison]:
+    found = []
+    for row in result["rows"]:
         if row["task"] == "whole suite":
-            what = f"evaluation on T0's sets, {row['method']}"
-            speeds = row["ours_per_s"], row["published_per_s"]
-            floor = row["times_floor"]
-            found.append(Comparison(what, *speeds, "examples/s", row["speedup"], floor, None))
+            what = f"evaluation on T0's sets, {row['method']}" + " on a GPU, bf16" * on_gpu
+            ours, plain = row["ours_per_s"], row["published_per_s"]
+            given = row["speedup"], row["times_floor"], None, on_gpu
+            found.append(Comparison(what, ours, plain, "examples/s", *given))
             if times := row.get("bf16_speedup"):
-                speeds = speeds[1] * times, speeds[1]
                 floor = row.get("bf16_times_floor")
-                found.append(Comparison(f"{what}, bf16", *speeds, "examples/s", times, floor, None))
-    rows = results["flipped_training"]["rows"]
+                given = plain * times, plain, "examples/s", times, floor, None
+                found.append(Comparison(f"{what}, bf16", *given))
+    return found
+
+
+def flipped_comparisons(result: dict) -> list[Comparison]:
+    """By processor time."""
+    found, rows = [], result["rows"]
     published = {row["model"]: row for row in rows if row["way"] == "published"}
     for ours in (row for row in rows if row["way"] != "published"):
         plain = published[ours["model"]]
@@ -212,6 +108,11 @@ def comparisons(results: dict[str, dict]) -> list[Comparison]:
         what = f"FLIPPED training, {ours['model']}{ours['way'].removeprefix('ours')}"
         times, floor = ours["by CPU time"], ours.get("times the floor")
         found.append(Comparison(what, *speeds, "examples/s", times, floor, memory))
+    return found
+
+
+def text_comparisons(results: dict[str, dict]) -> list[Comparison]:
+    found = []
     named = (
         ("prepare_text", "metro prepare-text", "mb_per_second", "MB/s"),
         ("prompt_data", "metro prepare-prompts", "examples_per_second", "examples/s"),
@@ -222,8 +123,19 @@ def comparisons(results: dict[str, dict]) -> list[Comparison]:
     ours = results["tokenizer"]["rows"][-1]
     key, times = "strings per second", ours["x plain"]
     speeds = ours[key], ours[key] / times
-    found.append(Comparison(ours["stage"], *speeds, "strings/s", times, None, None))
-    return found
+    return [*found, Comparison(ours["stage"], *speeds, "strings/s", times, None, None)]
+
+
+def comparisons(results: dict[str, dict]) -> list[Comparison]:
+    """What stands first: each benchmark's main row beside its alternative's."""
+    found = []
+    for make in (pretraining_comparisons, evaluation_comparisons):
+        subject = make.__name__.removesuffix("_comparisons")
+        if on_gpu := results.get(f"{subject}_gpu"):
+            found += make(on_gpu, on_gpu=True)
+    found += pretraining_comparisons(results["pretraining"])
+    found += evaluation_comparisons(results["evaluation"])
+    return found + flipped_comparisons(results["flipped_training"]) + text_comparisons(results)
 
 
 def shown(value: Any) -> str:
@@ -244,27 +156,75 @@ def about(result: dict) -> str:
     """Where and when a file was measured."""
     machine = result["environment"]
     versions = {part["name"]: part["version"] for part in machine["parts"]}
-    kinds = ", ".join(gpu["name"] for gpu in machine["gpus"]) or machine["cpu"]
-    threads = result.get("threads")
-    used = f", {threads} of {machine['cores']} cores" if threads else f", {machine['cores']} cores"
-    versions = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return f"{result['date']}, {kinds}{used}, {versions}; `python -m benchmarks.{{}}`."
+    used = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    if "triton" in result:
+        where, used = "no GPU", f"Triton {result['triton']}"
+    elif machine["gpus"]:
+        where = ", ".join(gpu["name"] for gpu in machine["gpus"])
+    else:
+        threads = f"{result['threads']} of " if "threads" in result else ""
+        where = f"{machine['cpu']}, {threads}{machine['cores']} cores"
+    return f"{result['date']}, {where}, {used}; `python -m benchmarks.{{}}`."
+
+
+def first_table(found: list[Comparison]) -> str:
+    columns = ("what", "METRO in", "METRO", "published way", "unit", "times as fast")
+    columns += ("at the floor", "share of its memory", "targets")
+    rows = []
+    for each in found:
+        what, in_bf16 = each.what.removesuffix(", bf16"), each.what.endswith(", bf16")
+        is_model = each.floor is not None or in_bf16
+        dtype = ("bf16" if in_bf16 else "float32") if is_model else ""
+        speeds = each.ours, each.alternative, each.unit, each.times
+        verdict = "; ".join(each.verdicts)
+        rows.append([what, dtype, *speeds, each.at_floor, each.memory, verdict])
+    return table(columns, rows)
+
+
+def targets(results: dict[str, dict], found: list[Comparison]) -> str:
+    """How many targets are met, and which are not; those of a GPU stand in their sections."""
+    judged = [(each.what, line) for each in found for line in each.verdicts]
+    missed = [
+        f"{what}: {line.replace(' not met', '')}" for what, line in judged if "not met" in line
+    ]
+    text = f"**Targets on a CPU: {len(judged) - len(missed)} of {len(judged)} met.**"
+    if missed:
+        text += f" Not met: {'; '.join(missed)}."
+    lines = [page_text.filled(text)]
+    on_gpu = [result for subject, result in results.items() if subject.endswith("_gpu")]
+    if of_gpu := [line for result in on_gpu for line in result.get("targets", ())]:
+        num_met = sum("NOT met" not in line for line in of_gpu)
+        lines.append(f"**Targets on a GPU: {num_met} of {len(of_gpu)} met**, see below.\n")
+    return "\n".join(lines)
+
+
+def render_section(section: Section, result: dict) -> str:
+    rows = section.rows(result)
+    keys = tuple(key for key in section.columns if any(key in row for row in rows))
+    if "padding" in keys and {row["padding"] for row in rows} == {"none"}:
+        keys = tuple(key for key in keys if key != "padding")
+    named = tuple(key.replace("_", " ") for key in keys)
+    text = f"## {section.title}\n\n"
+    text += about(result).format(section.module or section.subject) + "\n\n"
+    if section.note:
+        text += section.note(result) + "\n"
+    text += "".join(f"- {line}\n" for line in result.get("targets", ()))
+    text += "\n" * bool(result.get("targets"))
+    return text + table(named, [[row.get(key) for key in keys] for row in rows]) + "\n"
 
 
 def render_page(results: dict[str, dict]) -> str:
     """The page; results by subject."""
-    columns = ("what", "METRO", "published way", "unit", "times as fast", "times the floor")
-    columns += ("at the floor", "share of its memory", "target")
-    rows = [[*each[:6], each.at_floor, each.memory, each.verdict] for each in comparisons(results)]
-    text = INTRO + table(columns, rows) + AFTER_FIGURE
+    found = comparisons(results)
+    has_gpu = any(subject.endswith("_gpu") for subject in results)
+    text = page_text.INTRO + (page_text.ON_GPU if has_gpu else page_text.NO_GPU) + "\n"
+    text += f"{first_table(found)}\n{targets(results, found)}\n{page_text.sizes(results)}\n"
+    text += page_text.floors(results) + "\n"
+    text += "![Times as fast as the published way](images/performance.svg)\n\n"
+    text += page_text.precision(results) + page_text.MEMORY
     for section in SECTIONS:
-        if (result := results.get(section.subject)) is None:
-            continue
-        keys = tuple(key for key in section.columns if any(key in row for row in result["rows"]))
-        rows = [[row.get(key) for key in keys] for row in result["rows"]]
-        named = tuple(key.replace("_", " ") for key in keys)
-        where = about(result).format(section.module or section.subject)
-        text += f"## {section.title}\n\n{where}\n\n{table(named, rows)}\n"
+        if result := results.get(section.subject):
+            text += render_section(section, result)
     return text.rstrip() + "\n"
 
 
@@ -291,9 +251,9 @@ def render_figure(found: list[Comparison]) -> str:
 
 
 def read_results(folder: Path = ROOT / "benchmarks/results") -> dict[str, dict]:
-    """The committed results by subject."""
+    """The committed results by subject; the GPU suite's summary has none."""
     files = (json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json")))
-    return {result["subject"]: result for result in files}
+    return {result["subject"]: result for result in files if "subject" in result}
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """The type of a training run's products on a CPU, where the user leaves it open.
 
 A table of CPU features rather than a measurement: the same machine trains the same way each time.
-CPUs with AMX multiply in bfloat16 five to eight times as fast as in float32, those with AVX512_BF16
+CPUs with AMX multiply in bfloat16 five to seven times as fast as in float32, those with AVX512_BF16
 twice as fast; narrow models gain little, as most of their time is not products
-(docs/performance.md has the numbers by width).
+(docs/performance.md has the numbers, of one product and of a step by width).
 """
 
 import torch

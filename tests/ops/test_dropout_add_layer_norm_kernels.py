@@ -6,6 +6,7 @@ Where they run: see triton_tests.py.
 import pytest
 import torch
 
+from benchmarks.compiled_kernels import Launch
 from tests.ops.test_dropout_add_layer_norm import (
     EPS,
     copies,
@@ -19,7 +20,7 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
-    compile_kernel,
+    compile_and_fit,
     runs,
 )
 
@@ -178,7 +179,8 @@ def test_kernels_compile_and_fit(architecture, name, monkeypatch, tmp_path):
     constants = {"DROPS": True, "WRITES_X": True, **kernels.block_sizes(768)}
     num_warps = constants.pop("num_warps")
     for kernel in (kernels.normalise_kernel, kernels.normalise_backward_kernel):
-        compile_kernel(kernel, types, constants, architecture, num_warps=num_warps)
+        launch = Launch(kernel, types, constants, {"num_warps": num_warps})
+        compile_and_fit(launch, architecture)
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")

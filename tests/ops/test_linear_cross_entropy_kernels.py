@@ -6,6 +6,7 @@ Where they run: see triton_tests.py.
 import pytest
 import torch
 
+from benchmarks.compiled_kernels import projection_launch
 from tests.ops.test_linear_cross_entropy import (
     OPTIONS,
     copies,
@@ -22,7 +23,7 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
-    compile_kernel,
+    compile_and_fit,
     runs,
 )
 
@@ -139,25 +140,14 @@ def test_a_sample_depends_on_its_own_row_alone():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-@pytest.mark.parametrize(
-    "dtype, name",
-    [(torch.bfloat16, "bf16"), pytest.param(torch.float32, "fp32", marks=pytest.mark.slow)],
-)
-def test_kernels_compile_and_fit(architecture, dtype, name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_kernels_compile_and_fit(architecture, dtype, monkeypatch, tmp_path):
     """Oracle: Triton's own compiler. In half precision nothing is spilled on sm_90."""
-    from metro.ops.kernels import linear_cross_entropy as kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"targets": "*i64", "streams": "*i64", "ids": "*i32"}
-    types |= {"sums": "*fp32", "coefficients": "*fp32"}
-    types |= dict.fromkeys(("hidden", "weight", "bias", "grad"), f"*{name}")
-    for name in ("reduce", "gradient"):
-        constants = kernels.block_sizes(name, 768, dtype)
-        constants["BLOCKS_PER_PART"] = kernels.BLOCKS_PER_PART
-        kernel = getattr(kernels, f"{name}_kernel")
-        launch = {"num_warps": 8, "num_stages": 3}
-        _, spilled = compile_kernel(kernel, types, constants, architecture, **launch)
-        assert architecture != 90 or dtype == torch.float32 or not spilled
+    for kernel in ("reduce", "gradient"):
+        launch = projection_launch(kernel, ["bias", "sampling"], 768, dtype)
+        found = compile_and_fit(launch, architecture)
+        assert architecture != 90 or dtype == "fp32" or not found.stack
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run as they are")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from benchmarks.compiled_kernels import Launch, attention_launch
 from metro.ops.relative_position_attention import (
     bias_of_pairs,
     relative_position_attention,
@@ -20,7 +21,7 @@ from tests.ops.triton_tests import (
     INTERPRETED,
     SHARED_MEMORY,
     assert_passes_in_the_interpreter,
-    compile_kernel,
+    compile_and_fit,
     runs,
 )
 
@@ -310,9 +311,6 @@ VARIANTS = {
     "causal with all but positions": "bias mask causal dropout",
 }
 """Which of the inputs there are, by where training has them."""
-POINTERS_OF = {"bias": ["bias"], "mask": ["key_mask", "key_range"], "positions": ["positions"]}
-POINTERS_OF |= {"dropout": ["query_random", "key_random"]}
-"""Pointers that are ``None`` where the input is missing, which Triton compiles as a constant."""
 
 
 def compiles():
@@ -331,30 +329,15 @@ def compiles():
 @pytest.mark.parametrize("architecture, variant, width, dtype", list(compiles()))
 def test_kernels_compile_and_fit(architecture, variant, width, dtype, monkeypatch, tmp_path):
     """Oracle: Triton's own compiler."""
-    from metro.ops.kernels import relative_position_attention as kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = dict.fromkeys("q k v out grad_out grad_q grad_k grad_v".split(), f"*{dtype}")
-    pointers |= dict.fromkeys(("bias", "lse", "delta", "partials"), "*fp32")
-    pointers |= dict.fromkeys(("key_range", "query_random", "key_random"), "*i32")
-    pointers |= {"key_mask": "*u8", "positions": "*i64"}
-    pointers |= dict.fromkeys(("scale", "kept_scale"), "fp32")
     given = VARIANTS[variant].split()
-    constants = {"IS_CAUSAL": "causal" in given, "K": width, "TILES": 16}
-    for name, missing in POINTERS_OF.items():
-        constants |= {} if name in given else dict.fromkeys(missing)
-    for kernel in ("forward", "query_gradient", "key_gradient", "bias"):
-        if kernel == "bias" and "bias" not in given:
+    for kernel in ("forward", "query_gradient", "key_gradient", "bias_gradient"):
+        if kernel == "bias_gradient" and "bias" not in given:
             continue
-        function = getattr(kernels, f"{kernel}{'_gradient' * (kernel == 'bias')}_kernel")
-        torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
-        sizes = kernels.block_sizes(kernel, width, torch_dtype)
-        launch = {option: sizes.pop(option) for option in ("num_warps", "num_stages")}
-        given_sizes = constants | sizes
-        shared, spilled = compile_kernel(function, pointers, given_sizes, architecture, **launch)
+        found = compile_and_fit(attention_launch(kernel, given, width, dtype), architecture)
         if architecture == 90 and width == 64 and dtype != "fp32":
             # The bias would take as much again, if it were copied ahead as keys and values are.
-            assert shared <= 96 * 1024 and not spilled
+            assert found.shared <= 96 * 1024 and not found.stack
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
@@ -367,11 +350,11 @@ def test_small_kernels_compile(architecture, monkeypatch, tmp_path):
     pointers = {"out": "*fp16", "grad_out": "*fp16", "delta": "*fp32"}
     sizes = kernels.block_sizes("query_gradient", 64, torch.float16)
     sizes = {"K": 64, "BLOCK_T": sizes["BLOCK_T"], "BLOCK_K": sizes["BLOCK_K"]}
-    compile_kernel(kernels.delta_kernel, pointers, sizes, architecture)
+    compile_and_fit(Launch(kernels.delta_kernel, pointers, sizes, {}), architecture)
     pointers = {"bias": "*bf16", "scaled": "*fp32", "unit": "fp32"}
-    compile_kernel(kernels.bias_kernel, pointers, {"BLOCK": 1024}, architecture)
+    compile_and_fit(Launch(kernels.bias_kernel, pointers, {"BLOCK": 1024}, {}), architecture)
     pointers = {"key_mask": "*u8", "key_range": "*i32"}
-    compile_kernel(kernels.key_range_kernel, pointers, {"BLOCK": 1024}, architecture)
+    compile_and_fit(Launch(kernels.key_range_kernel, pointers, {"BLOCK": 1024}, {}), architecture)
 
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the interpreter runs on the CPU")

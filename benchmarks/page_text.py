@@ -1,0 +1,219 @@
+"""The prose of docs/performance.md, with its numbers from the JSON of the benchmarks."""
+
+import textwrap
+from typing import Any
+
+INTRO = """\
+# Performance
+
+<!-- written by `python -m benchmarks.page` from benchmarks/results/*.json -->
+
+How fast METRO is beside the way the published code does the same work: both ran in one benchmark,
+in turn, on the same cores. On a CPU the published way computes in float32. So does METRO in the
+rows of float32, where the benchmarks check that both get the same losses, predictions or files. In
+the rows of bf16 METRO does the same work in bfloat16, beside the same published way in float32:
+what it gets is the same only up to that rounding.
+"""
+NO_GPU = "\nOn a GPU nothing has been measured yet.\n"
+ON_GPU = "\nOn a GPU both compute in bf16.\n"
+PRECISION = """\
+## Precision
+
+On a CPU, products of bfloat16 are several times as fast as those of float32 where it has AMX
+(Intel's server CPUs since Sapphire Rapids), and twice as fast with AVX512_BF16 (AMD's since Zen 4).
+`metro pretrain` and `metro finetune` use them there by autocast for models of width 256 and more
+(`--precision auto`, the default, and the log says so): weights, sums, LayerNorm and the optimizer
+stay in float32, attention's scores are rounded. CPU features decide, not a measurement, so that a
+machine always trains the same way; `--precision fp32` turns it off, `bf16` demands it. On other
+CPUs `auto` is float32. fairseq has switches of its own (`--bf16` rounds the weights as well).
+
+`metro evaluate`, `rank`, `flip` and `generate` have the same switch, also named `--dtype`, which
+there is the type of weights and products. The first three compute in float32 unless told otherwise,
+on GPUs too: published numbers are compared with to a tenth of a point, and a rounded score can turn
+a close decision. `generate` takes bf16 on a GPU and float32 on a CPU. In these four `auto` is not
+the fast type, as in training, but the one that the model was saved in.
+"""
+MEMORY = """\
+## Memory of a CPU
+
+On Linux METRO has PyTorch ask for memory in pages of 2 MB (`THP_MEM_ALLOC_ENABLE=1`, which `import
+metro` sets unless you did): most systems give them only to those who ask, and in pages of 4 kB the
+processor can spend much time on looking addresses up, most of all in a virtual machine beside
+others. That changes no result. The plain ways below have them off, as PyTorch by default, but for
+the rows that say so.
+
+While it trains, METRO has glibc give the memory of tensors of 4 MiB and more back when they are
+freed (unless you set `MALLOC_MMAP_THRESHOLD_`). By itself glibc keeps what is below 32 MiB, in
+pieces that the next update can only partly use: METRO-base in bf16 took a quarter more memory.
+
+"""
+
+
+def filled(text: str, indent: str = "") -> str:
+    """A paragraph in lines of at most 100 characters."""
+    options = dict(break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(" ".join(text.split()), 100, subsequent_indent=indent, **options) + "\n"
+
+
+def sizes(results: dict[str, dict]) -> str:
+    """What the rows of the first table are of."""
+    pretraining, evaluation = results["pretraining"], results["evaluation"]
+    rows = {row["way"]: row for row in pretraining["rows"]}
+    huge = rows["plain, huge pages"]["tokens/s"]
+    steps = min(len(run["seconds"]) for runs in pretraining["runs"].values() for run in runs)
+    measured, whole = measured_and_whole(evaluation["rows"])
+    suite: dict[str, Any] = next(row for row in evaluation["rows"] if row["task"] == "whole suite")
+    layers, width = evaluation["layers"], evaluation["width"]
+    lines = (
+        f"""**METRO-base, T5-base:** 12 + 12 layers of width 768, and the 4 layers of METRO's
+        auxiliary model; {pretraining["batch_size"]} samples of 512 tokens a step, {steps} timed
+        step{"s" * (steps > 1)} of each way once warm, one thread. The published way has memory in
+        pages of 4 kB, PyTorch's default. In [huge pages](#memory-of-a-cpu), which METRO takes, it
+        is faster: beside that METRO-base is {shown(rows["metro"]["tokens/s"] / huge)} times as fast
+        in float32 and {shown(rows["metro bf16"]["tokens/s"] / huge)} times in bf16.""",
+        f"""**Evaluation:** {layers} + {layers} layers of width {width}, half of the base's, with
+        random weights; prompts of each of T0's sets: {evaluation["prompts_per_task"]}, rows: at
+        most {evaluation["rows_per_task"]}. From these {measured:,} examples the speed over all
+        {whole:,} (rows times prompts) is projected. Of the {measured:,} predictions METRO in
+        float32 changes {suite["different_predictions"]}, in bf16 {suite["bf16_different"]}.""",
+        f"""**FLIPPED:** 4 + 4 layers of width 256, {results["flipped_training"]["batch_size"]}
+        examples an update. These speeds are by processor time; [below](#flipped-training) they are
+        by the clock, too.""",
+        """**metro prepare-text, prepare-prompts:** whole commands, start-up included.""",
+    )
+    return "".join(filled("- " + line, "  ") for line in lines)
+
+
+def shown(number: float) -> str:
+    return f"{number:.3g}"
+
+
+def measured_and_whole(rows: list[dict]) -> tuple[int, int]:
+    """Examples that the evaluation measured, and those of the whole suite."""
+    count = {row["task"]: row["examples"] for row in rows if row["method"] == rows[0]["method"]}
+    return count["all"], count["whole suite"]
+
+
+def floors(results: dict[str, dict]) -> str:
+    """What the floor is, and why times are what they are beside it."""
+    pretraining = results["pretraining"]
+    tokens = 512 * pretraining["batch_size"]
+    rows = {row["way"]: row for row in pretraining["rows"]}
+    times = []
+    for way in ("metro", "metro bf16"):
+        seconds = tokens / rows[way]["tokens/s"]
+        products = seconds * rows[way]["of matrix peak"]
+        times.append([f"{each:.1f}" for each in (seconds, products, seconds - products)])
+    (step, products, rest), (step_bf16, products_bf16, rest_bf16) = times
+    floor = filled(
+        """"At the floor" is how many times as fast as the published way those products alone would
+        be that no way can do without, at the speed of one large product in METRO's type, measured
+        in the same run. It is an estimate, as the speed of a product depends on its sizes. Where a
+        cell is empty, none was made."""
+    )
+    beyond = filled(
+        f"""A step of METRO-base takes {step} s in float32, of which {products} are the floor, and
+        {step_bf16} s in bf16, of which {products_bf16} are. The rest, {rest} and {rest_bf16} s, is
+        softmax, LayerNorm, GELU, dropout, the optimizer, rounding, and that a layer's products run
+        slower than the large one: it hardly shrinks in bf16, which is why times are further from
+        the floor there."""
+    )
+    return f"{floor}\n{beyond}"
+
+
+def precision(results: dict[str, dict]) -> str:
+    """The prose on precision, and how fast products are by it."""
+    pretraining, evaluation = results["pretraining"], results["evaluation"]
+    ratios = [
+        pretraining["bf16_peak_tflops"] / pretraining["matrix_peak_tflops"],
+        evaluation["bf16_gflops_per_second"] / evaluation["gflops_per_second"],
+    ]
+    low, high = sorted(f"{ratio:.2g}" for ratio in ratios)
+    of = {row["precision"]: row for row in results["product_precision"]["rows"]}
+    medium, error = of["medium"], "relative error"
+    said = filled(
+        f"""One large product was {low} to {high} times as fast in bf16 as in float32 with AMX, and
+        {of["bf16"]["times as fast"]:.2g} times with AVX512_BF16. There is no switch for
+        `torch.set_float32_matmul_precision("medium")`, which lets oneDNN round to bf16 where that
+        is fast: with AMX it is bf16 by another name, and with AVX512_BF16 oneDNN keeps float32
+        (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and gains little,
+        {shown(medium["times as fast"])} times the speed."""
+    )
+    return f"{PRECISION}\n{said}\n"
+
+
+def of_gpu_pretraining(result: dict) -> str:
+    return filled(
+        f"""METRO-{result["size"]} in bf16 with an optimizer in float32; {result["batch_size"]}
+        samples of 512 tokens a step. Without padding, and with samples of half to full length."""
+    )
+
+
+def of_gpu_evaluation(result: dict) -> str:
+    return filled(
+        f"""{result["layers"]} + {result["layers"]} layers of width {result["width"]} with random
+        weights; prompts of each set: {result["prompts_per_task"]}, rows: at most
+        {result["rows_per_task"]}. Both ways compute in bf16, each with roundings of its own."""
+    )
+
+
+def of_curves(result: dict) -> str:
+    """Whether fused and plain training agree."""
+    steps = len(next(iter(result["losses"].values())))
+    text = f"METRO trained from the same weights on the same samples, {steps} steps, no dropout."
+    if "allowed" in result:
+        text += (
+            f" Fused and plain differ by {result['relative_difference']:.2g} at most; "
+            f"{result['allowed']:.2g} may be, twice what rounding does to the plain one."
+        )
+    return filled(text + "".join(f" NOT so: {failure}." for failure in result["failures"]))
+
+
+def of_startup(result: dict) -> str:
+    return filled(
+        f"""Processor seconds of a process, median of {result["repeats"]}, with a tiny METRO model.
+        The first rows are imports alone, the third that of a script with T5: most of what a command
+        takes to start are PyTorch and transformers. `metro doctor` imports every package to say
+        which ones work."""
+    )
+
+
+def of_flipped(result: dict) -> str:
+    return filled(
+        """Where speeds by the clock and by processor time differ, other work had the cores. The
+        loss is of the first update: METRO's has to be within 1e-4 of the published way's, in bf16
+        within 1 %."""
+    )
+
+
+def of_ops(result: dict) -> str:
+    """What is to be known about the rows of operations."""
+    from benchmarks.ops import cases
+
+    names = {row["operation"] for row in result["rows"]}
+    text = "`x first` compares with an operation's first row; `of floor` is the floor's share."
+    if others := names - set(cases("cpu")):
+        text += (
+            f" The rows are older than the benchmark: {len(others)} of their {len(names)} cases "
+            "it measures in another form now."
+        )
+    if any((row["of floor"] or 0) > 1 for row in result["rows"]):
+        text += (
+            " Where a share exceeds 1 the floor is wrong: the copy that its rate was taken from "
+            "moved fewer bytes a second than the operation."
+        )
+    return filled(text)
+
+
+def of_compiled(result: dict) -> str:
+    before = {row["kernel"]: row["registers"] for row in result["before"]["rows"]}
+    risen = [row for row in result["rows"] if row["registers"] > before[row["kernel"]]]
+    return filled(
+        f"""Compiled for sm_90 (H100, H200) in bf16 without a GPU, heads of 64, rows of 768; before
+        (commit {result["before"]["commit"]}) → after attention's bias was taken out of the software
+        pipeline and the reduction's tiles were halved. Attention makes as many asynchronous copies
+        (`cp.async`) with bias as without, and nothing is spilled to the stack, but registers of
+        {len(risen)} kernels rose. Blocks have 256 threads: above 128 registers a multiprocessor of
+        65,536 has room for one, before and after, whatever shared memory was freed. What it gains
+        only a GPU can say."""
+    )
