@@ -67,6 +67,15 @@ def is_trusted(
     return _faults[case] is None
 
 
+def known_faults() -> list[str]:
+    """What the kernels that this process has tried in vain did wrong."""
+    return [
+        f"{' '.join([op, str(dtype).removeprefix('torch.'), *flags])}: {fault}"
+        for (op, _, dtype, _, flags), fault in _faults.items()
+        if fault
+    ]
+
+
 def find_fault(
     op: str, device: torch.device, dtype: torch.dtype, width: int, flags: tuple[str, ...]
 ) -> str | None:
