@@ -30,7 +30,7 @@
 # runs out of time does not stop the others; the exit status is then 1, as it is without a GPU. Kernels
 # that failed the check are not used in what follows, and the results say so.
 #
-# What METRO pretraining buys at 26 M parameters takes some fifteen minutes and is a command of its own, on
+# What METRO pretraining buys at 21 M parameters takes longer than the suite and is a command of its own, on
 # the same machine once the check has passed (English text, rows of the datasets and fairseq are needed):
 #   scripts/gpu_suite.sh check && python scripts/evidence.py benchmarks/evidence/gpu.yaml \
 #       --text english.txt.gz --data-dir ROWS --page runs/evidence/gpu.md
