@@ -83,7 +83,7 @@ for file in sorted(pathlib.Path(path).parent.glob("*.json")):
 summary = {"ok": ok, "gpu": machine["gpu"], "torch": machine["torch"], "parts": parts}
 summary["targets"] = targets
 with open(f"{path}.tmp", "w") as file:
-    json.dump(summary, file, indent=2)
+    file.write(json.dumps(summary, indent=2) + "\n")
 os.replace(f"{path}.tmp", path)
 sys.exit(not ok)
 END
