@@ -17,6 +17,17 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def data_folder() -> Path:
+    """Published vocabularies, templates and rows, which are not part of the project.
+
+    METRO_TESTDATA, or the folder `shared` beside the project or in it.
+    """
+    folders = [ROOT.parent / "shared", ROOT / "shared"]
+    if given := os.environ.get("METRO_TESTDATA"):
+        folders = [Path(given)]
+    return next((folder for folder in folders if (folder / "data").is_dir()), folders[0])
+
+
 class Measured(NamedTuple):
     """Result of `measure_isolated`."""
 
@@ -81,8 +92,10 @@ def write_results(subject: str, rows: Sequence[dict[str, Any]], **facts: Any) ->
     result = {"subject": subject, "date": time.strftime("%Y-%m-%d"), **facts, "rows": list(rows)}
     result["environment"] = environment()
     text = json.dumps(result, indent=2).replace(str(ROOT), ".")
-    path.write_text(text + "\n")
-    print(f"written: {path}")
+    unfinished = path.with_suffix(".tmp")  # a run that is killed leaves what it wrote before
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
+    print(f"written: {path}", flush=True)
     return path
 
 

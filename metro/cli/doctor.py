@@ -32,12 +32,13 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     from metro.environment import inspect_environment
 
     environment = inspect_environment()
-    kernels = try_kernels(environment)
+    reason, kernels = try_kernels(environment)
     if as_json:
-        click.echo(json.dumps(environment.as_dict() | {"kernels": kernels}, indent=2))
+        found = {"kernels": kernels, "kernels_reason": reason}
+        click.echo(json.dumps(environment.as_dict() | found, indent=2))
     else:
         show(environment)
-        show_kernels(kernels)
+        show_kernels(reason, kernels)
     raise click.exceptions.Exit(1 if environment.missing else 0)
 
 
@@ -121,34 +122,44 @@ def show(environment) -> None:
         console.print(f"[red]METRO cannot run: {names}[/]")
 
 
-def try_kernels(environment) -> list[dict]:
-    """Let the first GPU's kernels prove themselves; none without one or without Triton."""
+def try_kernels(environment) -> tuple[str, list[dict]]:
+    """Let the first GPU's kernels prove themselves; why none can run there, or what was found.
+
+    Raises:
+        UserError: the environment's METRO_TRITON is neither 0 nor 1.
+    """
     if not environment.gpus:
-        return []
+        return "no GPU", []
     import torch
 
-    from metro.ops.dispatch import is_triton_installed
+    from metro.ops.dispatch import reason_against_device
+
+    device = torch.device("cuda", 0)
+    if reason := reason_against_device(device):
+        return reason, []
     from metro.ops.kernels.trials import verdicts
 
-    return verdicts(torch.device("cuda", 0)) if is_triton_installed() else []
+    try:
+        return "", list(verdicts(device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-def show_kernels(rows: list[dict]) -> None:
-    """Print which kernels work, and which of them are used."""
+def show_kernels(reason: str, rows: list[dict]) -> None:
+    """Print which kernels work, and in how many of their cases they are used."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    if not rows:
+    console = Console()
+    if reason:
+        console.print(f"kernels: none is used: {reason}")
         return
     table = Table("kernel", "type", "result", "used", box=None, pad_edge=False)
     for row in rows:
-        gain = f"{row['gain']:.2f} times as fast" if row["gain"] else "not measured here"
-        used = "yes" if row["gain"] > 1 and not row["fault"] else "no"
-        table.add_row(
-            row["operation"], row["type"], escape(row["fault"] or "ok"), f"{used}, {gain}"
-        )
-    Console().print(table)
+        cases = f"yes, in {len(row['used'])} cases" if row["used"] else f"no, {row['reason']}"
+        table.add_row(row["operation"], row["type"], escape(row["fault"] or "ok"), cases)
+    console.print(table)
 
 
 EXAMPLE = """\b

@@ -38,21 +38,38 @@ def takes_kernel(
     Raises:
         ValueError: another value of METRO_TRITON.
     """
+    return not reason_against_kernel(op, device, dtype, width, *flags)
+
+
+def reason_against_kernel(
+    op: str, device: torch.device, dtype: torch.dtype, width: int, *flags: str
+) -> str:
+    """Say why :func:`takes_kernel` is false; nothing where it is true."""
     setting = os.environ.get("METRO_TRITON", "")
     if setting not in ("", "0", "1"):
         raise ValueError(f"METRO_TRITON is {setting!r}; use 0 (no kernels) or 1 (all), or unset it")
-    if device.type != "cuda" or dtype not in KERNEL_TYPES or setting == "0":
-        return False
-    if not is_triton_installed() or compute_capability(device) < (8, 0):
-        return False
+    if device.type != "cuda" or dtype not in KERNEL_TYPES:
+        return "a kernel takes half or single precision on a GPU"
+    if setting == "0":
+        return "METRO_TRITON is 0"
+    if reason := reason_against_device(device):
+        return reason
     if setting == "1":
-        return True
+        return ""
     given = tuple(sorted(flags))
-    if measured_gain(op, compute_capability(device), dtype, given) <= 1.0:
-        return False
+    gain = measured_gain(op, compute_capability(device), dtype, given)
+    if gain <= 1.0:
+        return f"measured to be {gain:.2f} times as fast" if gain else "not measured here"
     from metro.ops.kernels.self_check import is_trusted
 
-    return is_trusted(op, device, dtype, width, given)
+    return "" if is_trusted(op, device, dtype, width, given) else "it has not proved itself"
+
+
+def reason_against_device(device: torch.device) -> str:
+    """Say why no kernel can run on a GPU; nothing where they can."""
+    if not is_triton_installed():
+        return "the package triton is not installed"
+    return "" if compute_capability(device) >= (8, 0) else "the GPU is older than Ampere"
 
 
 def measured_gain(

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from metro import environment
-from metro.cli.doctor import show_kernels
+from metro.cli.doctor import show_kernels, try_kernels
 from metro.cli.main import load_command
 from metro.data.text.corpus import prepare_text
 from metro.environment import (
@@ -96,18 +98,84 @@ def test_report_does_not_name_the_kernel():
 
 def test_kernels_are_listed_by_operation_and_type_with_what_is_wrong(capsys):
     """Oracle: by hand. One that works is used where it was measured to be faster."""
+    facts = {"operation": "attention", "type": "bfloat16", "fault": None, "reason": ""}
     rows = [
-        {"operation": "attention", "type": "bfloat16", "fault": None, "gain": 1.5},
-        {"operation": "attention", "type": "float16", "fault": None, "gain": 0.0},
-        {"operation": "norm", "type": "bfloat16", "fault": "[it] cannot be built", "gain": 2.0},
+        facts | {"used": ["bias", "bias mask"]},
+        facts | {"type": "float16", "used": [], "reason": "not measured here"},
+        facts | {"operation": "norm", "used": [], "fault": "[it] cannot be built", "reason": "no"},
     ]
-    show_kernels(rows)
+    show_kernels("", rows)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
-        "attention bfloat16 ok yes, 1.50 times as fast",
+        "attention bfloat16 ok yes, in 2 cases",
         "attention float16 ok no, not measured here",
-        "norm bfloat16 [it] cannot be built no, 2.00 times as fast",
+        "norm bfloat16 [it] cannot be built no, no",
     ]
+
+
+@pytest.mark.parametrize(
+    "has_gpu, has_triton, capability, reason",
+    [
+        (False, True, (9, 0), "no GPU"),
+        (True, False, (9, 0), "the package triton is not installed"),
+        (True, True, (7, 5), "the GPU is older than Ampere"),
+        (True, True, (9, 0), ""),
+    ],
+)
+def test_where_no_kernel_can_run_the_reason_is_said_and_none_is_tried(
+    monkeypatch, capsys, has_gpu, has_triton, capability, reason
+):
+    from metro.ops import dispatch
+    from metro.ops.kernels import trials
+
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: has_triton)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(trials, "verdicts", lambda device: iter([{"operation": "attention"}]))
+    found, rows = try_kernels(SimpleNamespace(gpus=["one"] * has_gpu))
+    assert found == reason and len(rows) == (not reason)
+    if reason:
+        show_kernels(found, rows)
+        assert capsys.readouterr().out == f"kernels: none is used: {reason}\n"
+
+
+def test_what_doctor_calls_used_is_what_training_takes(monkeypatch):
+    """Oracle: `takes_kernel`, for every case, with and without METRO_TRITON; a busy GPU."""
+    from metro.ops import dispatch
+    from metro.ops.kernels import self_check, trials
+
+    def find_fault(op, device, dtype, width, flags):
+        if dtype == torch.float32:
+            raise torch.OutOfMemoryError
+        return "wrong" if op == "linear_cross_entropy" else None
+
+    gpu = torch.device("cuda", 0)
+    gains = {"linear_cross_entropy bfloat16 bias": 2.0, "dropout_add_layer_norm bfloat16": 1.5}
+    gains["relative_position_attention bfloat16 bias mask"] = 3.0
+    monkeypatch.setattr(dispatch, "measured_gains", lambda: {"sm_9x": gains})
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(trials, "find_fault", find_fault)
+    monkeypatch.setattr(self_check, "is_trusted", lambda *case: find_fault(*case) is None)
+    for setting, number in (("", 2), ("1", 34), ("0", 0)):
+        monkeypatch.setenv("METRO_TRITON", setting)
+        rows = {(row["operation"], row["type"]): row for row in trials.verdicts(gpu)}
+        assert sum(len(row["used"]) for row in rows.values()) == number
+        for (op, name), row in rows.items():
+            if name == "float32":
+                assert row["fault"] == row["reason"] == "not tried: the GPU has no memory left"
+                continue
+            taken = [
+                " ".join(flags)
+                for flags in trials.TRAINED[op]
+                if dispatch.takes_kernel(op, gpu, getattr(torch, name), 64, *flags)
+            ]
+            assert row["used"] == taken and (row["reason"] == "") == (
+                " ".join(trials.TRAINED[op][0]) in taken
+            )
+    assert rows["linear_cross_entropy", "bfloat16"]["fault"] == "wrong"
+    monkeypatch.setenv("METRO_TRITON", "off")
+    with pytest.raises(UserError, match="METRO_TRITON is 'off'"):
+        try_kernels(SimpleNamespace(gpus=["one"]))
 
 
 def test_required_part_that_is_missing_or_does_not_load_is_reported_with_the_remedy(

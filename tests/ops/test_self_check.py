@@ -130,6 +130,35 @@ def test_a_broken_kernel_is_caught_with_the_reason(monkeypatch, break_it):
 
 
 @interpreted
+def test_a_small_number_among_large_ones_is_compared_with_itself(monkeypatch):
+    """15 % off at an eighth of the largest of 768 gradients: 0.2 % of their norm."""
+    backward = dropout_add_layer_norm.normalise_backward
+
+    def spoiled(*given):
+        grads = backward(*given)
+        sizes = grads[2].abs()
+        grads[2][(sizes - sizes.max() / 8).abs().argmin()] *= 1.15
+        return grads
+
+    case = ("dropout_add_layer_norm", CPU, torch.float16, 768, ("dropout",))
+    assert self_check.find_fault(*case) is None
+    monkeypatch.setattr(dropout_add_layer_norm, "normalise_backward", spoiled)
+    assert "gradient of weight has an error of" in str(self_check.find_fault(*case))
+
+
+def test_errors_are_those_of_rows_and_of_numbers_of_a_vector():
+    """Oracle: by hand. Nothing is divided by less than half of the largest."""
+    truth = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
+    for row, error in ((0, 0.02), (1, 0.04), (2, 0.04)):
+        x = truth.clone()
+        x[row, 0] += 0.1
+        assert self_check.row_error(x, truth.double()) == pytest.approx(error, rel=1e-6)
+    assert self_check.row_error(torch.tensor([8.0, 2.2]), torch.tensor([8.0, 2.0])) == (
+        pytest.approx(0.05, rel=1e-6)
+    )
+
+
+@interpreted
 def test_wrong_draws_of_the_other_kernels_are_caught(monkeypatch):
     """A layer's end that drops half, and a sampler that takes the most probable token."""
     dropping = dropout_add_layer_norm.dropping
@@ -159,6 +188,27 @@ def test_a_kernel_is_tried_once_and_distrusted_with_one_warning(monkeypatch, cap
     [record] = caplog.records
     assert "is not used on cpu: it cannot be built" in record.getMessage()
     assert "PyTorch's operation takes its place" in record.getMessage()
+
+
+def test_without_a_measurement_benchmarks_take_kernels_that_prove_themselves(monkeypatch):
+    """Oracle: by hand; the faults of the others are listed."""
+    from benchmarks.timing import take_proven_kernels
+    from metro.ops import dispatch
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(self_check, "_faults", {})
+    monkeypatch.setattr(
+        self_check, "find_fault", lambda op, *case: "wrong" if op == "loss" else None
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "measured_gain", dispatch.measured_gain)  # and back
+    monkeypatch.setenv("METRO_TRITON", "0")
+    assert not dispatch.takes_kernel("attention", gpu, torch.bfloat16, 64, "mask")
+    take_proven_kernels()
+    assert dispatch.takes_kernel("attention", gpu, torch.bfloat16, 64, "mask")
+    assert not dispatch.takes_kernel("loss", gpu, torch.bfloat16, 64, "bias")
+    assert self_check.known_faults() == ["loss bfloat16 bias: wrong"]
 
 
 @interpreted

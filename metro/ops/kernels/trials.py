@@ -7,12 +7,13 @@ just that dropped then has to give the same outputs and the same gradients.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from metro.ops.dispatch import KERNEL_TYPES, compute_capability, measured_gain
+from metro.ops.dispatch import KERNEL_TYPES, reason_against_kernel
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm as normalise
 from metro.ops.kernels.self_check import Trial, both_passes, find_fault, seed
 from metro.ops.linear_cross_entropy import linear_cross_entropy as cross_entropy
@@ -46,6 +47,8 @@ TRAINED: dict[str, list[tuple[str, ...]]] = {
 
 ``mixed``: a residual in float32 beside half precision, as under autocast.
 """
+WIDTHS = {"relative_position_attention": 64}
+"""Of METRO-base: of a head, elsewhere 768."""
 RATE = 0.3125
 """Of dropout; a multiple of 2 ** -16, not a half, where kept and dropped could be exchanged."""
 KEYS = 330
@@ -190,18 +193,25 @@ def share_of(kept: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
     return kept.mean(), torch.full_like(kept.mean(), 1.0 - RATE), count
 
 
-def verdicts(device: torch.device) -> list[dict[str, Any]]:
-    """Try each operation's fullest case in each type, at the width of METRO-base.
+def verdicts(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Try each operation's fullest case in each type, and say which of its cases ``auto`` takes.
 
     Returns:
-        ``operation``, ``type``, ``fault`` (``None``: it works), and ``gain``, times the speed of
-        PyTorch's operations that were measured on this generation of GPUs (0: not measured).
+        ``operation``, ``type``, ``fault`` (``None``: it works), ``used`` (the optional inputs of
+        the cases that are taken) and ``reason``, why the fullest is not (empty: it is).
     """
-    capability, rows = compute_capability(device), []
-    for (op, (flags, *_)), dtype in itertools.product(TRAINED.items(), KERNEL_TYPES):
-        width = 64 if op == "relative_position_attention" else 768
-        fault = find_fault(op, device, dtype, width, flags)
-        gain = measured_gain(op, capability, dtype, flags)
-        name = str(dtype).removeprefix("torch.")
-        rows.append({"operation": op, "type": name, "fault": fault, "gain": gain})
-    return rows
+    for (op, cases), dtype in itertools.product(TRAINED.items(), KERNEL_TYPES):
+        width, against = WIDTHS.get(op, 768), {}
+        try:
+            fault = find_fault(op, device, dtype, width, cases[0])
+            for flags in cases:
+                against[flags] = reason_against_kernel(op, device, dtype, width, *flags)
+        except torch.OutOfMemoryError:
+            fault = "not tried: the GPU has no memory left"
+        yield {
+            "operation": op,
+            "type": str(dtype).removeprefix("torch."),
+            "fault": fault,
+            "used": [" ".join(flags) for flags, reason in against.items() if not reason],
+            "reason": against.get(cases[0], fault),
+        }
