@@ -167,18 +167,21 @@ class Study:
 def best(runs: Sequence) -> list:
     """Do runs, and return each arm's best; where a result of the arm is published, one like it.
 
-    By accuracy on held-out training rows of the tuning seed; test rows are not looked at.
+    By accuracy on held-out training rows of the tuning seed; test rows are not looked at. An arm
+    with a single run has no choice, and the run is not done.
     """
-    known = {run.arm: run.study.published(run.arm) for run in runs}
-    work_through([run for run in runs if not known[run.arm]])
+    tried = {run.arm: [each for each in runs if each.arm == run.arm] for run in runs}
+    known = {arm: runs[0].study.published(arm) for arm in tried}
+    open_arms = [arm for arm, of_arm in tried.items() if not known[arm] and len(of_arm) > 1]
+    work_through([run for arm in open_arms for run in tried[arm]])
     found = []
-    for arm, result in known.items():
-        tried = [run for run in runs if run.arm == arm]
-        if result:
+    for arm, of_arm in tried.items():
+        if result := known[arm]:
             rates = {name: result[name] for name in ("rate", "finetuning_rate")}
-            found.append(replace(tried[0], **rates))
+            found.append(replace(of_arm[0], **rates))
         else:
-            found.append(max(tried, key=lambda run: run.tune_accuracy()))
+            one = len(of_arm) == 1
+            found.append(of_arm[0] if one else max(of_arm, key=lambda run: run.tune_accuracy()))
     return found
 
 

@@ -124,6 +124,16 @@ def test_published_results_belong_to_what_the_plan_says_of_their_arm(tmp_path):
         assert (plan_digest({**plan, "arms": start}, arm) != plan_digest(plan, arm)) == differs
 
 
+def test_an_arm_without_a_choice_is_not_tuned(tmp_path):
+    """Oracle: nothing is run, which would need data."""
+    from evidence import Study, best
+    from evidence_runs import PretrainingRun
+
+    study = Study(read_yaml(PLAN), tmp_path, tmp_path, tmp_path, tmp_path)
+    run = PretrainingRun(study, "metro", 100, 0.002, 0.001, True)
+    assert best([run]) == [run] and not any(tmp_path.iterdir())
+
+
 def test_published_results_are_of_the_committed_plans():
     from evidence_runs import plan_digest
 
@@ -242,7 +252,7 @@ arms:
     rates_of: metro
 compare: [[metro, t5], [metro, none]]
 primary: 1
-finetuning: {rates: [0.001], max_steps: 2, max_input_length: 32, max_target_length: 8}
+finetuning: {rates: [0.001, 0.0005], max_steps: 2, max_input_length: 32, max_target_length: 8}
 datasets:
   colours:
     dataset: colours
