@@ -9,7 +9,7 @@ whether both passes were replayed as a CUDA graph, which is done where all of an
 are known to allow it, or launched.
 
 "floor ms" is the least time that multiplications and additions, or the bytes of inputs, outputs and
-gradients, can take at the rates of a matrix product and of a copy that are measured in the same
+gradients, can take at the rates of a matrix product and of ``x += y`` that are measured in the same
 run; "of floor" is what share of the time that is.
 
 Floors are explained in `ops_cases.py`. "kept" is what autograd holds between the passes.
@@ -224,7 +224,7 @@ def main() -> None:
         known = list(cases(args.device))
         raise SystemExit(f"no operation starts with {args.only}; use one of {known}")
     rates = measure_isolated(measure_rates, args.device).value
-    facts = dict(zip(("matrix_flops", "copied_bytes_per_second"), rates, strict=True))
+    facts = dict(zip(("matrix_flops", "bytes_per_second"), rates, strict=True))
     rows, failed, on_gpu = [], {}, args.device == "cuda"
     facts |= {"threads": torch.get_num_threads()}
     for rows, failed in measure_all(names, args.device, args.repeats, rates):
