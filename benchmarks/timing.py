@@ -114,7 +114,8 @@ def peak_bytes(run, leaves) -> int:
 def measure_rates(device: str, dtype: torch.dtype | None = None) -> tuple[float, float]:
     """FLOP/s of a matrix product and bytes/s, read and written, of ``x += y``; the best of eight.
 
-    A copy would show less on a CPU, which first reads what it then overwrites. The product is one of bf16 on a GPU and of float32 on the CPU unless ``dtype`` says otherwise.
+    The product is one of bf16 on a GPU and of float32 on the CPU unless ``dtype`` says otherwise. A
+    copy would show a lower rate on a CPU, which first reads what it then overwrites.
     """
     if device == "cpu":
         torch.set_num_threads(1)  # its clock is that of the processor
