@@ -58,6 +58,7 @@ CHANGES: tuple[dict, ...] = (
     {"lr": 0.004},
     {"max_tokens": 512},
     {"max_tokens": 2048},
+    {"tokens_per_sample": 64, "max_positions": 64},
 )
 """Options of `metro pretrain`."""
 LASTING: tuple[dict, ...] = (
