@@ -3,11 +3,10 @@
     python scripts/ablation.py --data demo/data
 
 Each run trains on the text of `make demo`, those of a table on as many tokens, and is measured as
-the demo is:
-the threshold of the RTD head is set on one half of the held-out text, the numbers are of the other.
-They are of the half that the demo does not report, so that settings can be chosen by them. One
-process with one thread makes the runs one after the other, and writes one JSON file each; the same
-command resumes, and started twice it shares them. At the end the tables are written into
+the demo is: the threshold of the RTD head is set on one half of the held-out text, the numbers are
+of the other. They are of the half that the demo does not report, so that settings can be chosen by
+them. One process with one thread makes the runs one after the other, and writes one JSON file each;
+the same command resumes, and started twice it shares them. At the end the tables are written into
 docs/pretraining.md.
 """
 

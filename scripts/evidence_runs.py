@@ -225,11 +225,9 @@ class PretrainingRun(Run):
             "valid": {n: list(c) for n, c in curves["valid"].items() if n in CURVES},
         }
         if study.plan["arms"][self.arm].get("rtd"):
-            probe, bits = (
-                Probe.load(self.model, study.out / "text"),
-                bigram_bits(study.out / "text"),
-            )
-            found["probe"] = probe.score(probe.threshold(), bits)._asdict()
+            text = study.out / "text"
+            probe = Probe.load(self.model, text)
+            found["probe"] = probe.score(probe.threshold(), bigram_bits(text))._asdict()
         return found
 
     def minimal_pairs(self, method: str) -> dict:
