@@ -19,7 +19,6 @@ METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512
 """
 
 import argparse
-import os
 import time
 from functools import partial
 
@@ -142,23 +141,21 @@ def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) 
     """Updates of one way: losses, the gradient norm of the first one, and seconds of the rest."""
     from transformers.optimization import Adafactor
 
-    from metro.training.memory import return_large_tensors
+    from metro.training.memory import Heap, reserve_heap
 
-    if way == "published":  # pages of 4 kB, as PyTorch by default
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     torch.set_num_threads(threads)
     model, fuse = build_model(kind)
     model.train()
     backward = published_backward
     if way != "published":
         fuse(model)
-        return_large_tensors()
+        reserve_heap()
         backward = partial(our_backward, in_bf16=way == "ours, bf16")
     optimizer = Adafactor(
         model.parameters(), lr=5e-5, scale_parameter=False, relative_step=False, warmup_init=False
     )
     batches = draw_batches(batch_size, num_updates)
-    losses, norm, seconds, cpu_seconds = [], 0.0, 0.0, 0.0
+    heap, losses, norm, seconds, cpu_seconds = Heap(), [], 0.0, 0.0, 0.0
     for number, batch in enumerate([batches[0], *batches]):
         start, cpu_start = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
@@ -168,6 +165,7 @@ def train(way: str, kind: str, batch_size: int, num_updates: int, threads: int) 
             norm = float(torch.stack(gradients).norm())
             continue
         optimizer.step()
+        heap.tidy()
         seconds += time.perf_counter() - start
         cpu_seconds += time.process_time() - cpu_start
     return {

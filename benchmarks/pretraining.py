@@ -5,8 +5,8 @@ Ways to train on 512-token samples with the same optimiser, each in a process of
 * ``metro``: :class:`metro.pretraining.model.MetroPretrainingModel` as it is trained, on a GPU with
   all Triton kernels that prove themselves (the others are listed in the results as
   ``faults``); ``no kernels``: the same without them; ``metro bf16`` (CPU): in autocast.
-* ``plain``: the same weights computed as the original does, see `plain_pretraining.py`, in pages of
-  4 kB as PyTorch by default; ``plain, huge pages`` (CPU): in huge pages, as ``import metro`` asks.
+* ``plain``: the same weights computed as the original does, see `plain_pretraining.py`; ``plain,
+  heap kept`` (CPU): the same with memory kept as in a training by METRO.
 * ``compiled`` (GPU): METRO's model without ``fuse``, by torch.compile.
 * ``t5 spans``, ``t5 spans bf16``, ``t5 plain`` (CPU): the same of span corruption of as many source
   tokens; ``t5`` (GPU): Hugging Face T5-v1.1-base of it.
@@ -46,15 +46,15 @@ from metro.ops.kernels.self_check import known_faults
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
-from metro.training.memory import return_large_tensors
+from metro.training.memory import Heap, reserve_heap
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 SPANS_LENGTH = 114
 """Target tokens of 512 source tokens (Raffel et al.)."""
 WAYS = {
     "cpu": (
-        *("metro", "plain", "plain, huge pages", "metro bf16"),
-        *("t5 spans", "t5 plain", "t5 plain, huge pages", "t5 spans bf16"),
+        *("metro", "plain", "plain, heap kept", "metro bf16"),
+        *("t5 spans", "t5 plain", "t5 plain, heap kept", "t5 spans bf16"),
     ),
     "cuda": ("metro", "plain", "no kernels", "compiled", "t5"),
 }
@@ -234,13 +234,11 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         take_proven_kernels()
     if device == "cpu":
         torch.set_num_threads(1)
-    if way.endswith("plain"):
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
-    if "plain" not in way:
-        return_large_tensors()
+        if not way.endswith("plain"):
+            reserve_heap()
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    optimizer, found = Optimizer(model), []
+    optimizer, heap, found = Optimizer(model), Heap(), []
     of_spans = way.startswith("t5")
     for padded in (False, True) if device == "cuda" and not of_spans else (False,):
         batch = t5_batch(batch_size, way) if of_spans else metro_batch(batch_size, padded)
@@ -251,6 +249,7 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
             start = seconds_now(device)
             loss_of(inputs).backward()
             optimizer.step()
+            heap.tidy()
             seconds.append(seconds_now(device) - start)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
         padding = "half to full" if padded else "none"

@@ -14,12 +14,10 @@ The whole work as functions, each of which takes the options of its command as k
     metro.report(evaluation.folder, out="report")
 
 `import metro` is instant: the public names below are imported on first use. It also makes METRO-T5
-known to the Auto classes of transformers, as soon as those are imported, and asks PyTorch for
-memory in huge pages (THP_MEM_ALLOC_ENABLE, unless that is set).
+known to the Auto classes of transformers, as soon as those are imported.
 """
 
 import importlib
-import os
 
 from metro.registration import register_on_import as _register_on_import
 
@@ -63,7 +61,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-# PyTorch looks once, at its first tensor. Most Linux systems give huge pages to those who ask;
-# without them, the processor spends much of a training step on looking addresses up.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 _register_on_import()

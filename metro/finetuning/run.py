@@ -35,7 +35,7 @@ from metro.models.projection import position_limits
 from metro.processes import Processes
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
-from metro.training.memory import return_large_tensors
+from metro.training.memory import reserve_heap
 from metro.training.output_folder import TrainingResult, ran_out_of_patience
 from metro.training.precision import choose_precision
 from metro.training.sharding import load_shards, made_once, shard
@@ -89,7 +89,8 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> T
         checkpoint = output.open(settings, settings.resume, is_main_process)
     set_seed(settings.seed)
     progress.say(f"loading {settings.model}")
-    return_large_tensors()
+    if args.device.type == "cpu":
+        reserve_heap()
     load = partial(load_trainable, settings, args.bf16, args.device)
     model, tokenizer = made_once(load, settings, args)
     with args.main_process_first(local=False, desc="data"):

@@ -225,14 +225,15 @@ def build_trainer(
         load,
     )
     from metro.pretraining.building import build_model
-    from metro.training.memory import return_large_tensors
+    from metro.training.memory import reserve_heap
     from metro.training.precision import choose_precision
     from metro.training.pretraining_files import load_weights
     from metro.training.pretraining_trainer import PretrainingTrainer
     from metro.training.sharding import made_once, shard
 
     progress.say("building the model")
-    return_large_tensors()
+    if args.device.type == "cpu":
+        reserve_heap()
     set_seed(settings.seed)
 
     def make():

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from metro.conversion.export import whole_state
 from metro.sharding import SHARDS, local, whole
 from metro.training.adafactor import ShardedAdafactor
+from metro.training.memory import Heap, give_back
 from metro.training.sharding import is_sharded, load_shards, save_shards
 from metro.training.stopping import StopCallback
 from metro.utils.checksums import record
@@ -65,7 +66,10 @@ class MetroTrainer(Trainer):
         self.stop = stop or Stop()
         self.stopping = StopCallback(self.stop)
         self.console = ConsoleCallback(progress, self.shown)
-        super().__init__(model, args, callbacks=[self.console, self.stopping], **options)
+        callbacks = [self.console, self.stopping]
+        if args.device.type == "cpu":
+            callbacks.append(HeapCallback())
+        super().__init__(model, args, callbacks=callbacks, **options)
         # Not for transformers alone: then the Trainer does not wrap the model for processes again.
         self.is_distributed_loading_by_transformers = is_sharded(model)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
@@ -182,6 +186,19 @@ class MetroTrainer(Trainer):
             load_shards(shards, self.model)
         else:
             super()._load_best_model()
+
+
+class HeapCallback(TrainerCallback):
+    """Gives back what updates leave of the heap."""
+
+    def __init__(self):
+        self.heap = Heap()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.heap.tidy()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        give_back()
 
 
 class ConsoleCallback(TrainerCallback):

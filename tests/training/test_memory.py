@@ -1,34 +1,86 @@
-"""Training gives the memory of freed tensors back."""
+"""Training on the CPU keeps its memory from update to update, without gaps that grow."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.training.freed import GIVEN_BACK, given_back, of_glibc
+from tests.processes import run_python
+from tests.training.kept import FEW, MANY, NEW_PAGES, new_pages, of_glibc
 from tests.training.tiny import TINY
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (make install)")
 pytestmark = of_glibc
 
+RESERVED = "from metro.training.memory import reserve_heap; reserve_heap()\n"
+
 
 @pytest.mark.parametrize("function", ["pretrain", "finetune"])
-def test_training_gives_the_memory_of_large_tensors_back(
-    function, pretraining_data, t5_folder, prepared, tmp_path
-):
-    """Oracle: what the system says that the process has."""
+def test_training_keeps_its_memory(function, pretraining_data, t5_folder, prepared, tmp_path):
+    """Oracle: the pages that the system gave."""
     options = {
         "pretrain": {**TINY, "data": pretraining_data, "max_update": 1},
         "finetune": {"model": t5_folder, "data": prepared, "max_steps": 1, "use_cpu": True},
     }[function] | {"output_dir": tmp_path / "out"}
     code = f"import json, metro, sys; metro.{function}(progress=False, **json.loads(sys.argv[1]))"
-    assert given_back(code + GIVEN_BACK, json.dumps(options, default=str)) > 150
+    assert new_pages(code + NEW_PAGES, json.dumps(options, default=str)) < FEW
 
 
 @pytest.mark.parametrize(
-    "chosen, least, most", [({}, 150, 170), ({"MALLOC_MMAP_THRESHOLD_": str(2**25)}, 0, 20)]
+    "chosen",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"},
+    ],
 )
-def test_the_size_that_the_user_chose_stays(chosen, least, most):
+def test_settings_that_the_user_chose_stay(chosen):
     """Oracle: as above."""
-    call = "from metro.training.memory import return_large_tensors; return_large_tensors()"
-    assert least <= given_back(call + GIVEN_BACK, env=chosen) <= most
-    assert given_back(GIVEN_BACK) <= 20  # glibc by itself
+    assert new_pages(RESERVED + NEW_PAGES) < FEW
+    assert new_pages(RESERVED + NEW_PAGES, env=chosen) > MANY
+    assert new_pages(NEW_PAGES) > MANY  # glibc by itself
+
+
+def test_a_limit_on_addresses_leaves_room_for_them():
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
+    assert new_pages(limit + RESERVED + NEW_PAGES) > MANY
+
+
+def test_kept_memory_is_in_huge_pages():
+    """Oracle: what the system says of the heap."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no huge pages")
+    code = """
+import torch
+tensor = torch.ones(2**24)
+heap = open("/proc/self/smaps").read().split("[heap]")[1:]
+lines = [line for part in heap for line in part.splitlines() if line.startswith("AnonHugePages")]
+print(sum(int(line.split()[1]) for line in lines) // 1024)
+"""
+    assert int(run_python("-c", RESERVED + code).stdout) >= 60  # of 64 MiB
+
+
+def test_gaps_are_given_back_once_they_are_an_eighth_of_what_an_update_needs():
+    """Oracle: what the system says that the process has, in MiB."""
+    code = """
+import numpy as np
+from metro.training.memory import Heap
+
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+def update(mebibytes):
+    np.ones(mebibytes * 2**17)
+    before = resident()
+    heap.tidy()
+    print(round(before - resident()), round(heap.needed / 2**20 - before))
+
+heap, weights = Heap(), np.ones(2**27)
+for mebibytes in (100, 150, 400, 150, 260, 400, 400):
+    update(mebibytes)
+"""
+    found = run_python("-c", RESERVED + code).stdout.splitlines()
+    given, below = zip(*(map(int, line.split()) for line in found), strict=True)
+    assert [each > 50 for each in given] == [False, False, True, False, False, True, False]
+    assert abs(below[0]) <= 1  # what the first update needed is what the process had
