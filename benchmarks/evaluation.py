@@ -14,7 +14,7 @@ model of half the base's width and depth with random weights. Seconds are proces
 process, which other processes on the machine disturb least. On a GPU the model is as large as the
 base, both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall, and
 predictions that differ are counted. On the CPU ours computes once more as by ``--precision bf16``,
-and its predictions that differ from float32's are counted. The last row weighs each set by its rows
+and its predictions and scores are compared with float32's. The last row weighs each set by its rows
 and prompts: the time of the whole suite.
 
 ``times_floor`` is our time over that of the products which no way can do without: the encoder over
@@ -36,7 +36,7 @@ from torch.nn import Linear
 
 from benchmarks.common import data_folder, print_table, write_results
 from benchmarks.page import TARGETS
-from benchmarks.timing import seconds_now
+from benchmarks.timing import seconds_now, subject_on
 from metro.data.prompts.encoding import PromptEncoder
 from metro.evaluation.scoring.pair_scoring import Pair, PairScorer
 from metro.evaluation.scoring.rank_classification import RankClassifier
@@ -162,7 +162,7 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
     ways = {"published": (published_way, plain), "ours": (our_way, model)}
     if device == "cpu":
         ways["bf16"] = (our_way, copy.deepcopy(model).bfloat16())
-    seconds, count, farthest = dict.fromkeys(ways, 0.0), 0, 0.0
+    seconds, count, farthest, farthest_rounded = dict.fromkeys(ways, 0.0), 0, 0.0, 0.0
     flops = num_flips = 0
     for prompt in prompts:
         examples = task.examples(prompt, flipped=method == "flipped").examples
@@ -177,6 +177,8 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
         flops += product_flops(model, pairs)
         for rounded, ours in zip(scores.get("bf16", []), scores["ours"], strict=device == "cpu"):
             num_flips += rounded.index(max(rounded)) != ours.index(max(ours))
+            apart = (abs(a - b) for a, b in zip(rounded, ours, strict=True))
+            farthest_rounded = max(farthest_rounded, *apart)
         for theirs, ours in zip(scores["published"], scores["ours"], strict=True):
             if theirs.index(max(theirs)) != ours.index(max(ours)):
                 num_different += 1
@@ -185,7 +187,9 @@ def compare_on_task(model, plain, tokenizer, task, prompts, method, speeds):
             farthest = max(farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True)))
     floors = [flops / speed for speed in speeds]
     row = as_row(method, task.name, count, num_different, farthest, seconds, floors)
-    return row | {"bf16_different": num_flips} if device == "cpu" else row
+    if device == "cpu":
+        row |= {"bf16_different": num_flips, "bf16_largest_difference": farthest_rounded}
+    return row
 
 
 def as_row(method, task, examples, num_different, farthest, seconds, floors) -> dict:
@@ -229,6 +233,7 @@ def summed(rows, name, sizes=None):
     row = as_row(rows[0]["method"], name, examples, num_different, farthest, of_way, floors)
     if "bf16_different" in rows[0]:
         row["bf16_different"] = sum(each["bf16_different"] for each in rows)
+        row["bf16_largest_difference"] = max(each["bf16_largest_difference"] for each in rows)
     return row
 
 
@@ -284,7 +289,7 @@ def main() -> None:
     rows, speeds = [], [product_speed(options.width, options.device, each) for each in types]
     store = partial(
         write_results,
-        "evaluation_gpu" if on_gpu else "evaluation",
+        subject_on(options.device, "evaluation"),
         layers=options.layers, width=options.width, rows_per_task=options.rows,
         prompts_per_task=options.prompts, threads=torch.get_num_threads(),
         gflops_per_second=speeds[0] / 1e9, bf16_gflops_per_second=speeds[1] / 1e9,

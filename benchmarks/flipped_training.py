@@ -25,6 +25,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import measure_isolated, print_table, write_results
+from benchmarks.timing import subject_on
 
 PAD, START, VOCAB_SIZE = 1, 2, 32_000
 GROUP = 64  # batches sorted together
@@ -222,7 +223,8 @@ def main() -> None:
             norms = plain["gradient_norm"], results[way]["gradient_norm"]
             assert abs(norms[0] - norms[1]) < 10 * allowed * norms[0], f"{kind}: gradients {norms}"
     print_table(rows, f"FLIPPED training, {options.batch_size} examples an update")
-    write_results("flipped_training", rows, batch_size=options.batch_size, threads=options.threads)
+    given = {"batch_size": options.batch_size, "threads": options.threads}
+    write_results(subject_on("cpu", "flipped_training"), rows, **given)
 
 
 if __name__ == "__main__":

@@ -126,16 +126,20 @@ def text_comparisons(results: dict[str, dict]) -> list[Comparison]:
     return [*found, Comparison(ours["stage"], *speeds, "strings/s", times, None, None)]
 
 
+def model_comparisons(results: dict[str, dict], machine: str = "") -> list[Comparison]:
+    """What models do on a CPU with AMX, or on another machine."""
+    found, options = [], {"on_gpu": True} if machine == "_gpu" else {}
+    for make in (pretraining_comparisons, evaluation_comparisons, flipped_comparisons):
+        subject = make.__name__.removesuffix("_comparisons").replace("flipped", "flipped_training")
+        if result := results.get(subject + machine):
+            found += make(result, **options)
+    return found
+
+
 def comparisons(results: dict[str, dict]) -> list[Comparison]:
     """What stands first: each benchmark's main row beside its alternative's."""
-    found = []
-    for make in (pretraining_comparisons, evaluation_comparisons):
-        subject = make.__name__.removesuffix("_comparisons")
-        if on_gpu := results.get(f"{subject}_gpu"):
-            found += make(on_gpu, on_gpu=True)
-    found += pretraining_comparisons(results["pretraining"])
-    found += evaluation_comparisons(results["evaluation"])
-    return found + flipped_comparisons(results["flipped_training"]) + text_comparisons(results)
+    of_gpu = model_comparisons(results, "_gpu")
+    return of_gpu + model_comparisons(results) + text_comparisons(results)
 
 
 def shown(value: Any) -> str:
@@ -181,16 +185,21 @@ def first_table(found: list[Comparison]) -> str:
     return table(columns, rows)
 
 
-def targets(results: dict[str, dict], found: list[Comparison]) -> str:
-    """How many targets are met, and which are not; those of a GPU stand in their sections."""
+def targets_met(found: list[Comparison], where: str) -> str:
+    """How many targets are met, and which are not."""
     judged = [(each.what, line) for each in found for line in each.verdicts]
     missed = [
         f"{what}: {line.replace(' not met', '')}" for what, line in judged if "not met" in line
     ]
-    text = f"**Targets on a CPU: {len(judged) - len(missed)} of {len(judged)} met.**"
+    text = f"**Targets on a CPU {where}: {len(judged) - len(missed)} of {len(judged)} met.**"
     if missed:
         text += f" Not met: {'; '.join(missed)}."
-    lines = [page_text.filled(text)]
+    return page_text.filled(text)
+
+
+def targets(results: dict[str, dict], found: list[Comparison]) -> str:
+    """Those with AMX, and how many of a GPU's, which stand in its sections, are met."""
+    lines = [targets_met(found, "with AMX")]
     on_gpu = [result for subject, result in results.items() if subject.endswith("_gpu")]
     if of_gpu := [line for result in on_gpu for line in result.get("targets", ())]:
         num_met = sum("NOT met" not in line for line in of_gpu)
@@ -206,8 +215,8 @@ def render_section(section: Section, result: dict) -> str:
     named = tuple(key.replace("_", " ") for key in keys)
     text = f"## {section.title}\n\n"
     text += about(result).format(section.module or section.subject) + "\n\n"
-    if section.note:
-        text += section.note(result) + "\n"
+    if section.note and (note := section.note(result)):
+        text += note + "\n"
     text += "".join(f"- {line}\n" for line in result.get("targets", ()))
     text += "\n" * bool(result.get("targets"))
     return text + table(named, [[row.get(key) for key in keys] for row in rows]) + "\n"
@@ -221,7 +230,10 @@ def render_page(results: dict[str, dict]) -> str:
     text += f"{first_table(found)}\n{targets(results, found)}\n{page_text.sizes(results)}\n"
     text += page_text.floors(results) + "\n"
     text += "![Times as fast as the published way](images/performance.svg)\n\n"
-    text += page_text.precision(results) + page_text.MEMORY
+    if without_amx := model_comparisons(results, "_without_amx"):
+        text += f"{page_text.WITHOUT_AMX}\n{first_table(without_amx)}\n"
+        text += targets_met(without_amx, "without AMX") + "\n"
+    text += page_text.precision(results) + page_text.memory(results)
     for section in SECTIONS:
         if result := results.get(section.subject):
             text += render_section(section, result)

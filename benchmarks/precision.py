@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.common import print_table, write_results
 from benchmarks.pretraining import Optimizer, metro_batch
+from benchmarks.timing import subject_on
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.pretraining.configuration import MetroPretrainingConfig
@@ -54,8 +55,9 @@ def main() -> None:
     for width in args.widths:
         rows.append(compare(width, args.steps))
         has_amx = torch.cpu._is_amx_tile_supported()
-        subject = "precision" if has_amx else "precision_without_amx"
-        write_results(subject, rows, threads=torch.get_num_threads(), amx=has_amx)
+        write_results(
+            subject_on("cpu", "precision"), rows, threads=torch.get_num_threads(), amx=has_amx
+        )
     print_table(rows, "a METRO step in bf16 beside fp32")
 
 

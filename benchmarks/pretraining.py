@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import measure_isolated, print_table, write_results
 from benchmarks.plain_pretraining import make_plain, plain_loss, plain_span_loss
-from benchmarks.timing import measure_rates, seconds_now, take_proven_kernels
+from benchmarks.timing import measure_rates, seconds_now, subject_on, take_proven_kernels
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.ops.adamw import adamw_step
@@ -245,7 +245,7 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         inputs, seconds = on_device(batch, device), []
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(num_steps + (3 if device == "cuda" else 1)):
+        for _ in range(num_steps + (3 if device == "cuda" else 2)):
             start = seconds_now(device)
             loss_of(inputs).backward()
             optimizer.step()
@@ -344,7 +344,7 @@ def main() -> None:
             is_goal = args.device == "cuda" and args.size == "base"
             targets = judge(rows, failed) if is_goal else []
             write_results(
-                "pretraining" if args.device == "cpu" else "pretraining_gpu",
+                subject_on(args.device, "pretraining"),
                 rows,
                 size=args.size,
                 batch_size=batch_size,

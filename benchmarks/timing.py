@@ -127,3 +127,10 @@ def measure_rates(device: str, dtype: torch.dtype | None = None) -> tuple[float,
     product = min(seconds_of(lambda: a @ b, [], device) for _ in range(8))
     added = min(seconds_of(lambda: target.add_(source), [], device) for _ in range(8))
     return 2 * size**3 / product, 3 * source.nbytes / added
+
+
+def subject_on(device: str, subject: str) -> str:
+    """Name results by the device: on CPUs AMX says more than anything else how fast bf16 is."""
+    if device == "cuda":
+        return f"{subject}_gpu"
+    return subject if torch.cpu._is_amx_tile_supported() else f"{subject}_without_amx"

@@ -67,7 +67,7 @@ def _advise(size: int, advice: int) -> bool:
 
 
 def _may_reserve() -> bool:
-    """Check for glibc (2.33 or later) without the user's own settings, and that addresses cost nothing."""
+    """Check for glibc 2.33 or later without the user's own settings, where addresses are free."""
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return False
     chosen = ("MALLOC_MMAP_", "MALLOC_TRIM_", "MALLOC_TOP_", "GLIBC_TUNABLES")
@@ -78,7 +78,8 @@ def _may_reserve() -> bool:
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
         return False
-    return Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    return overcommit.exists() and overcommit.read_text().strip() != "2"
 
 
 @functools.cache
@@ -105,9 +106,10 @@ class Heap:
         """Compare the process's memory after an update with that after one that had no gaps."""
         if not reserve_heap():
             return
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        taken = (resident - of_files) * mmap.PAGESIZE
         if self.is_fresh:
-            self.needed = max(self.needed, resident)
-        self.is_fresh = resident > (1 + LEFT_OVER) * self.needed
+            self.needed = max(self.needed, taken)
+        self.is_fresh = taken > (1 + LEFT_OVER) * self.needed
         if self.is_fresh:
             give_back()

@@ -74,8 +74,8 @@ def test_each_target_is_judged_by_itself(what, times, floor, memory, verdicts):
 def test_targets_are_counted_and_those_missed_are_named():
     slow = Comparison("METRO-base pretraining, bf16", 3.0, 1.0, "x", 3.0, None, 0.3)
     fast = Comparison("FLIPPED training, METRO-T5", 9.0, 1.0, "x", 9.0, None, None)
-    want = "**Targets on a CPU: 2 of 3 met.** Not met: METRO-base pretraining, bf16: 3.5 x.\n"
-    assert targets({}, [slow, fast]) == want
+    want = "Targets on a CPU with AMX: 2 of 3 met.** Not met: METRO-base pretraining, bf16: 3.5 x."
+    assert targets({}, [slow, fast]) == f"**{want}\n"
     on_gpu = {"ops_gpu": {"targets": ["a: 3: met", "b: 2: NOT met"]}}
     assert "**Targets on a GPU: 1 of 2 met**" in targets(on_gpu, [slow, fast])
 
