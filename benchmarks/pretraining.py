@@ -46,7 +46,7 @@ from metro.ops.kernels.self_check import known_faults
 from metro.pretraining.configuration import MetroPretrainingConfig
 from metro.pretraining.losses import MetroObjective
 from metro.pretraining.model import MetroPretrainingModel, T5PretrainingModel
-from metro.training.memory import Heap, reserve_heap
+from metro.training.memory import Heap
 
 VOCAB_SIZE, SENTINEL, LENGTH = 32768 + 512, 32768, 512
 SPANS_LENGTH = 114
@@ -234,11 +234,10 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         take_proven_kernels()
     if device == "cpu":
         torch.set_num_threads(1)
-        if not way.endswith("plain"):
-            reserve_heap()
+    heap = Heap() if device == "cpu" and not way.endswith("plain") else None
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    optimizer, heap, found = Optimizer(model), Heap(), []
+    optimizer, found = Optimizer(model), []
     of_spans = way.startswith("t5")
     for padded in (False, True) if device == "cuda" and not of_spans else (False,):
         batch = t5_batch(batch_size, way) if of_spans else metro_batch(batch_size, padded)
@@ -249,7 +248,8 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
             start = seconds_now(device)
             loss_of(inputs).backward()
             optimizer.step()
-            heap.tidy()
+            if heap:
+                heap.tidy()
             seconds.append(seconds_now(device) - start)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
         padding = "half to full" if padded else "none"

@@ -139,19 +139,3 @@ def test_public_names_exist_and_the_functions_can_be_called():
     assert metro.fuse is metro.fusion.fuse
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = metro.nothing
-
-
-@pytest.mark.parametrize(
-    "imported, chosen, asks",
-    [
-        ("metro", {}, True),
-        ("metro", {"THP_MEM_ALLOC_ENABLE": "0"}, False),
-        pytest.param("fairseq_cli.train, fairseq_plugins", {}, True, marks=pytest.mark.fairseq),
-    ],
-)
-def test_memory_of_large_tensors_is_asked_for_in_huge_pages(monkeypatch, imported, chosen, asks):
-    """Oracle: PyTorch places a tensor at the start of a page if, and only if, it asks."""
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    address = f"import {imported}, torch; print(torch.empty(2**22).data_ptr() % 4096)"
-    found = run_python("-c", address, env=chosen).stdout.splitlines()[-1]
-    assert (found == "0") == asks

@@ -18,7 +18,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_plugins.compat.life import show
 from fairseq_plugins.replaced import replaces
-from metro.training.memory import Heap, reserve_heap
+from metro.training.memory import Heap
 from metro.utils.messages import UserError
 from metro.utils.stopping import Stop
 
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 stop = Stop()
-heap = Heap()
+heap: Heap | None = None
+"""Of a run on the CPU."""
 running: Trainer | None = None
 unfinished = 0
 """Micro-batches of the update within which the run stops: it is done again when the run resumes."""
@@ -115,7 +116,7 @@ def name_the_batch(original, self, samples, raise_oom=False):
         unfinished, stop.agreed = len(samples), True
         return None
     guard.check(before)  # where the optimizer step was skipped (overflow in fp16)
-    if self.device.type == "cpu":
+    if heap:
         heap.tidy()
     return result
 
@@ -130,12 +131,11 @@ def listen_and_know_the_end(original, cfg, trainer, task, epoch_itr):
     if limit and done >= limit:
         logger.info("nothing to do: %d of %d updates are already done", done, limit)
         return [None], True
-    if trainer.device.type == "cpu":
-        reserve_heap()
-    global unfinished, running
+    global unfinished, running, heap
     unfinished = 0
     if trainer is not running:  # not another epoch: a request in the validation of one counts still
         running = trainer
+        heap = Heap() if trainer.device.type == "cpu" else None
         stop.clear()
     with stop.listen("saving after the current batch, then stopping"):
         return original(cfg, trainer, task, epoch_itr)

@@ -47,14 +47,6 @@ def reserve_heap() -> bool:
     return succeeded
 
 
-def give_back() -> None:
-    """Give the system the memory of the heap that is free; the addresses stay."""
-    if reserve_heap():
-        library = _library()
-        library.malloc_trim(ctypes.c_size_t(-1))  # between what is in use
-        _advise(library.mallinfo2().keepcost - HUGE, mmap.MADV_DONTNEED)  # and behind it
-
-
 def _advise(size: int, advice: int) -> bool:
     """Take memory of this size, tell the system what of it, and free it."""
     library = _library()
@@ -93,18 +85,19 @@ def _library() -> ctypes.CDLL:
 
 
 class Heap:
-    """Gives memory back after updates that left too much of it between tensors.
+    """Keeps memory, and gives it back after updates that left too much of it between tensors.
 
     Where batches differ in shape, an update finds other gaps in the heap than the one before, and
     writes to pages that were unused so far.
     """
 
     def __init__(self):
+        self.is_kept = reserve_heap()
         self.needed, self.is_fresh = 0, True
 
     def tidy(self) -> None:
         """Compare the process's memory after an update with that after one that had no gaps."""
-        if not reserve_heap():
+        if not self.is_kept:
             return
         resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
         taken = (resident - of_files) * mmap.PAGESIZE
@@ -112,4 +105,11 @@ class Heap:
             self.needed = max(self.needed, taken)
         self.is_fresh = taken > (1 + LEFT_OVER) * self.needed
         if self.is_fresh:
-            give_back()
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give the system what is free of the heap; the addresses stay."""
+        if self.is_kept:
+            library = _library()
+            library.malloc_trim(ctypes.c_size_t(-1))  # between what is in use
+            _advise(library.mallinfo2().keepcost - HUGE, mmap.MADV_DONTNEED)  # and behind it

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from metro.conversion.export import whole_state
 from metro.sharding import SHARDS, local, whole
 from metro.training.adafactor import ShardedAdafactor
-from metro.training.memory import Heap, give_back
+from metro.training.memory import Heap
 from metro.training.sharding import is_sharded, load_shards, save_shards
 from metro.training.stopping import StopCallback
 from metro.utils.checksums import record
@@ -198,7 +198,7 @@ class HeapCallback(TrainerCallback):
         self.heap.tidy()
 
     def on_train_end(self, args, state, control, **kwargs):
-        give_back()
+        self.heap.give_back()
 
 
 class ConsoleCallback(TrainerCallback):
