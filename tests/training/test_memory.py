@@ -61,13 +61,13 @@ print(sum(int(line.split()[1]) for line in lines) // 1024)
 
 
 def test_gaps_are_given_back_once_they_are_an_eighth_of_what_an_update_needs():
-    """Oracle: what the system says that the process has, in MiB."""
+    """Oracle: what the system says that the process has beside files, in MiB."""
     code = """
 import numpy as np
 from metro.training.memory import Heap
 
 def resident():
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
 def update(mebibytes):
