@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.timing import subject_on
 from tests.conftest import ROOT
 
 # `python -m some.module` does what the variable PLAY_some_module says; all else is Python.
@@ -201,12 +202,13 @@ def test_a_dry_run_computes_every_part_on_the_cpu(tmp_path, testdata):
         ended += part["seconds"]
     checked = json.loads((tmp_path / "self_check.json").read_text())
     assert [row["fault"] for row in checked["rows"]] == [None] * checked["of"] == [None] * 4
-    speed = json.loads((tmp_path / "pretraining.json").read_text())
+    speed = json.loads((tmp_path / f"{subject_on('cpu', 'pretraining')}.json").read_text())
     assert {(row["way"], row["padding"]) for row in speed["rows"]} >= {("metro", "none")}
     assert all(row["tokens/s"] > 0 and row["peak GiB"] > 0 for row in speed["rows"])
-    for subject in ("pretraining_curves", "ops", "evaluation"):
+    evaluation = subject_on("cpu", "evaluation")
+    for subject in ("pretraining_curves", "ops", evaluation):
         assert json.loads((tmp_path / f"{subject}.json").read_text())["environment"]
-    assert "the published way" in report["targets"]["evaluation"][0]
+    assert "the published way" in report["targets"][evaluation][0]
 
 
 @pytest.mark.slow
@@ -216,7 +218,8 @@ def test_a_benchmark_that_is_killed_leaves_what_it_had(tmp_path, module):
     argv = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cpu"]
     argv += {"pretraining": ["--size", "small", "--batch-size", "1"]}.get(module, [])
     env = {**os.environ, "OUT": str(tmp_path), "TRITON_INTERPRET": "1"}
-    path, deadline = tmp_path / f"{module}.json", time.monotonic() + 300
+    subject = subject_on("cpu", module) if module == "pretraining" else module
+    path, deadline = tmp_path / f"{subject}.json", time.monotonic() + 300
     process = subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True)
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
