@@ -18,7 +18,7 @@ from tests.plugins.conftest import (
     run,
     write_corpus,
 )
-from tests.training.kept import FEW, NEW_PAGES, new_pages, of_glibc
+from tests.training.kept import COUNTED, FEW, NEW_PAGES, ONCE, new_pages, of_glibc
 
 LAST = "checkpoint_last.pt"
 
@@ -213,5 +213,5 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(train, golden, recor
 def test_training_keeps_its_memory(corpus, tmp_path):
     """As that of `metro pretrain`; oracle: the pages that the system gave."""
     argv = [*TINY, *METRO, "--max-update 1 --save-dir", str(tmp_path)]
-    code = "from fairseq_cli.train import cli_main; cli_main()" + NEW_PAGES
+    code = COUNTED + "from fairseq_cli.train import cli_main; cli_main()" + ONCE + NEW_PAGES
     assert new_pages(code, corpus, *" ".join(argv).split()) < FEW

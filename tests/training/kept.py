@@ -25,6 +25,17 @@ print(faults() - before)
 """
 """Prints how many pages the system gave for ten tensors of 64 MiB, one after the other."""
 
+COUNTED = """
+from metro.training.memory import Heap
+
+times_tidied, tidy = [], Heap.tidy
+Heap.tidy = lambda heap: times_tidied.append(tidy(heap))
+"""
+"""Counts how often the heap is tidied."""
+
+ONCE = "\nassert len(times_tidied) == 1"
+"""After a training of one update."""
+
 FEW, MANY = 50, 300
 """Of these, where memory is kept and where it is not, in huge pages at that."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_python
-from tests.training.kept import FEW, MANY, NEW_PAGES, new_pages, of_glibc
+from tests.training.kept import COUNTED, FEW, MANY, NEW_PAGES, ONCE, new_pages, of_glibc
 from tests.training.tiny import TINY
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (make install)")
@@ -23,7 +23,8 @@ def test_training_keeps_its_memory(function, pretraining_data, t5_folder, prepar
         "finetune": {"model": t5_folder, "data": prepared, "max_steps": 1, "use_cpu": True},
     }[function] | {"output_dir": tmp_path / "out"}
     code = f"import json, metro, sys; metro.{function}(progress=False, **json.loads(sys.argv[1]))"
-    assert new_pages(code + NEW_PAGES, json.dumps(options, default=str)) < FEW
+    code = COUNTED + code + ONCE + NEW_PAGES
+    assert new_pages(code, json.dumps(options, default=str)) < FEW
 
 
 @pytest.mark.parametrize(
