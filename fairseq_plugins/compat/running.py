@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import re
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import fairseq_cli.train as fairseq_train
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, options
+from fairseq.data.iterators import BackgroundConsumer
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from fairseq.trainer import Trainer
@@ -31,6 +35,27 @@ heap: Heap | None = None
 running: Trainer | None = None
 unfinished = 0
 """Micro-batches of the update within which the run stops: it is done again when the run resumes."""
+SECONDS_FOR_THE_LAST_BATCH = 60.0
+
+
+@atexit.register
+def end_reading_ahead() -> None:
+    """End fairseq's threads that prepare batches (`dataset.data_buffer_size`) before Python does.
+
+    While it ends, Python ends daemon threads where they ask for the GIL; inside PyTorch's C++ code
+    that aborts the process: a run that has done all its updates would end with status 134 and
+    "terminate called without an active exception".
+    """
+    readers = [one for one in threading.enumerate() if isinstance(one, BackgroundConsumer)]
+    for reader in readers:
+        reader._max_len = 0  # it ends after the batch that it prepares
+    patience = time.monotonic() + SECONDS_FOR_THE_LAST_BATCH
+    while any(reader.is_alive() for reader in readers) and time.monotonic() < patience:
+        for reader in readers:  # it may wait for a place in its queue
+            with reader._queue.mutex:
+                reader._queue.queue.clear()
+                reader._queue.not_full.notify()
+            reader.join(0.05)
 
 
 class Stopped(Exception):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,6 +48,38 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_exact(train, tmp_path, monkeyp
     assert signal.getsignal(signal.SIGTERM) == before
     train(tmp_path / "stopped", "--max-update 6")
     assert_equal_runs(load(tmp_path / "whole" / LAST), load(tmp_path / "stopped" / LAST))
+
+
+READING_AHEAD = """
+import sys, time, torch
+import fairseq_plugins.compat
+from fairseq.data.iterators import BufferedIterator
+
+class Batches:
+    def __len__(self):
+        return 1_000_000
+
+    def __iter__(self):
+        matrix = torch.ones(400, 400)
+        for _ in range(len(self)):
+            yield matrix @ matrix
+
+next(BufferedIterator(int(sys.argv[1]), Batches()))
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("buffer_size", [1, 1_000_000], ids=["waits", "prepares"])
+def test_a_run_ends_while_fairseq_reads_ahead(buffer_size):
+    """Without the repair, the thread that prepares batches aborts the process."""
+    process = subprocess.run(
+        [sys.executable, "-c", READING_AHEAD, str(buffer_size)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,  # less than a reader that does not end is waited for
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def output_of_stopped(process, stop) -> str:
