@@ -6,7 +6,7 @@ import torch
 from metro.fusion import fuse, fused_attend
 from metro.modeling.attention_metro_t5 import Attention
 from metro.modeling.layers_metro_t5 import FeedForward
-from metro.ops import relative_position_attention as op
+from metro.ops import cached_attention
 from metro.ops.dropout import draw_kept
 from metro.ops.relative_position_attention import relative_position_attention
 from metro.pretraining.losses import MetroObjective
@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_the_formula(
 
 def test_causal_blocks_equal_the_formula(monkeypatch):
     """Blocks that do not divide the length."""
-    monkeypatch.setattr(op, "CAUSAL_BLOCK", 7)
+    monkeypatch.setattr(cached_attention, "CAUSAL_BLOCK", 7)
     test_values_and_gradients_equal_the_formula("cached", 16, 16, True, True, True, False)
 
 
@@ -90,7 +90,7 @@ def test_dropout_equals_the_formula_on_the_same_dropped_weights(monkeypatch, dty
         drawn.append(draw_kept(*args))
         return drawn[-1].clone()
 
-    monkeypatch.setattr(op, "draw_kept", recording)
+    monkeypatch.setattr(cached_attention, "draw_kept", recording)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # head after head
     *exact, bias, key_mask, _ = inputs(16, 16, True, True, False)
     given = [x.detach().to(dtype).requires_grad_() for x in exact]
