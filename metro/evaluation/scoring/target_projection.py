@@ -95,5 +95,14 @@ def target_log_probabilities(
         logits_RW = F.linear(hidden_RD, weight_VD[first:end], bias_W).float()
         here = order_N[splits[number] : splits[number + 1]]
         logit_N[here] = logits_RW[row_N[here], target_N[here] - first]
-        parts_R.append(logits_RW.logsumexp(-1))
+        parts_R.append(spent_logsumexp(logits_RW))
     return logit_N - torch.stack(parts_R).logsumexp(0)[row_N]
+
+
+def spent_logsumexp(logits_RW: torch.Tensor) -> torch.Tensor:
+    """``logits.logsumexp(-1)``, writing over the logits, by softmax: twice as fast on the CPU.
+
+    Relative to the largest logit the sum of the exponentials is one over the largest share.
+    """
+    largest_R = logits_RW.amax(-1)
+    return largest_R - torch.softmax(logits_RW, -1, out=logits_RW).amax(-1).log()
