@@ -92,12 +92,18 @@ SECTIONS = (
         ),
         note=page_text.of_precision_curves,
     ),
-    Section("pretraining", "Pretraining at the published size, with AMX", PRETRAINING),
+    Section(
+        "pretraining",
+        "Pretraining at the published size, with AMX",
+        PRETRAINING,
+        note=page_text.of_pretraining,
+    ),
     Section(
         "pretraining_without_amx",
         "Pretraining at the published size, with AVX512_BF16",
         PRETRAINING,
         "pretraining",
+        page_text.of_pretraining,
     ),
     Section(
         "pretraining_gpu",

@@ -167,6 +167,16 @@ def of_precision_curves(result: dict) -> str:
     )
 
 
+def of_pretraining(result: dict) -> str:
+    """How far steps of one way differ."""
+    of_way = (
+        f"{way} {', '.join(map(shown, run['seconds']))}"
+        for way, runs in result["runs"].items()
+        for run in runs
+    )
+    return filled(f"Seconds of the timed steps, whose median counts: {'; '.join(of_way)}.")
+
+
 def of_gpu_pretraining(result: dict) -> str:
     return filled(
         f"""METRO-{result["size"]} in bf16 with an optimizer in float32; {result["batch_size"]}
