@@ -200,7 +200,7 @@ def test_an_output_embedding_of_another_type_is_converted():
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_log_probabilities_in_blocks_of_words_are_those_of_all_words(with_bias):
-    """Oracle: log_softmax of all logits in float64. 4,200 rows make blocks of 512 words."""
+    """Oracle: log_softmax of all logits in float64. Blocks are of 1,024 words."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(4200, 6), torch.randn(1300, 6)
     bias = torch.randn(1300) if with_bias else None
