@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tests.plugins.conftest import (
     run,
     start,
 )
+from tests.processes import run_python
 
 LAST = "checkpoint_last.pt"
 
@@ -72,14 +71,8 @@ time.sleep(0.1)
 @pytest.mark.parametrize("buffer_size", [1, 1_000_000], ids=["waits", "prepares"])
 def test_a_run_ends_while_fairseq_reads_ahead(buffer_size):
     """Without the repair, the thread that prepares batches aborts the process."""
-    process = subprocess.run(
-        [sys.executable, "-c", READING_AHEAD, str(buffer_size)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=50,  # less than a reader that does not end is waited for
-    )
-    assert process.returncode == 0, process.stderr
+    # Sooner than a reader is given up that does not end.
+    run_python("-c", READING_AHEAD, buffer_size, timeout=50)
 
 
 def output_of_stopped(process, stop) -> str:
