@@ -3,12 +3,13 @@
 All sources of a batch are concatenated to one sequence; each sees only itself, and its positions
 count from its own start. So are the decoder's inputs: those of one source form a tree whose root is
 the start symbol and whose branches are the targets, common beginnings once, and each token sees its
-ancestors. Nothing is padded, and the keys and values of a source are read by all its targets
-without being copied. Only attention differs; everything else is the model's own code.
+ancestors: its attention is computed along the paths from the root. Nothing else is padded, and the
+keys and values of a source are read by all its targets without being copied. Only attention
+differs; everything else is the model's own code.
 
 On GPUs one attention launch per source dominates, so padded batches are used there.
 
-Shapes: N tokens of the sequence, S of one source, T of one tree, L of the longest, R parts of equal
+Shapes: N tokens of the sequence, T of a part of it, L of the longest, R parts or paths of equal
 size, H heads, K head width.
 """
 
@@ -30,8 +31,8 @@ from metro.modeling.layers_metro_t5 import FeedForward
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from metro.models.placement import is_dispatched
 
-TREE_TOKENS = 192
-"""Size above which a tree is split: attention computes all pairs of a tree's tokens."""
+PATH_STEP = 16
+"""Paths are computed together with those of up to the same multiple of it; the rest is padding."""
 
 
 def can_pack(model) -> bool:
@@ -52,7 +53,7 @@ class Tree:
 
     def __init__(self, owner: int, start: int):
         self.owner = owner
-        self.ids, self.depths, self.parents = [start], [0], [0]
+        self.ids, self.depths, self.parents = [start], [0], [-1]
         self.children: dict[tuple[int, int], int] = {}
         """(node, token) -> node."""
         self.asked: list[tuple[int, int, int]] = []
@@ -72,22 +73,22 @@ class Tree:
                 self.parents.append(node)
             node = child
 
-    def mask(self) -> torch.Tensor:
-        """T,T to be added to the scores: 0 where a token sees another, else the lowest number."""
-        visible = torch.eye(len(self.ids), dtype=torch.bool)
-        for node in range(1, len(self.ids)):
-            visible[node] |= visible[self.parents[node]]
-        return torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    def paths(self) -> list[list[int]]:
+        """The nodes from the start to each that has no child: what a token sees, and itself."""
+        found = []
+        for node in sorted(set(range(len(self.ids))).difference(self.parents)):
+            path = [node]
+            while path[-1] > 0:
+                path.append(self.parents[path[-1]])
+            found.append(path[::-1])
+        return found
 
 
 def grow_trees(batch: Batch, start: int) -> list[Tree]:
-    """Make the trees of a batch, in the order of its sources."""
-    trees: list[Tree] = []
+    """Make the tree of each source of a batch, in its order."""
+    trees = [Tree(owner, start) for owner in range(len(batch.sources))]
     for pair, (owner, target) in enumerate(batch.pairs):
-        is_full = trees and len(trees[-1].ids) + len(target) > TREE_TOKENS
-        if not trees or trees[-1].owner != owner or is_full:
-            trees.append(Tree(owner, start))
-        trees[-1].add(pair, target)
+        trees[owner].add(pair, target)
     return trees
 
 
@@ -97,41 +98,72 @@ class Parts(NamedTuple):
     number: int
     queries: slice
     keys: slice
-    mask: torch.Tensor | None
-    """R,1,T,T to be added to the scores."""
 
 
 class Packed(NamedTuple):
-    """Visibility within a sequence of parts; takes the place of the model's ``Visibility``."""
+    """Each part of the sequence sees the keys of its own part, all of them.
+
+    Like :class:`Paths` it takes the place of the model's ``Visibility``.
+    """
 
     parts: list[Parts]
     longest: int
 
-
-def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, packed: Packed, *_, **__):
-    """:func:`metro.modeling.attention_metro_t5.attend` within each part of a sequence."""
-    num_tokens, longest, bias_1HLL = k_1HNK.shape[2], packed.longest, None
-    if bias_HN is not None:
-        near = slice(num_tokens - longest, num_tokens + longest - 1)
-        bias_1HLL = bias_of_pairs(bias_HN[:, near], longest).to(q_1HNK.dtype)
-    _, num_heads, num_queries, width = q_1HNK.shape
-    out_1NHK = q_1HNK.new_empty(1, num_queries, num_heads, width)
-    for parts in packed.parts:
-        q_RHTK, k_RHTK, v_RHTK = (
-            x[0, :, tokens].unflatten(1, (parts.number, -1)).transpose(0, 1)
-            for x, tokens in (
-                (q_1HNK, parts.queries),
-                (k_1HNK, parts.keys),
-                (v_1HNK, parts.keys),
+    def attend(self, q_1HNK, k_1HNK, v_1HNK, bias_HN) -> torch.Tensor:
+        num_tokens, longest, bias_1HLL = k_1HNK.shape[2], self.longest, None
+        if bias_HN is not None:
+            near = slice(num_tokens - longest, num_tokens + longest - 1)
+            bias_1HLL = bias_of_pairs(bias_HN[:, near], longest).to(q_1HNK.dtype)
+        _, num_heads, num_queries, width = q_1HNK.shape
+        out_1NHK = q_1HNK.new_empty(1, num_queries, num_heads, width)
+        for parts in self.parts:
+            q_RHTK, k_RHTK, v_RHTK = (
+                x[0, :, tokens].unflatten(1, (parts.number, -1)).transpose(0, 1)
+                for x, tokens in (
+                    (q_1HNK, parts.queries),
+                    (k_1HNK, parts.keys),
+                    (v_1HNK, parts.keys),
+                )
             )
-        )
-        mask = parts.mask
-        if bias_1HLL is not None:
-            mask = bias_1HLL[:, :, : q_RHTK.shape[2], : k_RHTK.shape[2]]
-        out_RHTK = F.scaled_dot_product_attention(q_RHTK, k_RHTK, v_RHTK, mask)
-        out_RTHK = out_1NHK[0, parts.queries].unflatten(0, (parts.number, -1))
-        out_RTHK.copy_(out_RHTK.transpose(1, 2))
-    return out_1NHK.transpose(1, 2), None
+            bias = bias_1HLL
+            if bias is not None:
+                bias = bias[:, :, : q_RHTK.shape[2], : k_RHTK.shape[2]]
+            out_RHTK = F.scaled_dot_product_attention(q_RHTK, k_RHTK, v_RHTK, bias)
+            out_RTHK = out_1NHK[0, parts.queries].unflatten(0, (parts.number, -1))
+            out_RTHK.copy_(out_RHTK.transpose(1, 2))
+        return out_1NHK.transpose(1, 2)
+
+
+class Paths(NamedTuple):
+    """Each token sees its ancestors in a tree: attention is causal along a path from the start."""
+
+    tokens: list[torch.Tensor]
+    """R,T places in the sequence; shorter paths are filled up at their end, which nobody sees."""
+    place_N: torch.Tensor
+    """Where each token of the sequence is among those of all paths."""
+
+    def attend(self, q_1HNK, k_1HNK, v_1HNK, _) -> torch.Tensor:
+        out = []
+        for tokens_RT in self.tokens:
+            q_RHTK, k_RHTK, v_RHTK = (
+                x_1HNK[0].transpose(0, 1)[tokens_RT].transpose(1, 2)
+                for x_1HNK in (q_1HNK, k_1HNK, v_1HNK)
+            )
+            out_RHTK = F.scaled_dot_product_attention(q_RHTK, k_RHTK, v_RHTK, is_causal=True)
+            out.append(out_RHTK.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out)[self.place_N].transpose(0, 1).unsqueeze(0)
+
+
+def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **__):
+    """:func:`metro.modeling.attention_metro_t5.attend` within the parts or paths of a sequence.
+
+    In float32 on CPUs without units for products of bfloat16 (AMX). PyTorch's attention multiplies
+    in float32 there anyway, and rounds in between: in bfloat16 it is slower and less exact.
+    """
+    dtype = q_1HNK.dtype
+    if not torch.cpu._is_amx_tile_supported():
+        q_1HNK, k_1HNK, v_1HNK = (x_1HNK.float() for x_1HNK in (q_1HNK, k_1HNK, v_1HNK))
+    return seen.attend(q_1HNK, k_1HNK, v_1HNK, bias_HN).to(dtype), None
 
 
 _patching = threading.Lock()
@@ -139,7 +171,7 @@ _patching = threading.Lock()
 
 @contextlib.contextmanager
 def packed_attention(model):
-    """Let the model's attention take :class:`Packed`, and its feed-forward compute in place.
+    """Let attention take :class:`Packed` or :class:`Paths`, and feed-forward compute in place.
 
     Several threads may score the same model, one at a time. Meanwhile the model must not be used in
     other ways.
@@ -183,7 +215,6 @@ def decode_packed(model, batch: Batch) -> Decoded:
     lengths = [len(source) for source in batch.sources]
     trees = grow_trees(batch, model.config.decoder_start_token_id)
     sizes = [len(tree.ids) for tree in trees]
-    masks = [tree.mask().to(model.dtype) for tree in trees]
     with packed_attention(model):
         encoded = run_stack(
             model.encoder,
@@ -195,7 +226,7 @@ def decode_packed(model, batch: Batch) -> Decoded:
             model.decoder,
             [token for tree in trees for token in tree.ids],
             [depth for tree in trees for depth in tree.depths],
-            Packed(own_parts(sizes, masks), max(sizes)),
+            make_paths(trees),
             encoded,
             Packed(cross_parts(trees, lengths), max(lengths)),
         )
@@ -212,17 +243,37 @@ def decode_packed(model, batch: Batch) -> Decoded:
     return Decoded(hidden[0], row_N, target_N, pair_N, weight, bias)
 
 
-def own_parts(sizes: Sequence[int], masks: Sequence[torch.Tensor] | None = None) -> list[Parts]:
-    """Let each source see itself, or each tree as its mask T,T says."""
+def own_parts(sizes: Sequence[int]) -> list[Parts]:
+    """Let each source see itself."""
     found: list[Parts] = []
-    first = end = 0
+    end = 0
     for size, group in itertools.groupby(sizes):
         number = len(list(group))
         tokens = slice(end, end + size * number)
-        mask = torch.stack([*masks[first : first + number]]).unsqueeze(1) if masks else None
-        found.append(Parts(number, tokens, tokens, mask))
-        first, end = first + number, tokens.stop
+        found.append(Parts(number, tokens, tokens))
+        end = tokens.stop
     return found
+
+
+def make_paths(trees: Sequence[Tree]) -> Paths:
+    """Let each token of the trees see its ancestors and itself."""
+    starts = itertools.accumulate((len(tree.ids) for tree in trees), initial=0)
+    paths = [
+        [start + node for node in path]
+        for tree, start in zip(trees, starts, strict=False)
+        for path in tree.paths()
+    ]
+    paths.sort(key=len)
+    tokens, places, end = [], {}, 0
+    for _, group in itertools.groupby(paths, lambda path: -(len(path) // -PATH_STEP)):
+        alike = list(group)
+        longest = len(alike[-1])
+        for number, path in enumerate(alike):
+            first = end + number * longest
+            places |= zip(path, range(first, first + len(path)), strict=True)
+        tokens.append(torch.tensor([path + path[:1] * (longest - len(path)) for path in alike]))
+        end += tokens[-1].numel()
+    return Paths(tokens, torch.tensor([places[token] for token in range(len(places))]))
 
 
 def cross_parts(trees: Sequence[Tree], lengths: Sequence[int]) -> list[Parts]:
@@ -240,6 +291,6 @@ def cross_parts(trees: Sequence[Tree], lengths: Sequence[int]) -> list[Parts]:
         queries = slice(end, end + size * len(owners))
         first = starts[owners[0]]
         keys = slice(first, first + length * len(owners))
-        found.append(Parts(len(owners), queries, keys, None))
+        found.append(Parts(len(owners), queries, keys))
         end = queries.stop
     return found

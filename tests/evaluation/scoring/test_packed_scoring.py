@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from metro.evaluation.scoring import packed_scoring
-from metro.evaluation.scoring.packed_scoring import can_pack, cross_parts, decode_packed, grow_trees
+from metro.evaluation.scoring.packed_scoring import (
+    attend_packed,
+    can_pack,
+    cross_parts,
+    decode_packed,
+    grow_trees,
+    make_paths,
+)
 from metro.evaluation.scoring.pair_batches import Batch, Pair, make_packed_batches
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.target_projection import target_log_probabilities
@@ -49,10 +56,10 @@ def draw_pairs(count: int) -> list[Pair]:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
-@pytest.mark.parametrize("tree_tokens", [1, 8, 192])
-def test_scores_are_those_of_each_pair_alone(monkeypatch, batch_tokens, tree_tokens):
+@pytest.mark.parametrize("path_step", [1, 3, 16])
+def test_scores_are_those_of_each_pair_alone(monkeypatch, batch_tokens, path_step):
     """Oracle: one pair at a time, through the model's own forward pass."""
-    monkeypatch.setattr(packed_scoring, "TREE_TOKENS", tree_tokens)
+    monkeypatch.setattr(packed_scoring, "PATH_STEP", path_step)
     model = make_model()
     assert can_pack(model)
     pairs = draw_pairs(70)
@@ -82,11 +89,12 @@ def test_models_with_eager_attention_are_left_to_the_padded_way():
 
 
 def test_a_tree_holds_common_beginnings_once():
-    """Oracle: by hand. Start 0; options 5 6 7, 5 6 8, 9 with the end symbol; 0 sees nothing else.
+    """Oracle: by hand. Start 0; options 5 6 7, 5 6 8, 9, 5 with the end symbol.
 
     Places: 0 start, 1 five, 2 six, 3 seven, 4 eight, 5 nine.
     """
-    batch = Batch([(1, 1)], [(0, (5, 6, 7, END)), (0, (5, 6, 8, END)), (0, (9, END))])
+    options = (5, 6, 7, END), (5, 6, 8, END), (9, END), (5, END)
+    batch = Batch([(1, 1)], [(0, option) for option in options])
     (tree,) = grow_trees(batch, start=0)
     assert tree.ids == [0, 5, 6, 7, 8, 9]
     assert tree.depths == [0, 1, 2, 3, 3, 1]
@@ -94,9 +102,47 @@ def test_a_tree_holds_common_beginnings_once():
         (0, 5, 0), (1, 6, 0), (2, 7, 0), (3, END, 0),
         (0, 5, 1), (1, 6, 1), (2, 8, 1), (4, END, 1),
         (0, 9, 2), (5, END, 2),
+        (0, 5, 3), (1, END, 3),
     ]  # fmt: skip
-    sees = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 5]]
-    assert [row.eq(0).nonzero().squeeze(-1).tolist() for row in tree.mask()] == sees
+    assert tree.paths() == [[0, 1, 2, 3], [0, 1, 2, 4], [0, 5]]
+    (alone,) = grow_trees(Batch([()], [(0, (END,))]), start=0)
+    assert alone.paths() == [[0]]
+
+
+def test_paths_of_similar_length_are_computed_together(monkeypatch):
+    """Oracle: by hand. The tokens: start 5 6 7 and 9, start 5 (the same places + 5)."""
+    monkeypatch.setattr(packed_scoring, "PATH_STEP", 2)
+    pairs = [(0, (5, 6, 7, END)), (0, (9, END)), (1, (5, END))]
+    paths = make_paths(grow_trees(Batch([(), ()], pairs), start=0))
+    assert [tokens.tolist() for tokens in paths.tokens] == [[[0, 4], [5, 6]], [[0, 1, 2, 3]]]
+    at = torch.cat([tokens.flatten() for tokens in paths.tokens])[paths.place_N]
+    assert at.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+    monkeypatch.setattr(packed_scoring, "PATH_STEP", 8)
+    paths = make_paths(grow_trees(Batch([(), ()], pairs), start=0))
+    (tokens,) = paths.tokens
+    assert tokens.tolist() == [[0, 4, 0, 0], [5, 6, 5, 5], [0, 1, 2, 3]]
+    assert tokens.flatten()[paths.place_N].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_attention_keeps_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, has_amx):
+    """Oracle: PyTorch's attention in float32, rounded once."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    seen_in = []
+
+    def attend(*inputs):
+        seen_in.append({x.dtype for x in inputs[:3]})
+        return torch.nn.functional.scaled_dot_product_attention(*inputs[:3], is_causal=True)
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 20, 8).bfloat16().unbind()
+    out, _ = attend_packed(q, k, v, None, types.SimpleNamespace(attend=attend))
+    assert seen_in == [{torch.bfloat16 if has_amx else torch.float32}]
+    assert out.dtype == torch.bfloat16
+    exact = attend(q.float(), k.float(), v.float())
+    assert has_amx or torch.equal(out, exact.bfloat16())
+    torch.testing.assert_close(out.float(), exact, atol=0.02, rtol=0.02)
 
 
 def test_runs_are_neighbours_of_equal_size():
