@@ -161,7 +161,7 @@ look $METRO triton pytest xdist
 BEGUN=$SECONDS
 GPU="$METRO cuda"
 check=(--device cuda) speed=(--batch-size 32 --rounds 1) ops=(relative_position linear_cross)
-curves=(--device cuda) evaluation=(--device cuda --rows 48) tests=(-m gpu -k "not kernels_compile")
+curves=(--device cuda) evaluation=(--device cuda --rows 48 --rounds 1) tests=(-m gpu -k "not kernels_compile")
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 grep -q '"xdist"' "$SCRATCH/machine" || tests+=(-n 8) # named there if it is missing
 if [ -n "$DRY_RUN" ]; then
@@ -169,7 +169,7 @@ if [ -n "$DRY_RUN" ]; then
     GPU=$METRO
     check=(--device cpu)
     speed=(--device cpu --size small --batch-size 1 --rounds 1) ops=(packed_linear)
-    curves=(--device cpu --size small) evaluation=(--device cpu --rows 2 --layers 1 --width 64)
+    curves=(--device cpu --size small) evaluation=(--device cpu --rows 2 --rounds 1 --layers 1 --width 64)
     tests=(-k "right_kernels_pass and dropout_add") files=(tests/ops/test_self_check.py)
 fi
 for name in ${*:-check pretraining curves ops evaluation tests}; do
