@@ -33,10 +33,11 @@ MICRO_BATCH = 10  # examples of ours at a time
 SOURCE, TARGET = 512, 128
 
 
-def build_model(kind: str):
-    """Build a small model: width 256, 4 + 4 layers, a vocabulary of 32,000."""
+def build_model(kind: str, **given: int):
+    """Build a small model, of other sizes if given: width 256, 4 + 4 layers, 32,000 entries."""
     torch.manual_seed(0)
     sizes = dict(d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4, vocab_size=VOCAB_SIZE)
+    sizes |= given
     ids = dict(pad_token_id=PAD, eos_token_id=START, decoder_start_token_id=START, dropout_rate=0.0)
     if kind == "METRO-T5":
         from metro.fusion import fuse

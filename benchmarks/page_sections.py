@@ -69,6 +69,7 @@ FLIPPED = (
     *("model", "way", "examples/s", "times as fast", "by CPU time", "times the floor"),
     *("peak MiB", "loss"),
 )
+BY_PART = ("job", "METRO in", "part", "seconds", "share", "floor s")
 OPERATIONS = ("operation", "impl", "ms", "x first", "floor ms", "of floor", "kept MiB")
 SECTIONS = (
     Section(
@@ -143,6 +144,19 @@ SECTIONS = (
         FLIPPED,
         "flipped_training",
         page_text.of_flipped,
+    ),
+    Section(
+        "time_by_part",
+        "Where the time goes, with AMX",
+        BY_PART,
+        note=page_text.of_time_by_part,
+    ),
+    Section(
+        "time_by_part_without_amx",
+        "Where the time goes, with AVX512_BF16",
+        BY_PART,
+        "time_by_part",
+        page_text.of_time_by_part,
     ),
     Section("startup", "Start-up", ("command", "CPU seconds"), note=page_text.of_startup),
     Section(

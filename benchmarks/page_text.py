@@ -221,6 +221,16 @@ def of_flipped(result: dict) -> str:
     )
 
 
+def of_time_by_part(result: dict) -> str:
+    return filled(
+        """One METRO-base step, 16 rows of HellaSwag and a FLIPPED update of 20 examples, all with
+        12 + 12 layers of width 768. `products` are those with weights outside of the other parts;
+        `floor s` is what a part's matrix products take at the speed of one large product. The rest
+        of a part, and parts without products, is work on memory;
+        [below](#operations) its operations stand beside the bytes that they have to move."""
+    )
+
+
 def of_ops(result: dict) -> str:
     """What is to be known about the rows of operations."""
     from benchmarks.ops import cases

@@ -92,6 +92,15 @@ def grow_trees(batch: Batch, start: int) -> list[Tree]:
     return trees
 
 
+def attention_input(x: torch.Tensor) -> torch.Tensor:
+    """Queries, keys, values or bias as they are multiplied: in float32 on CPUs without AMX.
+
+    PyTorch's attention in bfloat16 multiplies in float32 there, too, but rounds in between: it is
+    slower and less exact.
+    """
+    return x if torch.cpu._is_amx_tile_supported() else x.float()
+
+
 class Parts(NamedTuple):
     """Consecutive parts of the sequence of equal size, whose attention is computed together."""
 
@@ -113,12 +122,12 @@ class Packed(NamedTuple):
         num_tokens, longest, bias_1HLL = k_1HNK.shape[2], self.longest, None
         if bias_HN is not None:
             near = slice(num_tokens - longest, num_tokens + longest - 1)
-            bias_1HLL = bias_of_pairs(bias_HN[:, near], longest).to(q_1HNK.dtype)
+            bias_1HLL = bias_of_pairs(attention_input(bias_HN[:, near].to(q_1HNK.dtype)), longest)
         _, num_heads, num_queries, width = q_1HNK.shape
         out_1NHK = q_1HNK.new_empty(1, num_queries, num_heads, width)
         for parts in self.parts:
             q_RHTK, k_RHTK, v_RHTK = (
-                x[0, :, tokens].unflatten(1, (parts.number, -1)).transpose(0, 1)
+                attention_input(x[0, :, tokens]).unflatten(1, (parts.number, -1)).transpose(0, 1)
                 for x, tokens in (
                     (q_1HNK, parts.queries),
                     (k_1HNK, parts.keys),
@@ -146,24 +155,17 @@ class Paths(NamedTuple):
         out = []
         for tokens_RT in self.tokens:
             q_RHTK, k_RHTK, v_RHTK = (
-                x_1HNK[0].transpose(0, 1)[tokens_RT].transpose(1, 2)
+                attention_input(x_1HNK[0].transpose(0, 1)[tokens_RT]).transpose(1, 2)
                 for x_1HNK in (q_1HNK, k_1HNK, v_1HNK)
             )
             out_RHTK = F.scaled_dot_product_attention(q_RHTK, k_RHTK, v_RHTK, is_causal=True)
-            out.append(out_RHTK.transpose(1, 2).flatten(0, 1))
+            out.append(out_RHTK.transpose(1, 2).flatten(0, 1).to(q_1HNK.dtype))
         return torch.cat(out)[self.place_N].transpose(0, 1).unsqueeze(0)
 
 
 def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **__):
-    """:func:`metro.modeling.attention_metro_t5.attend` within the parts or paths of a sequence.
-
-    In float32 on CPUs without units for products of bfloat16 (AMX). PyTorch's attention multiplies
-    in float32 there anyway, and rounds in between: in bfloat16 it is slower and less exact.
-    """
-    dtype = q_1HNK.dtype
-    if not torch.cpu._is_amx_tile_supported():
-        q_1HNK, k_1HNK, v_1HNK = (x_1HNK.float() for x_1HNK in (q_1HNK, k_1HNK, v_1HNK))
-    return seen.attend(q_1HNK, k_1HNK, v_1HNK, bias_HN).to(dtype), None
+    """:func:`metro.modeling.attention_metro_t5.attend` within the parts or paths of a sequence."""
+    return seen.attend(q_1HNK, k_1HNK, v_1HNK, bias_HN), None
 
 
 _patching = threading.Lock()

@@ -10,9 +10,13 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metro.evaluation.scoring import packed_scoring
 from metro.evaluation.scoring.packed_scoring import (
+    Packed,
+    Parts,
+    Paths,
     attend_packed,
     can_pack,
     cross_parts,
@@ -23,6 +27,7 @@ from metro.evaluation.scoring.packed_scoring import (
 from metro.evaluation.scoring.pair_batches import Batch, Pair, make_packed_batches
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.target_projection import target_log_probabilities
+from metro.modeling.attention_metro_t5 import bias_of_pairs
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from tests.evaluation.golden import score_alone
@@ -126,23 +131,33 @@ def test_paths_of_similar_length_are_computed_together(monkeypatch):
 
 
 @pytest.mark.parametrize("has_amx", [False, True])
-def test_attention_keeps_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, has_amx):
+@pytest.mark.parametrize("along_paths", [False, True])
+def test_attention_keeps_bfloat16_only_where_the_cpu_multiplies_it(
+    monkeypatch, has_amx, along_paths
+):
     """Oracle: PyTorch's attention in float32, rounded once."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    seen_in = []
+    exact, types_seen = F.scaled_dot_product_attention, set()
 
-    def attend(*inputs):
-        seen_in.append({x.dtype for x in inputs[:3]})
-        return torch.nn.functional.scaled_dot_product_attention(*inputs[:3], is_causal=True)
+    def attention(*inputs, **options):
+        types_seen.update(x.dtype for x in inputs if x is not None)
+        return exact(*inputs, **options)
 
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 20, 8).bfloat16().unbind()
-    out, _ = attend_packed(q, k, v, None, types.SimpleNamespace(attend=attend))
-    assert seen_in == [{torch.bfloat16 if has_amx else torch.float32}]
+    if along_paths:
+        seen, bias = Paths([torch.arange(20)[None]], torch.arange(20)), None
+        given = {"is_causal": True}
+    else:
+        seen, bias = Packed([Parts(1, slice(0, 20), slice(0, 20))], 20), torch.randn(2, 39)
+        given = {"attn_mask": bias_of_pairs(bias.bfloat16().float(), 20)}
+    out, _ = attend_packed(q, k, v, bias, seen)
+    assert types_seen == {torch.bfloat16 if has_amx else torch.float32}
     assert out.dtype == torch.bfloat16
-    exact = attend(q.float(), k.float(), v.float())
-    assert has_amx or torch.equal(out, exact.bfloat16())
-    torch.testing.assert_close(out.float(), exact, atol=0.02, rtol=0.02)
+    expected = exact(q.float(), k.float(), v.float(), **given)
+    assert has_amx or torch.equal(out, expected.bfloat16())
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
 
 
 def test_runs_are_neighbours_of_equal_size():
