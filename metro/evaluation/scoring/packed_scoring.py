@@ -3,7 +3,7 @@
 All sources of a batch are concatenated to one sequence; each sees only itself, and its positions
 count from its own start. So are the decoder's inputs: those of one source form a tree whose root is
 the start symbol and whose branches are the targets, common beginnings once, and each token sees its
-ancestors: its attention is computed along the paths from the root. Nothing else is padded, and the
+ancestors: its attention is computed along the paths from the root. Only those are padded, and the
 keys and values of a source are read by all its targets without being copied. Only attention
 differs; everything else is the model's own code.
 
@@ -47,12 +47,10 @@ class Tree:
     """Targets of one source as the decoder reads them, and the tokens that each position predicts.
 
     Args:
-        owner: index of the source.
         start: id of the start symbol.
     """
 
-    def __init__(self, owner: int, start: int):
-        self.owner = owner
+    def __init__(self, start: int):
         self.ids, self.depths, self.parents = [start], [0], [-1]
         self.children: dict[tuple[int, int], int] = {}
         """(node, token) -> node."""
@@ -74,7 +72,7 @@ class Tree:
             node = child
 
     def paths(self) -> list[list[int]]:
-        """The nodes from the start to each that has no child: what a token sees, and itself."""
+        """The nodes from the start to each that has no child. A token sees those before it."""
         found = []
         for node in sorted(set(range(len(self.ids))).difference(self.parents)):
             path = [node]
@@ -86,19 +84,19 @@ class Tree:
 
 def grow_trees(batch: Batch, start: int) -> list[Tree]:
     """Make the tree of each source of a batch, in its order."""
-    trees = [Tree(owner, start) for owner in range(len(batch.sources))]
+    trees = [Tree(start) for _ in batch.sources]
     for pair, (owner, target) in enumerate(batch.pairs):
         trees[owner].add(pair, target)
     return trees
 
 
 def attention_input(x: torch.Tensor) -> torch.Tensor:
-    """Queries, keys, values or bias as they are multiplied: in float32 on CPUs without AMX.
+    """Queries, keys, values or bias in the type to compute with: on CPUs without AMX not bfloat16.
 
-    PyTorch's attention in bfloat16 multiplies in float32 there, too, but rounds in between: it is
-    slower and less exact.
+    PyTorch's attention takes bfloat16 there and multiplies in float32, rounding in between.
     """
-    return x if torch.cpu._is_amx_tile_supported() else x.float()
+    in_float32 = x.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    return x.float() if in_float32 else x
 
 
 class Parts(NamedTuple):
@@ -222,7 +220,7 @@ def decode_packed(model, batch: Batch) -> Decoded:
             model.encoder,
             [token for source in batch.sources for token in source],
             [position for length in lengths for position in range(length)],
-            Packed(own_parts(lengths), max(lengths)),
+            Packed(equal_parts(lengths, lengths), max(lengths)),
         )
         hidden = run_stack(
             model.decoder,
@@ -230,7 +228,7 @@ def decode_packed(model, batch: Batch) -> Decoded:
             [depth for tree in trees for depth in tree.depths],
             make_paths(trees),
             encoded,
-            Packed(cross_parts(trees, lengths), max(lengths)),
+            Packed(equal_parts(sizes, lengths), max(lengths)),
         )
     starts = itertools.accumulate(sizes, initial=0)
     asked = [
@@ -243,18 +241,6 @@ def decode_packed(model, batch: Batch) -> Decoded:
     weight, bias = head.weight.to(hidden.dtype), head.bias
     bias = None if bias is None else bias.to(hidden.dtype)
     return Decoded(hidden[0], row_N, target_N, pair_N, weight, bias)
-
-
-def own_parts(sizes: Sequence[int]) -> list[Parts]:
-    """Let each source see itself."""
-    found: list[Parts] = []
-    end = 0
-    for size, group in itertools.groupby(sizes):
-        number = len(list(group))
-        tokens = slice(end, end + size * number)
-        found.append(Parts(number, tokens, tokens))
-        end = tokens.stop
-    return found
 
 
 def make_paths(trees: Sequence[Tree]) -> Paths:
@@ -278,21 +264,17 @@ def make_paths(trees: Sequence[Tree]) -> Paths:
     return Paths(tokens, torch.tensor([places[token] for token in range(len(places))]))
 
 
-def cross_parts(trees: Sequence[Tree], lengths: Sequence[int]) -> list[Parts]:
-    """Let each tree see its source."""
-    starts = list(itertools.accumulate(lengths, initial=0))
-    found, end = [], 0
+def equal_parts(sizes: Sequence[int], lengths: Sequence[int]) -> list[Parts]:
+    """Let the queries of each part see its keys; ``sizes`` and ``lengths`` count both.
 
-    def kind(numbered: tuple[int, Tree]) -> tuple[int, int, int]:
-        """Equal for trees of one size that read neighbouring sources of one length."""
-        number, tree = numbered
-        return len(tree.ids), lengths[tree.owner], tree.owner - number
-
-    for (size, length, _), group in itertools.groupby(enumerate(trees), kind):
-        owners = [tree.owner for _, tree in group]
-        queries = slice(end, end + size * len(owners))
-        first = starts[owners[0]]
-        keys = slice(first, first + length * len(owners))
-        found.append(Parts(len(owners), queries, keys))
-        end = queries.stop
+    Neighbours that have as many of both are computed together.
+    """
+    found: list[Parts] = []
+    first_query = first_key = 0
+    for (size, length), group in itertools.groupby(zip(sizes, lengths, strict=True)):
+        number = len(list(group))
+        queries = slice(first_query, first_query + size * number)
+        keys = slice(first_key, first_key + length * number)
+        found.append(Parts(number, queries, keys))
+        first_query, first_key = queries.stop, keys.stop
     return found

@@ -19,8 +19,8 @@ from metro.evaluation.scoring.packed_scoring import (
     Paths,
     attend_packed,
     can_pack,
-    cross_parts,
     decode_packed,
+    equal_parts,
     grow_trees,
     make_paths,
 )
@@ -115,7 +115,7 @@ def test_a_tree_holds_common_beginnings_once():
 
 
 def test_paths_of_similar_length_are_computed_together(monkeypatch):
-    """Oracle: by hand. The tokens: start 5 6 7 and 9, start 5 (the same places + 5)."""
+    """Oracle: by hand. Places 0 to 4 are start 5 6 7 9 of the first tree, 5 and 6 start 5."""
     monkeypatch.setattr(packed_scoring, "PATH_STEP", 2)
     pairs = [(0, (5, 6, 7, END)), (0, (9, END)), (1, (5, END))]
     paths = make_paths(grow_trees(Batch([(), ()], pairs), start=0))
@@ -155,27 +155,23 @@ def test_attention_keeps_bfloat16_only_where_the_cpu_multiplies_it(
     out, _ = attend_packed(q, k, v, bias, seen)
     assert types_seen == {torch.bfloat16 if has_amx else torch.float32}
     assert out.dtype == torch.bfloat16
+    types_seen.clear()
+    attend_packed(q.double(), k.double(), v.double(), bias, seen)
+    assert types_seen == {torch.float64}
     expected = exact(q.float(), k.float(), v.float(), **given)
     assert has_amx or torch.equal(out, expected.bfloat16())
     torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
 
 
-def test_runs_are_neighbours_of_equal_size():
-    """Oracle: by hand. Sources of 4, 4, 4 and 3 tokens; the second has two options."""
-    a, b = (5, END), (6, 5, END)
-    batch = Batch([()] * 4, [(0, a), (1, a), (1, (7, 7, 7, END)), (2, a), (3, b)])
-    trees = grow_trees(batch, 0)
-    assert [tree.owner for tree in trees] == [0, 1, 2, 3]
-    parts = cross_parts(trees, [4, 4, 4, 3])
-    assert [(each.number, each.queries, each.keys) for each in parts] == [
+def test_neighbours_of_equal_size_are_computed_together():
+    """Oracle: by hand. Trees of 2, 5, 2, 2 and 3 tokens read sources of 4, 4, 4, 4 and 3."""
+    parts = equal_parts([2, 5, 2, 2, 3], [4, 4, 4, 4, 3])
+    assert parts == [
         (1, slice(0, 2), slice(0, 4)),
         (1, slice(2, 7), slice(4, 8)),
-        (1, slice(7, 9), slice(8, 12)),
-        (1, slice(9, 12), slice(12, 15)),
+        (2, slice(7, 11), slice(8, 16)),
+        (1, slice(11, 14), slice(16, 19)),
     ]
-    alike = grow_trees(Batch([()] * 3, [(0, a), (1, a), (2, a)]), 0)
-    (each,) = cross_parts(alike, [4, 4, 4])
-    assert (each.number, each.queries, each.keys) == (3, slice(0, 6), slice(0, 12))
 
 
 def test_batches_hold_every_pair_once_within_the_budget():
