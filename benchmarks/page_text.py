@@ -135,9 +135,9 @@ def precision(results: dict[str, dict]) -> str:
         f"""One large product was {low} to {high} times as fast in bf16 as in float32 with AMX, and
         {of["bf16"]["times as fast"]:.2g} times with AVX512_BF16. There is no switch for
         `torch.set_float32_matmul_precision("medium")`, which lets oneDNN round to bf16 where that
-        is fast: with AMX it is bf16 by another name, and with AVX512_BF16 oneDNN keeps float32
-        (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and gains little,
-        {shown(medium["times as fast"])} times the speed."""
+        is fast: what is rounded depends on the CPU, and no log would say so. With AVX512_BF16
+        oneDNN keeps float32 (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and
+        gains little, {shown(medium["times as fast"])} times the speed."""
     )
     return f"{PRECISION}\n{said}\n"
 
@@ -236,7 +236,12 @@ def of_ops(result: dict) -> str:
     from benchmarks.ops import cases
 
     names = {row["operation"] for row in result["rows"]}
-    text = "`x first` compares with an operation's first row; `of floor` is the floor's share."
+    text = (
+        "`x first` compares with an operation's first row; `of floor` is the floor's share. On a "
+        "CPU the rest is, of attention and the cross-entropies, whose floor are their products, "
+        "softmax and dropout on every weight or logit, and of dropout drawing random numbers, "
+        "which takes longer than moving the bytes."
+    )
     if others := names - set(cases("cpu")):
         text += (
             f" The rows are older than the benchmark: {len(others)} of their {len(names)} cases "

@@ -1,7 +1,8 @@
 """Processor seconds that the commands of `metro` take on next to no work.
 
-Help, the doctor, and runs of a tiny METRO model with random weights, which this benchmark makes: 40
-texts evaluated, ranked and answered, one update of finetuning and of pretraining. Each command runs
+Help, the doctor and other commands without a model, and runs of a tiny METRO model with random
+weights, which this benchmark makes: 40 texts evaluated, ranked and answered, one update of
+finetuning and of pretraining. Those that need published templates are left out. Each command runs
 in a process of its own with one thread; seconds are those of the process and its children, in user
 and system mode, which a busy machine changes little; the median counts. Beside them what Python,
 PyTorch and T5 of transformers take to be imported, as a script with that model does.
@@ -49,7 +50,20 @@ def commands(folder: Path, number: int) -> dict[str, list[str]]:
     return {
         "metro --help": ["--help"],
         "metro pretrain --help": ["pretrain", "--help"],
+        "metro plugins": ["plugins"],
+        "metro models": ["models"],
+        "metro plan": ["plan", "--pretrain", "metro_t5_tiny"],
         "metro doctor": ["doctor"],
+        "metro prepare-text, 500 lines": [
+            *("prepare-text", "--input", str(folder / "text.txt"), "--out", out + "_data"),
+            *("--vocab", str(folder / "data"), "--workers", "1"),
+        ],
+        "metro convert": ["convert", "to-fairseq", model, "--out", out + ".pt"],
+        "metro report": ["report", str(folder / "run"), "--out", out + "_report"],
+        "metro flip, 1 text": [
+            *("flip", model, "--input", "<extra_id_0> good <extra_id_1>"),
+            *("--options", "good", "--options", "bad", "--max-new-tokens", "4"),
+        ],
         "metro rank, 40 texts": ["rank", model, "--input", lines, "--options", "good", "bad"],
         "metro evaluate, 40 rows": [
             *("evaluate", model, "--data", rows, *ask, "--options", "good", "bad"),
@@ -99,6 +113,8 @@ def main() -> None:
         data = ["--input", str(folder / "text.txt"), "--out", str(folder / "data")]
         seconds_of([*METRO, "prepare-text", *data, "--train-vocab", "150", "--workers", "1"])
         seconds_of([*METRO, *pretrain(folder, str(folder / "model"))])
+        evaluate = commands(folder, number=0)["metro evaluate, 40 rows"]
+        seconds_of([*METRO, *evaluate[:-1], str(folder / "run")])
         seconds: dict[str, list[float]] = {}
         for number in range(args.repeats):
             runs = {line: ["-c", line] for line in IMPORTS}

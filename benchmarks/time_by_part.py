@@ -7,26 +7,27 @@ that of `pretraining.py` with its optimizer, the evaluation that of `evaluation.
 HellaSwag, which take most of the time of T0's suite, the update that of `flipped_training.py` with
 Adafactor, of 20 examples.
 
-Seconds are those of PyTorch's operations themselves, as its profiler sees them, on the second time.
-Each belongs to the part that called it; ``products`` are those with weights outside of attention,
-feed-forward networks and the vocabulary. ``floor s`` is what a part's matrix products, with those
-computed once more on the way back, take at the speed of one large product of the same type,
-measured in the same process; a causal product counts in full. Parts without products wait for
-memory: `ops.py` measures each beside the bytes that it has to move.
+A part's seconds are those of PyTorch's operations themselves, as its profiler sees them. Each
+belongs to the part that called it, and so does its way back. ``products`` are those with weights
+outside of attention, feed-forward networks and the vocabulary; ``outside of PyTorch`` is what the
+process took besides: Python, NumPy's random numbers, and the profiler. ``floor s`` is what a part's
+matrix products, with those computed once more on the way back, take at the speed of one large
+product of the same type, measured in the same process; PyTorch's causal attention counts in full.
+Parts without products wait for memory: `ops.py` measures each beside the bytes that it has to move.
 """
 
-import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import evaluation, flipped_training, pretraining
 from benchmarks.common import measure_isolated, print_table, write_results
-from benchmarks.timing import subject_on
+from benchmarks.timing import seconds_now, subject_on
 from metro.training.memory import reserve_heap
 
 LAYERS, WIDTH = 12, 768
@@ -36,16 +37,20 @@ PARTS = {
     "aten::scaled_dot_product_attention": "attention",
     "InPlaceFeedForward": "feed-forward",
     "ChunkedCrossEntropy": "vocabulary",
-    "DropoutAddLayerNorm": "dropout, residual, LayerNorm",
-    "aten::layer_norm": "dropout, residual, LayerNorm",
-    "BitDropout": "dropout, residual, LayerNorm",
     "vocabulary": "vocabulary",
+    "BitDropout": "dropout",
+    "aten::layer_norm": "LayerNorm",
     "optimizer": "optimizer",
 }
-"""By how the name of a function begins, in which an operation runs; both passes have it."""
+"""By how the name of a function begins, in which an operation runs."""
 FACTORS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 """Which inputs of a matrix product are multiplied."""
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+BACKWARD = "autograd::engine::evaluate_function: "
+
+
+def factors_of(event) -> tuple[int, int] | None:
+    return FACTORS.get(event.name.removeprefix("aten::").removesuffix("_"))
 
 
 def product_flops(event) -> int:
@@ -53,32 +58,49 @@ def product_flops(event) -> int:
     shapes = event.input_shapes
     if event.name == FLASH:
         return 4 * prod(shapes[0]) * shapes[1][2]
-    if factors := FACTORS.get(event.name.removeprefix("aten::")):
+    if factors := factors_of(event):
         left, right = (shapes[i] for i in factors)
         return 2 * prod(left) * right[-1]
     return 0
 
 
-def part_of(event) -> str:
-    """The part of the outermost function that has one."""
-    part = "products" if event.name.removeprefix("aten::") in FACTORS else "the rest"
+def part_of(event, forward_parts: dict[int, str]) -> str:
+    """The part of the outermost caller that has one; going back, that of the way forward.
+
+    ``forward_parts``: by the number of the node in the graph.
+    """
+    part = "products" if factors_of(event) else "the rest"
     caller = event
     while caller is not None:
         part = next((PARTS[start] for start in PARTS if caller.name.startswith(start)), part)
+        if caller.name.startswith(BACKWARD):
+            part = forward_parts.get(caller.sequence_nr, part)
         caller = caller.cpu_parent
     return part
+
+
+def parts_of(profiler) -> Iterator[tuple[Any, str]]:
+    """Each event of a profile, with its part."""
+    forward_parts: dict[int, str] = {}
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        part = part_of(event, forward_parts)
+        if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD) and part != "the rest":
+            forward_parts[event.sequence_nr] = part  # the last to start made the node
+        yield event, part
 
 
 def by_part(run: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds and FLOPs of each part of a second run."""
     run()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        started = seconds_now("cpu")
         run()
+        total = seconds_now("cpu") - started
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in profiler.events():
-        of_part = sums[part_of(event)]
-        of_part[0] += event.self_cpu_time_total / 1e6
-        of_part[1] += product_flops(event)
+    for event, part in parts_of(profiler):
+        sums[part][0] += event.self_cpu_time_total / 1e6
+        sums[part][1] += product_flops(event)
+    sums["outside of PyTorch"] = [total - sum(seconds for seconds, _ in sums.values()), 0.0]
     return dict(sums)
 
 
@@ -166,15 +188,17 @@ def measure(job: str, in_bf16: bool) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    options = parser.parse_args()
+    jobs = list(JOBS)
+    if not evaluation.SHARED.is_dir():
+        print(f"no data in {evaluation.SHARED}, nothing is evaluated; set METRO_TESTDATA")
+        jobs.remove("evaluation, HellaSwag")
     rows = []
-    for job in options.jobs:
+    for job in jobs:
         for in_bf16 in (False, True):
             rows += measure_isolated(measure, job, in_bf16).value
-            write_results(subject_on("cpu", "time_by_part"), rows, threads=1)
     print_table(rows, "where the time goes")
+    sizes = dict(layers=LAYERS, width=WIDTH, rows_evaluated=ROWS, examples=EXAMPLES)
+    write_results(subject_on("cpu", "time_by_part"), rows, threads=1, **sizes)
 
 
 if __name__ == "__main__":

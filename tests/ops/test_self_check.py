@@ -130,6 +130,22 @@ def test_a_broken_kernel_is_caught_with_the_reason(monkeypatch, break_it):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "module, name, case, fault",
+    [
+        (relative_position_attention, "bias_gradient", RIGHT[0], "gradient of bias has an error"),
+        (linear_cross_entropy, "logits_gradient_of_rows", RIGHT[2], "has an error of"),
+    ],
+    ids=["bias", "logits"],
+)
+def test_a_wrong_gradient_is_caught(monkeypatch, module, name, case, fault):
+    """A tenth too large."""
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: right(*given) * 1.1)
+    assert fault in str(self_check.find_fault(*case))
+
+
+@interpreted
 def test_a_small_number_among_large_ones_is_compared_with_itself(monkeypatch):
     """15 % off at an eighth of the largest of 768 gradients: 0.2 % of their norm."""
     backward = dropout_add_layer_norm.normalise_backward
@@ -186,7 +202,7 @@ def test_a_kernel_is_tried_once_and_distrusted_with_one_warning(monkeypatch, cap
     assert torch.equal(torch.rand(2), want)
     assert [tried[3] for tried in tries] == [32, 64]
     [record] = caplog.records
-    assert "is not used on cpu: it cannot be built" in record.getMessage()
+    assert "is not used on cpu for float16 of width 32: it cannot be built" in record.getMessage()
     assert "PyTorch's operation takes its place" in record.getMessage()
 
 

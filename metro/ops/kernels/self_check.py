@@ -62,10 +62,12 @@ def is_trusted(
         fault = _faults[case] = find_fault(*case)
         if fault and not has_warned:
             logger.warning(
-                "the kernel of %s is not used on %s: %s; PyTorch's operation takes its place "
-                "(METRO_TRITON=0 chooses it without a check)",
+                "the kernel of %s is not used on %s for %s of width %d: %s; PyTorch's operation "
+                "takes its place (METRO_TRITON=0 chooses it without a check)",
                 op,
                 device,
+                str(dtype).removeprefix("torch."),
+                width,
                 fault,
             )
     return _faults[case] is None
