@@ -20,9 +20,10 @@ and prompts: the time of the whole suite.
 
 ``times_floor`` is our time over that of the products which no way can do without: the encoder over
 each distinct input once, the decoder and the vocabulary over each distinct beginning of an option,
-at the speed of one large product measured in the same run, in float32; ``bf16_times_floor`` is the
-same of bf16. ``speedup_at_floor`` is therefore the most that sharing can give: little where an
-input is short and has two options, as the published way computes it twice and we compute it once.
+keys and values of an input unless its options are few enough to read it without, at the speed of
+one large product measured in the same run, in float32; ``bf16_times_floor`` is the same of bf16.
+``speedup_at_floor`` is therefore the most that sharing can give: little where an input is short and
+has two options, as the published way computes it twice and we compute it once.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import copy
 import random
 import re
 import statistics
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -130,14 +132,25 @@ def split(values, counts):
 
 
 def product_flops(model, pairs) -> int:
-    """Operations of the products with the model's weights, each needed one done once."""
+    """Operations of the products with the model's weights, each needed one done once.
+
+    Decoder tokens read a source by keys and values, or by its hidden states themselves (see
+    :class:`metro.evaluation.scoring.packed_attention.Unprojected`), whichever takes less; the
+    latter's scores are counted, as they are what replaces the products.
+    """
     size = {name: x.weight.numel() for name, x in model.named_modules() if isinstance(x, Linear)}
-    reads_source = re.compile(r"encoder\.|.*EncDecAttention\.[kv]$")
-    per_source = sum(count for name, count in size.items() if reads_source.match(name))
-    per_target = sum(size.values()) - per_source
-    num_source = sum(len(source) for source in {pair.source for pair in pairs})
-    num_target = len({(s, t[:end]) for s, t in set(pairs) for end in range(len(t))})
-    return 2 * (num_source * per_source + num_target * per_target)
+    keys = {name: n for name, n in size.items() if re.match(r".*EncDecAttention\.[kv]$", name)}
+    per_key = sum(keys.values())
+    per_source = sum(n for name, n in size.items() if name.startswith("encoder."))
+    per_target = sum(size.values()) - per_source - per_key
+    scores = len(keys) * model.config.num_heads * model.config.d_model
+    beginnings = {(source, target[:end]) for source, target in pairs for end in range(len(target))}
+    count = 0
+    for source, num_targets in Counter(source for source, _ in beginnings).items():
+        unprojected = num_targets * (per_key + len(source) * scores)
+        count += len(source) * per_source + num_targets * per_target
+        count += min(len(source) * per_key, unprojected)
+    return 2 * count
 
 
 @torch.inference_mode()

@@ -10,24 +10,13 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from metro.evaluation.scoring import packed_scoring
-from metro.evaluation.scoring.packed_scoring import (
-    Packed,
-    Parts,
-    Paths,
-    attend_packed,
-    can_pack,
-    decode_packed,
-    equal_parts,
-    grow_trees,
-    make_paths,
-)
+from metro.evaluation.scoring import packed_attention, packed_scoring
+from metro.evaluation.scoring.packed_attention import Packed, Unprojected
+from metro.evaluation.scoring.packed_scoring import can_pack, decode_packed, grow_trees, make_paths
 from metro.evaluation.scoring.pair_batches import Batch, Pair, make_packed_batches
 from metro.evaluation.scoring.pair_scoring import PairScorer
 from metro.evaluation.scoring.target_projection import target_log_probabilities
-from metro.modeling.attention_metro_t5 import bias_of_pairs
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.modeling.modeling_metro_t5 import MetroT5ForConditionalGeneration
 from tests.evaluation.golden import score_alone
@@ -62,9 +51,11 @@ def draw_pairs(count: int) -> list[Pair]:
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
 @pytest.mark.parametrize("path_step", [1, 3, 16])
-def test_scores_are_those_of_each_pair_alone(monkeypatch, batch_tokens, path_step):
+@pytest.mark.parametrize("way", [Packed, Unprojected])
+def test_scores_are_those_of_each_pair_alone(monkeypatch, batch_tokens, path_step, way):
     """Oracle: one pair at a time, through the model's own forward pass."""
     monkeypatch.setattr(packed_scoring, "PATH_STEP", path_step)
+    monkeypatch.setattr(packed_scoring, "see_sources", lambda model, parts: way(parts))
     model = make_model()
     assert can_pack(model)
     pairs = draw_pairs(70)
@@ -130,50 +121,6 @@ def test_paths_of_similar_length_are_computed_together(monkeypatch):
     assert tokens.flatten()[paths.place_N].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("has_amx", [False, True])
-@pytest.mark.parametrize("along_paths", [False, True])
-def test_attention_keeps_bfloat16_only_where_the_cpu_multiplies_it(
-    monkeypatch, has_amx, along_paths
-):
-    """Oracle: PyTorch's attention in float32, rounded once."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    exact, types_seen = F.scaled_dot_product_attention, set()
-
-    def attention(*inputs, **options):
-        types_seen.update(x.dtype for x in inputs if x is not None)
-        return exact(*inputs, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 20, 8).bfloat16().unbind()
-    if along_paths:
-        seen, bias = Paths([torch.arange(20)[None]], torch.arange(20)), None
-        given = {"is_causal": True}
-    else:
-        seen, bias = Packed([Parts(1, slice(0, 20), slice(0, 20))], 20), torch.randn(2, 39)
-        given = {"attn_mask": bias_of_pairs(bias.bfloat16().float(), 20)}
-    out, _ = attend_packed(q, k, v, bias, seen)
-    assert types_seen == {torch.bfloat16 if has_amx else torch.float32}
-    assert out.dtype == torch.bfloat16
-    types_seen.clear()
-    attend_packed(q.double(), k.double(), v.double(), bias, seen)
-    assert types_seen == {torch.float64}
-    expected = exact(q.float(), k.float(), v.float(), **given)
-    assert has_amx or torch.equal(out, expected.bfloat16())
-    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
-
-
-def test_neighbours_of_equal_size_are_computed_together():
-    """Oracle: by hand. Trees of 2, 5, 2, 2 and 3 tokens read sources of 4, 4, 4, 4 and 3."""
-    parts = equal_parts([2, 5, 2, 2, 3], [4, 4, 4, 4, 3])
-    assert parts == [
-        (1, slice(0, 2), slice(0, 4)),
-        (1, slice(2, 7), slice(4, 8)),
-        (2, slice(7, 11), slice(8, 16)),
-        (1, slice(11, 14), slice(16, 19)),
-    ]
-
-
 def test_batches_hold_every_pair_once_within_the_budget():
     """Oracle: counting tokens; a source counts once in a batch."""
     pairs = draw_pairs(200)
@@ -216,16 +163,16 @@ def test_the_model_is_left_as_it_was_also_after_an_error():
 
 
 def test_the_model_is_left_as_it_was_when_interrupted_while_it_is_prepared(monkeypatch):
-    """Oracle: the attributes of all modules before. The second feed-forward is interrupted."""
+    """Oracle: the attributes of all modules before. The fifth is interrupted."""
     calls = []
 
     def interrupt(function, module):
         calls.append(module)
-        if len(calls) == 2:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return types.MethodType(function, module)
 
-    monkeypatch.setattr(packed_scoring, "MethodType", interrupt)
+    monkeypatch.setattr(packed_attention, "MethodType", interrupt)
     model = make_model()
     before = [dict(vars(module)) for module in model.modules()]
     batch = Batch([(5, END)], [(0, (7, END))])
