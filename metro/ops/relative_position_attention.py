@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from metro.ops.cached_attention import CachedAttention
 from metro.ops.dispatch import (
+    attends_in_float32,
     cast_for_autocast,
     check_kernel,
     computed_type,
@@ -71,7 +72,7 @@ def relative_position_attention(
         if bias is not None:
             pairs = bias_of_pairs(bias, k.shape[2], q.shape[2], query_positions).to(q.dtype)
             mask = pairs if mask is None else pairs.masked_fill(~mask, torch.finfo(q.dtype).min)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        return attend_by_pytorch(q, k, v, mask, dropout)
     if impl == "cached":
         if q.device.type != "cpu":
             raise ValueError(f"impl 'cached' is for the CPU, q is on {q.device}; use 'auto'")
@@ -110,6 +111,18 @@ def choose_impl(q, k, bias, key_mask, is_causal, query_positions, dropout) -> st
     name, width = "relative_position_attention", q.shape[-1]
     takes_it = takes_kernel(name, q.device, computed_type(q), width, *flags)
     return "triton" if takes_it else "reference"
+
+
+def attend_by_pytorch(q, k, v, mask, dropout) -> torch.Tensor:
+    """PyTorch's attention; where it would take flash attention and round, in float32."""
+    takes_flash = not dropout and (mask is None or not mask.requires_grad)
+    if not (takes_flash and attends_in_float32(q)):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    return out.to(computed_type(q))
 
 
 def is_only_causal(q, k, bias, key_mask, is_causal, query_positions) -> bool:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metro.fusion import fuse, fused_attend
-from metro.modeling.attention_metro_t5 import Attention
+from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
 from metro.ops import cached_attention
 from metro.ops.dropout import draw_kept
@@ -151,8 +152,9 @@ def test_fused_feed_forward_leaves_replaced_layers_to_pytorch():
     torch.testing.assert_close(fuse(plain)(x), want)
 
 
-def test_a_fused_model_trains_under_autocast():
-    """Oracle: the plain model under autocast, which rounds at the same places."""
+def test_a_fused_model_trains_under_autocast(monkeypatch):
+    """Oracle: the plain model under autocast, which rounds at the same places: with AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     losses = []
     for model in (build(), fuse(build())):
         randomize(model)
@@ -228,3 +230,44 @@ def test_products_of_bfloat16_err_no_more_than_pytorchs(is_causal):
         errors[impl] = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
     for ours, theirs in zip(errors["cached"], errors["reference"], strict=True):
         assert ours < 2 * theirs < 0.05  # as kernels have to prove on a GPU
+
+
+@pytest.mark.parametrize("in_autocast", [False, True])
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("given", [(), ("bias",), ("bias", "gradient"), ("dropout",)])
+def test_pytorchs_attention_takes_bfloat16_where_it_is_not_float32_rounded(
+    monkeypatch, in_autocast, has_amx, given
+):
+    """Flash attention in bfloat16 is that on CPUs with AMX alone; dropout, and a bias with a
+    gradient, are not flash attention. Oracle: PyTorch's in float32, rounded once.
+    """
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    exact, types_seen = F.scaled_dot_product_attention, []
+
+    def attention(q, k, v, mask=None, dropout=0.0):
+        types_seen.append(torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype)
+        return exact(q, k, v, mask, dropout)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    dtype = torch.float32 if in_autocast else torch.bfloat16
+    q, k, v, bias, key_mask, _ = inputs(16, 16, "bias" in given, True, False)
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    if bias is not None:
+        bias = bias.detach().to(dtype).requires_grad_("gradient" in given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_autocast):
+        out = relative_position_attention(
+            q, k, v, bias, key_mask, dropout=0.1 * ("dropout" in given), impl="reference"
+        )
+    takes_flash = given in ((), ("bias",))
+    assert types_seen == [torch.float32 if takes_flash and not has_amx else torch.bfloat16]
+    assert out.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert {grad.dtype for grad in grads} == {dtype}
+    if takes_flash:
+        masked = key_mask[:, None, None, :]
+        if bias is not None:
+            pairs = bias_of_pairs(bias.float(), 16)
+            masked = pairs.masked_fill(~masked, torch.finfo(torch.bfloat16).min)
+        expected = exact(q.float(), k.float(), v.float(), masked)
+        assert has_amx or torch.equal(out, expected.bfloat16())
+        torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)

@@ -23,6 +23,7 @@ from torch import nn
 from metro.fusion import fused_feed_forward
 from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
+from metro.ops.dispatch import attends_in_float32
 
 
 class Parts(NamedTuple):
@@ -57,12 +58,8 @@ def equal_parts(sizes: Sequence[int], lengths: Sequence[int]) -> list[Parts]:
 
 
 def attention_input(x: torch.Tensor) -> torch.Tensor:
-    """Queries, keys, values or bias in the type to compute with: on CPUs without AMX not bfloat16.
-
-    PyTorch's attention takes bfloat16 there and multiplies in float32, rounding in between.
-    """
-    in_float32 = x.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-    return x.float() if in_float32 else x
+    """Queries, keys, values or bias in the type to compute with."""
+    return x.float() if attends_in_float32(x) else x
 
 
 class Packed(NamedTuple):
