@@ -23,15 +23,17 @@ On a CPU, products of bfloat16 are several times as fast as those of float32 whe
 (Intel's server CPUs since Sapphire Rapids), and twice as fast with AVX512_BF16 (AMD's since Zen 4).
 `metro pretrain` and `metro finetune` use them there by autocast for models of width 256 and more
 (`--precision auto`, the default, and the log says so): weights, sums, LayerNorm and the optimizer
-stay in float32, attention's scores are rounded. CPU features decide, not a measurement, so that a
-machine always trains the same way; `--precision fp32` turns it off, `bf16` demands it. On other
-CPUs `auto` is float32. fairseq has switches of its own (`--bf16` rounds the weights as well).
+stay in float32, attention's scores of long sequences are rounded. CPU features decide, not a
+measurement, so that a machine always trains the same way; `--precision fp32` turns it off, `bf16`
+demands it. On other CPUs `auto` is float32. fairseq has switches of its own (`--bf16` rounds the
+weights as well).
 
 `metro evaluate`, `rank`, `flip` and `generate` have the same switch, also named `--dtype`, which
-there is the type of weights and products. The first three compute in float32 unless told otherwise,
-on GPUs too: published numbers are compared with to a tenth of a point, and a rounded score can turn
-a close decision. `generate` takes bf16 on a GPU and float32 on a CPU. In these four `auto` is not
-the fast type, as in training, but the one that the model was saved in.
+there is the type of weights and products (of attention's on CPUs with AMX only). The first three
+compute in float32 unless told otherwise, on GPUs too: published numbers are compared with to a
+tenth of a point, and a rounded score can turn a close decision. `generate` takes bf16 on a GPU and
+float32 on a CPU. In these four `auto` is not the fast type, as in training, but the one that the
+model was saved in.
 """
 WITHOUT_AMX = """\
 ## Without AMX
@@ -223,11 +225,15 @@ def of_flipped(result: dict) -> str:
 
 def of_time_by_part(result: dict) -> str:
     return filled(
-        """One METRO-base step, 16 rows of HellaSwag and a FLIPPED update of 20 examples, all with
-        12 + 12 layers of width 768. `products` are those with weights outside of the other parts;
-        `floor s` is what a part's matrix products take at the speed of one large product. The rest
-        of a part, and parts without products, is work on memory;
-        [below](#operations) its operations stand beside the bytes that they have to move."""
+        f"""One METRO-base step, {result["rows_evaluated"]} rows of HellaSwag and a FLIPPED update
+        of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]} layers of
+        width {result["width"]}. `products` are those with weights outside of the other parts;
+        `floor s` is what a part's matrix products take at the speed of one large product. Far above
+        it is attention alone: its products are small, those of one head of one sequence, and
+        softmax and dropout touch every weight; without AMX PyTorch's attention has no products in
+        bf16, and where a bias has a gradient, as in FLIPPED's encoder, it keeps all weights. Parts
+        without products are work on memory; [below](#operations) they stand beside the bytes that
+        they have to move."""
     )
 
 
