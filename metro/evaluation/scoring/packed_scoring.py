@@ -143,7 +143,9 @@ def make_paths(trees: Sequence[Tree]) -> Paths:
         for path in tree.paths()
     ]
     paths.sort(key=len)
-    tokens, places, end = [], {}, 0
+    tokens: list[torch.Tensor] = []
+    places: dict[int, int] = {}
+    end = 0
     for _, group in itertools.groupby(paths, lambda path: -(len(path) // -PATH_STEP)):
         alike = list(group)
         longest = len(alike[-1])
