@@ -146,7 +146,11 @@ class Unprojected(NamedTuple):
 
 
 def see_sources(model, parts: list[Parts]) -> Packed | Unprojected:
-    """Let the decoder's parts read their sources in the way that takes fewer multiplications."""
+    """Let the decoder's parts read their sources in the way that takes fewer multiplications.
+
+    Always by keys and values where scores are of half precision: PyTorch's attention rounds them
+    less than products do. So too where something else stands in a layer's place, as an adapter.
+    """
     layers = [
         layer
         for name, layer in model.decoder.named_modules()
@@ -157,10 +161,11 @@ def see_sources(model, parts: list[Parts]) -> Packed | Unprojected:
     num_pairs = sum(each.number * prod(each.sizes) for each in parts)
     projected = num_keys * inner * width + num_pairs * inner
     unprojected = num_queries * inner * width + num_pairs * model.config.num_heads * width
-    # What stands in a layer's place, as of an adapter, computes something else.
-    if unprojected < projected and all(type(layer) is nn.Linear for layer in layers):
-        return Unprojected(parts)
-    return Packed(parts)
+    is_exact = attention_input(layers[0].weight[:0]).dtype.itemsize >= torch.float32.itemsize
+    is_plain = all(type(layer) is nn.Linear for layer in layers)
+    return (
+        Unprojected(parts) if unprojected < projected and is_exact and is_plain else Packed(parts)
+    )
 
 
 def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **__):

@@ -93,6 +93,21 @@ def test_sources_are_read_in_the_way_of_fewer_multiplications(num_queries, way):
     assert isinstance(see_sources(model, equal_parts([num_queries], [100])), way)
 
 
+@pytest.mark.parametrize(
+    "dtype, has_amx, way",
+    [
+        (torch.float32, True, Unprojected),
+        (torch.bfloat16, False, Unprojected),
+        (torch.bfloat16, True, Packed),
+        (torch.float16, False, Packed),
+    ],
+)
+def test_scores_of_half_precision_are_those_of_keys(monkeypatch, dtype, has_amx, way):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    model = MetroT5ForConditionalGeneration(MetroT5Config(**SIZES)).to(dtype)
+    assert isinstance(see_sources(model, equal_parts([1], [100])), way)
+
+
 def test_what_stands_in_the_place_of_a_layer_is_computed_by_itself():
     class Adapted(torch.nn.Linear):
         """Computes something else than its weight says."""
