@@ -163,9 +163,8 @@ def see_sources(model, parts: list[Parts]) -> Packed | Unprojected:
     unprojected = num_queries * inner * width + num_pairs * model.config.num_heads * width
     is_exact = attention_input(layers[0].weight[:0]).dtype.itemsize >= torch.float32.itemsize
     is_plain = all(type(layer) is nn.Linear for layer in layers)
-    return (
-        Unprojected(parts) if unprojected < projected and is_exact and is_plain else Packed(parts)
-    )
+    takes_less = unprojected < projected
+    return Unprojected(parts) if takes_less and is_exact and is_plain else Packed(parts)
 
 
 def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **__):
