@@ -229,11 +229,12 @@ def of_time_by_part(result: dict) -> str:
         of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]} layers of
         width {result["width"]}. `products` are those with weights outside of the other parts;
         `floor s` is what a part's matrix products take at the speed of one large product. Far above
-        it is attention alone: its products are small, those of one head of one sequence, and
-        softmax and dropout touch every weight; without AMX PyTorch's attention has no products in
-        bf16, and where a bias has a gradient, as in FLIPPED's encoder, it keeps all weights. Parts
-        without products are work on memory; [below](#operations) they stand beside the bytes that
-        they have to move."""
+        it are attention and, in bf16, the vocabulary. Attention's products are small, those of one
+        head of one sequence, and softmax and dropout touch every weight; without AMX PyTorch's has
+        no products in bf16, and where a bias has a gradient, as in FLIPPED's encoder, it keeps all
+        weights. The vocabulary's exponentials are computed in float32, on each way. Parts without
+        products are work on memory; [below](#operations) they stand beside the bytes that they have
+        to move."""
     )
 
 
