@@ -48,7 +48,8 @@ that of large tensors each time, filled with zeros, in pages of 4 kB. A training
 of it from one heap, in pages of 2 MB where the system has them, and keeps it for the next update;
 what lies in gaps between tensors is given back when the process has grown to more than nine eighths
 of what an update needs. That changes no result. What it gains depends on how fast a system gives
-memory: the virtual machines measured here are slow at it.
+memory: the virtual machines measured here are slow at it, and not always equally, so that the
+published way's own speed differs by a tenth and more between runs of a benchmark.
 
 It takes glibc 2.33 or later, no limit on addresses (`ulimit -v`), and no settings of malloc in the
 environment: `MALLOC_TRIM_THRESHOLD_`, say, turns it off. `top` shows addresses for all of the
