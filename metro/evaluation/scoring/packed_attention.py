@@ -145,26 +145,28 @@ class Unprojected(NamedTuple):
         return out_HNK.transpose(0, 1).flatten(1) + attention.v.bias
 
 
-def see_sources(model, parts: list[Parts]) -> Packed | Unprojected:
+def see_sources(model, parts: list[Parts], states_1MD: torch.Tensor) -> Packed | Unprojected:
     """Let the decoder's parts read their sources in the way that takes fewer multiplications.
 
     Always by keys and values where scores are of half precision: PyTorch's attention rounds them
     less than products do. So too where something else stands in a layer's place, as an adapter.
+    Weights are not looked at: of a sharded model they exist in a layer's forward pass alone.
     """
     layers = [
         layer
         for name, layer in model.decoder.named_modules()
         if name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
     ]
-    inner, width = layers[0].weight.shape
+    is_plain = all(type(layer) is nn.Linear for layer in layers)
+    is_exact = attention_input(states_1MD[:, :0]).dtype.itemsize >= torch.float32.itemsize
+    if not is_plain or not is_exact or torch.is_autocast_enabled(states_1MD.device.type):
+        return Packed(parts)
+    inner, width = layers[0].out_features, layers[0].in_features
     num_queries, num_keys = parts[-1].queries.stop, parts[-1].keys.stop
     num_pairs = sum(each.number * prod(each.sizes) for each in parts)
     projected = num_keys * inner * width + num_pairs * inner
     unprojected = num_queries * inner * width + num_pairs * model.config.num_heads * width
-    is_exact = attention_input(layers[0].weight[:0]).dtype.itemsize >= torch.float32.itemsize
-    is_plain = all(type(layer) is nn.Linear for layer in layers)
-    takes_less = unprojected < projected
-    return Unprojected(parts) if takes_less and is_exact and is_plain else Packed(parts)
+    return Unprojected(parts) if unprojected < projected else Packed(parts)
 
 
 def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **__):

@@ -119,7 +119,7 @@ def decode_packed(model, batch: Batch) -> Decoded:
             [depth for tree in trees for depth in tree.depths],
             make_paths(trees),
             encoded,
-            see_sources(model, equal_parts(sizes, lengths)),
+            see_sources(model, equal_parts(sizes, lengths), encoded),
         )
     starts = itertools.accumulate(sizes, initial=0)
     asked = [

@@ -90,7 +90,9 @@ def test_sources_are_read_in_the_way_of_fewer_multiplications(num_queries, way):
     take 100 * 16 * 12 + T * 100 * 16, without T * 16 * 12 + T * 100 * 2 * 12.
     """
     model = MetroT5ForConditionalGeneration(MetroT5Config(**SIZES))
-    assert isinstance(see_sources(model, equal_parts([num_queries], [100])), way)
+    assert isinstance(
+        see_sources(model, equal_parts([num_queries], [100]), torch.zeros(1, 100, 12)), way
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,10 @@ def test_sources_are_read_in_the_way_of_fewer_multiplications(num_queries, way):
 def test_scores_of_half_precision_are_those_of_keys(monkeypatch, dtype, has_amx, way):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     model = MetroT5ForConditionalGeneration(MetroT5Config(**SIZES)).to(dtype)
-    assert isinstance(see_sources(model, equal_parts([1], [100])), way)
+    states = torch.zeros(1, 100, 12, dtype=dtype)
+    assert isinstance(see_sources(model, equal_parts([1], [100]), states), way)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(see_sources(model, equal_parts([1], [100]), states), Packed)
 
 
 def test_what_stands_in_the_place_of_a_layer_is_computed_by_itself():
@@ -114,4 +119,4 @@ def test_what_stands_in_the_place_of_a_layer_is_computed_by_itself():
 
     model = MetroT5ForConditionalGeneration(MetroT5Config(**SIZES))
     model.decoder.block[0].layer[1].EncDecAttention.v = Adapted(12, 16)
-    assert isinstance(see_sources(model, equal_parts([1], [100])), Packed)
+    assert isinstance(see_sources(model, equal_parts([1], [100]), torch.zeros(1, 100, 12)), Packed)

@@ -55,7 +55,7 @@ def draw_pairs(count: int) -> list[Pair]:
 def test_scores_are_those_of_each_pair_alone(monkeypatch, batch_tokens, path_step, way):
     """Oracle: one pair at a time, through the model's own forward pass."""
     monkeypatch.setattr(packed_scoring, "PATH_STEP", path_step)
-    monkeypatch.setattr(packed_scoring, "see_sources", lambda model, parts: way(parts))
+    monkeypatch.setattr(packed_scoring, "see_sources", lambda model, parts, _: way(parts))
     model = make_model()
     assert can_pack(model)
     pairs = draw_pairs(70)
