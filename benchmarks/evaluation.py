@@ -169,7 +169,8 @@ def product_speed(width: int, device: str, dtype: torch.dtype, rows: int = 1024)
 def compare_on_task(model, plain, tokenizer, task, prompts, method, rounds, speeds):
     """Seconds of both ways on some prompts of a task; on the CPU predictions have to agree.
 
-    ``speeds``: FLOP/s of a product in the model's type, and in bf16.
+    ``rounds``: times that each way computes a prompt. ``speeds``: FLOP/s of a product in the
+    model's type, and in bf16.
     """
     device, num_different = model.device.type, 0
     lengths = {"max_target_length": 512} if method == "channel" else {}

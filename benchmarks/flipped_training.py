@@ -11,7 +11,8 @@ more as by ``metro finetune --precision bf16``, which may change loss and gradie
 "times as fast" compares examples a second, "by CPU time" the processor time of the two processes,
 which other work on the machine disturbs less; with one thread on idle cores they agree. "times the
 floor" is our processor time over that of the products with the weights, forward and backward and
-without padding, at the speed of one large product measured in the same run and type.
+without padding (`evaluation.product_flops`, three times), at the speed of one large product
+measured in the same run and type.
 
 Lengths are drawn like those of FLIPPED's mixture, its datasets in their published shares, in
 METRO's 32k vocabulary: median 81 encoder tokens (a tenth above 175, at most 512), instructions of
