@@ -227,13 +227,14 @@ class Attention(nn.Module):
         output_attentions=False,
     ):
         if cache is not None and cache.is_complete:
-            q_BHTK = self.split_heads(self.q(hidden_BTD))
+            q_BHTK = self.split_heads(*self.project(hidden_BTD, self.q))
             k_BHSK, v_BHSK = cache.states
         else:
             if hidden_BTD is states_BSD:
                 projected = self.project(hidden_BTD, self.q, self.k, self.v)
             else:
-                projected = [self.q(hidden_BTD), *self.project(states_BSD, self.k, self.v)]
+                projected = self.project(hidden_BTD, self.q)
+                projected += self.project(states_BSD, self.k, self.v)
             q_BHTK, k_BHSK, v_BHSK = map(self.split_heads, projected)
             if cache is not None:
                 k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK)
@@ -247,5 +248,5 @@ class Attention(nn.Module):
             self.config.attention_dropout_rate if self.training else 0.0,
             **({"return_weights": True} if eager else {}),
         )
-        out_BTD = self.o(out_BHTK.transpose(1, 2).flatten(2))
+        [out_BTD] = self.project(out_BHTK.transpose(1, 2).flatten(2), self.o)
         return out_BTD, weights_BHTS if output_attentions else None

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import cast_for_autocast, check_one_type, is_eager_cpu, is_eager_cuda
+from metro.ops.linear import linear
 
 ROWS = 1024
-"""Rows of which the backward pass on the CPU holds the inner gradient."""
+"""Rows of which the CPU holds the inner gradient, or the activations where there is none."""
 
 
 def feed_forward(
@@ -73,10 +74,12 @@ class InPlaceFeedForward(torch.autograd.Function):
         if ctx.has_epilogue:
             inner_NF = torch._addmm_activation(bias_in, x.flatten(0, -2), weight_in.T)
             inner = inner_NF.view(*x.shape[:-1], len(weight_in))
+        elif any(ctx.needs_input_grad):
+            inner = linear(x, weight_in, bias_in, has_relu=True)
         else:
-            inner = F.linear(x, weight_in, bias_in).relu_()
+            return without_gradients(x, weight_in, bias_in, weight_out, bias_out)
         ctx.save_for_backward(x, inner, parameters[0], parameters[2])
-        return F.linear(inner, weight_out, bias_out)
+        return linear(inner, weight_out, bias_out)
 
     @staticmethod
     @once_differentiable
@@ -91,11 +94,11 @@ class InPlaceFeedForward(torch.autograd.Function):
         step = ROWS if in_chunks else max(len(x_ND), 1)
         for first in range(0, len(x_ND), step):
             rows = slice(first, first + step)
-            grad_inner = torch.mm(grad_ND[rows], weight_out)
+            grad_inner = linear(grad_ND[rows], weight_out.T)
             torch.ops.aten.threshold_backward(
                 grad_inner, inner_NF[rows], 0.0, grad_input=grad_inner
             )
-            torch.mm(grad_inner, weight_in, out=grad_x[rows])
+            grad_x[rows] = linear(grad_inner, weight_in.T)
             grad_in.addmm_(grad_inner.T, x_ND[rows])
             grad_bias_in += grad_inner.sum(0)
         left_DN = grad_ND.T
@@ -103,3 +106,13 @@ class InPlaceFeedForward(torch.autograd.Function):
             left_DN = left_DN.contiguous()  # with AMX half the time, the copy included
         grad_out, grad_bias_out = left_DN @ inner_NF, grad_ND.sum(0)
         return grad_x.view_as(x), grad_in, grad_bias_in, grad_out, grad_bias_out, None
+
+
+def without_gradients(x, weight_in, bias_in, weight_out, bias_out) -> torch.Tensor:
+    """Compute few rows at a time, whose activations a core's cache keeps."""
+    x_ND = x.flatten(0, -2)
+    out_ND = torch.empty_like(x_ND)
+    for rows_CD, out_CD in zip(x_ND.split(ROWS), out_ND.split(ROWS), strict=True):
+        inner_CF = linear(rows_CD, weight_in, bias_in, has_relu=True)
+        out_CD.copy_(linear(inner_CF, weight_out, bias_out))
+    return out_ND.view_as(x)

@@ -29,6 +29,7 @@ from metro.ops.dispatch import (
     computed_type,
     takes_kernel,
 )
+from metro.ops.linear import linear
 from metro.ops.linear_cross_entropy_rows import (
     Coefficients,
     RowSums,
@@ -242,13 +243,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = logits_gradient_of_rows(*given, of_chunk)
             else:
                 is_kept = chunk.stop >= num_rows and not ctx.is_spent
-                logits_CV = last_CV.data if is_kept else F.linear(*given[:3])
+                logits_CV = last_CV.data if is_kept else linear(*given[:3])
                 grad_CV = logits_gradient(logits_CV, targets_N[chunk], of_chunk)
             if needs_bias:
                 grad_bias += grad_CV.sum(0, dtype=dtype)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if needs_hidden:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
+                grad_hidden[chunk] = linear(grad_CV, weight_VD.T)
             if needs_weight and grad_weight is not None and dtype == hidden_ND.dtype:
                 grad_weight.addmm_(grad_CV.T, hidden_ND[chunk])
             elif needs_weight:
@@ -300,7 +301,7 @@ def reduce_in_chunks(hidden_ND, weight_VD, bias_V, targets_N, streams_N, needs_s
     """Compute sums and samples of all rows, and the last chunk's logits."""
     parts, samples, logits_CV = [], [], None
     for chunk in chunks(len(targets_N), weight_VD):
-        logits_CV = F.linear(hidden_ND[chunk], weight_VD, bias_V)
+        logits_CV = linear(hidden_ND[chunk], weight_VD, bias_V)
         parts += sums_of_chunk(logits_CV, targets_N[chunk], needs_sum)
         if streams_N is not None:
             uniform_C = uniform_of(streams_N[chunk])

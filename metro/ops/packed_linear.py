@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from metro.ops.dispatch import cast_for_autocast, check_one_type, is_eager_cpu, is_eager_cuda
+from metro.ops.linear import linear
 
 
 def packed_linear(
@@ -61,7 +62,7 @@ def packed_linear(
 def best_impl(x: torch.Tensor, num_layers: int) -> str:
     if is_eager_cpu(x):
         return "summed"
-    if not is_eager_cuda(x):
+    if not is_eager_cuda(x) or num_layers == 1:
         return "reference"
     *leading, width = x.shape
     return "packed" if packing_pays(math.prod(leading), width, num_layers) else "summed"
@@ -82,7 +83,7 @@ class PackedLinear(torch.autograd.Function):
         weights = parameters[: len(parameters) // 2]
         biases = parameters[len(weights) :]
         if not is_packed:
-            return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+            return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
         out = F.linear(x, torch.cat(weights), torch.cat(biases))
         return out.split([len(w) for w in weights], dim=-1)
 
@@ -94,7 +95,7 @@ class PackedLinear(torch.autograd.Function):
         needs_x, *needs = ctx.needs_input_grad[1:]
         grad_x = None
         if needs_x:
-            grad_x = grads[0] @ weights[0].to(x.dtype)
+            grad_x = linear(grads[0], weights[0].T.to(x.dtype))
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 grad_x.addmm_(grad, weight.to(x.dtype))
             grad_x = grad_x.view_as(x)

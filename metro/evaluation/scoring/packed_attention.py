@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metro.fusion import fused_feed_forward
+from metro.fusion import fused_feed_forward, fused_project
 from metro.modeling.attention_metro_t5 import Attention, bias_of_pairs
 from metro.modeling.layers_metro_t5 import FeedForward
 from metro.ops.dispatch import attends_in_float32
@@ -129,7 +129,8 @@ class Unprojected(NamedTuple):
     def attend(self, attention: Attention, hidden_1ND, states_1MD) -> torch.Tensor:
         """N,HK: what the heads read."""
         heads = attention.config.num_heads
-        q_HNK = attention.q(hidden_1ND)[0].unflatten(1, (heads, -1)).transpose(0, 1)
+        [q_1NI] = attention.project(hidden_1ND, attention.q)
+        q_HNK = q_1NI[0].unflatten(1, (heads, -1)).transpose(0, 1)
         k_HKD, v_HKD = (
             layer.weight.unflatten(0, (heads, -1)) for layer in (attention.k, attention.v)
         )
@@ -177,7 +178,8 @@ def attend_packed(q_1HNK, k_1HNK, v_1HNK, bias_HN, seen: Packed | Paths, *_, **_
 def forward_packed(self: Attention, hidden_1ND, states_1MD, visibility, *_, **__):
     """:class:`~metro.modeling.attention_metro_t5.Attention`'s forward pass without a cache."""
     if isinstance(visibility, Unprojected):
-        return self.o(visibility.attend(self, hidden_1ND, states_1MD).unsqueeze(0)), None
+        read_1NI = visibility.attend(self, hidden_1ND, states_1MD).unsqueeze(0)
+        return self.project(read_1NI, self.o)[0], None
     return Attention.forward(self, hidden_1ND, states_1MD, visibility)
 
 
@@ -197,7 +199,7 @@ def packed_attention(model):
             for module in model.modules():
                 replaced = {}
                 if isinstance(module, Attention):
-                    replaced = {"attend": attend_packed}
+                    replaced = {"attend": attend_packed, "project": fused_project}
                     replaced["forward"] = MethodType(forward_packed, module)
                 elif isinstance(module, FeedForward):
                     replaced = {"forward": MethodType(fused_feed_forward, module)}

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from metro.ops.linear import linear
 from metro.utils.messages import UserError
 
-BLOCK = 1024
+BLOCK = 512
 """Entries of the vocabulary at a time on the CPU, multiples of it on GPUs. Fewer make small
 products, more leave a core's cache, and odd numbers take a third longer."""
 
@@ -96,7 +97,7 @@ def target_log_probabilities(
     parts_R = []
     for number, (first, end) in enumerate(itertools.pairwise(bounds)):
         bias_W = None if bias_V is None else bias_V[first:end]
-        logits_RW = F.linear(hidden_RD, weight_VD[first:end], bias_W).float()
+        logits_RW = linear(hidden_RD, weight_VD[first:end], bias_W).float()
         here = order_N[splits[number] : splits[number + 1]]
         logit_N[here] = logits_RW[row_N[here], target_N[here] - first]
         parts_R.append(spent_logsumexp(logits_RW))
