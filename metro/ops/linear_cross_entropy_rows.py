@@ -68,8 +68,8 @@ def sums_of(logits_CV: torch.Tensor, targets_C: torch.Tensor, needs_sum: bool) -
 
 def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
     """Compute the gradient that :class:`Coefficients` describes, in place of the logits."""
-    normaliser_C1, scale_C1, shift_C1, at_target_C1 = (
-        x.unsqueeze(-1) for x in (row.normaliser, row.scale, row.shift, row.at_target)
+    normaliser_C1, scale_C1, shift_C1 = (
+        x.unsqueeze(-1) for x in (row.normaliser, row.scale, row.shift)
     )
 
     def derive(rows: slice) -> None:
@@ -79,7 +79,9 @@ def logits_gradient(logits_CV, targets_C, row: Coefficients) -> torch.Tensor:
             logits_CV[rows] = grad_CV
 
     for_each(derive, in_cache(logits_CV))
-    return logits_CV.scatter_(-1, targets_C.unsqueeze(-1), at_target_C1.to(logits_CV.dtype))
+    # Not scatter_: on the CPU it widens all logits of half precision, and rounds them again.
+    row_C = torch.arange(len(targets_C), device=targets_C.device)
+    return logits_CV.index_put_((row_C, targets_C), row.at_target.to(logits_CV.dtype))
 
 
 def in_cache(logits_CV: torch.Tensor) -> list[slice]:
