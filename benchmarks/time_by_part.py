@@ -45,6 +45,7 @@ PARTS = {
 """By how the name of a function begins, in which an operation runs."""
 FACTORS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 """Which inputs of a matrix product are multiplied."""
+LINEAR = "mkldnn::_linear_pointwise"
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -53,11 +54,17 @@ def factors_of(event) -> tuple[int, int] | None:
     return FACTORS.get(event.name.removeprefix("aten::").removesuffix("_"))
 
 
+def is_product(event) -> bool:
+    return event.name == LINEAR or factors_of(event) is not None
+
+
 def product_flops(event) -> int:
     """Multiplications and additions of a matrix product or of attention; 0 of anything else."""
     shapes = event.input_shapes
     if event.name == FLASH:
         return 4 * prod(shapes[0]) * shapes[1][2]
+    if event.name == LINEAR:
+        return 2 * prod(shapes[0]) * shapes[1][0]
     if factors := factors_of(event):
         left, right = (shapes[i] for i in factors)
         return 2 * prod(left) * right[-1]
@@ -69,7 +76,7 @@ def part_of(event, forward_parts: dict[int, str]) -> str:
 
     ``forward_parts``: by the number of the node in the graph.
     """
-    part = "products" if factors_of(event) else "the rest"
+    part = "products" if is_product(event) else "the rest"
     caller = event
     while caller is not None:
         part = next((PARTS[start] for start in PARTS if caller.name.startswith(start)), part)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from metro.ops import dispatch
+from metro.ops.linear import linear
 
 REPLAYS = 10
 """Of a graph, between two events."""
@@ -124,7 +125,7 @@ def measure_rates(device: str, dtype: torch.dtype | None = None) -> tuple[float,
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**29 if device == "cuda" else 2**24, device=device)
     target = torch.zeros_like(source)
-    product = min(seconds_of(lambda: a @ b, [], device) for _ in range(8))
+    product = min(seconds_of(lambda: linear(a, b), [], device) for _ in range(8))
     added = min(seconds_of(lambda: target.add_(source), [], device) for _ in range(8))
     return 2 * size**3 / product, 3 * source.nbytes / added
 

@@ -150,6 +150,11 @@ def check_one_type(x: torch.Tensor, *others: torch.Tensor | None) -> None:
         raise ValueError(f"inputs are {', '.join(map(str, types))}; cast them to one type")
 
 
+def is_tracked(*given: torch.Tensor | None) -> bool:
+    """Check that a gradient may be asked for of what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
 def computed_type(x: torch.Tensor) -> torch.dtype:
     """The type in which a product with ``x`` is computed, which ``torch.autocast`` decides."""
     device = x.device.type

@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from metro.ops.dispatch import cast_for_autocast, check_one_type, is_eager_cpu, is_eager_cuda
+from metro.ops.dispatch import (
+    cast_for_autocast,
+    check_one_type,
+    is_eager_cpu,
+    is_eager_cuda,
+    is_tracked,
+)
 from metro.ops.linear import linear
 
 ROWS = 1024
@@ -58,6 +64,8 @@ def feed_forward(
     check_one_type(x, weight_in, bias_in, weight_out, bias_out)
     (x,) = cast_for_autocast(x)
     given = (weight_in, bias_in, weight_out, bias_out)
+    if impl == "in_place" and not is_tracked(x, *given):
+        return without_gradients(x, *(each.to(x.dtype) for each in given))
     return InPlaceFeedForward.apply(x, *given, impl == "epilogue")
 
 
@@ -74,10 +82,8 @@ class InPlaceFeedForward(torch.autograd.Function):
         if ctx.has_epilogue:
             inner_NF = torch._addmm_activation(bias_in, x.flatten(0, -2), weight_in.T)
             inner = inner_NF.view(*x.shape[:-1], len(weight_in))
-        elif any(ctx.needs_input_grad):
-            inner = linear(x, weight_in, bias_in, has_relu=True)
         else:
-            return without_gradients(x, weight_in, bias_in, weight_out, bias_out)
+            inner = linear(x, weight_in, bias_in, has_relu=True)
         ctx.save_for_backward(x, inner, parameters[0], parameters[2])
         return linear(inner, weight_out, bias_out)
 

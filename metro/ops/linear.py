@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from metro.ops.dispatch import computed_type, is_eager_cpu
+from metro.ops.dispatch import computed_type, is_eager_cpu, is_tracked
 
 
 def linear(
@@ -46,7 +46,7 @@ def serves(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
     given = [x, *(each for each in parameters if each is not None)]
     if not is_eager_cpu(x) or {each.dtype for each in given} != {computed_type(x)}:
         return False
-    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+    if is_tracked(*given):
         return False
     # oneDNN takes transposed matrices, but none that is empty or repeats one row.
     is_matrix = all(each.numel() and 0 not in each.stride() for each in given)
