@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from metro.ops.dispatch import computed_type, is_eager_cpu, is_tracked
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def linear(
     x: torch.Tensor,
@@ -62,10 +64,5 @@ def is_faster(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return is_made_by_amd()
-
-
-def is_made_by_amd() -> bool:
-    """Ask Linux for the CPU's vendor; other systems are taken for Intel's."""
-    path = Path("/proc/cpuinfo")
-    return path.is_file() and "AuthenticAMD" in path.read_text()
+    # Linux names the CPU's vendor; other systems are taken for Intel's.
+    return CPU_INFO.is_file() and "AuthenticAMD" in CPU_INFO.read_text("utf-8", "replace")
