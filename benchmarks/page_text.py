@@ -31,8 +31,9 @@ weights as well).
 `metro evaluate`, `rank`, `flip` and `generate` have the same switch, also named `--dtype`, which
 there is the type of weights and products (of attention's on CPUs with AMX only). The first three
 compute in float32 unless told otherwise, on GPUs too: published numbers are compared with to a
-tenth of a point, and a rounded score can turn a close decision. `generate` takes bf16 on a GPU and
-float32 on a CPU. In these four `auto` is not the fast type, as in training, but the one that the
+tenth of a point, and a rounded score can turn a close decision. `--precision fast` takes bf16 on
+such CPUs and on GPUs that have it, elsewhere float32; the log names the type. `generate` is fast on
+a GPU by itself. In these four `auto` is not the fast type, as in training, but the one that the
 model was saved in.
 """
 WITHOUT_AMX = """\
@@ -138,9 +139,11 @@ def precision(results: dict[str, dict]) -> str:
         f"""One large product was {low} to {high} times as fast in bf16 as in float32 with AMX, and
         {of["bf16"]["times as fast"]:.2g} times with AVX512_BF16. There is no switch for
         `torch.set_float32_matmul_precision("medium")`, which lets oneDNN round to bf16 where that
-        is fast: what is rounded depends on the CPU, and no log would say so. With AVX512_BF16
-        oneDNN keeps float32 (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and
-        gains little, {shown(medium["times as fast"])} times the speed."""
+        is fast: what is rounded depends on the CPU, and no log would say so. With AVX512_BF16 it
+        keeps float32 (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and is
+        {shown(medium["times as fast"])} times as fast, as PyTorch asks oneDNN then instead of MKL.
+        METRO's [operations](operations.md) ask oneDNN themselves on AMD's CPUs, always in
+        float32."""
     )
     return f"{PRECISION}\n{said}\n"
 

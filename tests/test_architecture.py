@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "training": {
         "utils",
         "modeling",
+        "ops",
         "fusion",
         "sharding",
         "processes",

@@ -37,7 +37,8 @@ class ScoredModel(NamedTuple):
     def describe(self) -> str:
         """Say how it is scored, for the log."""
         why = ", which the model was trained for" if self.is_own_method else ""
-        return f"method {self.method}{why}; protocol {self.protocol.describe()}"
+        protocol = self.protocol.describe()
+        return f"method {self.method}{why}; protocol {protocol}; weights in {self.dtype}"
 
 
 def open_model(

@@ -48,7 +48,9 @@ class ScoringSettings(PlacementSettings):
         None, "Vocabulary folder of a fairseq checkpoint.", section="Model and device"
     )
     dtype: str = option(
-        "fp32", "Of weights and products: fp32, bf16, fp16, auto (as saved).", flag=PRECISION_FLAGS
+        "fp32",
+        "Of weights and products: fp32, bf16, fp16, auto (as saved), fast (bf16 or fp32).",
+        flag=PRECISION_FLAGS,
     )
     attention: str | None = option(
         None, "Implementation; default: the model's.", choices=("sdpa", "eager")
@@ -199,7 +201,9 @@ class FlipSettings(PlacementSettings):
     )
     vocab: str | None = option(None, "Vocabulary folder of a fairseq checkpoint.")
     dtype: str = option(
-        "fp32", "Of weights and products: fp32, bf16, fp16, auto (as saved).", flag=PRECISION_FLAGS
+        "fp32",
+        "Of weights and products: fp32, bf16, fp16, auto (as saved), fast (bf16 or fp32).",
+        flag=PRECISION_FLAGS,
     )
     device: str | None = option(None, "cpu, cuda, cuda:1; default: cpu.")
     max_new_tokens: int = option(64, "Of the generated instructions.", least=1)

@@ -99,8 +99,7 @@ def load_for_generation(name: str | Path, settings: GenerationSettings) -> Loade
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used ({reason}); try cpu") from None
     if dtype is None:
-        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if fast else "float32"
+        dtype = "fast" if torch.device(device).type == "cuda" else "float32"
     return load(name, dtype=dtype, vocab=settings.vocab, **settings.placed(device))
 
 

@@ -34,7 +34,8 @@ class GenerationSettings(PlacementSettings):
     sentinels: bool = option(False, "Read <sen001> in a text as that sentinel, not as text.")
     dtype: str | None = option(
         None,
-        "Of weights and products: fp32, bf16, fp16, auto (as saved); default: fp32, bf16 on a GPU.",
+        "Of weights and products: fp32, bf16, fp16, auto (as saved), fast (bf16 or fp32); default: "
+        "fp32, fast on a GPU.",
         flag=PRECISION_FLAGS,
     )
     vocab: Path | None = option(None, "Folder with sp.model and dict.txt, for a checkpoint .pt.")

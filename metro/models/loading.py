@@ -39,6 +39,7 @@ from metro.models.placement import Memory, placement
 from metro.models.reading import check_readable, refuse_weights, shards
 from metro.models.source import adapter_base, check_as_written, model_source
 from metro.models.vocabulary_folder import build_tokenizer, check_vocabulary, find_vocabulary
+from metro.ops.dispatch import cpu_multiplies_bf16
 from metro.utils.checksums import damage
 from metro.utils.messages import UserError
 from metro.utils.network import hub_address, is_reachable, use_cache_without_network
@@ -85,7 +86,9 @@ def load(
             hub, a Hugging Face folder of any sequence-to-sequence model (METRO's own exports and
             the released METRO-T0 folders included), an adapter of PEFT (a folder or hub id), which
             is merged into its base model, or a fairseq checkpoint ``.pt``.
-        dtype: of the weights in memory; by default as the model's configuration says.
+        dtype: of the weights in memory; by default as the model's configuration says. ``fast`` is
+            bfloat16 where the device (of a ``device_map``: a GPU, if there is one) multiplies it
+            faster than float32, and else float32.
         device: where to put the model; by default the CPU.
         attn_implementation: ``"eager"`` or ``"sdpa"``.
         vocab: folder with ``sp.model`` and ``dict.txt``, for fairseq checkpoints; by default the
@@ -103,7 +106,7 @@ def load(
         MissingPackage: accelerate or bitsandbytes, which an option needs, is not installed.
     """
     register()
-    dtype = resolve_dtype(dtype)
+    dtype = fast_dtype(device, device_map) if dtype == "fast" else resolve_dtype(dtype)
     options = placement(device, device_map, load_in, dtype, max_memory)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -151,6 +154,15 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
             "other models bring their own vocabulary; leave vocab out"
         )
     return _from_pretrained(source, dtype, options)
+
+
+def fast_dtype(device: torch.device | str | None, device_map: str | dict | None) -> torch.dtype:
+    """Choose bfloat16 where the products of a model loaded so are faster in it, else float32."""
+    if device is None:
+        device = "cuda" if device_map is not None and torch.cuda.is_available() else "cpu"
+    is_gpu = torch.device(device).type == "cuda"
+    is_fast = torch.cuda.is_bf16_supported() if is_gpu else cpu_multiplies_bf16()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

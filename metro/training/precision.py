@@ -6,8 +6,7 @@ twice as fast; narrow models gain little, as most of their time is not products
 (docs/performance.md has the numbers, of one product and of a step by width).
 """
 
-import torch
-
+from metro.ops.dispatch import cpu_multiplies_bf16
 from metro.utils.progress import Progress
 
 LEAST_WIDTH = 256
@@ -25,11 +24,6 @@ def choose_precision(args, precision: str, model, progress: Progress) -> None:
     """
     if precision != "auto" or args.device.type != "cpu":
         return
-    if model.config.d_model >= LEAST_WIDTH and multiplies_in_bf16():
+    if model.config.d_model >= LEAST_WIDTH and cpu_multiplies_bf16():
         args.bf16, args.mixed_precision = True, "bf16"
         progress.say("products in bf16, which this CPU computes faster; --precision fp32: float32")
-
-
-def multiplies_in_bf16() -> bool:
-    """Check whether the CPU has instructions for products of bfloat16."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

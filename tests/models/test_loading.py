@@ -259,6 +259,15 @@ def test_dtype_and_attention_are_as_asked(hub_folder):
         resolve_dtype("int8")
 
 
+@pytest.mark.parametrize("has_products, wanted", [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_is_bfloat16_where_the_cpu_multiplies_it_faster(
+    monkeypatch, hub_folder, has_products, wanted
+):
+    monkeypatch.setattr("metro.models.loading.cpu_multiplies_bf16", lambda: has_products)
+    model, _ = metro.load(hub_folder("metro_tiny_a"), dtype="fast")
+    assert model.dtype == wanted
+
+
 def test_a_sharded_folder_loads(exported, tmp_path):
     """Oracle: the same weights in one file."""
     model, tokenizer = metro.load(exported("metro_tiny_a"))
