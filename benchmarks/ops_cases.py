@@ -22,9 +22,9 @@ from metro.ops.dropout import dropout
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from metro.ops.feed_forward import feed_forward
 from metro.ops.kernels.trials import TRAINED
+from metro.ops.linear import packed_linear
 from metro.ops.linear_cross_entropy import linear_cross_entropy
 from metro.ops.linear_sample_cross_entropy import linear_sample_cross_entropy
-from metro.ops.packed_linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
 BATCH, HEADS, LENGTH, WIDTH = 4, 12, 512, 64

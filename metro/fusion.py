@@ -17,7 +17,7 @@ from metro.modeling.layers_metro_t5 import (
 from metro.ops.dispatch import is_eager_cpu
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from metro.ops.feed_forward import feed_forward
-from metro.ops.packed_linear import packed_linear
+from metro.ops.linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,7 @@ import torch
 from metro.fusion import fuse
 from metro.modeling.attention_metro_t5 import Attention
 from metro.modeling.layers_metro_t5 import AttentionLayer
-from metro.ops import packed_linear, relative_position_attention
+from metro.ops import linear, relative_position_attention
 from metro.pretraining.losses import MetroObjective
 from tests.ops.test_relative_position_attention import randomize
 from tests.pretraining.test_model import batch, build
@@ -25,7 +25,7 @@ def impl(request, monkeypatch) -> str:
     Attention is that of long sequences.
     """
     monkeypatch.setattr(relative_position_attention, "SHORT", 0)
-    monkeypatch.setattr(packed_linear, "best_impl", lambda x, num_layers: request.param)
+    monkeypatch.setattr(linear, "best_impl", lambda x, num_layers: request.param)
     return request.param
 
 

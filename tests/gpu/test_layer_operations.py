@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton (make install)")
 from metro.ops.adamw import adamw_step  # noqa: E402
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm  # noqa: E402
 from metro.ops.feed_forward import feed_forward  # noqa: E402
-from metro.ops.packed_linear import packed_linear  # noqa: E402
+from metro.ops.linear import packed_linear  # noqa: E402
 from tests.ops import test_linear_cross_entropy as projection  # noqa: E402
 from tests.ops.test_dropout_add_layer_norm import copies, formula, inputs  # noqa: E402
 

@@ -7,7 +7,7 @@ from metro.ops import dispatch
 from metro.ops.dropout import dropout
 from metro.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from metro.ops.feed_forward import feed_forward
-from metro.ops.packed_linear import packed_linear
+from metro.ops.linear import packed_linear
 from metro.ops.relative_position_attention import relative_position_attention
 
 BF16, GPU = torch.bfloat16, torch.device("cuda", 0)

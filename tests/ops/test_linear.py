@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from metro.ops import linear as op
 from metro.ops.linear import linear
 
-HAS_ONEDNN = op.is_faster(torch.bfloat16)
+HAS_ONEDNN = op.onednn_is_faster(torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Relative to the largest output: its rounding, in half precision."""
 
@@ -18,7 +18,7 @@ def calls(monkeypatch):
     if not HAS_ONEDNN:
         pytest.skip("no CPU with AVX-512, or PyTorch without oneDNN")
     found = []
-    monkeypatch.setattr(op, "is_faster", lambda dtype: found.append(dtype) or True)
+    monkeypatch.setattr(op, "onednn_is_faster", lambda dtype: found.append(dtype) or True)
     return found
 
 
@@ -91,7 +91,7 @@ def test_other_types_and_empty_inputs_are_left_to_pytorch(calls):
 
 @pytest.mark.parametrize("has_relu", [False, True])
 def test_it_is_pytorchs_where_oneDNN_is_not_faster(monkeypatch, has_relu):
-    monkeypatch.setattr(op, "is_faster", lambda dtype: False)
+    monkeypatch.setattr(op, "onednn_is_faster", lambda dtype: False)
     x, weight, bias = tensors((3, 4), (2, 4), (2,))
     want = F.linear(x, weight, bias)
     torch.testing.assert_close(linear(x, weight, bias, has_relu), want.relu() if has_relu else want)
@@ -107,5 +107,5 @@ def test_float32_is_oneDNNs_on_cpus_of_amd(monkeypatch, tmp_path, vendor, wanted
     if vendor:
         path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr(op, "CPU_INFO", path)
-    assert op.is_faster.__wrapped__(torch.float32) is wanted
-    assert op.is_faster.__wrapped__(torch.bfloat16) is True
+    assert op.onednn_is_faster.__wrapped__(torch.float32) is wanted
+    assert op.onednn_is_faster.__wrapped__(torch.bfloat16) is True

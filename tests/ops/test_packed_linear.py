@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metro.ops.packed_linear import packed_linear, packing_pays
+from metro.ops.linear import packed_linear, packing_pays
 
 IMPLS = ("reference", "summed", "packed")
 
