@@ -61,7 +61,7 @@ def linear(
     """
     if not takes_onednn(x, weight, bias):
         out = F.linear(x, weight, bias)
-        return out.relu() if has_relu else out
+        return out.relu_() if has_relu else out
     activation = "relu" if has_relu else "none"
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
@@ -74,7 +74,8 @@ def takes_onednn(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
     if is_tracked(*given):
         return False
     # oneDNN takes transposed matrices, but none that is empty or repeats one row.
-    is_matrix = all(each.numel() and 0 not in each.stride() for each in given)
+    is_plain = all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in given)
+    is_matrix = is_plain and all(each.numel() and 0 not in each.stride() for each in given)
     return is_matrix and onednn_is_faster(x.dtype)
 
 
