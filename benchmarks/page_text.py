@@ -281,5 +281,6 @@ def of_compiled(result: dict) -> str:
         (`cp.async`) with bias as without, and nothing is spilled to the stack, but registers of
         {len(risen)} kernels rose. Blocks have 256 threads: above 128 registers a multiprocessor of
         65,536 has room for one, before and after, whatever shared memory was freed. What it gains
-        only a GPU can say."""
+        only a GPU can say. FlexAttention, the competitor, is not here: PyTorch compiles it for a
+        GPU only where it was built with CUDA. `python -m benchmarks.ops` times it there."""
     )
