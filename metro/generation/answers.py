@@ -86,7 +86,7 @@ def generate(
 
 
 def load_for_generation(name: str | Path, settings: GenerationSettings) -> LoadedModel:
-    """Load a model where and as the settings say; by default on a GPU, in bfloat16 there.
+    """Load a model where and as the settings say; by default on a GPU, in its fast type there.
 
     Raises:
         UserError: the device is not available, or there is no such model.

@@ -59,6 +59,10 @@ BAD_FOLDER = (
 """Errors of transformers for an unusable folder or hub id."""
 
 
+HOST = ("cpu", "disk")
+"""Places of a ``device_map`` that are no GPU."""
+
+
 class LoadedModel(NamedTuple):
     """A model and its tokenizer."""
 
@@ -106,7 +110,7 @@ def load(
         MissingPackage: accelerate or bitsandbytes, which an option needs, is not installed.
     """
     register()
-    dtype = fast_dtype(device, device_map) if dtype == "fast" else resolve_dtype(dtype)
+    dtype = fast_dtype(device, device_map, load_in) if dtype == "fast" else resolve_dtype(dtype)
     options = placement(device, device_map, load_in, dtype, max_memory)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -156,13 +160,18 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
     return _from_pretrained(source, dtype, options)
 
 
-def fast_dtype(device: torch.device | str | None, device_map: str | dict | None) -> torch.dtype:
-    """Choose bfloat16 where the products of a model loaded so are faster in it, else float32."""
-    if device is None:
-        device = "cuda" if device_map is not None and torch.cuda.is_available() else "cpu"
-    is_gpu = torch.device(device).type == "cuda"
-    is_fast = torch.cuda.is_bf16_supported() if is_gpu else cpu_multiplies_bf16()
-    return torch.bfloat16 if is_fast else torch.float32
+def fast_dtype(
+    device: torch.device | str | None, device_map: str | dict | None, load_in: str | None
+) -> torch.dtype:
+    """Choose bfloat16 where a model loaded so is faster in it, else float32."""
+    if isinstance(device_map, dict):
+        device = next((place for place in device_map.values() if place not in HOST), "cpu")
+    elif device is None and (device_map or load_in):
+        device = "cuda"
+    if str(device).startswith("cuda") or isinstance(device, int):
+        has_bf16 = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -176,7 +185,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
+        raise UserError(f"dtype is {dtype!r}; use float32, bfloat16, float16 or auto")
     return found
 
 

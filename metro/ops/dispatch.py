@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Types that the kernels take; sums are in float32."""
@@ -156,7 +157,9 @@ def check_one_type(x: torch.Tensor, *others: torch.Tensor | None) -> None:
 
 
 def is_tracked(*given: torch.Tensor | None) -> bool:
-    """Check that a gradient may be asked for of what is computed from these."""
+    """Check that a derivative may be asked for of what is computed from these."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 

@@ -52,7 +52,7 @@ def linear(
 ) -> torch.Tensor:
     """``F.linear(x, weight, bias)``, with ``relu`` behind it where asked for.
 
-    Where a gradient is asked for, and where oneDNN is not faster, it is that.
+    Where a derivative is asked for, and where oneDNN is not faster, it is that.
 
     Args:
         x: (..., D).
@@ -66,17 +66,30 @@ def linear(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
+def linear_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Write ``F.linear(x, weight)`` of a matrix, without gradients, to ``out``."""
+    if takes_onednn(x, weight):
+        out.copy_(linear(x, weight))
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
 def takes_onednn(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Check that oneDNN may compute the layer and is the faster way."""
+    """Check that oneDNN may compute the layer and is the faster way.
+
+    It takes transposed matrices, but none that is empty or repeats one row, and only biases without
+    gaps.
+    """
     given = [x, *(each for each in parameters if each is not None)]
-    if not is_eager_cpu(x) or {each.dtype for each in given} != {computed_type(x)}:
+    if not is_eager_cpu(x) or torch.jit.is_tracing() or is_tracked(*given):
         return False
-    if is_tracked(*given):
+    if {each.dtype for each in given} != {computed_type(x)}:
         return False
-    # oneDNN takes transposed matrices, but none that is empty or repeats one row.
-    is_plain = all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in given)
-    is_matrix = is_plain and all(each.numel() and 0 not in each.stride() for each in given)
-    return is_matrix and onednn_is_faster(x.dtype)
+    if any(type(each) not in (torch.Tensor, torch.nn.Parameter) for each in given):
+        return False
+    has_gaps = any(each.ndim == 1 and not each.is_contiguous() for each in given)
+    is_matrix = all(each.numel() and 0 not in each.stride() for each in given) and not has_gaps
+    return is_matrix and torch.backends.mkldnn.enabled and onednn_is_faster(x.dtype)
 
 
 @functools.cache
@@ -106,7 +119,7 @@ def packed_linear(
         impl: ``reference`` (PyTorch's), ``summed`` (the gradient of ``x`` is summed by the
             products), ``packed`` (that, and one product forward, whose parts are returned), or
             ``auto``: on GPUs ``packed`` where there are rows enough and else ``summed``, on
-            the CPU ``summed``, inside ``torch.compile`` ``reference``.
+            the CPU ``summed``; ``reference`` inside ``torch.compile`` and, on GPUs, for one layer.
 
     Raises:
         ValueError: an unknown ``impl``, inputs of several types outside autocast.

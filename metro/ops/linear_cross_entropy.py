@@ -29,7 +29,7 @@ from metro.ops.dispatch import (
     computed_type,
     takes_kernel,
 )
-from metro.ops.linear import linear
+from metro.ops.linear import linear, linear_into
 from metro.ops.linear_cross_entropy_rows import (
     Coefficients,
     RowSums,
@@ -249,7 +249,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias += grad_CV.sum(0, dtype=dtype)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if needs_hidden:
-                grad_hidden[chunk] = linear(grad_CV, weight_VD.T)
+                linear_into(grad_hidden[chunk], grad_CV, weight_VD.T)
             if needs_weight and grad_weight is not None and dtype == hidden_ND.dtype:
                 grad_weight.addmm_(grad_CV.T, hidden_ND[chunk])
             elif needs_weight:

@@ -64,7 +64,8 @@ def trainer_arguments(
     cuda = torch.cuda.is_available() and not use_cpu
     if precision == "auto":
         # a CPU's depends on the model, see `metro.training.precision`
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and not cuda:
         raise UserError(
             "precision fp16 needs a GPU; use --precision fp32, or bf16 on a CPU that is fast at it"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from metro.fusion import fuse
 from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel
 from tests.modeling.conftest import PAD, tiny
 
@@ -146,3 +147,14 @@ def test_a_graph_is_right_for_other_batches_and_lengths(make_graph, part):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fused_model_is_traced():
+    """Its operations record what PyTorch's tracer knows."""
+    module = WholeModel(fuse(tiny(num_layers=1)))
+    inputs = module.inputs(2, 5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = traced(module, inputs)
+    torch.testing.assert_close(graph(*inputs), module(*inputs), atol=1e-5, rtol=1e-4)

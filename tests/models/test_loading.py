@@ -16,7 +16,7 @@ from metro.conversion.hf_to_fairseq import to_fairseq
 from metro.modeling.modeling_metro_t5 import MetroT5EncoderModel, MetroT5ForConditionalGeneration
 from metro.modeling.tokenization_metro_t5 import MetroT5Tokenizer
 from metro.models.fairseq_checkpoint import TIED
-from metro.models.loading import LoadedModel, resolve_dtype
+from metro.models.loading import LoadedModel, fast_dtype, resolve_dtype
 from metro.utils.messages import UserError
 from tests.conftest import RECORDED
 from tests.processes import run_python
@@ -266,6 +266,34 @@ def test_fast_is_bfloat16_where_the_cpu_multiplies_it_faster(
     monkeypatch.setattr("metro.models.loading.cpu_multiplies_bf16", lambda: has_products)
     model, _ = metro.load(hub_folder("metro_tiny_a"), dtype="fast")
     assert model.dtype == wanted
+
+
+@pytest.mark.parametrize(
+    "placed, capability, wanted",
+    [
+        (("cuda:1", None, None), (8, 0), torch.bfloat16),
+        (("cuda", None, None), (7, 5), torch.float32),
+        ((None, "auto", None), (9, 0), torch.bfloat16),
+        ((None, None, "4bit"), (9, 0), torch.bfloat16),
+        ((None, {"encoder": "cpu", "decoder": 0}, None), (9, 0), torch.bfloat16),
+        ((None, {"": "cpu"}, None), (9, 0), torch.float32),
+        ((None, None, None), (9, 0), torch.float32),
+    ],
+)
+def test_fast_is_bfloat16_on_gpus_that_have_it(monkeypatch, placed, capability, wanted):
+    """Which emulate it do not have it. The CPU here multiplies float32 faster."""
+    monkeypatch.setattr("metro.models.loading.cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_dtype(*placed) == wanted
+
+
+def test_a_wrong_device_is_refused_whatever_the_type(hub_folder):
+    folder = hub_folder("metro_tiny_a")
+    with pytest.raises((ValueError, RuntimeError), match="gpu") as plain:
+        metro.load(folder, device="gpu", dtype="fp32")
+    with pytest.raises(type(plain.value), match="gpu"):
+        metro.load(folder, device="gpu", dtype="fast")
 
 
 def test_a_sharded_folder_loads(exported, tmp_path):

@@ -38,6 +38,21 @@ def test_values_and_gradients_equal_the_formula(monkeypatch, impl, rows, shape, 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [op.ROWS, 4])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (7, 3), (6,), (0, 4)])
+def test_values_without_gradients_equal_the_formula(monkeypatch, rows, shape):
+    """Also of more outputs than inputs, and of columns."""
+    monkeypatch.setattr(op, "ROWS", rows)
+    x, weight_in, bias_in, *_ = [each.detach() for each in leaves(shape, 16)]
+    given = (x, weight_in, bias_in, torch.randn(9, 16).double(), torch.randn(9).double())
+    got = feed_forward(*(each.float() for each in given), impl="in_place")
+    torch.testing.assert_close(got.double(), formula(*given), rtol=1e-5, atol=1e-5)
+    if x.ndim == 3:
+        x = x.transpose(0, 1)
+        got = feed_forward(x.float(), *(each.float() for each in given[1:]), impl="in_place")
+        torch.testing.assert_close(got.double(), formula(x, *given[1:]), rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_of_two_types_are_refused_outside_autocast():
     """As PyTorch refuses them."""
     x, *weights = leaves((3, 4), 8, torch.bfloat16)

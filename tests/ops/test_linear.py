@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from metro.ops import linear as op
-from metro.ops.linear import linear
+from metro.ops.linear import linear, linear_into
 
 HAS_ONEDNN = op.onednn_is_faster(torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -55,9 +55,31 @@ def test_transposed_sliced_and_repeated_matrices(calls, dtype):
     check(linear(x, weight[3:7]), x, weight[3:7])
     check(linear(x[1::2], weight), x[1::2], weight)
     assert len(calls) == 3
-    ones = torch.ones((), dtype=dtype).expand(6, 12)
+    ones, bias = torch.ones((), dtype=dtype).expand(6, 12), grad[:2].flatten()[::2]
     check(linear(ones, weight.T), ones, weight.T)
+    check(linear(x, weight, bias), x, weight, bias)
     assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_a_product_is_written_to_rows(calls):
+    out, x, weight = tensors((5, 3), (2, 8), (3, 8))
+    kept = out.clone()
+    linear_into(out[1:3], x, weight)
+    check(out[1:3], x, weight)
+    num_calls = len(calls)
+    assert num_calls and torch.equal(out[3:], kept[3:]) and torch.equal(out[0], kept[0])
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear_into(out[3:], x, weight)
+    check(out[3:], x, weight)
+    assert len(calls) == num_calls
+
+
+def test_forward_derivatives_are_pytorchs(calls):
+    x, weight, tangent = tensors((3, 4), (2, 4), (3, 4))
+    _, got = torch.func.jvp(lambda x: linear(x, weight), (x,), (tangent,))
+    torch.testing.assert_close(got, tangent @ weight.T)
+    assert not calls
 
 
 def test_products_of_bfloat16_are_summed_in_float32_with_the_bias_and_rounded_once(calls):

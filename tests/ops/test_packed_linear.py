@@ -25,7 +25,7 @@ def of(inputs, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    "shape, outputs", [((2, 5, 8), (8, 8, 8)), ((7, 3), (2, 5)), ((0, 4), (4, 4))]
+    "shape, outputs", [((2, 5, 8), (8, 8, 8)), ((7, 3), (2, 5)), ((0, 4), (4, 4)), ((3, 4), (5,))]
 )
 def test_values_and_gradients_equal_the_formula(impl, shape, outputs):
     truth, single = leaves(shape, outputs), leaves(shape, outputs, torch.float32)

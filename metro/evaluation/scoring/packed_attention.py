@@ -188,7 +188,7 @@ _patching = threading.Lock()
 
 @contextlib.contextmanager
 def packed_attention(model):
-    """Let attention take the classes of this module, and feed-forward compute in place.
+    """Let attention take the classes of this module, and layers compute as :func:`metro.fuse` does.
 
     Several threads may score the same model, one at a time. Meanwhile the model must not be used in
     other ways.
