@@ -89,7 +89,7 @@ def takes_onednn(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
         return False
     has_gaps = any(each.ndim == 1 and not each.is_contiguous() for each in given)
     is_matrix = all(each.numel() and 0 not in each.stride() for each in given) and not has_gaps
-    return is_matrix and torch.backends.mkldnn.enabled and onednn_is_faster(x.dtype)
+    return is_matrix and bool(torch.backends.mkldnn.enabled) and onednn_is_faster(x.dtype)
 
 
 @functools.cache
