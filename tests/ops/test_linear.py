@@ -18,6 +18,7 @@ def calls(monkeypatch):
     if not HAS_ONEDNN:
         pytest.skip("no CPU with AVX-512, or PyTorch without oneDNN")
     found = []
+    monkeypatch.setattr(op, "LEAST_WEIGHT", 0)
     monkeypatch.setattr(op, "onednn_is_faster", lambda dtype: found.append(dtype) or True)
     return found
 
@@ -73,6 +74,16 @@ def test_a_product_is_written_to_rows(calls):
         linear_into(out[3:], x, weight)
     check(out[3:], x, weight)
     assert len(calls) == num_calls
+
+
+def test_small_weights_of_float32_are_left_to_pytorch(calls, monkeypatch):
+    monkeypatch.setattr(op, "LEAST_WEIGHT", 8)
+    x, weight = tensors((3, 4), (2, 4))
+    linear(x, weight[:1])
+    assert not calls
+    linear(x.bfloat16(), weight[:1].bfloat16())
+    linear(x, weight)
+    assert calls == [torch.bfloat16, torch.float32]
 
 
 def test_forward_derivatives_are_pytorchs(calls):
