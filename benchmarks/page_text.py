@@ -142,8 +142,8 @@ def precision(results: dict[str, dict]) -> str:
         is fast: what is rounded depends on the CPU, and no log would say so. With AVX512_BF16 it
         keeps float32 (error {medium[error]:.2g}, without it {of["highest"][error]:.2g}) and is
         {shown(medium["times as fast"])} times as fast, as PyTorch asks oneDNN then instead of MKL.
-        METRO's [operations](operations.md) ask oneDNN themselves on AMD's CPUs, always in
-        float32."""
+        METRO's [operations](operations.md) ask oneDNN themselves on AMD's CPUs, always in float32,
+        for weights of 131,072 numbers and more."""
     )
     return f"{PRECISION}\n{said}\n"
 
