@@ -231,7 +231,8 @@ def of_time_by_part(result: dict) -> str:
     return filled(
         f"""One METRO-base step, {result["rows_evaluated"]} rows of HellaSwag and a FLIPPED update
         of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]} layers of
-        width {result["width"]}. `products` are those with weights outside of the other parts;
+        width {result["width"]}. `products` are those with weights outside of the other parts, in
+        evaluation also those of feed-forward layers;
         `floor s` is what a part's matrix products take at the speed of one large product. Far above
         it are attention and, in bf16, the vocabulary. Attention's products are small, those of one
         head of one sequence, and softmax and dropout touch every weight; without AMX PyTorch's has
