@@ -9,10 +9,11 @@ Adafactor, of 20 examples.
 
 A part's seconds are those of PyTorch's operations themselves, as its profiler sees them. Each
 belongs to the part that called it, and so does its way back. ``products`` are those with weights
-outside of attention, feed-forward networks (which count there in evaluation) and the vocabulary; ``outside of PyTorch`` is what the
-process took besides: Python, NumPy's random numbers, and the profiler. ``floor s`` is what a part's
-matrix products, with those computed once more on the way back, take at the speed of one large
-product of the same type, measured in the same process; PyTorch's causal attention counts in full.
+outside of attention, feed-forward networks (which count there in evaluation) and the vocabulary;
+``outside of PyTorch`` is what the process took besides: Python, NumPy's random numbers, and the
+profiler. ``floor s`` is what a part's matrix products, with those computed once more on the way
+back, take at the speed of one large product of the same type, measured in the same process;
+PyTorch's causal attention counts in full.
 Parts without products wait for memory: `ops.py` measures each beside the bytes that it has to move.
 """
 
