@@ -6,11 +6,12 @@ it is compared with runs in the same call, on the same cores.
 """
 
 import functools
+import inspect
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,11 @@ def data_folder() -> Path:
 
 
 class Measured(NamedTuple):
-    """Result of `measure_isolated`."""
+    """What a function that runs in a process of its own has returned or yielded."""
 
     value: Any
-    """Return value of the function."""
     seconds: float
-    """Wall time of the call, start of the process not included."""
+    """Wall time since it was called, start of the process not included."""
     peak_bytes: int
     """Peak resident memory of the process, imports included."""
 
@@ -56,27 +56,39 @@ def measure_isolated(function: Callable, *args: Any) -> Measured:
     Raises:
         RuntimeError: it did not return; its own message has been printed.
     """
+    (measured,) = measure_each(function, *args)
+    return measured
+
+
+def measure_each(function: Callable, *args: Any) -> Iterator[Measured]:
+    """The same of what a generator yields, as soon as it does.
+
+    Raises:
+        RuntimeError: it did not end; what it had yielded is known by then.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, args))
     process.start()
     sender.close()
     try:
-        measured = receiver.recv()
+        while (measured := receiver.recv()) is not None:
+            yield measured
     except EOFError:
         process.join()
         raise RuntimeError(
             f"{function.__name__}{args} died with code {process.exitcode}; its message is above"
         ) from None
     process.join()
-    return measured
 
 
 def _call(sender, function: Callable, args: tuple) -> None:
     start = time.perf_counter()
-    value = function(*args)
-    seconds = time.perf_counter() - start
-    sender.send(Measured(value, seconds, peak_memory_bytes()))
+    found = function(*args)
+    for value in found if inspect.isgenerator(found) else [found]:
+        seconds = time.perf_counter() - start
+        sender.send(Measured(value, seconds, peak_memory_bytes()))
+    sender.send(None)
 
 
 def results_folder() -> Path:

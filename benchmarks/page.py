@@ -226,12 +226,13 @@ def render_page(results: dict[str, dict]) -> str:
     """The page; results by subject."""
     found = comparisons(results)
     has_gpu = any(subject.endswith("_gpu") for subject in results)
-    text = page_text.INTRO + (page_text.ON_GPU if has_gpu else page_text.NO_GPU) + "\n"
+    text = page_text.INTRO + (page_text.ON_GPU if has_gpu else page_text.NO_GPU)
+    text += page_text.age(results) + "\n"
     text += f"{first_table(found)}\n{targets(results, found)}\n{page_text.sizes(results)}\n"
     text += page_text.floors(results) + "\n"
     text += "![Times as fast as the published way](images/performance.svg)\n\n"
     if without_amx := model_comparisons(results, "_without_amx"):
-        text += f"{page_text.WITHOUT_AMX}\n{first_table(without_amx)}\n"
+        text += f"{page_text.without_amx(results)}\n{first_table(without_amx)}\n"
         text += targets_met(without_amx, "without AMX") + "\n"
     text += page_text.precision(results) + page_text.memory(results)
     for section in SECTIONS:

@@ -69,7 +69,7 @@ FLIPPED = (
     *("model", "way", "examples/s", "times as fast", "by CPU time", "times the floor"),
     *("peak MiB", "loss"),
 )
-BY_PART = ("job", "METRO in", "part", "seconds", "share", "floor s")
+BY_PART = ("job", "METRO in", "part", "seconds", "share", "in products s", "floor s")
 OPERATIONS = ("operation", "impl", "ms", "x first", "floor ms", "of floor", "kept MiB")
 SECTIONS = (
     Section(
@@ -114,6 +114,13 @@ SECTIONS = (
         page_text.of_gpu_pretraining,
     ),
     Section(
+        "pretraining_curves",
+        "Losses of METRO and of the plain way",
+        ("run", "first loss", "last loss"),
+        note=page_text.of_curves,
+        rows=curve_rows,
+    ),
+    Section(
         "pretraining_curves_gpu",
         "Losses on a GPU",
         ("run", "first loss", "last loss"),
@@ -121,13 +128,20 @@ SECTIONS = (
         page_text.of_curves,
         curve_rows,
     ),
-    Section("evaluation", "Evaluation, with AMX", EVALUATION, rows=evaluation_rows),
+    Section(
+        "evaluation",
+        "Evaluation, with AMX",
+        EVALUATION,
+        note=page_text.of_evaluation,
+        rows=evaluation_rows,
+    ),
     Section(
         "evaluation_without_amx",
         "Evaluation, with AVX512_BF16",
         EVALUATION,
         "evaluation",
-        rows=evaluation_rows,
+        page_text.of_evaluation,
+        evaluation_rows,
     ),
     Section(
         "evaluation_gpu",

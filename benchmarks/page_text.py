@@ -8,11 +8,11 @@ INTRO = """\
 
 <!-- written by `python -m benchmarks.page` from benchmarks/results/*.json -->
 
-How fast METRO is beside the way the published code does the same work: both ran in one benchmark,
-in turn, on the same cores. On a CPU the published way computes in float32. So does METRO in the
-rows of float32, where the benchmarks check that both get the same losses, predictions or files. In
-the rows of bf16 METRO does the same work in bfloat16, beside the same published way in float32:
-what it gets is the same only up to that rounding.
+How fast METRO is beside the way the published code does the same work: both ran in one benchmark on
+the same cores. On a CPU the published way computes in float32. So does METRO in the rows of
+float32, where the benchmarks check that both get the same losses, predictions or files. In the rows
+of bf16 METRO does the same work in bfloat16, beside the same published way in float32: what it gets
+is the same only up to that rounding.
 """
 NO_GPU = "\nOn a GPU nothing has been measured yet.\n"
 ON_GPU = "\nOn a GPU both compute in bf16.\n"
@@ -39,7 +39,7 @@ but the one that the model was saved in.
 WITHOUT_AMX = """\
 ## Without AMX
 
-The same on a CPU with AVX512_BF16, where bf16 is about twice as fast as float32:
+The same on a CPU with AVX512_BF16, where bf16 is about twice as fast as float32.
 """
 MEMORY = """\
 ## Memory of a CPU
@@ -64,21 +64,42 @@ def filled(text: str, indent: str = "") -> str:
     return textwrap.fill(" ".join(text.split()), 100, subsequent_indent=indent, **options) + "\n"
 
 
+def age(results: dict[str, dict]) -> str:
+    """That the first table is the older one, where it is."""
+    subjects = ("pretraining", "evaluation", "flipped_training")
+    dates = [
+        [results[key]["date"] for subject in subjects if (key := subject + machine) in results]
+        for machine in ("", "_without_amx")
+    ]
+    if not all(dates) or max(dates[0]) >= max(dates[1]):
+        return ""
+    return "\n" + filled(
+        f"""Models in the first table and in the figure ran on a CPU with AMX, measured on
+        {max(dates[0])} with an earlier version of METRO than those [without AMX](#without-amx)."""
+    )
+
+
+def evaluated(result: dict) -> str:
+    """What an evaluation was of."""
+    return (
+        f"{result['layers']} + {result['layers']} layers of width {result['width']} with random "
+        f"weights; prompts of each of T0's sets: {result['prompts_per_task']}, rows: at most "
+        f"{result['rows_per_task']}."
+    )
+
+
 def sizes(results: dict[str, dict]) -> str:
     """What the rows of the first table are of."""
     pretraining, evaluation = results["pretraining"], results["evaluation"]
     steps = min(len(run["seconds"]) for runs in pretraining["runs"].values() for run in runs)
     measured, whole = measured_and_whole(evaluation["rows"])
     suite: dict[str, Any] = next(row for row in evaluation["rows"] if row["task"] == "whole suite")
-    layers, width = evaluation["layers"], evaluation["width"]
     lines = (
         f"""**METRO-base, T5-base:** 12 + 12 layers of width 768, and the 4 layers of METRO's
         auxiliary model; {pretraining["batch_size"]} samples of 512 tokens a step, {steps} timed
         step{"s" * (steps > 1)} of each way once warm, one thread.""",
-        f"""**Evaluation:** {layers} + {layers} layers of width {width}, half of the base's, with
-        random weights; prompts of each of T0's sets: {evaluation["prompts_per_task"]}, rows: at
-        most {evaluation["rows_per_task"]}. From these {measured:,} examples the speed over all
-        {whole:,} (rows times prompts) is projected. Of the {measured:,} predictions METRO in
+        f"""**Evaluation:** {evaluated(evaluation)} From these {measured:,} examples the speed over
+        all {whole:,} (rows times prompts) is projected. Of the {measured:,} predictions METRO in
         float32 changes {suite["different_predictions"]}, in bf16 {suite["bf16_different"]}.""",
         f"""**FLIPPED:** 4 + 4 layers of width 256, {results["flipped_training"]["batch_size"]}
         examples an update. These speeds are by processor time;
@@ -118,7 +139,7 @@ def floors(results: dict[str, dict]) -> str:
     beyond = filled(
         f"""A step of METRO-base takes {step} s in float32, of which {products} are the floor, and
         {step_bf16} s in bf16, of which {products_bf16} are. The rest, {rest} and {rest_bf16} s, is
-        softmax, LayerNorm, GELU, dropout, the optimizer, rounding, and that a layer's products run
+        softmax, LayerNorm, ReLU, dropout, the optimizer, rounding, and that a layer's products run
         slower than the large one: it hardly shrinks in bf16, which is why times are further from
         the floor there."""
     )
@@ -186,16 +207,29 @@ def of_pretraining(result: dict) -> str:
 def of_gpu_pretraining(result: dict) -> str:
     return filled(
         f"""METRO-{result["size"]} in bf16 with an optimizer in float32; {result["batch_size"]}
-        samples of 512 tokens a step. Without padding, and with samples of half to full length."""
+        samples of 512 tokens a step. Without padding, and with samples of half to full length.
+        METRO takes all kernels that prove themselves, by itself those alone that were measured to
+        be faster (`METRO_TRITON=1`: all)."""
     )
+
+
+def without_amx(results: dict[str, dict]) -> str:
+    """What stands above the table of such a CPU, and what of it is not as with AMX."""
+    model, other = (results.get(f"evaluation{of}", {}) for of in ("", "_without_amx"))
+    said = ""
+    if model and other and evaluated(model) != evaluated(other):
+        said = f"""Evaluation is not of the same model as above but of {evaluated(other)} The larger
+            a model, the more of the time are products, and the more it gains by needing fewer."""
+    return WITHOUT_AMX + (f"\n{filled(said)}" if said else "")
+
+
+def of_evaluation(result: dict) -> str:
+    return filled(evaluated(result))
 
 
 def of_gpu_evaluation(result: dict) -> str:
-    return filled(
-        f"""{result["layers"]} + {result["layers"]} layers of width {result["width"]} with random
-        weights; prompts of each set: {result["prompts_per_task"]}, rows: at most
-        {result["rows_per_task"]}. Both ways compute in bf16, each with roundings of its own."""
-    )
+    said = "Both ways compute in bf16, each with roundings of its own."
+    return filled(f"{evaluated(result)} {said}")
 
 
 def of_curves(result: dict) -> str:
@@ -205,8 +239,12 @@ def of_curves(result: dict) -> str:
     if "allowed" in result:
         text += (
             f" Fused and plain differ by {result['relative_difference']:.2g} at most; "
-            f"{result['allowed']:.2g} may be, twice what rounding does to the plain one."
+            f"{result['allowed']:.2g} may be"
         )
+        on_gpu = "plain float32" in result["losses"]
+        text += ", twice what rounding does to the plain one." if on_gpu else "."
+    for ways, difference in result.get("loss_differences", {}).items():
+        text += f" Losses of one step in float32, {ways}: apart by {difference:.2g}."
     return filled(text + "".join(f" NOT so: {failure}." for failure in result["failures"]))
 
 
@@ -215,7 +253,7 @@ def of_startup(result: dict) -> str:
         f"""Processor seconds of a process, median of {result["repeats"]}, with a tiny METRO model.
         The first rows are imports alone, the third that of a script with T5: most of what a command
         takes to start are PyTorch and transformers. `metro doctor` imports every package to say
-        which ones work."""
+        which ones work. `metro templates`, which waits for a download, is left out."""
     )
 
 
@@ -280,8 +318,10 @@ def of_compiled(result: dict) -> str:
         (commit {result["before"]["commit"]}) → after attention's bias was taken out of the software
         pipeline and the reduction's tiles were halved. Attention makes as many asynchronous copies
         (`cp.async`) with bias as without, and nothing is spilled to the stack, but registers of
-        {len(risen)} kernels rose. Blocks have 256 threads: above 128 registers a multiprocessor of
-        65,536 has room for one, before and after, whatever shared memory was freed. What it gains
-        only a GPU can say. FlexAttention, the competitor, is not here: PyTorch compiles it for a
-        GPU only where it was built with CUDA. `python -m benchmarks.ops` times it there."""
+        {len(risen)} kernels rose. Dropout draws a number for each query and each key, and mixes
+        those of a pair in 5 instructions instead of 8. Blocks have 256 threads: above 128 registers
+        a multiprocessor of 65,536 has room for one, before and after, whatever shared memory was
+        freed. What it gains only a GPU can say. FlexAttention, the competitor, is not here: PyTorch
+        compiles it for a GPU only where it was built with CUDA. `python -m benchmarks.ops` times it
+        there."""
     )

@@ -15,7 +15,7 @@ Ways to train on 512-token samples with the same optimiser, each in a process of
 processor time of one thread.
 
 On a GPU without padding and with samples of half to full length. A way that fails costs its own
-rows: results are written after each.
+rows: results are written after each row.
 
 Lower bound: the FLOPs of :func:`metro_flops_per_token` (1.5 GFLOP for METRO-base, forward and
 backward, only what masked positions need in last layers and projections) or of
@@ -30,13 +30,13 @@ Prints a table and writes ``benchmarks/results/pretraining.json``. That all comp
 import argparse
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import measure_isolated, print_table, write_results
+from benchmarks.common import measure_each, measure_isolated, print_table, write_results
 from benchmarks.plain_pretraining import make_plain, plain_loss, plain_span_loss
 from benchmarks.timing import measure_rates, seconds_now, subject_on, take_proven_kernels
 from metro.fusion import fuse
@@ -224,7 +224,7 @@ def on_device(batch: dict, device: str) -> dict:
     return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in batch.items()}
 
 
-def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str) -> list[dict]:
+def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str) -> Iterator[dict]:
     """Seconds of each training step (forward, backward, AdamW) once warm, and GPU memory.
 
     On a GPU for batches without padding and with it; ``t5`` without.
@@ -237,7 +237,7 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
     heap = Heap() if device == "cpu" and not way.endswith("plain") else None
     model, loss_of = build_step(way, size, dropout=0.1)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    optimizer, found = Optimizer(model), []
+    optimizer = Optimizer(model)
     of_spans = way.startswith("t5")
     for padded in (False, True) if device == "cuda" and not of_spans else (False,):
         batch = t5_batch(batch_size, way) if of_spans else metro_batch(batch_size, padded)
@@ -254,8 +254,7 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
         padding = "half to full" if padded else "none"
         run = {"padding": padding, "seconds": seconds[-num_steps:], "gpu_bytes": peak}
-        found.append(run | {"faults": known_faults()})
-    return found
+        yield run | {"faults": known_faults()}
 
 
 def rows_of(runs: dict[str, list[dict]], batch_size: int, bounds: dict[str, float]) -> list[dict]:
@@ -323,16 +322,32 @@ def main() -> None:
         if way != "t5"  # of transformers: another architecture
     }
     runs, failed, faults, rows = {}, {}, [], []
-    for _ in range(args.rounds):
-        for way in WAYS[args.device]:
-            try:
-                given = (way, args.size, batch_size, num_steps, args.device)
-                measured = measure_isolated(time_steps, *given)
-                found = measured.value
-            except RuntimeError as error:
-                failed[way], found = str(error), []
-            known = runs.setdefault(way, []) if found else []
-            for i, run in enumerate(found):
+
+    def store() -> list[dict]:
+        rows = rows_of(runs, batch_size, bounds)
+        is_goal = args.device == "cuda" and args.size == "base"
+        targets = judge(rows, failed) if is_goal else []
+        write_results(
+            subject_on(args.device, "pretraining"),
+            rows,
+            size=args.size,
+            batch_size=batch_size,
+            matrix_peak_tflops=rates[False] / 1e12,
+            bf16_peak_tflops=rates[True] / 1e12 if True in rates else None,
+            flops_per_token=flops,
+            runs=runs,
+            failed=failed,
+            faults=faults,
+            targets=targets,
+        )
+        print("\n".join(targets), flush=True)
+        return rows
+
+    for way in WAYS[args.device] * args.rounds:
+        given = (way, args.size, batch_size, num_steps, args.device)
+        try:
+            for i, measured in enumerate(measure_each(time_steps, *given)):
+                run, known = measured.value, runs.setdefault(way, [])
                 faults = run["faults"] if way == "metro" else faults
                 peak = run["gpu_bytes"] or measured.peak_bytes
                 print(f"{way}: {run['seconds']} s, {peak / 2**30:.2f} GiB", flush=True)
@@ -340,23 +355,10 @@ def main() -> None:
                     known.append({"padding": run["padding"], "seconds": [], "bytes": 0})
                 known[i]["seconds"] += run["seconds"]
                 known[i]["bytes"] = max(known[i]["bytes"], peak)
-            rows = rows_of(runs, batch_size, bounds)
-            is_goal = args.device == "cuda" and args.size == "base"
-            targets = judge(rows, failed) if is_goal else []
-            write_results(
-                subject_on(args.device, "pretraining"),
-                rows,
-                size=args.size,
-                batch_size=batch_size,
-                matrix_peak_tflops=rates[False] / 1e12,
-                bf16_peak_tflops=rates[True] / 1e12 if True in rates else None,
-                flops_per_token=flops,
-                runs=runs,
-                failed=failed,
-                faults=faults,
-                targets=targets,
-            )
-            print("\n".join(targets), flush=True)
+                rows = store()
+        except RuntimeError as error:
+            failed[way] = str(error)
+            rows = store()
     title = f"METRO-{args.size} pretraining on {args.device}, {batch_size} x {LENGTH} tokens a step"
     if rows:
         print_table(rows, title)

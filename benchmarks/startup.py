@@ -1,8 +1,9 @@
 """Processor seconds that the commands of `metro` take on next to no work.
 
 Help, the doctor and other commands without a model, and runs of a tiny METRO model with random
-weights, which this benchmark makes: 40 texts evaluated, ranked and answered, one update of
-finetuning and of pretraining. Those that need published templates are left out. Each command runs
+weights, which this benchmark makes: 40 texts evaluated, ranked and answered, rows and a template
+prepared, one update of finetuning and of pretraining. `metro templates`, which waits for a
+download, is left out. Each command runs
 in a process of its own with one thread; seconds are those of the process and its children, in user
 and system mode, which a busy machine changes little; the median counts. Beside them what Python,
 PyTorch and T5 of transformers take to be imported, as a script with that model does.
@@ -11,6 +12,7 @@ PyTorch and T5 of transformers take to be imported, as a script with that model 
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -25,6 +27,17 @@ NUM_TEXTS = 40
 MODEL = "from transformers import T5ForConditionalGeneration"
 IMPORTS = ("import sys", "import torch", MODEL)
 METRO = ("-m", "metro.cli.main")
+TEMPLATE = """
+dataset: toy
+templates:
+  1: !Template
+    name: good
+    jinja: "{{text}} Is it good? ||| {{answer_choices[label]}}"
+    answer_choices: no ||| yes
+    metadata: !TemplateMetadata
+      metrics: [Accuracy]
+      original_task: true
+"""
 
 
 def write_inputs(folder: Path) -> None:
@@ -40,6 +53,16 @@ def write_inputs(folder: Path) -> None:
     (folder / "lines.txt").write_text("\n".join(texts))
     rows = (f"{text},{'good' if i % 2 else 'bad'}" for i, text in enumerate(texts))
     (folder / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    write_dataset(folder, texts)
+
+
+def write_dataset(folder: Path, texts: list[str]) -> None:
+    """A dataset with its template, and a mixture of it alone."""
+    (folder / "toy").mkdir()
+    rows = (json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts))
+    (folder / "toy/train.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "toy/templates.yaml").write_text(TEMPLATE)
+    (folder / "toy.yaml").write_text("datasets: [toy]\n")
 
 
 def commands(folder: Path, number: int) -> dict[str, list[str]]:
@@ -57,6 +80,11 @@ def commands(folder: Path, number: int) -> dict[str, list[str]]:
         "metro prepare-text, 500 lines": [
             *("prepare-text", "--input", str(folder / "text.txt"), "--out", out + "_data"),
             *("--vocab", str(folder / "data"), "--workers", "1"),
+        ],
+        "metro prompts list": ["prompts", "list", "--templates", str(folder)],
+        "metro prepare-prompts, 40 rows": [
+            *("prepare-prompts", "--mixture", str(folder / "toy.yaml"), "--out", out + "_prompts"),
+            *("--data-dir", str(folder), "--templates", str(folder)),
         ],
         "metro convert": ["convert", "to-fairseq", model, "--out", out + ".pt"],
         "metro report": ["report", str(folder / "run"), "--out", out + "_report"],

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.time_by_part import by_part, parts_of
 from metro.ops.cached_attention import CachedAttention
+from metro.ops.dropout import dropout
 from metro.ops.linear import linear
 
 
@@ -27,7 +28,7 @@ def test_products_belong_to_the_part_that_called_them():
 
     with torch.inference_mode():
         parts = by_part(run)
-    flops = {part: flops for part, (_, flops) in parts.items()}
+    flops = {part: sums.flops for part, sums in parts.items()}
     assert flops == {
         "products": 3 * (2 * 3 * 4 * 5),
         "attention": 2 * (2 * 2 * 6 * 3 * 7 * 8),
@@ -36,7 +37,10 @@ def test_products_belong_to_the_part_that_called_them():
         "the rest": 0,
         "outside of PyTorch": 0,
     }
-    assert all(seconds > 0 for seconds, _ in parts.values())
+    assert all(sums.seconds > 0 for sums in parts.values())
+    for part, sums in parts.items():
+        assert (0 < sums.in_products <= sums.seconds) if flops[part] else not sums.in_products
+    assert parts["LayerNorm"].moved == 2 * 3 * 4 * 4
 
 
 def test_the_way_back_belongs_to_the_same_part(monkeypatch):
@@ -60,10 +64,18 @@ def test_the_way_back_belongs_to_the_same_part(monkeypatch):
         (partial(F.scaled_dot_product_attention, attn_mask=bias), 6),
     ):
         parts = by_part(partial(run, attention))
-        assert parts["attention"][1] == num_products * of_product
-        assert parts["products"][1] == 3 * of_linear
+        assert parts["attention"].flops == num_products * of_product
+        assert parts["products"].flops == 3 * of_linear
+        assert parts["LayerNorm"].moved == (2 + 3) * 2 * 32 * 8 * 4
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         norm(torch.randn(8, 8)).exp().sum().backward()
     of_name = {event.name: part for event, part in parts_of(profiler)}
     assert of_name["aten::native_layer_norm_backward"] == "LayerNorm"
     assert of_name["aten::exp"] == "the rest"
+
+
+def test_dropout_and_norms_move_what_they_read_and_write():
+    """Oracle: 5 x 16 numbers of 2 bytes in and out of dropout, and the same of their gradients."""
+    x_TD = torch.randn(5, 16).bfloat16().requires_grad_()
+    parts = by_part(lambda: dropout(x_TD, 0.5, impl="bits").sum().backward())
+    assert parts["dropout"].moved == 4 * 5 * 16 * 2 and not parts["dropout"].flops
