@@ -61,7 +61,7 @@ def measure_isolated(function: Callable, *args: Any) -> Measured:
 
 
 def measure_each(function: Callable, *args: Any) -> Iterator[Measured]:
-    """The same of what a generator yields, as soon as it does.
+    """Run a module-level generator in a process of its own; yield each value as soon as it does.
 
     Raises:
         RuntimeError: it did not end; what it had yielded is known by then.
@@ -79,6 +79,10 @@ def measure_each(function: Callable, *args: Any) -> Iterator[Measured]:
         raise RuntimeError(
             f"{function.__name__}{args} died with code {process.exitcode}; its message is above"
         ) from None
+    except GeneratorExit:  # the caller wants no more
+        process.kill()
+        process.join()
+        raise
     process.join()
 
 

@@ -11,7 +11,8 @@ anew for every prompt.
     python -m benchmarks.evaluation [--device cuda] [--data-dir DIR] [--templates DIR] [--rows N]
 
 By default the T0 sets of the folder of recorded data, 48 rows and 1 prompt of each, and a METRO
-model of the base's size with random weights; of smaller models more of the time is no product.
+model of the base's size with random weights; smaller ones spend more of their time outside of
+products.
 Seconds are processor time of the process, which other processes on the machine disturb least. On a
 GPU both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall, and
 predictions that differ are counted. On the CPU ours computes once more as by ``--precision bf16``,

@@ -115,7 +115,7 @@ SECTIONS = (
     ),
     Section(
         "pretraining_curves",
-        "Losses of METRO and of the plain way",
+        "Losses on a CPU",
         ("run", "first loss", "last loss"),
         note=page_text.of_curves,
         rows=curve_rows,

@@ -65,17 +65,17 @@ def filled(text: str, indent: str = "") -> str:
 
 
 def age(results: dict[str, dict]) -> str:
-    """That the first table is the older one, where it is."""
-    subjects = ("pretraining", "evaluation", "flipped_training")
-    dates = [
-        [results[key]["date"] for subject in subjects if (key := subject + machine) in results]
-        for machine in ("", "_without_amx")
-    ]
-    if not all(dates) or max(dates[0]) >= max(dates[1]):
+    """Which results of models are older than the same of another CPU."""
+    older = []
+    for subject in ("pretraining", "evaluation", "flipped_training"):
+        dates = [results.get(subject + of, {}).get("date", "") for of in ("", "_without_amx")]
+        if "" < dates[0] < dates[1]:
+            older.append(f"{subject.replace('_', ' ')}, {dates[0]}")
+    if not older:
         return ""
     return "\n" + filled(
-        f"""Models in the first table and in the figure ran on a CPU with AMX, measured on
-        {max(dates[0])} with an earlier version of METRO than those [without AMX](#without-amx)."""
+        f"""Results of a CPU with AMX are older than those [without](#without-amx), and METRO was as
+        it was then: {"; ".join(older)}."""
     )
 
 
@@ -208,7 +208,7 @@ def of_gpu_pretraining(result: dict) -> str:
     return filled(
         f"""METRO-{result["size"]} in bf16 with an optimizer in float32; {result["batch_size"]}
         samples of 512 tokens a step. Without padding, and with samples of half to full length.
-        METRO takes all kernels that prove themselves, by itself those alone that were measured to
+        Here METRO takes every kernel that proves itself; by default it takes only those measured to
         be faster (`METRO_TRITON=1`: all)."""
     )
 
@@ -217,9 +217,9 @@ def without_amx(results: dict[str, dict]) -> str:
     """What stands above the table of such a CPU, and what of it is not as with AMX."""
     model, other = (results.get(f"evaluation{of}", {}) for of in ("", "_without_amx"))
     said = ""
-    if model and other and evaluated(model) != evaluated(other):
+    if model and other and model["width"] != other["width"]:
         said = f"""Evaluation is not of the same model as above but of {evaluated(other)} The larger
-            a model, the more of the time are products, and the more it gains by needing fewer."""
+            a model, the more of METRO's time are products."""
     return WITHOUT_AMX + (f"\n{filled(said)}" if said else "")
 
 
@@ -233,9 +233,12 @@ def of_gpu_evaluation(result: dict) -> str:
 
 
 def of_curves(result: dict) -> str:
-    """Whether fused and plain training agree."""
+    """Whether fused and plain training agree, and METRO and the published way."""
     steps = len(next(iter(result["losses"].values())))
-    text = f"METRO trained from the same weights on the same samples, {steps} steps, no dropout."
+    text = (
+        f"METRO-{result['size']} trained from the same weights on the same {result['batch_size']} "
+        f"samples of 512 tokens, {steps} steps, no dropout."
+    )
     if "allowed" in result:
         text += (
             f" Fused and plain differ by {result['relative_difference']:.2g} at most; "
@@ -243,8 +246,11 @@ def of_curves(result: dict) -> str:
         )
         on_gpu = "plain float32" in result["losses"]
         text += ", twice what rounding does to the plain one." if on_gpu else "."
-    for ways, difference in result.get("loss_differences", {}).items():
-        text += f" Losses of one step in float32, {ways}: apart by {difference:.2g}."
+    for what, difference in result.get("loss_differences", {}).items():
+        text += (
+            f" The loss of one step of {what} in float32 and that of the published way are apart "
+            f"by {difference:.2g}; 1e-05 may be."
+        )
     return filled(text + "".join(f" NOT so: {failure}." for failure in result["failures"]))
 
 
@@ -321,7 +327,7 @@ def of_compiled(result: dict) -> str:
         {len(risen)} kernels rose. Dropout draws a number for each query and each key, and mixes
         those of a pair in 5 instructions instead of 8. Blocks have 256 threads: above 128 registers
         a multiprocessor of 65,536 has room for one, before and after, whatever shared memory was
-        freed. What it gains only a GPU can say. FlexAttention, the competitor, is not here: PyTorch
-        compiles it for a GPU only where it was built with CUDA. `python -m benchmarks.ops` times it
-        there."""
+        freed. What all this gains only a GPU can say. FlexAttention, the competitor, is not here:
+        PyTorch compiles it for a GPU only where it was built with CUDA. `python -m benchmarks.ops`
+        times it there."""
     )

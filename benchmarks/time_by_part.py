@@ -5,10 +5,11 @@
 Layers as in METRO-base (12 + 12 of width 768), on one thread, in float32 and in bf16. The step is
 that of `pretraining.py` with its optimizer, the evaluation that of `evaluation.py` on rows of some
 of T0's sets: HellaSwag, which takes most of the suite's time, ANLI with its long inputs, and
-Winogrande, whose few short choices gain least. The update is that of `flipped_training.py` with
+Winogrande with short ones and two choices. The update is that of `flipped_training.py` with
 Adafactor, of 20 examples.
 
-A part's seconds are those of PyTorch's operations themselves, as its profiler sees them. Each
+A part's seconds are those of PyTorch's operations themselves by the clock, as its profiler sees
+them (so other work on the machine counts, in floors it does not). Each
 belongs to the part that called it, and so does its way back. ``products`` are those with weights
 outside of attention, feed-forward networks (which count there in evaluation) and the vocabulary;
 ``outside of PyTorch`` is what the process took besides: Python, NumPy's random numbers, and the
@@ -121,7 +122,7 @@ class Sums:
     """Seconds of matrix products and of PyTorch's attention."""
     flops: float = 0.0
     moved: float = 0.0
-    """Bytes, counted where no product is."""
+    """Bytes of LayerNorm, dropout and the optimizer."""
 
 
 def by_part(run: Callable[[], object]) -> dict[str, Sums]:

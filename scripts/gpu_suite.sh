@@ -160,7 +160,7 @@ METRO="torch numpy transformers sentencepiece safetensors jinja2 yaml matplotlib
 look $METRO triton pytest xdist
 BEGUN=$SECONDS
 GPU="$METRO cuda"
-check=(--device cuda) speed=(--batch-size 32 --rounds 1) ops=(relative_position linear dropout_add)
+check=(--device cuda) speed=(--batch-size 32 --rounds 1) ops=(relative_position linear_cross)
 curves=(--device cuda) evaluation=(--device cuda --rounds 1) tests=(-m gpu -k "not kernels_compile")
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 grep -q '"xdist"' "$SCRATCH/machine" || tests+=(-n 8) # named there if it is missing

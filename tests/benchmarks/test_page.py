@@ -18,7 +18,7 @@ from benchmarks.page import (
     render_page,
     targets,
 )
-from benchmarks.page_text import of_ops, precision, sizes
+from benchmarks.page_text import age, of_curves, of_ops, precision, sizes, without_amx
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from tests.conftest import ROOT
 
@@ -90,6 +90,7 @@ def gpu_results(results: dict[str, dict]) -> dict[str, dict]:
         found["pretraining_gpu"]["rows"].append(padded)
     found["evaluation_gpu"]["targets"] = ["direct, whole suite: 2 x: NOT met"]
     curves = {"losses": {"fused": [9.0, 3.25]}, "failures": ["the keys differ"], "rows": []}
+    curves |= {"size": "base", "batch_size": 8}
     found["pretraining_curves_gpu"] = curves
     check = [{"operation": "attention", "type": "float16", "fault": "it is wrong", "seconds": 1.0}]
     found["self_check"] = {"rows": check}
@@ -129,6 +130,35 @@ def test_results_of_a_gpu_get_onto_the_page(tmp_path):
     for subject, result in of_gpu.items():
         result["rows"] = result["rows"][:1]
         assert render_page(of_cpu | {subject: result}) != render_page(of_cpu)
+
+
+def test_older_results_and_another_model_are_said_to_be_so():
+    """Oracle: by hand, of results that differ in nothing else."""
+
+    def said(date: str, width: int) -> str:
+        both = {"layers": 1, "prompts_per_task": 1, "rows_per_task": 2, "width": 64}
+        results = {"evaluation": both | {"date": date}}
+        results["evaluation_without_amx"] = both | {"date": "2026-11-02", "width": width}
+        return age(results) + without_amx(results)
+
+    assert "evaluation, 2026-11-01." in said("2026-11-01", 64)
+    assert "older" not in said("2026-11-02", 64) + said("2026-11-03", 64)
+    assert "not of the same model" not in said("2026-11-01", 64)
+    assert "not of the same model as above but of 1 + 1 layers of width 128" in " ".join(
+        said("2026-11-02", 128).split()
+    )
+    assert age({"evaluation": {"date": "2026-11-01"}}) == ""
+
+
+@pytest.mark.parametrize(
+    "where, why", [("", ""), ("plain float32", ", twice what rounding does to the plain one")]
+)
+def test_curves_say_what_was_allowed(where, why):
+    result = {"size": "small", "batch_size": 4, "failures": [], "loss_differences": {"T5": 2e-7}}
+    result |= {"losses": {"fused": [1.0], where: [1.0]}, "relative_difference": 1e-5}
+    said = " ".join(of_curves(result | {"allowed": 1e-4}).split())
+    assert f"Fused and plain differ by 1e-05 at most; 0.0001 may be{why}. The loss" in said
+    assert "one step of T5 in float32 and that of the published way are apart by 2e-07" in said
 
 
 def test_what_is_projected_is_named_so():

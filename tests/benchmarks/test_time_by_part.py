@@ -1,11 +1,13 @@
-"""Where the time goes. Oracle: multiplications and additions counted by hand."""
+"""Where the time goes. Oracle: multiplications, additions and bytes counted by hand."""
 
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import time_by_part
 from benchmarks.time_by_part import by_part, parts_of
 from metro.ops.cached_attention import CachedAttention
 from metro.ops.dropout import dropout
@@ -40,6 +42,7 @@ def test_products_belong_to_the_part_that_called_them():
     assert all(sums.seconds > 0 for sums in parts.values())
     for part, sums in parts.items():
         assert (0 < sums.in_products <= sums.seconds) if flops[part] else not sums.in_products
+    assert parts["optimizer"].in_products < parts["optimizer"].seconds
     assert parts["LayerNorm"].moved == 2 * 3 * 4 * 4
 
 
@@ -74,7 +77,31 @@ def test_the_way_back_belongs_to_the_same_part(monkeypatch):
     assert of_name["aten::exp"] == "the rest"
 
 
-def test_dropout_and_norms_move_what_they_read_and_write():
+def test_floors_are_what_products_and_bytes_take(monkeypatch):
+    """Oracle: by hand, at 1,000 operations and 100 bytes a second."""
+    parameter = torch.nn.Parameter(torch.randn(4, 5))
+
+    def run() -> None:
+        torch.randn(3, 4) @ parameter.detach()
+        with record_function("optimizer"):
+            parameter.data.mul_(2)
+
+    job = (run, time_by_part.bytes_of([parameter], 7))
+    monkeypatch.setattr(time_by_part, "JOBS", {"evaluation": lambda in_bf16: job})
+    monkeypatch.setattr(time_by_part, "measure_rates", lambda device: (None, 100.0))
+    monkeypatch.setattr(time_by_part.evaluation, "product_speed", lambda *given: 1000.0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    rows = {row["part"]: row for row in time_by_part.measure("evaluation", in_bf16=False)}
+    assert rows["products"]["floor s"] == 2 * 3 * 4 * 5 / 1000
+    assert rows["optimizer"]["floor s"] == 7 * 4 * 4 * 5 / 100
+    assert rows["optimizer"]["in products s"] is None is rows["the rest"]["floor s"]
+    assert rows["all"]["floor s"] == pytest.approx(0.12 + 5.6)
+    parts = [row for part, row in rows.items() if part != "all"]
+    for key in ("seconds", "share"):
+        assert rows["all"][key] == pytest.approx(sum(row[key] for row in parts))
+
+
+def test_dropout_moves_what_it_reads_and_writes():
     """Oracle: 5 x 16 numbers of 2 bytes in and out of dropout, and the same of their gradients."""
     x_TD = torch.randn(5, 16).bfloat16().requires_grad_()
     parts = by_part(lambda: dropout(x_TD, 0.5, impl="bits").sum().backward())
