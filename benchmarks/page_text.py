@@ -272,19 +272,37 @@ def of_flipped(result: dict) -> str:
 
 
 def of_time_by_part(result: dict) -> str:
-    return filled(
-        f"""One METRO-base step, {result["rows_evaluated"]} rows of HellaSwag and a FLIPPED update
-        of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]} layers of
-        width {result["width"]}. `products` are those with weights outside of the other parts, in
-        evaluation also those of feed-forward layers;
-        `floor s` is what a part's matrix products take at the speed of one large product. Far above
-        it are attention and, in bf16, the vocabulary. Attention's products are small, those of one
-        head of one sequence, and softmax and dropout touch every weight; without AMX PyTorch's has
-        no products in bf16, and where a bias has a gradient, as in FLIPPED's encoder, it keeps all
-        weights. The vocabulary's exponentials are computed in float32, on each way. Parts without
-        products are work on memory; [below](#operations) they stand beside the bytes that they have
-        to move."""
+    """What the columns are, and why parts are above their floors."""
+    step = ("METRO-base pretraining", "bf16")
+    small = sum(
+        row["share"]
+        for row in result["rows"]
+        if (row["job"], row["METRO in"]) == step
+        and row["part"] in ("LayerNorm", "dropout", "optimizer")
     )
+    columns = filled(
+        f"""One METRO-base step, {result["rows_evaluated"]} rows of some of T0's sets and a FLIPPED
+        update of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]}
+        layers of width {result["width"]}. `products` are those with weights outside of the other
+        parts, in evaluation also those of feed-forward layers. `in products s` is the time in
+        matrix products and in PyTorch's attention. `floor s` is what a part's matrix products take
+        at the speed of one large product; of LayerNorm, dropout and the optimizer, what it takes to
+        read and write their numbers once."""
+    )
+    reasons = filled(
+        f"""More than a tenth above the floor are attention, the vocabulary, feed-forward layers,
+        small batches and what has no products. Attention's products are small, those of one head of
+        one sequence, and softmax and dropout touch every weight; without AMX PyTorch's has no
+        products in bf16, and where a bias has a gradient, as in FLIPPED's encoder, it keeps all
+        weights. No cache holds the vocabulary's weights, 100 MB, which meet few rows at a time, and
+        its exponentials are computed in float32, on each way. Feed-forward layers also have their
+        activation's gradient, sums for that of the bias and, in bf16, weights to round. Winogrande
+        has few tokens a batch. LayerNorm, dropout and the optimizer, {small:.1%} of METRO's step in
+        bf16, are not bound by memory: PyTorch's LayerNorm and the random numbers of dropout are
+        work of the processor, and Adafactor, which is that of transformers, passes over memory many
+        times."""
+    )
+    return f"{columns}\n{reasons}"
 
 
 def of_ops(result: dict) -> str:
