@@ -297,10 +297,10 @@ def of_time_by_part(result: dict) -> str:
         weights. No cache holds the vocabulary's weights, 100 MB, which meet few rows at a time, and
         its exponentials are computed in float32, on each way. Feed-forward layers also have their
         activation's gradient, sums for that of the bias and, in bf16, weights to round. Winogrande
-        has few tokens a batch. LayerNorm, dropout and the optimizer, {small:.1%} of METRO's step in
-        bf16, are not bound by memory: PyTorch's LayerNorm and the random numbers of dropout are
-        work of the processor, and Adafactor, which is that of transformers, passes over memory many
-        times."""
+        has few tokens a batch. LayerNorm, dropout and the optimizer, {100 * small:.1f} % of METRO's
+        step in bf16, are not bound by memory: PyTorch's LayerNorm and the random numbers of dropout
+        are work of the processor, and Adafactor, which is that of transformers, passes over memory
+        many times."""
     )
     return f"{columns}\n{reasons}"
 
