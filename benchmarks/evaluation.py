@@ -12,12 +12,11 @@ anew for every prompt.
 
 By default the T0 sets of the folder of recorded data, 48 rows and 1 prompt of each, and a METRO
 model of the base's size with random weights; smaller ones spend more of their time outside of
-products.
-Seconds are processor time of the process, which other processes on the machine disturb least. On a
-GPU both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall, and
-predictions that differ are counted. On the CPU ours computes once more as by ``--precision bf16``,
-and its predictions and scores are compared with float32's. The last row weighs each set by its rows
-and prompts: the time of the whole suite.
+products. Seconds are processor time of the process, which other processes on the machine disturb
+least. On a GPU both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall,
+and predictions that differ are counted. On the CPU ours computes once more as by ``--precision
+bf16``, and its predictions and scores are compared with float32's. The last row weighs each set by
+its rows and prompts: the time of the whole suite.
 
 ``times_floor`` is our time over that of the products which no way can do without: the encoder over
 each distinct input once, the decoder and the vocabulary over each distinct beginning of an option,

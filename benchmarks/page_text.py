@@ -280,14 +280,14 @@ def of_time_by_part(result: dict) -> str:
         if (row["job"], row["METRO in"]) == step
         and row["part"] in ("LayerNorm", "dropout", "optimizer")
     )
+    layers = f"{result['layers']} + {result['layers']} layers of width {result['width']}"
     columns = filled(
-        f"""One METRO-base step, {result["rows_evaluated"]} rows of some of T0's sets and a FLIPPED
-        update of {result["examples"]} examples, all with {result["layers"]} + {result["layers"]}
-        layers of width {result["width"]}. `products` are those with weights outside of the other
-        parts, in evaluation also those of feed-forward layers. `in products s` is the time in
-        matrix products and in PyTorch's attention. `floor s` is what a part's matrix products take
-        at the speed of one large product; of LayerNorm, dropout and the optimizer, what it takes to
-        read and write their numbers once."""
+        f"""One METRO-base step, {result["rows_evaluated"]} rows of each of three of T0's sets and
+        a FLIPPED update of {result["examples"]} examples, all with {layers}. `products` are those
+        with weights outside of the other parts, in evaluation also those of feed-forward layers.
+        `in products s` is the time in matrix products and in PyTorch's attention. `floor s` is what
+        a part's matrix products take at the speed of one large product; of LayerNorm, dropout and
+        the optimizer, what it takes to read and write their numbers once."""
     )
     reasons = filled(
         f"""More than a tenth above the floor are attention, the vocabulary, feed-forward layers,

@@ -9,11 +9,11 @@ Winogrande with short ones and two choices. The update is that of `flipped_train
 Adafactor, of 20 examples.
 
 A part's seconds are those of PyTorch's operations themselves by the clock, as its profiler sees
-them (so other work on the machine counts, in floors it does not). Each
-belongs to the part that called it, and so does its way back. ``products`` are those with weights
-outside of attention, feed-forward networks (which count there in evaluation) and the vocabulary;
-``outside of PyTorch`` is what the process took besides: Python, NumPy's random numbers, and the
-profiler. ``in products s`` is the time of matrix products and of PyTorch's attention.
+them: other work on the machine counts, which it does not in floors. Each operation belongs to the
+part that called it, and so does its way back. ``products`` are those with weights outside of
+attention, feed-forward networks (which count there in evaluation) and the vocabulary; ``outside of
+PyTorch`` is what the process took besides: Python, NumPy's random numbers, and the profiler. ``in
+products s`` is the time of matrix products and of PyTorch's attention.
 
 ``floor s`` is what a part's matrix products, with those computed once more on the way back, take at
 the speed of one large product of the same type, measured in the same process; PyTorch's causal
