@@ -144,6 +144,14 @@ SECTIONS = (
         evaluation_rows,
     ),
     Section(
+        "evaluation_half_size_without_amx",
+        "Evaluation of a smaller model, with AVX512_BF16",
+        EVALUATION,
+        "evaluation --layers 6 --width 384 --rows 96",
+        page_text.of_evaluation,
+        evaluation_rows,
+    ),
+    Section(
         "evaluation_gpu",
         "Evaluation on a GPU",
         EVALUATION,

@@ -147,6 +147,11 @@ def test_older_results_and_another_model_are_said_to_be_so():
     assert "not of the same model as above but of 1 + 1 layers of width 128" in " ".join(
         said("2026-11-02", 128).split()
     )
+    small = read_results()["evaluation_half_size_without_amx"]
+    whole = next(row for row in small["rows"] if row["task"] == "whole suite")
+    small_too = " ".join(without_amx({small["subject"]: small}).split())
+    assert f"{whole['bf16_speedup']:.3g} times in bf16, which misses the target" in small_too
+    assert whole["bf16_speedup"] < 8
     assert age({"evaluation": {"date": "2026-11-01"}}) == ""
 
 
