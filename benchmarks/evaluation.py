@@ -12,11 +12,11 @@ anew for every prompt.
 
 By default the T0 sets of the folder of recorded data, 48 rows and 1 prompt of each, and a METRO
 model of the base's size with random weights; smaller ones spend more of their time outside of
-products. Seconds are processor time of the process, which other processes on the machine disturb
-least. On a GPU both ways compute in bf16, ours with ``fuse``, seconds are of the clock on the wall,
-and predictions that differ are counted. On the CPU ours computes once more as by ``--precision
-bf16``, and its predictions and scores are compared with float32's. The last row weighs each set by
-its rows and prompts: the time of the whole suite.
+products, and their results have names of their own. Seconds are processor time of the process,
+which other processes on the machine disturb least. On a GPU both ways compute in bf16, ours with
+``fuse``, seconds are of the clock on the wall, and predictions that differ are counted. On the CPU
+ours computes once more as by ``--precision bf16``, and its predictions and scores are compared with
+float32's. The last row weighs each set by its rows and prompts: the time of the whole suite.
 
 ``times_floor`` is our time over that of the products which no way can do without: the encoder over
 each distinct input once, the decoder and the vocabulary over each distinct beginning of an option,
@@ -52,9 +52,16 @@ from metro.ops.linear import linear
 
 SHARED = data_folder()
 BATCH = 8
+BASE = 12, 768
+"""Layers of each stack, and their width."""
 GPU_TARGET = 4.0
 """Times the published way's speed over the whole suite. There both ways compute in bf16, each with
 roundings of its own: predictions that differ are counted."""
+
+
+def subject_of(layers: int, width: int) -> str:
+    """Name results by the model's size, so that another size leaves those of the base alone."""
+    return "evaluation" if (layers, width) == BASE else f"evaluation_{layers}_{width}"
 
 
 def make_model(vocabulary: Path, layers: int, width: int, device: str):
@@ -289,16 +296,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="of each stack")
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=BASE[0], help="of each stack")
+    parser.add_argument("--width", type=int, default=BASE[1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["direct"])
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     if not options.data_dir.is_dir():
         print(f"no data in {options.data_dir}: give --data-dir, --templates and --vocab")
         return
-    shape = (options.layers, options.width, options.device)
-    model, plain, tokenizer = make_model(options.vocab, *shape)
+    shape = options.layers, options.width
+    model, plain, tokenizer = make_model(options.vocab, *shape, options.device)
     sources = Sources(options.data_dir, options.templates, limit=options.rows)
     tasks, _ = load_tasks(find_suite("t0"), sources)
     sizes = whole_sizes(tasks)
@@ -306,7 +313,7 @@ def main() -> None:
     rows, speeds = [], [product_speed(options.width, options.device, each) for each in types]
     store = partial(
         write_results,
-        subject_on(options.device, "evaluation"),
+        subject_on(options.device, subject_of(*shape)),
         layers=options.layers, width=options.width, rows_per_task=options.rows,
         prompts_per_task=options.prompts, rounds=options.rounds, threads=torch.get_num_threads(),
         gflops_per_second=speeds[0] / 1e9, bf16_gflops_per_second=speeds[1] / 1e9,

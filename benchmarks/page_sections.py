@@ -144,7 +144,7 @@ SECTIONS = (
         evaluation_rows,
     ),
     Section(
-        "evaluation_half_size_without_amx",
+        "evaluation_6_384_without_amx",
         "Evaluation of a smaller model, with AVX512_BF16",
         EVALUATION,
         "evaluation --layers 6 --width 384 --rows 96",

@@ -39,7 +39,7 @@ from metro.models.placement import Memory, placement
 from metro.models.reading import check_readable, refuse_weights, shards
 from metro.models.source import adapter_base, check_as_written, model_source
 from metro.models.vocabulary_folder import build_tokenizer, check_vocabulary, find_vocabulary
-from metro.ops.dispatch import cpu_multiplies_bf16
+from metro.ops.dispatch import cpu_multiplies_bf16, gpu_multiplies_bf16
 from metro.utils.checksums import damage
 from metro.utils.messages import UserError
 from metro.utils.network import hub_address, is_reachable, use_cache_without_network
@@ -169,9 +169,10 @@ def fast_dtype(
     elif device is None and (device_map or load_in):
         device = "cuda"
     if str(device).startswith("cuda") or isinstance(device, int):
-        has_bf16 = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+        has_bf16 = gpu_multiplies_bf16(device)
+    else:
+        has_bf16 = cpu_multiplies_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -24,6 +24,11 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def gpu_multiplies_bf16(device: torch.device | str | int | None = None) -> bool:
+    """Check that a GPU has products of bfloat16; those before Ampere only emulate them."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def attends_in_float32(x: torch.Tensor) -> bool:
     """Check for attention in bfloat16 on a CPU without units for it (AMX).
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metro.ops.dispatch import gpu_multiplies_bf16
 from metro.utils.messages import MissingPackage, UserError
 
 LONGEST_WAIT = 6 * 3600
@@ -64,8 +65,7 @@ def trainer_arguments(
     cuda = torch.cuda.is_available() and not use_cpu
     if precision == "auto":
         # a CPU's depends on the model, see `metro.training.precision`
-        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp32"
+        precision = "bf16" if cuda and gpu_multiplies_bf16() else "fp32"
     if precision == "fp16" and not cuda:
         raise UserError(
             "precision fp16 needs a GPU; use --precision fp32, or bf16 on a CPU that is fast at it"

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from benchmarks.evaluation import subject_of
 from benchmarks.flipped_training import build_model
 from benchmarks.ops import cases
 from benchmarks.page import (
@@ -18,7 +19,7 @@ from benchmarks.page import (
     render_page,
     targets,
 )
-from benchmarks.page_text import age, of_curves, of_ops, precision, sizes, without_amx
+from benchmarks.page_text import age, of_curves, of_ops, precision, sizes, whole_suite, without_amx
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from tests.conftest import ROOT
 
@@ -147,8 +148,8 @@ def test_older_results_and_another_model_are_said_to_be_so():
     assert "not of the same model as above but of 1 + 1 layers of width 128" in " ".join(
         said("2026-11-02", 128).split()
     )
-    small = read_results()["evaluation_half_size_without_amx"]
-    whole = next(row for row in small["rows"] if row["task"] == "whole suite")
+    small = read_results()["evaluation_6_384_without_amx"]
+    whole = whole_suite(small)
     small_too = " ".join(without_amx({small["subject"]: small}).split())
     assert f"{whole['bf16_speedup']:.3g} times in bf16, which misses the target" in small_too
     assert whole["bf16_speedup"] < 8
@@ -172,6 +173,13 @@ def test_what_is_projected_is_named_so():
     measured = sum(row["examples"] for row in rows if row["task"] not in ("all", "whole suite"))
     differ = sum(row["bf16_different"] for row in rows if row["task"] not in ("all", "whole suite"))
     assert f"| {differ} of {measured:,} |" in page
+
+
+@pytest.mark.parametrize("subject", ["evaluation_without_amx", "evaluation_6_384_without_amx"])
+def test_an_evaluation_is_stored_under_the_name_of_its_size(subject):
+    """So that the command that the page names for one size leaves the other's results alone."""
+    result = read_results()[subject]
+    assert f"{subject_of(result['layers'], result['width'])}_without_amx" == subject
 
 
 def test_sizes_are_those_of_the_code():

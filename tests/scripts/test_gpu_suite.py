@@ -208,7 +208,7 @@ def test_a_dry_run_computes_every_part_on_the_cpu(tmp_path, testdata):
     speed = json.loads((tmp_path / f"{subject_on('cpu', 'pretraining')}.json").read_text())
     assert {(row["way"], row["padding"]) for row in speed["rows"]} >= {("metro", "none")}
     assert all(row["tokens/s"] > 0 and row["peak GiB"] > 0 for row in speed["rows"])
-    evaluation = subject_on("cpu", "evaluation")
+    evaluation = subject_on("cpu", "evaluation_1_64")
     for subject in ("pretraining_curves", "ops", evaluation):
         assert json.loads((tmp_path / f"{subject}.json").read_text())["environment"]
     assert "the published way" in report["targets"][evaluation][0]
