@@ -84,17 +84,14 @@ def accuracies(folder):
 def test_the_best_model_is_kept_and_is_as_good_as_it_said(
     settings, mails, tmp_path, capsys, objective, lora
 ):
-    rate = 3e-2 if lora else 1e-2
     patience = 3 if lora else 2
-    chosen = settings(
-        objective=objective, lora=lora, learning_rate=rate, early_stopping=patience, max_steps=60
-    )
+    chosen = settings(objective=objective, lora=lora, early_stopping=patience, max_steps=60)
     result = finetune(chosen)
     assert f"answer choices, the values of 'label' in {mails}: Bad, Good" in capsys.readouterr().err
     said = accuracies(result.folder)
     method = "direct" if objective == "direct+ul" else objective
     assert measure(result.folder, mails, tmp_path / "results") == (method, max(said))
-    assert max(said) > 0.5
+    assert max(said) > 0.9
     first_best = said.index(max(said))
     assert len(said) == min(6, first_best + 1 + patience)
     assert (result.folder / ("adapter_config.json" if lora else "config.json")).is_file()
