@@ -23,8 +23,9 @@ backward, only what masked positions need in last layers and projections) or of
 peak" is that share. On a GPU models are bf16, as with fairseq's
 ``--bf16``: the optimiser has float32 copies of the weights and float32 moments.
 
-Prints a table and writes ``benchmarks/results/pretraining.json``. That all compute the same is for
-`pretraining_curves.py` to say; speed is measured with the published dropout.
+Prints a table and writes ``benchmarks/results/pretraining.json``, of another size than the base's
+``pretraining_SIZE.json``. That all compute the same is for `pretraining_curves.py` to say; speed is
+measured with the published dropout.
 """
 
 import argparse
@@ -263,6 +264,11 @@ def time_steps(way: str, size: str, batch_size: int, num_steps: int, device: str
         yield run | {"faults": known_faults()}
 
 
+def subject_of(name: str, size: str) -> str:
+    """Name results by the model's size, so that another size leaves those of the base alone."""
+    return name if size == "base" else f"{name}_{size}"
+
+
 def rows_of(runs: dict[str, list[dict]], batch_size: int, bounds: dict[str, float]) -> list[dict]:
     """A row for each way and padding, beside ``plain`` of the same padding where it ran.
 
@@ -335,7 +341,7 @@ def main() -> None:
         is_goal = args.device == "cuda" and args.size == "base"
         targets = judge(rows, failed) if is_goal else []
         write_results(
-            subject_on(args.device, "pretraining"),
+            subject_on(args.device, subject_of("pretraining", args.size)),
             rows,
             size=args.size,
             batch_size=batch_size,

@@ -23,6 +23,7 @@ from benchmarks.pretraining import (
     build_step,
     metro_batch,
     on_device,
+    subject_of,
     t5_batch,
 )
 from benchmarks.timing import take_proven_kernels
@@ -128,7 +129,7 @@ def main() -> None:
     on_cpu, facts = args.device == "cpu", {}
 
     def store() -> None:
-        subject = "pretraining_curves" if on_cpu else "pretraining_curves_gpu"
+        subject = subject_of("pretraining_curves", args.size) + "_gpu" * (not on_cpu)
         write_results(subject, [], failures=failures_of(facts), **facts)
 
     given = ("small", 4) if on_cpu else (args.size, 8)

@@ -205,11 +205,11 @@ def test_a_dry_run_computes_every_part_on_the_cpu(tmp_path, testdata):
         ended += part["seconds"]
     checked = json.loads((tmp_path / "self_check.json").read_text())
     assert [row["fault"] for row in checked["rows"]] == [None] * checked["of"] == [None] * 4
-    speed = json.loads((tmp_path / f"{subject_on('cpu', 'pretraining')}.json").read_text())
+    speed = json.loads((tmp_path / f"{subject_on('cpu', 'pretraining_small')}.json").read_text())
     assert {(row["way"], row["padding"]) for row in speed["rows"]} >= {("metro", "none")}
     assert all(row["tokens/s"] > 0 and row["peak GiB"] > 0 for row in speed["rows"])
     evaluation = subject_on("cpu", "evaluation_1_64")
-    for subject in ("pretraining_curves", "ops", evaluation):
+    for subject in ("pretraining_curves_small", "ops", evaluation):
         assert json.loads((tmp_path / f"{subject}.json").read_text())["environment"]
     assert "the published way" in report["targets"][evaluation][0]
 
@@ -219,9 +219,11 @@ def test_a_dry_run_computes_every_part_on_the_cpu(tmp_path, testdata):
 def test_a_benchmark_that_is_killed_leaves_what_it_had(tmp_path, module):
     """Killed once there is a result, before all are; nothing of it is half a file."""
     argv = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cpu"]
-    argv += {"pretraining": ["--size", "small", "--batch-size", "1"]}.get(module, [])
+    subject = module
+    if module == "pretraining":
+        argv += ["--size", "small", "--batch-size", "1"]
+        subject = subject_on("cpu", "pretraining_small")
     env = {**os.environ, "OUT": str(tmp_path), "TRITON_INTERPRET": "1"}
-    subject = subject_on("cpu", module) if module == "pretraining" else module
     path, deadline = tmp_path / f"{subject}.json", time.monotonic() + 300
     process = subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True)
     while not path.exists() and time.monotonic() < deadline:
