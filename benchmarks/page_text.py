@@ -32,9 +32,10 @@ weights as well).
 there is the type of weights and products (of attention's on CPUs with AMX only). The first three
 compute in float32 unless told otherwise, on GPUs too: published numbers are compared with to a
 tenth of a point, and a rounded score can turn a close decision. `--precision fast` takes bf16 on
-such CPUs and on GPUs that have it, elsewhere float32; `evaluate` and `rank` name the type.
-`generate` is fast on a GPU by itself. In these four `auto` is not the fast type, as in training,
-but the one that the model was saved in.
+such CPUs and on GPUs that have it, elsewhere float32; the log of `evaluate` and `rank` names the
+type, and where `fast` would be another one of a wide model, that too. `generate` is fast on a GPU
+by itself. In these four `auto` is not the fast type, as in training, but the one that the model was
+saved in.
 """
 WITHOUT_AMX = """\
 ## Without AMX

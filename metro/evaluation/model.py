@@ -9,10 +9,11 @@ from metro.evaluation.settings import ScoringSettings
 from metro.evaluation.tasks.protocol import Protocol, choose_protocol
 from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
-from metro.models.loading import LoadedModel, load
+from metro.models.loading import LoadedModel, fast_dtype, load
 from metro.models.placement import input_device, is_dispatched
 from metro.models.registry import RegisteredModel, find_registered
 from metro.models.source import trained_method
+from metro.ops.dispatch import LEAST_BF16_WIDTH
 from metro.utils.identity import model_identity
 
 
@@ -38,7 +39,15 @@ class ScoredModel(NamedTuple):
         """Say how it is scored, for the log."""
         why = ", which the model was trained for" if self.is_own_method else ""
         protocol = self.protocol.describe()
-        return f"method {self.method}{why}; protocol {protocol}; weights in {self.dtype}"
+        faster = " (--precision fast: bfloat16, which is faster here)" * self.would_gain()
+        return f"method {self.method}{why}; protocol {protocol}; weights in {self.dtype}{faster}"
+
+    def would_gain(self) -> bool:
+        """Whether float32 was chosen where bfloat16 is faster."""
+        width = getattr(self.model.config, "hidden_size", 0)
+        if self.dtype != "float32" or width < LEAST_BF16_WIDTH:
+            return False
+        return fast_dtype(input_device(self.model)) == torch.bfloat16
 
 
 def open_model(

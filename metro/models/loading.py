@@ -161,7 +161,9 @@ def _load(path_or_name: str | os.PathLike, vocab, dtype, options: dict, above=()
 
 
 def fast_dtype(
-    device: torch.device | str | None, device_map: str | dict | None, load_in: str | None
+    device: torch.device | str | None,
+    device_map: str | dict | None = None,
+    load_in: str | None = None,
 ) -> torch.dtype:
     """Choose bfloat16 where a model loaded so is faster in it, else float32."""
     if isinstance(device_map, dict):

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Types that the kernels take; sums are in float32."""
+LEAST_BF16_WIDTH = 256
+"""Narrowest model for which bfloat16 pays: most of the time of others is not products."""
 
 
 def is_eager_cpu(x: torch.Tensor) -> bool:

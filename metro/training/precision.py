@@ -6,11 +6,8 @@ twice as fast; narrow models gain little, as most of their time is not products
 (docs/performance.md has the numbers, of one product and of a step by width).
 """
 
-from metro.ops.dispatch import cpu_multiplies_bf16
+from metro.ops.dispatch import LEAST_BF16_WIDTH, cpu_multiplies_bf16
 from metro.utils.progress import Progress
-
-LEAST_WIDTH = 256
-"""Narrowest model for which bfloat16 pays."""
 
 
 def choose_precision(args, precision: str, model, progress: Progress) -> None:
@@ -24,6 +21,6 @@ def choose_precision(args, precision: str, model, progress: Progress) -> None:
     """
     if precision != "auto" or args.device.type != "cpu":
         return
-    if model.config.d_model >= LEAST_WIDTH and cpu_multiplies_bf16():
+    if model.config.d_model >= LEAST_BF16_WIDTH and cpu_multiplies_bf16():
         args.bf16, args.mixed_precision = True, "bf16"
         progress.say("products in bf16, which this CPU computes faster; --precision fp32: float32")

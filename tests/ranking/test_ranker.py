@@ -217,3 +217,22 @@ def test_options_that_are_the_same_to_the_model_are_refused(model):
     """The toy model's vocabulary is lowercase."""
     with pytest.raises(UserError, match="'praise' and 'Praise' are the same to the model"):
         Ranker(model, ["praise", "b", "Praise"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least_width", "has_products", "is_named"),
+    [
+        *[("fp32", 1, True, True), ("fp32", 1, False, False)],
+        *[("bf16", 1, True, False), ("fp32", 256, True, False)],
+    ],
+)
+def test_the_log_names_the_type_that_is_faster(
+    monkeypatch, model, dtype, least_width, has_products, is_named
+):
+    """Only where a wide model is scored in float32 on a CPU with products of bfloat16."""
+    monkeypatch.setattr("metro.models.loading.cpu_multiplies_bf16", lambda: has_products)
+    monkeypatch.setattr("metro.evaluation.model.LEAST_BF16_WIDTH", least_width)
+    ranker = Ranker(model, OPTIONS, template=[TEMPLATE], dtype=dtype, device="cpu")
+    said = ranker.scored.describe()
+    assert ("--precision fast" in said) is is_named
+    assert f"weights in {ranker.scored.model.dtype}".replace("torch.", "") in said

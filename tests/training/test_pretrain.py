@@ -108,7 +108,7 @@ def test_auto_is_bf16_for_wide_models_where_the_cpu_is_fast_at_it(pretrain, monk
         for name in ("fp32", "bf16", "auto")
     }
     assert runs["auto"] == runs["fp32"] != runs["bf16"]  # narrow
-    monkeypatch.setattr(precision, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(precision, "LEAST_BF16_WIDTH", 1)
     assert losses(pretrain("wide", max_update=2).folder) == runs["bf16"]
     for feature, type_of_products in zip(features, ("bf16", "fp32"), strict=True):
         monkeypatch.setattr(torch.cpu, feature, lambda: False)
