@@ -229,8 +229,10 @@ def main() -> None:
             norms = plain["gradient_norm"], results[way]["gradient_norm"]
             assert abs(norms[0] - norms[1]) < 10 * allowed * norms[0], f"{kind}: gradients {norms}"
     print_table(rows, f"FLIPPED training, {options.batch_size} examples an update")
-    given = dict(batch_size=options.batch_size, updates=options.updates, threads=options.threads)
-    write_results(subject_on("cpu", "flipped_training"), rows, **given)
+    write_results(
+        subject_on("cpu", "flipped_training"), rows,
+        batch_size=options.batch_size, updates=options.updates, threads=options.threads,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
