@@ -11,6 +11,7 @@ from metro.fusion import fuse
 from metro.modeling.configuration_metro_t5 import MetroT5Config
 from metro.models.loading import LoadedModel, fast_dtype, load
 from metro.models.placement import input_device, is_dispatched
+from metro.models.projection import width_of
 from metro.models.registry import RegisteredModel, find_registered
 from metro.models.source import trained_method
 from metro.ops.dispatch import LEAST_BF16_WIDTH
@@ -44,8 +45,7 @@ class ScoredModel(NamedTuple):
 
     def would_gain(self) -> bool:
         """Whether float32 was chosen where bfloat16 is faster."""
-        width = getattr(self.model.config, "hidden_size", 0)
-        if self.dtype != "float32" or width < LEAST_BF16_WIDTH:
+        if self.dtype != "float32" or width_of(self.model) < LEAST_BF16_WIDTH:
             return False
         return fast_dtype(input_device(self.model)) == torch.bfloat16
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from metro.data.prompts.stored import read_manifest
 from metro.finetuning.settings import FinetuningSettings
+from metro.models.projection import width_of
 
 RATE_TIMES_WIDTH, LORA_RATE = 0.1, 3
 PASSES, LEAST_UPDATES = 10, 200
@@ -27,5 +28,4 @@ def default_rate(model, settings: FinetuningSettings) -> float:
     Tried on a T5 of width 128 (docs/finetuning.md). Of width 768 it is 1.3e-4, where METRO-T0
     base took 1e-4, and of 2048 it is 5e-5, as FLIPPED-3B took.
     """
-    width = getattr(model.config, "d_model", None) or model.config.hidden_size
-    return RATE_TIMES_WIDTH / width * (LORA_RATE if settings.lora else 1)
+    return RATE_TIMES_WIDTH / width_of(model) * (LORA_RATE if settings.lora else 1)

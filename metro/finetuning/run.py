@@ -31,7 +31,7 @@ from metro.finetuning.output_folder import (
 from metro.finetuning.settings import NEED_CHOICES, FinetuningSettings, check_sources
 from metro.finetuning.validation import ValidationRows
 from metro.models.loading import without_progress_bars
-from metro.models.projection import position_limits
+from metro.models.projection import position_limits, width_of
 from metro.processes import Processes
 from metro.sharding import SHARDS
 from metro.training.arguments import trainer_arguments
@@ -107,7 +107,7 @@ def _finetune_alone(settings: FinetuningSettings, args, progress: Progress) -> T
     if done is not None:
         progress.say(f"nothing to do: {done.folder} is finished after {done.num_updates} updates")
         return done
-    choose_precision(args, settings.precision, model, progress)
+    choose_precision(args, settings.precision, width_of(model), progress)
     model = shard(set_up_for_training(model, settings), settings, args)
     if settings.learning_rate is None:
         args.learning_rate = default_rate(model, settings)

@@ -140,6 +140,11 @@ def padding(model: nn.Module) -> int:
     return getattr(unwrap(model).config, "pad_token_id", None) or 0
 
 
+def width_of(model: nn.Module) -> int:
+    """Return the width of a model's embeddings: configurations have several names for it."""
+    return unwrap(model).get_input_embeddings().embedding_dim
+
+
 def position_limits(config) -> PositionLimits:
     """Return the lengths of a model's position tables."""
     found = []

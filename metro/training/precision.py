@@ -10,17 +10,17 @@ from metro.ops.dispatch import LEAST_BF16_WIDTH, cpu_multiplies_bf16
 from metro.utils.progress import Progress
 
 
-def choose_precision(args, precision: str, model, progress: Progress) -> None:
+def choose_precision(args, precision: str, width: int, progress: Progress) -> None:
     """Let ``auto`` mean autocast to bfloat16 on a CPU where that pays, and say so.
 
     Args:
         args: the Trainer's options, changed before it is made; a GPU's were chosen with them.
         precision: of the settings.
-        model: to be trained.
+        width: of the model to be trained.
         progress: what to say it to.
     """
     if precision != "auto" or args.device.type != "cpu":
         return
-    if model.config.d_model >= LEAST_BF16_WIDTH and cpu_multiplies_bf16():
+    if width >= LEAST_BF16_WIDTH and cpu_multiplies_bf16():
         args.bf16, args.mixed_precision = True, "bf16"
         progress.say("products in bf16, which this CPU computes faster; --precision fp32: float32")

@@ -252,7 +252,7 @@ def build_trainer(
                 attributes |= {"gradient_checkpointing": True}
                 attributes |= {"_gradient_checkpointing_func": recompute}
     count = sum(parameter.numel() for parameter in model.parameters())
-    choose_precision(args, precision_of(settings), model, progress)
+    choose_precision(args, precision_of(settings), model.config.d_model, progress)
     model = shard(model, settings, args)
     progress.say(f"{count:,} parameters; opening the data")
     text = Text(settings, first_sentinel)

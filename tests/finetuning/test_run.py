@@ -148,3 +148,21 @@ def test_models_with_short_position_tables_are_cut_and_padding_must_be_a_token(
     assert finetune(settings(model=str(tmp_path / "bart0"), **chosen)).num_updates == 2
     with pytest.raises(UserError, match="its pad_token_id is 1, and must be a token of its own"):
         finetune(settings("other", model=str(tmp_path / "bart1"), **chosen))
+
+
+def test_a_model_whose_configuration_has_no_width_is_finetuned(
+    settings, t5_folder, tmp_path, capsys
+):
+    """BERT reading and writing. Oracle: a rate of 0.1 over the width, which is 16."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5_folder)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16)
+    bert = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
+    for made in (transformers.EncoderDecoderModel(config), tokenizer):
+        made.save_pretrained(tmp_path / "bert2bert")
+    chosen = settings(model=str(tmp_path / "bert2bert"), learning_rate=None, max_steps=2)
+    assert finetune(chosen).num_updates == 2
+    assert "learning rate 0.0063, from the model's width" in capsys.readouterr().err
