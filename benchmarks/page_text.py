@@ -276,12 +276,11 @@ def of_startup(result: dict) -> str:
 
 
 def of_flipped(result: dict) -> str:
-    number = result.get("updates", 3)
     return filled(
-        f"""{number} updates, after one that is not timed; METRO computes 10 examples at a time, the
-        published way one. Where speeds by the clock and by processor time differ, other work had
-        the cores. The loss is of the first update: METRO's has to be within 1e-4 of the published
-        way's, in bf16 within 1 %."""
+        f"""{result["updates"]} updates, after one that is not timed; METRO computes 10 examples at
+        a time, the published way one. Where speeds by the clock and by processor time differ, other
+        work had the cores. The loss is of the first update: METRO's has to be within 1e-4 of the
+        published way's, in bf16 within 1 %."""
     )
 
 
